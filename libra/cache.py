@@ -1,0 +1,84 @@
+"""The KV cache of a compressed model: layers of different lengths, and with them each stage's own mask."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+
+@dataclass
+class Stage:
+    """The keys that the layers between two compression layers hold.
+
+    Attributes:
+        first_layer: the first of those layers.
+        mask: (B, K) bool, False for padding; None if no row has any.
+        shift: (B, 1), how far behind the original numbering the positions of a compact stage are; None with original positions.
+    """
+
+    first_layer: int
+    mask: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    def apply(self, change) -> None:
+        """Replace mask and shift by ``change`` of them."""
+        self.mask = None if self.mask is None else change(self.mask)
+        self.shift = None if self.shift is None else change(self.shift)
+
+
+class StagedCache(DynamicCache):
+    """A dynamic cache that carries the stages through everything that is done to its rows and its end."""
+
+    stages: list[Stage]
+
+    @classmethod
+    def adopt(cls, cache, first_layers: list[int]) -> "StagedCache":
+        """Turn a plain, empty or text-only DynamicCache into a staged one, in place: its owner keeps the same object.
+
+        Raises:
+            ValueError: for other kinds of cache, or a cache that was filled under another compression.
+        """
+        if type(cache) is DynamicCache:
+            cache.__class__ = cls
+            cache.stages = [Stage(layer) for layer in first_layers]
+        elif not isinstance(cache, cls):
+            raise ValueError(
+                f"compression needs a DynamicCache, whose layers can differ in length, but got {type(cache).__name__};"
+                " leave cache_implementation and past_key_values unset"
+            )
+        elif [stage.first_layer for stage in cache.stages] != first_layers:
+            raise ValueError(
+                f"this KV cache was filled with compression after layers {[s.first_layer - 1 for s in cache.stages[1:]]},"
+                f" not {[layer - 1 for layer in first_layers[1:]]}; start with an empty cache"
+            )
+        return cache
+
+    def _to_stages(self, change) -> None:
+        for stage in self.stages:
+            stage.apply(change)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        super().reorder_cache(beam_idx)
+        self._to_stages(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int):
+        super().batch_repeat_interleave(repeats)
+        self._to_stages(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        super().batch_select_indices(indices)
+        self._to_stages(lambda x: x[indices])
+
+    def crop(self, max_length: int):
+        """Drop the newest tokens: all but the first ``max_length`` as layer 0 counts them, or ``-max_length`` of them if negative."""
+        excess = self.get_seq_length(0) - max_length if max_length >= 0 else -max_length
+        if excess <= 0:
+            return
+        for layer in self.layers:
+            layer.crop(-excess)
+        for stage in self.stages:
+            stage.mask = None if stage.mask is None else stage.mask[:, :-excess]
+
+    def reset(self):
+        super().reset()
+        self.stages = [Stage(stage.first_layer) for stage in self.stages]

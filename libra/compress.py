@@ -1,0 +1,145 @@
+"""One compression step on visual tokens alone: choose targets, treat the rest. Pure tensor maths, free of any model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .layout import Layout, ordinals
+from .merge import MERGERS, NOWHERE, Matches, group_softmax, merge_groups
+from .select import SELECTORS, Candidates
+
+if TYPE_CHECKING:
+    from .config import Compression
+
+NEVER_COMPENSATE = {"drop", "average", "igm-pos"}  # known without asking the device
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The outcome of one compression step on a batch of B rows of at most N visual tokens, D wide.
+
+    Attributes:
+        tokens: (B, T, D), or (B, T + 1, D) where any row has a compensation token: it is the last slot.
+        mask: (B, T[+1]) bool, False in the slots that a row does not fill.
+        targets: (B, T), the numbers of the target tokens, ascending.
+        groups: (B, N), the slot each visual token went to; -1 if it was dropped or is padding.
+        token_weights: (B, N) float32, each token's weight in its slot.
+        compensated: for each row, whether it has a compensation token.
+        layout: the spans that went in and the targets kept of each.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    targets: torch.Tensor
+    groups: torch.Tensor
+    token_weights: torch.Tensor
+    compensated: list[bool]
+    layout: Layout
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The importance-informed merging matrix W of eq. 7, dense: (B, T[+1], N); its last row is the compensation token's."""
+        slots = torch.arange(self.tokens.shape[1], device=self.groups.device)
+        return (self.groups[:, None, :] == slots[None, :, None]) * self.token_weights[:, None, :]
+
+
+def importance_means(importance: torch.Tensor, valid: torch.Tensor, score_rows: torch.Tensor | None) -> torch.Tensor:
+    """Mean importance over the visual tokens that share a score row, (B, N); without ``score_rows`` all of a row's tokens do.
+
+    ``importance`` (B, N) is 0 where ``valid`` (B, N) is False.
+    """
+    if score_rows is None:
+        mean = importance.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
+        return mean.expand_as(importance)
+    groups = torch.where(valid, score_rows, NOWHERE)
+    index = groups + 1
+    size = importance.shape[1] + 1  # no more score rows than tokens
+    total = importance.new_zeros((len(index), size)).scatter_add(1, index, importance)
+    count = importance.new_zeros((len(index), size)).scatter_add(1, index, valid.to(importance.dtype))
+    return (total / count.clamp(min=1)).gather(1, index)
+
+
+def compress_layout(
+    hidden: torch.Tensor,
+    importance: torch.Tensor,
+    c: "Compression",
+    layout: Layout,
+    score_rows: torch.Tensor | None = None,
+    keys: torch.Tensor | None = None,
+) -> Compressed:
+    """:func:`compress` for a ready :class:`Layout`.
+
+    Args:
+        score_rows: (B, N), which of its row's attention rows scored a token; None where there is one a row.
+        keys: (B,) integers that pseudo-random selection draws from; None for zeros.
+    """
+    importance = importance.detach().float().masked_fill(~layout.valid, 0.0)
+    mean = importance_means(importance, layout.valid, score_rows)
+    keys = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device) if keys is None else keys
+    is_target = SELECTORS[c.select](Candidates(hidden, importance, mean, layout, keys), c)
+    targets = ordinals(is_target, layout.targets)
+
+    # Where every α is 0 the quotient is 0/0: equal logits, hence uniform weights.
+    pull = torch.nan_to_num(importance / (mean if c.eta == "mean" else c.eta), nan=0.0)
+    matches = Matches(hidden, pull, is_target, targets, layout)
+    groups, logits = MERGERS[c.merge](matches, c)
+    groups = groups.masked_fill(~layout.valid, NOWHERE)
+    token_weights = group_softmax(logits, groups, layout.targets + 1)
+
+    mask = layout.target_valid
+    compensated = [False] * len(hidden)
+    if c.merge not in NEVER_COMPENSATE:
+        has_one = (groups == matches.compensation).any(1)
+        compensated = has_one.tolist()  # the step's one device synchronisation: it decides a shape
+        if any(compensated):
+            mask = torch.cat([mask, has_one[:, None]], 1)
+    if c.merge == "drop":
+        tokens = hidden.gather(1, targets[..., None].expand(-1, -1, hidden.shape[-1]))
+    else:
+        tokens = merge_groups(hidden, groups, token_weights, layout.targets + 1)[:, : mask.shape[1]]
+    return Compressed(tokens, mask, targets, groups, token_weights, compensated, layout)
+
+
+def compress(
+    hidden: torch.Tensor,
+    importance: torch.Tensor,
+    c: "Compression",
+    lengths: torch.Tensor | Sequence[int] | None = None,
+    spans: Sequence[Sequence[int]] | None = None,
+) -> Compressed:
+    """Choose target tokens and treat the rest, as one compression layer of §3 does.
+
+    Args:
+        hidden: (B, N, D) hidden states of the visual tokens, rows padded on the right.
+        importance: (B, N) attention α of the score row on them (eq. 4); no gradient flows through it.
+        c: what to do; ``c.layers`` is not looked at.
+        lengths: (B,) visual tokens of each row; all N where None.
+        spans: for each row the lengths of its contiguous runs of visual tokens, which sum to the row's length; one run where None.
+
+    Raises:
+        ValueError: if shapes, lengths and spans do not agree, or a row has no visual token.
+    """
+    if hidden.ndim != 3 or importance.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"hidden must be (B, N, D) and importance (B, N), but they are {tuple(hidden.shape)} and {tuple(importance.shape)}"
+        )
+    batch, count, _ = hidden.shape
+    if lengths is None:
+        lengths = [count] * batch if spans is None else [sum(row) for row in spans]
+    lengths = [int(n) for n in lengths]
+    spans = [[n] for n in lengths] if spans is None else [list(row) for row in spans]
+    if len(lengths) != batch or len(spans) != batch or [sum(row) for row in spans] != lengths:
+        raise ValueError(f"lengths and spans must describe {batch} rows and agree, but they are {lengths} and {spans}")
+    if min(lengths) < 1 or max(lengths) > count or any(n < 1 for row in spans for n in row):
+        raise ValueError(f"every row needs 1 to {count} visual tokens and no empty span, but the spans are {spans}")
+    layout = Layout.build(spans, c.ratio, c.rounding, hidden.device)
+    longest = layout.tokens
+    step = compress_layout(hidden[:, :longest], importance[:, :longest], c, layout)
+    if longest == count:
+        return step
+    pad = (0, count - longest)  # groups and weights are as long as what came in
+    groups = torch.nn.functional.pad(step.groups, pad, value=NOWHERE)
+    weights = torch.nn.functional.pad(step.token_weights, pad)
+    return Compressed(step.tokens, step.mask, step.targets, groups, weights, step.compensated, layout)

@@ -1,0 +1,193 @@
+"""FLOPs of the visual tokens, as the paper counts them (§4.1): python -m libra.flops --config configs/llava7b_r50.yaml"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from . import schedule
+from .cli import Parser
+from .config import Compression, ConfigError, Row
+from .registry import ModelSpec, get_model
+
+EXAMPLES = """examples:
+  python -m libra.flops --config configs/llava7b_r50.yaml
+  python -m libra.flops --config configs/next8b_r67.yaml --visual-tokens 2880 --json"""
+
+
+def layer_flops(n: float, d: int, m: int, d_kv: int) -> float:
+    """Multiply-accumulates of one decoder layer over n visual tokens (§4.1).
+
+    d: hidden size; m: intermediate size of the MLP; d_kv: width of the keys and values. With d_kv = d it is the paper's
+    4nd² + 2n²d + 3ndm; grouped-query attention makes the K and V projections smaller.
+    """
+    return (2 * d * d + 2 * d * d_kv) * n + 2 * n * n * d + 3 * n * d * m
+
+
+def model_flops(spec: ModelSpec, counts: Sequence[float]) -> float:
+    """Multiply-accumulates of all layers; counts: the visual tokens of one sequence in each layer."""
+    return sum(layer_flops(n, spec.hidden_size, spec.intermediate_size, spec.kv_size) for n in counts)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """tokens: visual tokens of each layer; layers: its multiply-accumulates; both over all sequences of a sample."""
+
+    tokens: list[float]
+    layers: list[float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.layers)
+
+    @property
+    def average_tokens(self) -> float:
+        return schedule.average(self.tokens)
+
+
+def cost(spec: ModelSpec, c: Compression, visual_tokens: Sequence[int] | None = None, whole: bool = False) -> Cost:
+    """What the visual tokens of one sample cost under a compression.
+
+    visual_tokens: the length of each sequence, the model's own by default; attention stays within a sequence.
+    whole: count whole tokens, as a run does, not the real-valued N·(1-R)^k of the paper's tables.
+    Raises ConfigError where a layer does not exist, or the number of tokens is not known.
+    """
+    sequences = spec.visual_tokens if visual_tokens is None else visual_tokens
+    if not sequences:
+        raise ConfigError(f"{spec.name} has as many visual tokens as its image asks for; give a number with --visual-tokens")
+    if whole:
+        counts = [schedule.actual(c, spec.layers, [n]) for n in sequences]
+    else:
+        counts = [schedule.nominal(c, spec.layers, n) for n in sequences]
+    layers = list(zip(*counts, strict=True))
+    return Cost([sum(layer) for layer in layers], [model_flops(spec, layer) for layer in layers])
+
+
+def report(row: Row, visual_tokens: int | None = None) -> dict:
+    """Everything the command prints, unrounded: sizes, both views (nominal, actual), vanilla, the paper's figures, notes.
+
+    visual_tokens: one sequence of that length instead of the model's own. Raises ConfigError, naming the row's file.
+    """
+    spec, c = get_model(row.model, row.path), row.compression
+    sequences = spec.visual_tokens if visual_tokens is None else (visual_tokens,)
+    c.check_layers(spec.layers, row.path)
+    vanilla = cost(spec, Compression(), sequences)
+    views = {}
+    for view, whole in (("nominal", False), ("actual", True)):
+        counted = cost(spec, c, sequences, whole)
+        views[view] = {
+            "tokens_per_layer": counted.tokens,
+            "flops_per_layer": counted.layers,
+            "flops": counted.total,
+            "ratio": counted.total / vanilla.total,
+            "average_tokens": counted.average_tokens,
+        }
+    # The paper's figures are for the model's own number of visual tokens.
+    paper = {key: row.paper[key] for key in ("table", "flops", "percent") if key in row.paper and visual_tokens is None}
+    return {
+        "row": row.name,
+        "config": row.path,
+        "model": spec.name,
+        "sizes": {"layers": spec.layers, "d": spec.hidden_size, "m": spec.intermediate_size, "d_kv": spec.kv_size},
+        "visual_tokens": list(sequences),
+        "compression": c.to_dict(),
+        "vanilla_flops": vanilla.total,
+        **views,
+        "paper": paper,
+        "notes": _notes(spec, c, views["nominal"]["ratio"], paper, visual_tokens is None),
+    }
+
+
+def _notes(spec: ModelSpec, c: Compression, ratio: float, paper: dict, own_tokens: bool) -> list[str]:
+    notes = [
+        "multiply-accumulates of the visual tokens in the decoder (§4.1); text, vision tower and compensation tokens are not counted.",
+        "nominal is N·(1-R)^k as a real number, which gives the paper's figures; actual is whole tokens, what a run computes.",
+    ]
+    if c.layers:
+        notes.append("compression after layer L: layers 0 to L run on the longer sequence, the next ones on the shorter.")
+    if spec.note and own_tokens:
+        notes.append(spec.note)
+    if c.method == "fastv" and len(c.layers) == 1:
+        notes.append(
+            f"FastV's own K prunes the input of layer K by the scores of layer K-1: layers [{c.layers[0]}] is its K={c.layers[0] + 1}."
+        )
+    if "percent" in paper and paper["percent"] != round(100 * ratio):
+        notes.append(f"the paper prints {paper['percent']}%; its formula gives {100 * ratio:.1f}%.")
+    return notes
+
+
+def table(data: dict) -> str:
+    """The readable form of `report`'s dictionary."""
+    nominal, actual, sizes, c = data["nominal"], data["actual"], data["sizes"], data["compression"]
+    lines = [
+        f"row            {data['row']}  ({data['config']})",
+        f"model          {data['model']}: {sizes['layers']} layers, d {sizes['d']}, m {sizes['m']}, d_kv {sizes['d_kv']}",
+        f"compression    {_describe(c)}",
+        f"visual tokens  {_sequences(data['visual_tokens'])}",
+        "",
+        f"{'':22}{'nominal':>18}{'':8}{'actual':>10}",
+        f"{'layers':<22}{'tokens':>9}{'GFLOPs':>9}{'':8}{'tokens':>9}{'GFLOPs':>9}   (of one layer)",
+    ]
+    columns = zip(*(view[key] for view in (nominal, actual) for key in ("tokens_per_layer", "flops_per_layer")), strict=True)
+    for values, run in groupby(enumerate(columns), key=lambda item: item[1]):
+        first, *_, last = (layer for layer, _ in [*run] * 2)
+        tokens, flops, whole, whole_flops = values
+        name = f"{first}-{last}" if last > first else str(first)
+        lines.append(f"{name:<22}{_number(tokens):>9}{flops / 1e9:>9.2f}{'':8}{whole:>9}{whole_flops / 1e9:>9.2f}")
+    lines.append("")
+    paper = data["paper"]
+    for name, key, show, printed in (
+        ("total", "flops", _total, _total(paper["flops"] * 1e12) if "flops" in paper else ""),
+        ("ratio to vanilla", "ratio", lambda ratio: f"{100 * ratio:.0f}%", f"{paper['percent']}%" if "percent" in paper else ""),
+        ("average tokens kept", "average_tokens", lambda tokens: f"{tokens:.0f}", ""),
+    ):
+        beside = f"   (Table {paper['table']}: {printed})" if printed and "table" in paper else ""
+        lines.append(f"{name:<22}{show(nominal[key]):>18}{'':8}{show(actual[key]):>18}{beside}")
+    return "\n".join([*lines, "", *(f"note: {note}" for note in data["notes"])])
+
+
+def _describe(c: dict) -> str:
+    if not c.get("layers"):
+        return "none (vanilla)"
+    name = f"{c['method']}: " if "method" in c else ""
+    layers = ", ".join(map(str, c["layers"]))
+    return f"{name}select {c['select']}, merge {c['merge']}, ratio {c['ratio']:.4g}, after layers {layers}"
+
+
+def _sequences(lengths: list[int]) -> str:
+    if len(lengths) > 1 and len(set(lengths)) == 1:
+        return f"{len(lengths)} sequences of {lengths[0]}"
+    return " + ".join(map(str, lengths))
+
+
+def _number(tokens: float) -> str:
+    return f"{tokens:.2f}".rstrip("0").rstrip(".")
+
+
+def _total(flops: float) -> str:
+    """Trillions to two decimals, as the paper prints them; a small model's in billions, which would all be 0.00."""
+    return f"{flops / 1e12:.2f} T" if flops >= 1e11 else f"{flops / 1e9:.2f} G"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0 on success, SystemExit with status 2 after one `error: …` line."""
+    parser = Parser(prog="python -m libra.flops", description="FLOPs of a row's visual tokens.", epilog=EXAMPLES)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a row's YAML file, from configs/")
+    parser.add_argument("--visual-tokens", metavar="N", help="count one sequence of N visual tokens, not the model's own")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, numbers unrounded")
+    args = parser.parse_args(argv)
+    try:
+        n = None
+        if args.visual_tokens is not None:
+            if not args.visual_tokens.isdecimal() or int(args.visual_tokens) < 1:
+                raise ConfigError(f"--visual-tokens: {args.visual_tokens} is not a number of tokens; give 1 or more")
+            n = int(args.visual_tokens)
+        data = report(Row.from_yaml(args.config), n)
+    except ConfigError as error:
+        parser.error(str(error))
+    print(json.dumps(data, indent=2, ensure_ascii=False) if args.json else table(data))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+"""Hybrid attention (§4.4): everybody attends as before, and at a compression layer one score row is computed beside it.
+
+transformers hands every attention function the finished queries and keys, and passes unknown keyword arguments through a decoder
+layer down to it. A :class:`Probe` travels that way to the compression layers alone; without one the wrappers do nothing.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .importance import score_row
+
+HYBRID_EAGER = "hybrid_eager"
+
+
+@dataclass
+class Probe:
+    """What one compression layer is asked: the attention (B, R, K) of the tokens ``rows`` (B, R) on all K keys.
+
+    A fresh object for every layer and pass: gradient checkpointing runs a layer again when later stages are already shorter.
+    """
+
+    rows: torch.Tensor
+    key_mask: torch.Tensor | None
+    attention: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def read(self, query, key, scaling, sliding_window=None) -> None:
+        self.attention = score_row(query, key, self.rows, scaling, self.key_mask, sliding_window)
+
+
+def _with_probe(attend: Callable) -> Callable:
+    @wraps(attend)
+    def hybrid(module, query, key, value, attention_mask, *args, score_probe: Probe | None = None, **kwargs):
+        if score_probe is not None:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            score_probe.read(query, key, scaling, kwargs.get("sliding_window"))
+        return attend(module, query, key, value, attention_mask, *args, **kwargs)
+
+    hybrid.takes_probe = True
+    return hybrid
+
+
+def _eager(module, *args, **kwargs):
+    """The eager attention of the module's own modelling file, which transformers keeps out of its registry."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+def enable(config) -> None:
+    """Make the attention implementation that ``config`` names able to answer probes; eager attention is renamed for it.
+
+    Flash attention resolves its name again while it runs, so the built-in functions are wrapped under their own names.
+    """
+    name = config._attn_implementation
+    if name == "eager":
+        if HYBRID_EAGER not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(HYBRID_EAGER, _with_probe(_eager))
+            AttentionMaskInterface.register(HYBRID_EAGER, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+        config._attn_implementation = HYBRID_EAGER
+        return
+    attend = ALL_ATTENTION_FUNCTIONS[name]
+    if not getattr(attend, "takes_probe", False):
+        AttentionInterface.register(name, _with_probe(attend))
+
+
+def next_layer_attention(layer, hidden: torch.Tensor, position_embeddings, probe: Probe, past_keys=None) -> None:
+    """Answer ``probe`` with the projections of the layer that comes next, as PyramidDrop scores.
+
+    ``hidden`` (B, S, D) leaves the compression layer; ``position_embeddings`` are the cosine and sine tables (B or 1, S, head_dim);
+    ``past_keys`` (B, H_kv, P, head_dim) are the keys that the next layer already holds.
+    """
+    attention = layer.self_attn
+    with torch.no_grad():
+        normed = layer.input_layernorm(hidden)
+        shape = (*normed.shape[:-1], -1, attention.head_dim)
+        query, key = (project(normed).view(shape).transpose(1, 2) for project in (attention.q_proj, attention.k_proj))
+        cos, sin = (table[:, None] for table in position_embeddings)
+
+        def rotate(x):
+            first, second = x.chunk(2, -1)
+            return x * cos + torch.cat([-second, first], -1) * sin
+
+        key = rotate(key)
+        probe.read(rotate(query), key if past_keys is None else torch.cat([past_keys, key], 2), attention.scaling)

@@ -1,0 +1,109 @@
+"""Where the visual tokens of a ragged batch lie: rows of spans, as small tensors that the batched maths indexes with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .schedule import kept
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The spans of B rows and how many target tokens each span keeps.
+
+    A row's visual tokens are numbered 0 … n-1 span after span; rows are padded on the right to N, their targets to T.
+    Everything per token is (B, N); padded places belong to no span and their values mean nothing.
+    """
+
+    spans: tuple[tuple[int, ...], ...]  # tokens of each span of each row
+    keeps: tuple[tuple[int, ...], ...]  # target tokens of each span of each row
+    device: torch.device
+
+    @classmethod
+    def build(cls, spans: Sequence[Sequence[int]], ratio: float, rounding: str, device) -> "Layout":
+        """``spans``: B lists of span lengths (each at least 1); ``ratio`` and ``rounding`` as in :class:`libra.Compression`."""
+        keeps = tuple(tuple(kept(n, ratio, rounding) for n in row) for row in spans)
+        return cls(tuple(tuple(row) for row in spans), keeps, torch.device(device))
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Visual tokens of each row."""
+        return [sum(row) for row in self.spans]
+
+    @cached_property
+    def target_counts(self) -> list[int]:
+        """Target tokens of each row."""
+        return [sum(row) for row in self.keeps]
+
+    @property
+    def tokens(self) -> int:
+        """N, the longest row."""
+        return max(self.lengths, default=0)
+
+    @property
+    def targets(self) -> int:
+        """T, the most targets of a row."""
+        return max(self.target_counts, default=0)
+
+    @property
+    def one_span(self) -> bool:
+        """Whether no row has more than one span."""
+        return all(len(row) <= 1 for row in self.spans)
+
+    def _table(self, rows) -> torch.Tensor:
+        width = max((len(row) for row in rows), default=0) + 1  # one column more: what a padded place points to
+        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.device)
+
+    @cached_property
+    def valid(self) -> torch.Tensor:
+        """(B, N) bool."""
+        return self.index < self.tokens_of_row[:, None]
+
+    @cached_property
+    def target_valid(self) -> torch.Tensor:
+        """(B, T) bool."""
+        return torch.arange(self.targets, device=self.device) < torch.tensor(self.target_counts, device=self.device)[:, None]
+
+    @cached_property
+    def tokens_of_row(self) -> torch.Tensor:
+        """(B,): the lengths as a tensor."""
+        return torch.tensor(self.lengths, device=self.device)
+
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """(1, N): 0 … N-1."""
+        return torch.arange(self.tokens, device=self.device)[None]
+
+    @cached_property
+    def span(self) -> torch.Tensor:
+        """(B, N): the number of a token's span in its row; padded places get the number behind the last."""
+        ends = self._table(self.spans)[:, :-1].cumsum(1)
+        return torch.searchsorted(ends, self.index.expand(len(self.spans), -1).contiguous(), right=True)
+
+    def _per_token(self, rows) -> torch.Tensor:
+        return self._table(rows).gather(1, self.span)
+
+    @cached_property
+    def span_length(self) -> torch.Tensor:
+        return self._per_token(self.spans)
+
+    @cached_property
+    def span_keeps(self) -> torch.Tensor:
+        return self._per_token(self.keeps)
+
+    @cached_property
+    def first_token(self) -> torch.Tensor:
+        """The number of the first token of a token's span."""
+        return self._per_token([[sum(row[:i]) for i in range(len(row))] for row in self.spans])
+
+    @cached_property
+    def first_target(self) -> torch.Tensor:
+        """The number of the first target of a token's span."""
+        return self._per_token([[sum(row[:i]) for i in range(len(row))] for row in self.keeps])
+
+
+def ordinals(chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """(B, N) bool to the ascending numbers of the chosen places, (B, count); a row with fewer goes on with others."""
+    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]

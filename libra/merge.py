@@ -1,0 +1,145 @@
+"""What becomes of the tokens that are no targets (§3.3 and the baselines).
+
+A merger says for each visual token which output slot it goes to and how much it counts there; :func:`apply` does the rest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from .layout import Layout, ordinals
+
+if TYPE_CHECKING:
+    from .config import Compression
+
+NOWHERE = -1  # the group of a dropped token
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What a merger may look at.
+
+    ``hidden`` (B, N, D), ``pull`` (B, N) float32 = α/η, ``is_target`` (B, N) bool, ``targets`` (B, T) their numbers, ``layout``.
+    """
+
+    hidden: torch.Tensor
+    pull: torch.Tensor
+    is_target: torch.Tensor
+    targets: torch.Tensor
+    layout: Layout
+
+    @property
+    def compensation(self) -> int:
+        """The slot of the compensation token: the one behind the targets."""
+        return self.layout.targets
+
+    @cached_property
+    def own_slot(self) -> torch.Tensor:
+        """(B, N): the slot of a target, :data:`NOWHERE` for every other token."""
+        slots = torch.arange(self.layout.targets, device=self.targets.device).expand_as(self.targets)
+        own = torch.full_like(self.is_target, NOWHERE, dtype=torch.long).scatter(1, self.targets, slots)
+        return own.masked_fill(~self.is_target, NOWHERE)
+
+    @cached_property
+    def nearest(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eq. 5: each token's highest cosine similarity to a target of its span, and that target's slot, both (B, N).
+
+        Float32; ties go to the first target; a target is nearest to itself, with similarity 1. Only targets × non-targets is built.
+        """
+        layout, hidden = self.layout, self.hidden.detach()
+        similarity = torch.ones_like(self.pull)
+        slot = self.own_slot.clamp(min=0)
+        rest_count = max((n - t for n, t in zip(layout.lengths, layout.target_counts)), default=0)
+        if rest_count == 0:
+            return similarity, slot
+        rest = ordinals(layout.valid & ~self.is_target, rest_count)
+        unit_targets, unit_rest = (
+            F.normalize(hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])).float(), dim=-1)
+            for index in (self.targets, rest)
+        )
+        scores = unit_targets @ unit_rest.transpose(1, 2)  # (B, T, N - T)
+        if not layout.one_span:
+            same = layout.span.gather(1, self.targets)[:, :, None] == layout.span.gather(1, rest)[:, None, :]
+            scores = scores.masked_fill(~same, -torch.inf)
+        if min(layout.target_counts) != layout.targets:
+            scores = scores.masked_fill(~layout.target_valid[:, :, None], -torch.inf)
+        best, best_slot = scores.max(1)
+        # A shorter row's list of non-targets runs on into targets and padding: those keep what they have.
+        real = (layout.valid & ~self.is_target).gather(1, rest)
+        best = torch.where(real, best, similarity.gather(1, rest))
+        best_slot = torch.where(real, best_slot, slot.gather(1, rest))
+        return similarity.scatter(1, rest, best), slot.scatter(1, rest, best_slot)
+
+
+Merger = Callable[[Matches, "Compression"], tuple[torch.Tensor, torch.Tensor]]
+MERGERS: dict[str, Merger] = {}
+
+
+def register_merge(name: str) -> Callable[[Merger], Merger]:
+    """Make a merger usable as ``merge: name`` in every configuration.
+
+    It returns, both (B, N): the output slot of each token (:data:`NOWHERE`, a target's slot or ``matches.compensation``) and the
+    logit of its weight there; weights are the softmax of the logits within a slot.
+    """
+
+    def add(function: Merger) -> Merger:
+        MERGERS[name] = function
+        return function
+
+    return add
+
+
+@register_merge("drop")
+def drop(matches: Matches, c: "Compression"):
+    """Pruning: targets stay as they are, the rest is gone (FastV)."""
+    return matches.own_slot, torch.zeros_like(matches.pull)
+
+
+@register_merge("average")
+def average(matches: Matches, c: "Compression"):
+    """Every token joins its most similar target; a group's plain mean (Turbo)."""
+    return matches.nearest[1], torch.zeros_like(matches.pull)
+
+
+@register_merge("igm")
+def igm(matches: Matches, c: "Compression"):
+    """Importance-informed grouped merging (eqs. 5–7): the positive set joins its targets, the negative set the compensation token."""
+    similarity, slot = matches.nearest
+    positive = matches.is_target | (similarity > c.tau)
+    return torch.where(positive, slot, matches.compensation), matches.pull
+
+
+@register_merge("igm-pos")
+def igm_pos(matches: Matches, c: "Compression"):
+    """Table 5: everybody is in the positive set."""
+    return matches.nearest[1], matches.pull
+
+
+@register_merge("igm-neg")
+def igm_neg(matches: Matches, c: "Compression"):
+    """Table 5: every non-target is in the negative set, like EViT's fused token."""
+    return torch.where(matches.is_target, matches.own_slot, matches.compensation), matches.pull
+
+
+def group_softmax(logits: torch.Tensor, groups: torch.Tensor, slots: int) -> torch.Tensor:
+    """Softmax of ``logits`` (B, N) within each of ``slots`` groups; ``groups`` holds slot numbers, :data:`NOWHERE` gets weight 0."""
+    index = torch.where(groups == NOWHERE, slots, groups)
+    shape = (len(logits), slots + 1)
+    top = logits.new_full(shape, -torch.inf).scatter_reduce(1, index, logits, "amax")
+    power = (logits - top.gather(1, index)).exp()
+    total = logits.new_zeros(shape).scatter_add(1, index, power)
+    return (power / total.gather(1, index)).masked_fill(groups == NOWHERE, 0.0)
+
+
+def merge_groups(hidden: torch.Tensor, groups: torch.Tensor, weights: torch.Tensor, slots: int) -> torch.Tensor:
+    """Eq. 7, V′ = W V, with W given by its one non-zero a column: (B, N, D) to (B, slots, D), summed in float32."""
+    batch, _, width = hidden.shape
+    index = torch.where(groups == NOWHERE, slots, groups)
+    index = index + torch.arange(batch, device=index.device)[:, None] * (slots + 1)
+    merged = hidden.new_zeros((batch * (slots + 1), width), dtype=torch.float32)
+    merged = merged.index_add(0, index.flatten(), (hidden.float() * weights[..., None]).flatten(0, 1))
+    return merged.view(batch, slots + 1, width)[:, :slots].to(hidden.dtype)

@@ -1,0 +1,52 @@
+"""Named points of the grid: how targets are chosen × what becomes of the rest, each with the keys it sets.
+
+The layers and the ratio are the row's own (`configs/`); a key written beside `method` overrides the one set here.
+"""
+
+from dataclasses import dataclass, field
+
+SELECTS = ("intervals", "topk", "random", "information")
+MERGES = ("drop", "average", "igm", "igm-pos", "igm-neg")
+
+# What a compression without a method is: the paper's own choice, read as docs/method.md says.
+DEFAULTS = {"select": "intervals", "merge": "igm", "score_layer": "same", "positions": "original", "rounding": "round"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One named method.
+
+    description: one line for tables and help; section: where the paper (or its source) speaks of it;
+    keys: the fields of `Compression` that it sets, the others keep `DEFAULTS`.
+    """
+
+    description: str
+    section: str
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+METHODS = {
+    "vanilla": Method("the plain model: nothing is compressed", "Table 1, vanilla"),
+    "libra": Method(
+        "the most important token of each interval; similar tokens merge by importance, the others form one token",
+        "§3.2–3.4",
+        {"select": "intervals", "merge": "igm"},
+    ),
+    "fastv": Method("the most important tokens; the rest is dropped", "§3.1, §4.1", {"select": "topk", "merge": "drop"}),
+    "turbo": Method(
+        "the tokens of lowest information degree; each of the rest is averaged into its most similar target",
+        "§3.1, §4.1",
+        {"select": "information", "merge": "average"},
+    ),
+    "windowed-fastv": Method(
+        "the most important token of each interval; the rest is dropped (a control)",
+        "§3.2 without §3.3",
+        {"select": "intervals", "merge": "drop"},
+    ),
+    "random": Method("tokens drawn at random; the rest is dropped (a control)", "not in the paper", {"select": "random", "merge": "drop"}),
+    "pyramiddrop": Method(
+        "the most important tokens by the next layer's query and keys; the rest is dropped, positions are renumbered",
+        "not in the paper (PyramidDrop)",
+        {"select": "topk", "merge": "drop", "score_layer": "next", "positions": "compact", "rounding": "floor"},
+    ),
+}

@@ -1,0 +1,216 @@
+"""What travels with one prefill through the decoder and becomes shorter behind every compression layer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .compress import Compressed, compress_layout
+from .config import Compression
+from .layout import Layout, ordinals
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class Shortened:
+    """How the columns of a shorter stage come from those of the longer one."""
+
+    source: torch.Tensor  # (B, S') the old column behind each new one; the compensation token names the last visual column
+    mask: torch.Tensor | None  # (B, S') bool, None if no row has padding
+
+    def gather(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Take the new columns of ``x`` along ``dim`` 1 (B, S, …) or the last (…, B or 1, S)."""
+        if dim == 1:
+            index = self.source.view(*self.source.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+            return x.expand(len(index), *x.shape[1:]).gather(1, index)
+        shape = (*x.shape[:-2], *self.source.shape)
+        return x.expand(*shape[:-1], x.shape[-1]).gather(-1, self.source.expand(shape))
+
+
+class VisualTokenStream:
+    """The visual tokens of one batch: where they are now, which text token scores them, masks and labels.
+
+    Args:
+        compression: what happens at each compression layer.
+        visual: (B, S) bool, True at the columns of visual tokens; each contiguous run of them is a span.
+        mask: (B, S), 0 for padding, which is all on the left or all on the right of a row; None if there is none.
+        labels: (B, S) with -100 where nothing is supervised; None outside training.
+        score_columns: (B,) the column that scores each row's visual tokens. By default the last valid column or, with labels, for
+            each span the last column before the first answer that follows it.
+        keys: (B,) integers for pseudo-random selection.
+
+    Raises:
+        ValueError: if the mask has padding in the middle or on both sides of the batch's rows.
+    """
+
+    def __init__(self, compression: Compression, visual, mask=None, labels=None, score_columns=None, keys=None):
+        self.compression, self.labels, self.keys = compression, labels, keys
+        self.mask = None if mask is None else mask.bool()
+        begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+        self.spans = begins.cumsum(1) * visual  # (B, S): 0 for text and padding, k for the row's k-th span
+        self.counts: list[list[int]] = []  # visual tokens of each row, stage by stage, without compensation tokens
+        self.compensated: list[list[bool]] = []  # which rows got a compensation token at each compression layer
+        self._survey(score_columns)
+
+    def _survey(self, score_columns) -> None:
+        """Bring the batch's layout to the host once: after it every shape is known but for compensation tokens."""
+        batch, length = self.spans.shape
+        device = self.spans.device
+        columns = torch.arange(length, device=device)
+        valid = torch.ones_like(self.spans, dtype=torch.bool) if self.mask is None else self.mask
+        self.spans = self.spans.masked_fill(~valid, 0)
+        most = int(self.spans.max()) if self.spans.numel() else 0
+        numbers = torch.arange(1, most + 1, device=device)
+        members = self.spans[:, None, :] == numbers[:, None]  # (B, M, S)
+        last_valid = torch.where(valid, columns, -1).amax(1)
+        last_of_span = torch.where(members, columns, -1).amax(2)
+        scorer = last_valid[:, None].expand(-1, most) if score_columns is None else score_columns[:, None].expand(-1, most)
+        if score_columns is None and self.labels is not None:
+            answers = (self.labels != IGNORE_INDEX)[:, None, :] & (columns > last_of_span[..., None])
+            first_answer = torch.where(answers, columns, length).amin(2)
+            scorer = torch.where(first_answer < length, first_answer - 1, scorer)
+        first_valid = torch.where(valid, columns, length).amin(1)
+        extent = torch.stack([valid.sum(1), first_valid, last_valid], 1)
+        summary = torch.cat([members.sum(2), scorer, last_of_span, extent], 1).tolist()
+
+        self.span_lengths, self.row_lengths = [], []
+        scorers: list[list[int]] = []  # the distinct score columns of each row
+        last_visual: list[list[int]] = []  # the last visual column each of them scores
+        which: list[list[int]] = []  # span → place in the row's list of score columns
+        for entry in summary:
+            lengths, scored_by, ends = entry[:most], entry[most : 2 * most], entry[2 * most : 3 * most]
+            real = [i for i in range(most) if lengths[i]]
+            distinct = sorted({scored_by[i] for i in real})
+            self.span_lengths.append([lengths[i] for i in real])
+            which.append([distinct.index(scored_by[i]) for i in real])
+            scorers.append(distinct)
+            last_visual.append([max(ends[i] for i in real if scored_by[i] == column) for column in distinct])
+            self.row_lengths.append(entry[-3])
+        padded_left = any(entry[-2] > 0 for entry in summary)
+        padded_right = any(entry[-1] < length - 1 for entry in summary)
+        if padded_left and padded_right or any(entry[-3] != entry[-1] - entry[-2] + 1 for entry in summary):
+            raise ValueError("the attention mask has padding on both sides or inside a row; pad on the left or on the right only")
+        self.pads_left = padded_left
+        if not (padded_left or padded_right):
+            self.mask = None
+        self.counts.append([sum(row) for row in self.span_lengths])
+        self._which = which
+        self._set_queries(scorers, last_visual, fill=[entry[-1] for entry in summary])
+
+    def _set_queries(self, scorers, last_visual, fill) -> None:
+        """The query columns (B, R) of the probes and the weights (B, G, R) that turn R attention rows into G score rows."""
+        groups = max((len(row) for row in scorers), default=0)
+        if self.compression.importance == "mean":
+            queries = [[list(range(end + 1, column + 1)) or [column] for column, end in zip(*pair)] for pair in zip(scorers, last_visual)]
+        else:
+            queries = [[[column] for column in row] for row in scorers]
+        flat = [[(g, column, 1 / len(run)) for g, run in enumerate(row) for column in run] for row in queries]
+        width = max((len(row) for row in flat), default=0)
+        # Shorter lists are filled with a valid column: a padding token sees no key, and its attention would be undefined.
+        columns = [[column for _, column, _ in row] + [valid] * (width - len(row)) for row, valid in zip(flat, fill)]
+        weights = [[[0.0] * width for _ in range(groups)] for _ in flat]
+        for b, row in enumerate(flat):
+            for r, (g, _, share) in enumerate(row):
+                weights[b][g][r] = share
+        device = self.spans.device
+        self.queries = torch.tensor(columns, dtype=torch.long, device=device).view(len(flat), width)
+        self._query_weights = torch.tensor(weights, device=device).view(len(flat), groups, width)
+
+    @property
+    def has_visual_tokens(self) -> bool:
+        return any(self.counts[-1])
+
+    def _columns(self, count: int) -> torch.Tensor:
+        """(B, count): the columns of each row's visual tokens, ascending; a shorter row goes on with other columns."""
+        return ordinals(self.spans > 0, count)
+
+    def _importance(self, attention: torch.Tensor, columns: torch.Tensor, layout: Layout):
+        """α of the visual tokens (B, N) from attention (B, R, S), and which score row each token has (B, N) or None for one."""
+        scores = self._query_weights @ attention  # (B, G, S)
+        groups = scores.shape[1]
+        if groups == 1:
+            return scores[:, 0].gather(1, columns), None
+        table = torch.tensor(
+            [row + [0] * (1 + max(map(len, self._which)) - len(row)) for row in self._which], device=attention.device
+        )
+        owner = table.gather(1, layout.span)
+        return scores.gather(2, columns[:, None].expand(-1, groups, -1)).gather(1, owner[:, None])[:, 0], owner
+
+    def compress(self, hidden: torch.Tensor, attention: torch.Tensor) -> tuple[torch.Tensor, Shortened, Compressed]:
+        """Shorten the stage behind a compression layer.
+
+        Args:
+            hidden: (B, S, D) what leaves the layer.
+            attention: (B, R, S) the probe's answer for the columns of this call.
+
+        Returns:
+            the new hidden states (B, S', D), how their columns come from the old ones, and the compression step itself.
+        """
+        device = hidden.device
+        # A row without visual tokens takes part with one column that is put back untouched.
+        spans = [row or [1] for row in self.span_lengths]
+        layout = Layout.build(spans, self.compression.ratio, self.compression.rounding, device)
+        columns = self._columns(layout.tokens)
+        importance, owner = self._importance(attention, columns, layout)
+        visual = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+        step = compress_layout(visual, importance, self.compression, layout, owner, self.keys)
+        shortened, place = self._shorten(columns, step)
+        new_hidden = shortened.gather(hidden)
+        if self.compression.merge != "drop":
+            new_hidden = self._put(new_hidden, step, place)
+        return new_hidden, shortened, step
+
+    def _shorten(self, columns: torch.Tensor, step: Compressed) -> tuple[Shortened, torch.Tensor]:
+        """Drop the non-target columns, make room for compensation tokens, move everything that is kept per column."""
+        batch, length = self.spans.shape
+        device = self.spans.device
+        layout = step.layout
+        removed = [n - k for n, k in zip(layout.lengths, layout.target_counts)]
+        lengths = [n - r + bool(c) for n, r, c in zip(self.row_lengths, removed, step.compensated)]
+        width = max(lengths)
+        extra = torch.tensor([int(c) for c in step.compensated], device=device)[:, None]
+        seeing = torch.tensor([bool(row) for row in self.span_lengths], device=device)[:, None]
+
+        keep = torch.ones_like(self.spans, dtype=torch.bool) if self.mask is None else self.mask.clone()
+        chosen = torch.zeros_like(layout.valid).scatter(1, step.targets, layout.target_valid)
+        current = keep.gather(1, columns)
+        keep = keep.scatter(1, columns, torch.where(layout.valid, chosen & current, current))
+        last_visual = columns.gather(1, torch.tensor([[n - 1] for n in layout.lengths], device=device))
+
+        rank = keep.cumsum(1)
+        shift = torch.tensor([width - n if self.pads_left else 0 for n in lengths], device=device)[:, None]
+        after = torch.arange(length, device=device) > last_visual
+        place = rank - 1 + shift + extra * after  # where a kept column goes; for a dropped one, the last kept before it
+        # A padded column stays the column it is, so that a step that removes nothing changes nothing.
+        source = torch.arange(width + 1, device=device).clamp(max=length - 1).repeat(batch, 1)
+        source = source.scatter(1, torch.where(keep, place, width), torch.arange(length, device=device).expand(batch, -1))
+        compensation = torch.where(extra > 0, rank.gather(1, last_visual) + shift, width)
+        source = source.scatter(1, compensation, last_visual)[:, :width].contiguous()
+
+        new_columns = torch.arange(width, device=device)
+        ends = torch.tensor(lengths, device=device)[:, None]
+        mask = new_columns >= width - ends if self.pads_left else new_columns < ends
+        if min(lengths) == width:
+            mask = None
+        shortened = Shortened(source, mask)
+        is_compensation = new_columns == compensation
+        spans = shortened.gather(self.spans).masked_fill(is_compensation, 0)
+        self.spans = spans if mask is None else spans.masked_fill(~mask, 0)
+        if self.labels is not None:
+            labels = shortened.gather(self.labels).masked_fill(is_compensation, IGNORE_INDEX)
+            self.labels = labels if mask is None else labels.masked_fill(~mask, IGNORE_INDEX)
+        self.queries = place.gather(1, self.queries).clamp(min=0)
+        self.mask, self.row_lengths = mask, lengths
+        self.span_lengths = [list(k) if n else [] for k, n in zip(layout.keeps, self.span_lengths)]
+        self.counts.append([sum(row) for row in self.span_lengths])
+        self.compensated.append(step.compensated)
+        slots = place.gather(1, columns.gather(1, step.targets)).masked_fill(~seeing, width)
+        if any(step.compensated):
+            slots = torch.cat([slots, compensation], 1)
+        return shortened, slots.masked_fill(~step.mask, width)
+
+    @staticmethod
+    def _put(hidden: torch.Tensor, step: Compressed, place: torch.Tensor) -> torch.Tensor:
+        """Write the merged tokens (B, T[+1], D) into their columns ``place`` (B, T[+1]); a slot with column S' is empty."""
+        roomy = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
+        return roomy.scatter(1, place[..., None].expand(-1, -1, hidden.shape[-1]), step.tokens)[:, :-1]
