@@ -1,0 +1,66 @@
+"""The CLIP vision tower: pixels in, the features of one hidden layer out."""
+
+import torch
+from torch import nn
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+
+class CLIPVisionTower(nn.Module):
+    """A CLIP ViT whose hidden layer ``mm_vision_select_layer`` gives the visual tokens.
+
+    With ``delay_load`` only the configuration is read; :meth:`load_model` brings the weights. The parameters are frozen on
+    loading; ``vision_tower.requires_grad_(True)`` makes them trainable.
+    """
+
+    def __init__(self, vision_tower: str, args, delay_load: bool = False):
+        super().__init__()
+        self.vision_tower_name = vision_tower
+        self.select_layer = args.mm_vision_select_layer
+        self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
+        if self.select_feature not in ("patch", "cls_patch"):
+            raise ValueError(f"mm_vision_select_feature {self.select_feature!r} is unknown; use 'patch' or 'cls_patch'")
+        self.is_loaded = False
+        if delay_load:
+            self.cfg_only = CLIPVisionConfig.from_pretrained(vision_tower)
+        else:
+            self.load_model()
+
+    def load_model(self, device_map=None) -> None:
+        """Read the image processor and the weights from ``vision_tower_name`` (a folder or a hub name)."""
+        if self.is_loaded:
+            return
+        self.image_processor = CLIPImageProcessor.from_pretrained(self.vision_tower_name)
+        self.vision_tower = CLIPVisionModel.from_pretrained(self.vision_tower_name, device_map=device_map)
+        self.vision_tower.requires_grad_(False)
+        self.is_loaded = True
+
+    def forward(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        """(B, 3, H, W) pixels to (B, N, mm_hidden_size) features in the pixels' dtype; a list of (3, H, W) to a list of (1, N, ·)."""
+        if isinstance(images, list):
+            return [self(image[None]) for image in images]
+        hidden = self.vision_tower(images.to(self.device, self.dtype), output_hidden_states=True).hidden_states[self.select_layer]
+        return (hidden[:, 1:] if self.select_feature == "patch" else hidden).to(images.dtype)
+
+    @property
+    def config(self) -> CLIPVisionConfig:
+        return self.vision_tower.config if self.is_loaded else self.cfg_only
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_patches_per_side**2
