@@ -1,4 +1,4 @@
-"""Compression for stock Hugging Face models: ``with libra.attach(model, compression):``. One instance is touched, and given back."""
+"""Compression for stock Hugging Face models: ``with libra.attach(model, compression):`` touches one instance alone."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from . import hybrid
 from .config import Compression
-from .flops import model_flops
 from .passage import Passage
 from .registry import ModelSpec
 
@@ -65,18 +63,23 @@ class Attachment:
         if family is None:
             raise ValueError(f"libra.attach does not support {type(model).__name__}; it supports {', '.join(FAMILIES)}")
         decoder = model.get_submodule(family.decoder)
+        if isinstance(decoder, CompressedDecoder):
+            raise ValueError("a compression is attached to this model already; detach it first")
         if type(decoder).__name__ not in DECODERS:
-            if isinstance(decoder, CompressedDecoder):
-                raise ValueError("a compression is attached to this model already; detach it first")
-            raise ValueError(f"libra.attach does not support {type(decoder).__name__} decoders; it supports {', '.join(DECODERS)}")
+            name = type(decoder).__name__
+            raise ValueError(f"libra.attach does not support {name} decoders; it supports {', '.join(DECODERS)}")
         if getattr(decoder.config, "use_sliding_window", True) and getattr(decoder.config, "sliding_window", None) is not None:
-            raise ValueError("libra.attach does not support sliding-window attention yet; set sliding_window to None if the prompt fits it")
+            raise ValueError(
+                "libra.attach does not support sliding windows; set sliding_window to None if prompts and answers fit into it"
+            )
         compression.check_layers(decoder.config.num_hidden_layers)
         self.model, self.compression, self._decoder = model, compression, decoder
         self._token_ids = [getattr(model.config, name) for name in family.token_ids]
         self._plain_class, self._attention = type(decoder), decoder.config._attn_implementation
         self._labels = None
-        decoder.__class__ = type(f"Compressed{self._plain_class.__name__}", (CompressedDecoder, self._plain_class), {})
+        # Under the plain class's own name, by which transformers knows how to record hidden states and attentions.
+        names = {name: getattr(self._plain_class, name) for name in ("__module__", "__qualname__")}
+        decoder.__class__ = type(self._plain_class.__name__, (CompressedDecoder, self._plain_class), names)
         decoder.compression, decoder.last_stats, decoder.last_labels = compression, None, None
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -87,18 +90,23 @@ class Attachment:
         """Tell the decoder which columns are visual tokens, and take the labels aside: they become shorter."""
         input_ids = args[0] if args else kwargs.get("input_ids")
         if input_ids is None:
-            if kwargs.get("pixel_values") is not None or kwargs.get("inputs_embeds") is not None and kwargs["inputs_embeds"].shape[1] > 1:
+            embeds = kwargs.get("inputs_embeds")
+            if kwargs.get("pixel_values") is not None or embeds is not None and embeds.shape[1] > 1:
                 raise ValueError("libra.attach needs input_ids: embeddings do not tell which columns are visual tokens")
             return None
         self._labels = kwargs.pop("labels", None)
         visual = torch.isin(input_ids, torch.tensor(self._token_ids, device=input_ids.device))
+        if input_ids.shape[1] == 1 and kwargs.get("past_key_values") is not None:
+            visual = torch.zeros_like(visual)  # the model itself may say a placeholder's id
         places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2:
             valid = mask[:, -input_ids.shape[1] :].long()
             places = valid.cumsum(1) * valid
             if kwargs.get("past_key_values") is not None and bool((valid[:, -1] == 0).any()):
-                raise ValueError("prompts are padded on the right; generate needs them on the left: set processor.tokenizer.padding_side")
+                raise ValueError(
+                    "the prompts are padded on the right; generate needs processor.tokenizer.padding_side = 'left'"
+                )
         kwargs["libra_inputs"] = {
             "visual": visual, "labels": self._labels, "keys": (input_ids * places * ~visual).sum(1),
         }
@@ -123,6 +131,8 @@ class Attachment:
         stats = self._decoder.last_stats
         if stats is None:
             return None
+        from .flops import model_flops  # here, so that `python -m libra.flops` finds its module not yet imported
+
         config = self._decoder.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         spec = ModelSpec(

@@ -70,7 +70,7 @@ class StagedCache(DynamicCache):
         self._to_stages(lambda x: x[indices])
 
     def crop(self, max_length: int):
-        """Drop the newest tokens: all but the first ``max_length`` as layer 0 counts them, or ``-max_length`` of them if negative."""
+        """Drop the newest tokens: all but the first ``max_length`` (layer 0 counts), or ``-max_length`` of them if negative."""
         excess = self.get_seq_length(0) - max_length if max_length >= 0 else -max_length
         if excess <= 0:
             return

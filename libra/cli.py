@@ -6,7 +6,7 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, `error: …`, with exit status 2; the epilog (examples) keeps its line breaks.
+    """An argument parser whose errors are one line, `error: …`, with exit status 2; the epilog keeps its line breaks.
 
     A main catches its own ValueErrors and hands their sentence to `error`, so nobody sees a traceback.
     """

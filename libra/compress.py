@@ -116,7 +116,7 @@ def compress(
         importance: (B, N) attention α of the score row on them (eq. 4); no gradient flows through it.
         c: what to do; ``c.layers`` is not looked at.
         lengths: (B,) visual tokens of each row; all N where None.
-        spans: for each row the lengths of its contiguous runs of visual tokens, which sum to the row's length; one run where None.
+        spans: for each row the lengths of its contiguous runs of visual tokens; they sum to its length. One run where None.
 
     Raises:
         ValueError: if shapes, lengths and spans do not agree, or a row has no visual token.

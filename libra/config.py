@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from .methods import DEFAULTS, MERGES, METHODS, SELECTS
+from .methods import DEFAULTS, METHODS
 
 IMPORTANCES = ("last", "mean")
 SCORE_LAYERS = ("same", "next")
@@ -20,8 +20,6 @@ ROUNDINGS = ("round", "floor", "ceil")
 
 _CHOICES = {
     "method": tuple(METHODS),
-    "select": SELECTS,
-    "merge": MERGES,
     "importance": IMPORTANCES,
     "score_layer": SCORE_LAYERS,
     "positions": POSITIONS,
@@ -39,13 +37,15 @@ class Compression:
 
     method: a name of `libra.methods.METHODS`; it sets select and merge (PyramidDrop also score_layer, positions and
         rounding), and a key given beside it overrides it. Without a method: intervals and igm, the paper's.
-    select: who is a target (§3.2): intervals | topk | random | information.
-    merge: what becomes of the rest (§3.3): drop | average | igm | igm-pos (all merge) | igm-neg (none merges).
+    select: who is a target (§3.2): intervals | topk | random | information, or a name of `libra.register_select`.
+    merge: what becomes of the rest (§3.3): drop | average | igm | igm-pos (all merge) | igm-neg (none merges), or a name of
+        `libra.register_merge`.
     layers: compress after each of these 0-based layers; kept as a sorted tuple. Empty: nothing is compressed.
     ratio: R, the fraction removed at each of them, in [0, 1); a text like "2/3" is that fraction.
     tau: τ, the similarity above which a token merges (igm only). eta: η of eq. 6's softmax, "mean" (of α) or a positive number.
-    importance: α is the attention row of the last prompt token ("last", eq. 4), or the "mean" over the text tokens after the image.
-    score_layer: α from the "same" layer's query and keys, or the "next" layer's. positions: "original" position ids, or "compact".
+    importance: α is the attention row of the last prompt token ("last", eq. 4), or the "mean" over the text after the image.
+    score_layer: α from the "same" layer's query and keys, or the "next" layer's.
+    positions: "original" position ids, or "compact" (renumbered).
     rounding: of (1-R)·N to whole tokens, round | floor | ceil. information_weight: λ of Turbo's information degree.
     seed: of select random.
 
@@ -74,15 +74,14 @@ class Compression:
         for key, value in _expand(self.method).items():
             if key not in given:
                 object.__setattr__(self, key, value)
-        for key in _CHOICES:
-            if key != "method":
-                _choice(key, getattr(self, key))
+        for key in ("select", "merge", "importance", "score_layer", "positions", "rounding"):
+            _choice(key, getattr(self, key))
         for key, value in (
             ("layers", _layers(self.layers)),
             ("ratio", _ratio(self.ratio)),
             ("tau", _number("tau", self.tau, lambda v: -1 <= v <= 1, "a number in [-1, 1]")),
             ("eta", _eta(self.eta)),
-            ("information_weight", _number("information_weight", self.information_weight, lambda v: v >= 0, "a number from 0 up")),
+            ("information_weight", _number("information_weight", self.information_weight, lambda v: v >= 0, "0 or more")),
             ("seed", _whole("seed", self.seed)),
         ):
             object.__setattr__(self, key, value)
@@ -148,15 +147,16 @@ class Compression:
         if self.method == "vanilla":
             return {name: "method vanilla compresses nothing" for name in _NAMES if name != "method"}
         idle = {}
-        if self.merge != "igm":
+        # Only the merges and selects of this package: one that a user registers may read any key.
+        if self.merge in ("drop", "average", "igm-pos", "igm-neg"):
             idle["tau"] = f"it belongs to merge igm, and merge is {self.merge}"
         if self.merge in ("drop", "average"):
             idle["eta"] = f"it belongs to the igm merges, and merge is {self.merge}"
-        if self.select != "information":
+        if self.select in ("intervals", "topk", "random"):
             idle["information_weight"] = f"it belongs to select information, and select is {self.select}"
-        if self.select != "random":
+        if self.select in ("intervals", "topk", "information"):
             idle["seed"] = f"it belongs to select random, and select is {self.select}"
-        elif self.merge in ("drop", "average"):
+        if self.select == "random" and self.merge in ("drop", "average"):
             # Neither the choice nor the merge reads α, so how α is made is moot.
             idle["importance"] = idle["score_layer"] = f"select random with merge {self.merge} uses no importance"
         return idle
@@ -173,7 +173,7 @@ class Row:
     model: str
     compression: Compression
     tasks: list[str] = field(default_factory=list)
-    paper: dict[str, Any] = field(default_factory=dict)
+    paper: dict[str, float] = field(default_factory=dict)
     name: str = ""
     path: str = ""
 
@@ -197,7 +197,7 @@ class Row:
             if not isinstance(paper, dict):
                 raise ConfigError(f"paper: {_show(paper)} is not a mapping; write for example {{table: 1, flops: 1.78}}")
             for key, value in paper.items():
-                if not isinstance(key, str) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
+                if not isinstance(key, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise ConfigError(f"paper: {_show(key)}: {_show(value)} is not a figure; write a name and a number")
         except ConfigError as error:
             raise _at(source, error) from None
@@ -246,7 +246,7 @@ def _load(path: str | Path) -> dict[str, Any]:
 def _block(mapping: Any, source: str) -> Compression:
     """A file's compression keys; unlike a dictionary's, its list of layers is not allowed to be empty."""
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{source}: compression: {_show(mapping)} is not a mapping; write {{method: …, layers: […], ratio: …}}")
+        raise ConfigError(f"{source}: compression: {_show(mapping)} is not a mapping; write {{method: …, layers: […]}}")
     compression = Compression.from_dict(mapping, source)
     if not compression.layers and compression.method != "vanilla":
         raise ConfigError(f"{source}: {_NO_LAYERS}")
@@ -287,9 +287,12 @@ def _keys(what: str, mapping: Mapping[Any, Any], known: tuple[str, ...]) -> None
 
 
 def _choice(key: str, value: Any) -> None:
-    if not isinstance(value, str) or value not in _CHOICES[key]:
-        hint = did_you_mean(str(value), _CHOICES[key])
-        raise ConfigError(f"{key}: {_show(value)} is unknown;{hint} use one of {', '.join(_CHOICES[key])}")
+    # The registries are asked each time, for users add to them; they import this module, hence not at the top.
+    from . import merge, select
+
+    known = {"select": select.SELECTORS, "merge": merge.MERGERS}.get(key) or _CHOICES[key]
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"{key}: {_show(value)} is unknown;{did_you_mean(str(value), known)} use one of {', '.join(known)}")
 
 
 def _is_whole(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from . import schedule
@@ -94,22 +94,25 @@ def report(row: Row, visual_tokens: int | None = None) -> dict:
         "vanilla_flops": vanilla.total,
         **views,
         "paper": paper,
-        "notes": _notes(spec, c, views["nominal"]["ratio"], paper, visual_tokens is None),
+        "notes": _notes(spec, c, sequences, views["nominal"]["ratio"], paper, visual_tokens is None),
     }
 
 
-def _notes(spec: ModelSpec, c: Compression, ratio: float, paper: dict, own_tokens: bool) -> list[str]:
+def _notes(spec: ModelSpec, c: Compression, sequences: Sequence[int], ratio: float, paper: dict, own_tokens: bool) -> list[str]:
     notes = [
-        "multiply-accumulates of the visual tokens in the decoder (§4.1); text, vision tower and compensation tokens are not counted.",
+        "multiply-accumulates of the visual tokens in the decoder (§4.1), without text, vision tower and compensation tokens.",
         "nominal is N·(1-R)^k as a real number, which gives the paper's figures; actual is whole tokens, what a run computes.",
     ]
     if c.layers:
         notes.append("compression after layer L: layers 0 to L run on the longer sequence, the next ones on the shorter.")
     if spec.note and own_tokens:
         notes.append(spec.note)
-    if c.method == "fastv" and len(c.layers) == 1:
+    if c.method == "fastv" and len(c.layers) == 1 and c.layers[0] > 0:
+        k = c.layers[0]
+        earlier = cost(spec, replace(c, layers=(k - 1,)), sequences).total
         notes.append(
-            f"FastV's own K prunes the input of layer K by the scores of layer K-1: layers [{c.layers[0]}] is its K={c.layers[0] + 1}."
+            f"FastV's own K={k} prunes the input of layer {k} by the scores of layer {k - 1}: "
+            f"layers [{k - 1}] here, {_total(earlier)}."
         )
     if "percent" in paper and paper["percent"] != round(100 * ratio):
         notes.append(f"the paper prints {paper['percent']}%; its formula gives {100 * ratio:.1f}%.")
@@ -125,23 +128,24 @@ def table(data: dict) -> str:
         f"compression    {_describe(c)}",
         f"visual tokens  {_sequences(data['visual_tokens'])}",
         "",
-        f"{'':22}{'nominal':>18}{'':8}{'actual':>10}",
+        f"{'':22}{'nominal':>18}{'':8}{'actual':>18}",
         f"{'layers':<22}{'tokens':>9}{'GFLOPs':>9}{'':8}{'tokens':>9}{'GFLOPs':>9}   (of one layer)",
     ]
     columns = zip(*(view[key] for view in (nominal, actual) for key in ("tokens_per_layer", "flops_per_layer")), strict=True)
     for values, run in groupby(enumerate(columns), key=lambda item: item[1]):
-        first, *_, last = (layer for layer, _ in [*run] * 2)
+        numbers = [layer for layer, _ in run]
         tokens, flops, whole, whole_flops = values
-        name = f"{first}-{last}" if last > first else str(first)
-        lines.append(f"{name:<22}{_number(tokens):>9}{flops / 1e9:>9.2f}{'':8}{whole:>9}{whole_flops / 1e9:>9.2f}")
+        name = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+        lines.append(f"{name:<22}{_number(tokens):>9}{_giga(flops):>9}{'':8}{whole:>9}{_giga(whole_flops):>9}")
     lines.append("")
     paper = data["paper"]
-    for name, key, show, printed in (
-        ("total", "flops", _total, _total(paper["flops"] * 1e12) if "flops" in paper else ""),
-        ("ratio to vanilla", "ratio", lambda ratio: f"{100 * ratio:.0f}%", f"{paper['percent']}%" if "percent" in paper else ""),
-        ("average tokens kept", "average_tokens", lambda tokens: f"{tokens:.0f}", ""),
+    source = f"the paper's Table {paper['table']}" if "table" in paper else "the paper"
+    for name, key, show, figure, printed in (
+        ("total", "flops", _total, "flops", "{:.2f} T".format),
+        ("ratio to vanilla", "ratio", "{:.0%}".format, "percent", "{:.0f}%".format),
+        ("average tokens kept", "average_tokens", "{:.0f}".format, "", str),
     ):
-        beside = f"   (Table {paper['table']}: {printed})" if printed and "table" in paper else ""
+        beside = f"   ({source}: {printed(paper[figure])})" if figure in paper else ""
         lines.append(f"{name:<22}{show(nominal[key]):>18}{'':8}{show(actual[key]):>18}{beside}")
     return "\n".join([*lines, "", *(f"note: {note}" for note in data["notes"])])
 
@@ -150,8 +154,8 @@ def _describe(c: dict) -> str:
     if not c.get("layers"):
         return "none (vanilla)"
     name = f"{c['method']}: " if "method" in c else ""
-    layers = ", ".join(map(str, c["layers"]))
-    return f"{name}select {c['select']}, merge {c['merge']}, ratio {c['ratio']:.4g}, after layers {layers}"
+    layers = f"layer{'s' if len(c['layers']) > 1 else ''} {', '.join(map(str, c['layers']))}"
+    return f"{name}select {c['select']}, merge {c['merge']}, ratio {c['ratio']:.4g}, after {layers}"
 
 
 def _sequences(lengths: list[int]) -> str:
@@ -162,6 +166,10 @@ def _sequences(lengths: list[int]) -> str:
 
 def _number(tokens: float) -> str:
     return f"{tokens:.2f}".rstrip("0").rstrip(".")
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:.2f}" if flops >= 1e9 else f"{flops / 1e9:.4f}"
 
 
 def _total(flops: float) -> str:

@@ -1,7 +1,7 @@
 """Hybrid attention (§4.4): everybody attends as before, and at a compression layer one score row is computed beside it.
 
-transformers hands every attention function the finished queries and keys, and passes unknown keyword arguments through a decoder
-layer down to it. A :class:`Probe` travels that way to the compression layers alone; without one the wrappers do nothing.
+transformers hands every attention function the finished queries and keys, and passes unknown keyword arguments through a
+decoder layer down to it. A :class:`Probe` travels that way to the compression layers; without one the wrappers do nothing.
 """
 
 import sys
@@ -72,7 +72,7 @@ def enable(config) -> None:
 def next_layer_attention(layer, hidden: torch.Tensor, position_embeddings, probe: Probe, past_keys=None) -> None:
     """Answer ``probe`` with the projections of the layer that comes next, as PyramidDrop scores.
 
-    ``hidden`` (B, S, D) leaves the compression layer; ``position_embeddings`` are the cosine and sine tables (B or 1, S, head_dim);
+    ``hidden`` (B, S, D) leaves the compression layer; ``position_embeddings`` are cosines and sines (B or 1, S, head_dim);
     ``past_keys`` (B, H_kv, P, head_dim) are the keys that the next layer already holds.
     """
     attention = layer.self_attn

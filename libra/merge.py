@@ -23,7 +23,8 @@ NOWHERE = -1  # the group of a dropped token
 class Matches:
     """What a merger may look at.
 
-    ``hidden`` (B, N, D), ``pull`` (B, N) float32 = α/η, ``is_target`` (B, N) bool, ``targets`` (B, T) their numbers, ``layout``.
+    ``hidden`` (B, N, D), ``pull`` (B, N) float32 = α/η, ``is_target`` (B, N) bool, ``targets`` (B, T) their numbers, and the
+    ``layout`` of the spans.
     """
 
     hidden: torch.Tensor
@@ -48,7 +49,7 @@ class Matches:
     def nearest(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Eq. 5: each token's highest cosine similarity to a target of its span, and that target's slot, both (B, N).
 
-        Float32; ties go to the first target; a target is nearest to itself, with similarity 1. Only targets × non-targets is built.
+        Float32; ties go to the first target; a target is nearest to itself, at similarity 1. Only targets × the rest is built.
         """
         layout, hidden = self.layout, self.hidden.detach()
         similarity = torch.ones_like(self.pull)
@@ -82,8 +83,8 @@ MERGERS: dict[str, Merger] = {}
 def register_merge(name: str) -> Callable[[Merger], Merger]:
     """Make a merger usable as ``merge: name`` in every configuration.
 
-    It returns, both (B, N): the output slot of each token (:data:`NOWHERE`, a target's slot or ``matches.compensation``) and the
-    logit of its weight there; weights are the softmax of the logits within a slot.
+    It returns, both (B, N): the output slot of each token (:data:`NOWHERE`, a target's slot or ``matches.compensation``) and
+    the logit of its weight there; weights are the softmax of the logits within a slot.
     """
 
     def add(function: Merger) -> Merger:
@@ -107,7 +108,7 @@ def average(matches: Matches, c: "Compression"):
 
 @register_merge("igm")
 def igm(matches: Matches, c: "Compression"):
-    """Importance-informed grouped merging (eqs. 5–7): the positive set joins its targets, the negative set the compensation token."""
+    """Importance-informed grouped merging (§3.3): positive tokens join targets, negative ones the compensation token."""
     similarity, slot = matches.nearest
     positive = matches.is_target | (similarity > c.tau)
     return torch.where(positive, slot, matches.compensation), matches.pull
@@ -126,7 +127,7 @@ def igm_neg(matches: Matches, c: "Compression"):
 
 
 def group_softmax(logits: torch.Tensor, groups: torch.Tensor, slots: int) -> torch.Tensor:
-    """Softmax of ``logits`` (B, N) within each of ``slots`` groups; ``groups`` holds slot numbers, :data:`NOWHERE` gets weight 0."""
+    """Softmax of ``logits`` (B, N) within each of ``slots`` groups; a token whose group is :data:`NOWHERE` gets weight 0."""
     index = torch.where(groups == NOWHERE, slots, groups)
     shape = (len(logits), slots + 1)
     top = logits.new_full(shape, -torch.inf).scatter_reduce(1, index, logits, "amax")

@@ -5,9 +5,6 @@ The layers and the ratio are the row's own (`configs/`); a key written beside `m
 
 from dataclasses import dataclass, field
 
-SELECTS = ("intervals", "topk", "random", "information")
-MERGES = ("drop", "average", "igm", "igm-pos", "igm-neg")
-
 # What a compression without a method is: the paper's own choice, read as docs/method.md says.
 DEFAULTS = {"select": "intervals", "merge": "igm", "score_layer": "same", "positions": "original", "rounding": "round"}
 
@@ -43,7 +40,9 @@ METHODS = {
         "§3.2 without §3.3",
         {"select": "intervals", "merge": "drop"},
     ),
-    "random": Method("tokens drawn at random; the rest is dropped (a control)", "not in the paper", {"select": "random", "merge": "drop"}),
+    "random": Method(
+        "tokens drawn at random; the rest is dropped (a control)", "not in the paper", {"select": "random", "merge": "drop"}
+    ),
     "pyramiddrop": Method(
         "the most important tokens by the next layer's query and keys; the rest is dropped, positions are renumbered",
         "not in the paper (PyramidDrop)",

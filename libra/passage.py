@@ -25,7 +25,7 @@ class Passage:
         compression: None or one without layers leaves everything as the plain model does it.
         inputs_embeds: (B, S, D).
         attention_mask: (B, past + S) with 0 for padding, or None; a ready 4D mask only without compression.
-        position_ids: (B or 1, S), or more leading dimensions for multi-axis rotary embeddings; None counts from the cache's length.
+        position_ids: (B or 1, S), or more leading dimensions for multi-axis rotary embeddings; None counts on from the cache.
         cache: the KV cache or None.
         visual: (B, S) bool, the columns of visual tokens; None or none: nothing is compressed in this call.
         labels, score_columns, keys: see :class:`VisualTokenStream`.
@@ -42,16 +42,19 @@ class Passage:
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         self._positions = position_ids
         self._rotary = decoder.rotary_emb(inputs_embeds, position_ids)
+        self._first: torch.Tensor | None = None  # (B, 1), the position of each row's first column, where they are compact
         self.stream: VisualTokenStream | None = None
         if self.compression is None:
             self._mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, 0)
             return
 
-        self._check(attention_mask)
+        self.compression.check_layers(decoder.config.num_hidden_layers)
         hybrid.enable(decoder.config)
         starts = [0, *(layer + 1 for layer in self.compression.layers)]
         used_before = past > 0 and not isinstance(cache, StagedCache)
         self._stages = [Stage(start) for start in starts] if cache is None else StagedCache.adopt(cache, starts).stages
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("compression needs a 2D attention mask (batch, tokens): a ready 4D mask cannot be shortened")
         if used_before and attention_mask is not None:
             for stage in self._stages:  # filled without compression: all layers hold the same keys
                 stage.mask = attention_mask[:, :past].bool()
@@ -62,11 +65,6 @@ class Passage:
         elif inputs_embeds.shape[1] == 1 and self._stages[0].mask is None:
             self._new_mask = None  # a decoding step adds a valid token to every row
         self._enter(0, inputs_embeds)
-
-    def _check(self, attention_mask) -> None:
-        self.compression.check_layers(self.decoder.config.num_hidden_layers)
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError("compression needs a 2D attention mask (batch, tokens): a ready 4D mask cannot be shortened")
 
     def _causal_mask(self, hidden, mask, position_ids, layer: int):
         return create_causal_mask(
@@ -79,31 +77,39 @@ class Passage:
         self._number, stage = number, self._stages[number]
         if stage.first_layer == self.decoder.config.num_hidden_layers:
             return  # compressed behind the last layer: nobody is left to attend
-        self._past = 0 if self.cache is None else self.cache.get_seq_length(stage.first_layer)
-        if stage.mask is not None or self._new_mask is not None:
-            batch, length, device = *hidden.shape[:2], hidden.device
-            whole = [torch.ones(batch, n, dtype=torch.bool, device=device) for n in (self._past, length)]
-            parts = [ones if mask is None else mask for ones, mask in zip(whole, (stage.mask, self._new_mask))]
-            stage.mask = torch.cat(parts, 1)
+        stage.mask = self._key_mask(stage, hidden)
         # No position ids: their gaps would be taken for packed sequences.
         self._mask = self._causal_mask(hidden, stage.mask, None, stage.first_layer)
         if self.compression.positions == "compact":
             self._renumber(stage, hidden)
 
+    def _key_mask(self, stage: Stage, hidden: torch.Tensor) -> torch.Tensor | None:
+        """(B, K) for the keys that a stage's layers hold and this call's columns; None if no row has padding."""
+        if stage.mask is None and self._new_mask is None:
+            return None
+        past = 0 if self.cache is None else self.cache.get_seq_length(stage.first_layer)
+        whole = [torch.ones(len(hidden), n, dtype=torch.bool, device=hidden.device) for n in (past, hidden.shape[1])]
+        return torch.cat([ones if mask is None else mask for ones, mask in zip(whole, (stage.mask, self._new_mask))], 1)
+
     def _renumber(self, stage: Stage, hidden: torch.Tensor) -> None:
         """Compact positions: a stage counts its own columns on from where it stood, and remembers how far it fell behind."""
+        positions = self._compact_positions(stage, hidden)
+        if self.stream is not None:
+            original = self._positions.expand(len(hidden), -1)
+            valid = torch.ones_like(original, dtype=torch.bool) if self._new_mask is None else self._new_mask
+            last = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1).amax(1, keepdim=True)
+            stage.shift = (original - positions).gather(1, last)
+        self._rotary = self.decoder.rotary_emb(hidden, positions)
+
+    def _compact_positions(self, stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
         original = self._positions.expand(len(hidden), -1)
         behind = 0 if stage.shift is None else stage.shift
         if self.stream is None:
-            positions = original - behind
-        else:
-            valid = torch.ones_like(original) if self._new_mask is None else self._new_mask.long()
-            first = valid.argmax(1, keepdim=True)
-            rank = (valid.cumsum(1) - 1).clamp(min=0)
-            positions = original.gather(1, first) - behind + rank
-            last = torch.where(valid.bool(), torch.arange(valid.shape[1], device=valid.device), -1).amax(1, keepdim=True)
-            stage.shift = (original - positions).gather(1, last)
-        self._rotary = self.decoder.rotary_emb(hidden, positions)
+            return original - behind
+        valid = torch.ones_like(original) if self._new_mask is None else self._new_mask.long()
+        if self._first is None:  # of the whole call: a later stage may have lost its first columns
+            self._first = original.gather(1, valid.argmax(1, keepdim=True))
+        return self._first - behind + (valid.cumsum(1) - 1).clamp(min=0)
 
     def inputs(self, layer: int) -> dict:
         """Keyword arguments of decoder layer ``layer``: mask, positions and, at a compression layer, the probe."""
@@ -124,7 +130,7 @@ class Passage:
         if self.stream is not None:
             if self.compression.score_layer == "next":
                 self._score_with(layer + 1, hidden)
-            hidden, shortened, _ = self.stream.compress(hidden, self._probe.attention[:, :, self._past :])
+            hidden, shortened, _ = self.stream.compress(hidden, self._probe.attention[:, :, -hidden.shape[1] :])
             self._rotary = tuple(shortened.gather(table) for table in self._rotary)
             self._positions = shortened.gather(self._positions, dim=-1)
             self._new_mask = shortened.mask
@@ -132,8 +138,14 @@ class Passage:
         return hidden
 
     def _score_with(self, layer: int, hidden: torch.Tensor) -> None:
-        past_keys = self.cache.layers[layer].keys if self._past else None
-        hybrid.next_layer_attention(self.decoder.layers[layer], hidden, self._rotary, self._probe, past_keys)
+        """Answer the probe with the next layer, whose keys of earlier calls are those of its own, shorter stage."""
+        stage, rotary, past_keys = self._stages[self._number + 1], self._rotary, None
+        if self.cache is not None and self.cache.get_seq_length(layer):
+            past_keys = self.cache.layers[layer].keys
+            if self.compression.positions == "compact":
+                rotary = self.decoder.rotary_emb(hidden, self._compact_positions(stage, hidden))
+        self._probe.key_mask = self._key_mask(stage, hidden)
+        hybrid.next_layer_attention(self.decoder.layers[layer], hidden, rotary, self._probe, past_keys)
 
     def stats(self) -> dict:
         """Visual tokens of each row at each layer, without compensation tokens, and the compensation tokens added behind it."""

@@ -24,7 +24,7 @@ def kept(n: int, ratio: float, rounding: str = "round") -> int:
     elif rounding == "ceil":
         whole = math.ceil(round(exact, 6))
     else:
-        raise ConfigError(f"rounding: {rounding!r} is unknown; use one of {', '.join(ROUNDINGS)}")
+        raise ConfigError(f"rounding: {rounding} is unknown; use one of {', '.join(ROUNDINGS)}")
     return min(n, max(1, whole))
 
 

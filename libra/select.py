@@ -87,7 +87,8 @@ def information(candidates: Candidates, c: "Compression") -> torch.Tensor:
     layout = candidates.layout
     unit = F.normalize(candidates.hidden.detach().float(), dim=-1)
     similarity = unit @ unit.transpose(1, 2)
-    other = (layout.span[:, :, None] == layout.span[:, None, :]) & ~torch.eye(layout.tokens, dtype=torch.bool, device=unit.device)
+    itself = torch.eye(layout.tokens, dtype=torch.bool, device=unit.device)
+    other = (layout.span[:, :, None] == layout.span[:, None, :]) & ~itself
     redundancy = similarity.masked_fill(~other, -torch.inf).amax(-1)
     relative = torch.nan_to_num(candidates.importance / candidates.importance_mean, nan=1.0)
     return top_of_span(c.information_weight * relative - redundancy, layout)
@@ -95,7 +96,7 @@ def information(candidates: Candidates, c: "Compression") -> torch.Tensor:
 
 @register_select("random")
 def random(candidates: Candidates, c: "Compression") -> torch.Tensor:
-    """A pseudo-random choice that depends on the seed, the row's key and the place alone: the same in any batch, on any device."""
+    """A pseudo-random choice that depends on seed, row key and place alone: the same in any batch, on any device."""
     layout = candidates.layout
     state = candidates.keys[:, None] * 1_000_003 + c.seed * 7_919 + layout.index + layout.tokens_of_row[:, None] * 104_729
     for _ in range(3):

@@ -35,8 +35,8 @@ class VisualTokenStream:
         visual: (B, S) bool, True at the columns of visual tokens; each contiguous run of them is a span.
         mask: (B, S), 0 for padding, which is all on the left or all on the right of a row; None if there is none.
         labels: (B, S) with -100 where nothing is supervised; None outside training.
-        score_columns: (B,) the column that scores each row's visual tokens. By default the last valid column or, with labels, for
-            each span the last column before the first answer that follows it.
+        score_columns: (B,) the column that scores each row's visual tokens. By default the last valid column or, with labels,
+            for each span the last column before the first answer that follows it.
         keys: (B,) integers for pseudo-random selection.
 
     Raises:
@@ -89,8 +89,9 @@ class VisualTokenStream:
         padded_left = any(entry[-2] > 0 for entry in summary)
         padded_right = any(entry[-1] < length - 1 for entry in summary)
         if padded_left and padded_right or any(entry[-3] != entry[-1] - entry[-2] + 1 for entry in summary):
-            raise ValueError("the attention mask has padding on both sides or inside a row; pad on the left or on the right only")
-        self.pads_left = padded_left
+            raise ValueError("the attention mask has padding on both sides or inside a row; pad on one side only")
+        # Rows of equal length may become unequal: for generation the last column has to stay each row's last prompt token.
+        self.pads_left = padded_left or not padded_right and self.labels is None
         if not (padded_left or padded_right):
             self.mask = None
         self.counts.append([sum(row) for row in self.span_lengths])
@@ -101,7 +102,9 @@ class VisualTokenStream:
         """The query columns (B, R) of the probes and the weights (B, G, R) that turn R attention rows into G score rows."""
         groups = max((len(row) for row in scorers), default=0)
         if self.compression.importance == "mean":
-            queries = [[list(range(end + 1, column + 1)) or [column] for column, end in zip(*pair)] for pair in zip(scorers, last_visual)]
+            queries = [
+                [list(range(end + 1, column + 1)) or [column] for column, end in zip(*row)] for row in zip(scorers, last_visual)
+            ]
         else:
             queries = [[[column] for column in row] for row in scorers]
         flat = [[(g, column, 1 / len(run)) for g, run in enumerate(row) for column in run] for row in queries]
