@@ -4,15 +4,20 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from libra import Compression
 
-from .language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from .language_model.llava_llama import LlavaLlamaForCausalLM
+from .language_model.llava_mistral import LlavaMistralForCausalLM
+from .language_model.videollama2 import Videollama2MistralForCausalLM
+
+_CLASSES = (LlavaLlamaForCausalLM, LlavaMistralForCausalLM, Videollama2MistralForCausalLM)
+MODELS = {model.config_class.model_type: model for model in _CLASSES}
 
 
 def _find_tower(name: str, checkpoint: str) -> str:
-    """A relative ``mm_vision_tower`` lies in the checkpoint's folder or beside it; otherwise it is a path or a hub name as it stands."""
+    """A relative ``mm_vision_tower`` lies in the checkpoint's folder or beside it; otherwise it is a path or a hub name."""
     for folder in (Path(checkpoint), Path(checkpoint).parent):
         if (folder / name / "config.json").is_file():
             return str(folder / name)
@@ -34,11 +39,11 @@ def load_pretrained_model(
     """Load tokenizer, model, image processor and context length, as the original's function of this name does.
 
     Args:
-        model_path: folder or hub name of a checkpoint of type ``llava_llama``.
+        model_path: folder or hub name of a checkpoint of type ``llava_llama``, ``llava_mistral`` or ``videollama2_mistral``.
         model_base, model_name: as in the original; a separate base model is not supported by this version.
         device: "cuda" or "cpu"; a device other than "cuda" takes the whole model.
         compression: applied from the first prompt on; ``model.set_compression`` changes it.
-        kwargs: more arguments for ``from_pretrained``, such as ``torch_dtype`` (float16 on a GPU and float32 on a CPU by default).
+        kwargs: more arguments for ``from_pretrained``, such as ``torch_dtype`` (float16 on a GPU, float32 on a CPU by default).
 
     Raises:
         ValueError: if the checkpoint is missing, incomplete, damaged or of another type.
@@ -56,24 +61,31 @@ def load_pretrained_model(
         )
     dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", torch.float16 if device == "cuda" else torch.float32))
     try:
-        config = LlavaConfig.from_pretrained(model_path)
-        if config.model_type != "llava_llama":
-            raise ValueError(f"{model_path} is a {config.model_type!r} checkpoint; this version loads 'llava_llama' ones")
+        settings, _ = PreTrainedConfig.get_config_dict(model_path)
+        kind = settings.get("model_type")
+        if kind not in MODELS:
+            raise ValueError(f"{model_path} is a {kind!r} checkpoint; the types that load are {', '.join(MODELS)}")
+        model_class = MODELS[kind]
+        config = model_class.config_class.from_pretrained(model_path)
         if not getattr(config, "mm_vision_tower", None):
             raise ValueError(f"{model_path}/config.json names no mm_vision_tower, so this is no LLaVA checkpoint")
         config.mm_vision_tower = _find_tower(config.mm_vision_tower, model_path)
         tokenizer = AutoTokenizer.from_pretrained(model_path)
-        model, info = LlavaLlamaForCausalLM.from_pretrained(
+        model, info = model_class.from_pretrained(
             model_path, config=config, dtype=dtype, device_map=device_map if device == "cuda" else {"": device},
             attn_implementation=attn_implementation, output_loading_info=True, **kwargs,
         )
-        tower = model.get_vision_tower()
+        tower, missing = model.get_vision_tower(), list(info["missing_keys"])
+        own = [key for key in missing if key.startswith("model.vision_tower.")]
+        if own and len(own) == len(list(tower.parameters())):  # the checkpoint has no tower, whatever its configuration says
+            missing, tower.is_loaded = [key for key in missing if key not in own], False
         tower.load_model()
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the checkpoint {model_path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    missing = [key for key in info["missing_keys"] if not key.startswith("model.vision_tower.")]
     if missing:
-        raise ValueError(f"the checkpoint {model_path} lacks {len(missing)} weights, {missing[0]!r} among them; download it again")
+        raise ValueError(
+            f"the checkpoint {model_path} lacks {len(missing)} weights, {missing[0]!r} among them; download it again"
+        )
     tower.to(device=model.device, dtype=dtype)
     model.eval()
     if compression is not None:

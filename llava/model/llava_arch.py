@@ -1,25 +1,29 @@
-"""What every LLaVA model shares, whatever its language model: vision tower, projector, and image features among text embeddings."""
+"""What every LLaVA model shares, whatever its language model: vision tower, projector, image features among text embeddings."""
 
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from libra import Compression
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from .anyres import MERGE_TYPES, arrange_tiles
 from .multimodal_encoder.builder import build_vision_tower
 from .multimodal_projector.builder import build_vision_projector
 
 
 class LlavaMetaModel:
-    """Mixed into a decoder: adds the vision tower and the projector that the configuration names."""
+    """Mixed into a decoder: adds the vision tower and the projector that the configuration names, and the newline of anyres."""
 
     def __init__(self, config):
         super().__init__(config)
         if getattr(config, "mm_vision_tower", None):
             self.vision_tower = build_vision_tower(config, delay_load=True)
             self.mm_projector = build_vision_projector(config)
+            if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
+                self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
 
     def get_vision_tower(self):
         return getattr(self, "vision_tower", None)
@@ -38,6 +42,13 @@ class Spliced:
 
 class LlavaMetaForCausalLM:
     """Mixed into a causal language model whose ``model`` is a :class:`LlavaMetaModel`."""
+
+    placeholders: tuple[int, ...] = (IMAGE_TOKEN_INDEX,)  # the token ids that visual tokens take the place of
+
+    @property
+    def length_limit(self) -> int | None:
+        """Text and visual tokens of a row; what is behind is cut."""
+        return getattr(self.config, "tokenizer_model_max_length", None)
 
     def get_model(self):
         return self.model
@@ -61,7 +72,7 @@ class LlavaMetaForCausalLM:
 
     @property
     def compression_stats(self) -> dict | None:
-        """Of the last prefill with visual tokens: ``visual_tokens`` and ``compensation_tokens``, [layer][row]; None before one."""
+        """``visual_tokens`` and ``compensation_tokens``, [layer][row], of the last prefill with images; None before it."""
         return self.model.last_stats
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -69,48 +80,81 @@ class LlavaMetaForCausalLM:
         return self.get_model().mm_projector(self.get_vision_tower()(images))
 
     def image_features(self, images, image_sizes=None) -> list[torch.Tensor]:
-        """The visual tokens (N_i, D) of each image; an entry of several pictures (n, 3, H, W) gives all their tokens in a row.
+        """The visual tokens (N_i, D) of each image; the pictures of an entry (n, 3, H, W) become one run of tokens.
 
-        ``images`` is (I, 3, H, W), (I, n, 3, H, W) or a list of (3, H, W) or (n, 3, H, W) tensors.
+        Args:
+            images: (I, 3, H, W), (I, n, 3, H, W) or a list of (3, H, W) or (n, 3, H, W) tensors.
+            image_sizes: (width, height) of each image in pixels, where the configuration's ``mm_patch_merge_type`` is spatial.
+
+        Raises:
+            ValueError: if sizes are missing or do not fit the pictures, or the configuration asks for another way of merging.
         """
         if isinstance(images, torch.Tensor) and images.ndim == 4:
             return list(self.encode_images(images))
         merge = getattr(self.config, "mm_patch_merge_type", "flat")
-        if merge != "flat":
-            raise ValueError(f"mm_patch_merge_type {merge!r} is not supported by this model class; use a checkpoint with 'flat'")
+        if merge not in MERGE_TYPES:
+            raise ValueError(
+                f"mm_patch_merge_type {merge!r} is unknown; use one of {', '.join(MERGE_TYPES)} in the checkpoint's config.json"
+            )
         groups = [image[None] if image.ndim == 3 else image for image in images]
-        tokens = self.encode_images(torch.cat(groups))
-        return [part.flatten(0, 1) for part in tokens.split([len(group) for group in groups])]
+        if merge != "flat" and any(len(group) > 1 for group in groups):
+            self._check_tiles(groups, image_sizes)
+        else:
+            image_sizes = [None] * len(groups)
+        tokens = self.encode_images(torch.cat(groups)).split([len(group) for group in groups])
+        pinpoints = getattr(self.config, "image_grid_pinpoints", None)
+        edge, newline = self.get_vision_tower().config.image_size, getattr(self.model, "image_newline", None)
+        return [arrange_tiles(part, merge, size, pinpoints, edge, newline) for part, size in zip(tokens, image_sizes)]
+
+    def _check_tiles(self, groups, image_sizes) -> None:
+        aspect = getattr(self.config, "image_aspect_ratio", None)
+        if aspect != "anyres":
+            raise ValueError(
+                f"images of several tiles need image_aspect_ratio 'anyres' in the checkpoint's config.json, not {aspect!r}"
+            )
+        if image_sizes is None or len(image_sizes) != len(groups):
+            given = "none" if image_sizes is None else len(image_sizes)
+            raise ValueError(
+                f"{len(groups)} images cut into tiles need as many image_sizes, each (width, height); {given} given"
+            )
+
+    def _held_places(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, S) bool, True at placeholders."""
+        return torch.isin(input_ids, torch.tensor(self.placeholders, device=input_ids.device))
 
     def splice(self, input_ids, attention_mask=None, labels=None, images=None, image_sizes=None, padding_side=None) -> Spliced:
         """Put the visual tokens in the place of every -200 and pad the rows anew.
 
         Args:
-            input_ids: (B, S) with -200 for an image; a row without one takes an (ignored) image off the list too.
+            input_ids: (B, S) with a placeholder for an image; a row without one takes an (ignored) image off the list too.
             attention_mask: (B, S), 0 for padding; None if there is none.
             padding_side: "left" or "right"; the configuration's ``tokenizer_padding_side`` where None.
 
-        Rows longer than the configuration's ``tokenizer_model_max_length`` are cut.
+        Rows longer than :attr:`length_limit` are cut.
 
         Raises:
-            ValueError: if there are more places for images than images.
+            ValueError: if there are more places for images than images, or ids that are neither tokens nor placeholders.
         """
         features = self.image_features(images, image_sizes)
-        needed = int((input_ids == IMAGE_TOKEN_INDEX).sum(1).clamp(min=1).sum())
+        held = self._held_places(input_ids)
+        needed = int(held.sum(1).clamp(min=1).sum())
         if needed > len(features):
             raise ValueError(
                 f"the prompts need {needed} images (one for each image token and one, ignored, for each text-only row)"
                 f" but {len(features)} were given; pass as many as there are image tokens"
             )
         embed = self.get_input_embeddings()
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if bool(((input_ids < 0) & ~held & mask).any()):
+            raise ValueError(
+                f"input_ids has negative ids other than this model's placeholders {list(self.placeholders)}; correct the prompt"
+            )
         rows = {"embeds": [], "visual": [], "labels": [], "keys": []}
         queue = iter(features)
         for b in range(len(input_ids)):
             ids = input_ids[b][mask[b]]
             targets = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[b][mask[b]]
-            places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+            places = held[b][mask[b]].nonzero().flatten().tolist()
             # A text-only row holds an empty slice of its image, so that the projector is in its graph on every training rank.
             pictures = [next(queue) for _ in places] or [next(queue)[:0]]
             text = embed(ids.clamp(min=0))
@@ -124,9 +168,9 @@ class LlavaMetaForCausalLM:
                     pieces.append(pictures[i].to(text.device, text.dtype))
                     goals.append(targets.new_full((len(pictures[i]),), IGNORE_INDEX))
                     kinds.append(torch.ones(len(pictures[i]), dtype=torch.bool, device=ids.device))
-            rows["embeds"].append(torch.cat(pieces)[:limit])
-            rows["visual"].append(torch.cat(kinds)[:limit])
-            rows["labels"].append(torch.cat(goals)[:limit])
+            rows["embeds"].append(torch.cat(pieces)[: self.length_limit])
+            rows["visual"].append(torch.cat(kinds)[: self.length_limit])
+            rows["labels"].append(torch.cat(goals)[: self.length_limit])
             rows["keys"].append((ids * torch.arange(1, len(ids) + 1, device=ids.device)).sum())
 
         side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
@@ -145,10 +189,10 @@ class LlavaMetaForCausalLM:
     def prepare_inputs_labels_for_multimodal(
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
     ):
-        """The original's preparation, under its name: (None, position_ids, attention_mask, past_key_values, inputs_embeds, labels).
+        """The original's preparation: (None, position_ids, attention_mask, past_key_values, inputs_embeds, labels).
 
-        What comes in as None goes out as None; the mask keeps its dtype. Without images, or for a single token of a decoding step,
-        everything is returned as it came. It does not tell which columns are visual tokens: :meth:`splice` does.
+        What comes in as None goes out as None; the mask keeps its dtype. Without images, or for a single token of a decoding
+        step, everything is returned as it came. It does not tell which columns are visual tokens: :meth:`splice` does.
         """
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
@@ -163,8 +207,10 @@ class LlavaMetaForCausalLM:
         """Answer a batch of prompts; returns the new token ids alone.
 
         Args:
-            inputs: (B, S) ids with -200 where an image goes, padded on either side.
-            images: (I, 3, H, W) pixels, one per -200 and one (ignored) per text-only row; None if no row has an image.
+            inputs: (B, S) ids with a placeholder (-200) where an image goes, padded on either side.
+            images: one per placeholder and one (ignored) per text-only row, as :meth:`image_features` takes them; None if no
+                row has an image.
+            image_sizes: (width, height) of each image in pixels, for models that cut images into tiles.
             attention_mask: (B, S), 0 for padding.
             kwargs: transformers' generation arguments.
         """
@@ -172,12 +218,13 @@ class LlavaMetaForCausalLM:
         if inputs is None or "inputs_embeds" in kwargs:
             raise ValueError("generate needs token ids: embeddings do not tell which columns are visual tokens")
         if images is None:
-            if bool((inputs == IMAGE_TOKEN_INDEX).any()):
+            if bool(self._held_places(inputs).any()):
                 raise ValueError("the prompt has an image token but no image was given; pass images=")
             return super().generate(inputs_embeds=self.get_input_embeddings()(inputs), attention_mask=attention_mask, **kwargs)
         spliced = self.splice(inputs, attention_mask, None, images, image_sizes, padding_side="left")
         return super().generate(
-            inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), visual_mask=spliced.visual, sample_keys=spliced.keys, **kwargs
+            inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), visual_mask=spliced.visual,
+            sample_keys=spliced.keys, **kwargs,
         )
 
     def prepare_inputs_for_generation(

@@ -1,106 +1,23 @@
-"""LLaVA on Llama (LLaVA-1.5-7B and 13B)."""
+"""LLaVA on Llama (LLaVA-1.5-7B and 13B on Vicuna, LLaVA-NeXT-8B on Llama 3)."""
 
-from dataclasses import dataclass
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
-
-from libra import Compression
-from libra.passage import Passage
-
-from ..llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from .decoder import LlavaCausalLM, LlavaDecoder
 
 
 class LlavaConfig(LlamaConfig):
     model_type = "llava_llama"
 
 
-@dataclass
-class DecoderOutput(BaseModelOutputWithPast):
-    """What the decoder returns; ``labels`` (B, S') belong to the columns that are left of the input's."""
-
-    labels: torch.LongTensor | None = None
+class LlavaLlamaModel(LlavaDecoder, LlamaModel):
+    config_class = LlavaConfig
 
 
-class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
-    """The Llama decoder with the compression between its layers (the paper's Figure 2)."""
+class LlavaLlamaForCausalLM(LlavaCausalLM, LlamaForCausalLM):
+    """LLaVA with a language-model head."""
 
     config_class = LlavaConfig
-    compression: Compression | None = None
-    last_stats: dict | None = None
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
-        visual_mask=None, labels=None, score_columns=None, sample_keys=None, **kwargs,
-    ) -> DecoderOutput:
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-
-        passage = Passage(
-            self, self.compression, hidden, attention_mask, position_ids, past_key_values, visual_mask, labels, score_columns, sample_keys
-        )
-        for i, layer in enumerate(self.layers):
-            hidden = layer(hidden, **passage.inputs(i), past_key_values=past_key_values, use_cache=use_cache, **kwargs)
-            hidden = passage.compress(i, hidden)  # after a compression layer the sequence is shorter
-
-        if passage.stream is not None:
-            self.last_stats, labels = passage.stats(), passage.labels
-        return DecoderOutput(last_hidden_state=self.norm(hidden), past_key_values=past_key_values, labels=labels)
-
-
-class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
-    """LLaVA with a language-model head. ``set_compression`` switches the compression of visual tokens on and off."""
-
-    config_class = LlavaConfig
-    _keys_to_ignore_on_load_unexpected = [r"^model\.vision_tower\."]  # the tower loads its own
-
-    def __init__(self, config: LlavaConfig):
-        super(LlamaForCausalLM, self).__init__(config)
-        self.model = LlavaLlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None,
-        use_cache=None, images=None, image_sizes=None, visual_mask=None, score_columns=None, sample_keys=None, logits_to_keep=0, **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Logits and, with ``labels``, the loss.
-
-        Args:
-            input_ids: (B, S) with -200 where an image goes; ``images`` (I, 3, H, W) gives one per -200 and one per text-only row.
-            inputs_embeds: (B, S, D) instead of both; ``visual_mask`` (B, S) bool then says which columns are visual tokens.
-            labels: (B, S), -100 where nothing is supervised. They shorten with the sequence.
-            score_columns: (B,), the column whose attention scores the visual tokens, if not the row's last prompt token.
-
-        Returns:
-            logits (B, S', vocabulary) of the columns that are left behind the last compression layer.
-        """
-        if inputs_embeds is None and images is not None:
-            spliced = self.splice(input_ids, attention_mask, labels, images, image_sizes)
-            input_ids, inputs_embeds, visual_mask = None, spliced.embeds, spliced.visual
-            attention_mask, labels, sample_keys = spliced.mask, spliced.labels, spliced.keys
-        output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, visual_mask=visual_mask, labels=labels, score_columns=score_columns,
-            sample_keys=sample_keys, **kwargs,
-        )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=output.labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states, attentions=output.attentions
-        )
+    decoder_class = LlavaLlamaModel
 
 
 AutoConfig.register("llava_llama", LlavaConfig)

@@ -8,8 +8,9 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 class CLIPVisionTower(nn.Module):
     """A CLIP ViT whose hidden layer ``mm_vision_select_layer`` gives the visual tokens.
 
-    With ``delay_load`` only the configuration is read; :meth:`load_model` brings the weights. The parameters are frozen on
-    loading; ``vision_tower.requires_grad_(True)`` makes them trainable.
+    With ``delay_load`` only the configuration is read; :meth:`load_model` brings the weights. Where the configuration says that
+    the tower was tuned (``unfreeze_mm_vision_tower``), its parameters are there at once and the model's checkpoint fills them.
+    :meth:`load_model` freezes them; ``vision_tower.requires_grad_(True)`` makes them trainable.
     """
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
@@ -20,25 +21,32 @@ class CLIPVisionTower(nn.Module):
         if self.select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"mm_vision_select_feature {self.select_feature!r} is unknown; use 'patch' or 'cls_patch'")
         self.is_loaded = False
-        if delay_load:
-            self.cfg_only = CLIPVisionConfig.from_pretrained(vision_tower)
-        else:
+        if not delay_load:
             self.load_model()
+        elif getattr(args, "unfreeze_mm_vision_tower", False):
+            self._hold(CLIPVisionModel(CLIPVisionConfig.from_pretrained(vision_tower)))
+        else:
+            self.cfg_only = CLIPVisionConfig.from_pretrained(vision_tower)
 
     def load_model(self, device_map=None) -> None:
-        """Read the image processor and the weights from ``vision_tower_name`` (a folder or a hub name)."""
-        if self.is_loaded:
-            return
-        self.image_processor = CLIPImageProcessor.from_pretrained(self.vision_tower_name)
-        self.vision_tower = CLIPVisionModel.from_pretrained(self.vision_tower_name, device_map=device_map)
+        """Read image processor and weights from ``vision_tower_name`` (folder or hub name) unless they are there; freeze."""
+        if not self.is_loaded:
+            self._hold(CLIPVisionModel.from_pretrained(self.vision_tower_name, device_map=device_map))
         self.vision_tower.requires_grad_(False)
+
+    def _hold(self, vision_tower: CLIPVisionModel) -> None:
+        self.image_processor = CLIPImageProcessor.from_pretrained(self.vision_tower_name)
+        self.vision_tower = vision_tower
         self.is_loaded = True
 
     def forward(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-        """(B, 3, H, W) pixels to (B, N, mm_hidden_size) features in the pixels' dtype; a list of (3, H, W) to a list of (1, N, ·)."""
+        """(B, 3, H, W) pixels to (B, N, mm_hidden_size) features in their dtype; a list of (3, H, W) to a list of (1, N, ·)."""
         if isinstance(images, list):
             return [self(image[None]) for image in images]
-        hidden = self.vision_tower(images.to(self.device, self.dtype), output_hidden_states=True).hidden_states[self.select_layer]
+        states = self.vision_tower(images.to(self.device, self.dtype), output_hidden_states=True).hidden_states
+        # Once the decoder around it has recorded its hidden states, transformers records each of the tower's twice.
+        states = [state for state, before in zip(states, (None, *states)) if state is not before]
+        hidden = states[self.select_layer]
         return (hidden[:, 1:] if self.select_feature == "patch" else hidden).to(images.dtype)
 
     @property

@@ -1,0 +1,45 @@
+"""One question about one or several images: ``python -m llava.eval.run_llava``."""
+
+from libra.cli import Parser
+
+from ..serve.session import Session, add_options, whole_number
+
+EXAMPLES = """example:
+  python -m llava.eval.run_llava --model-path mini/checkpoint --image-file photo.png --query "how many digits are there ?"
+  python -m llava.eval.run_llava --model-path liuhaotian/llava-v1.5-7b --image-file a.png,b.png \\
+      --query "What differs?" --compression configs/llava7b_r50.yaml"""
+
+
+def eval_model(args) -> str:
+    """Print and return the answer to ``args.query``.
+
+    Args:
+        args: any object with the attributes ``model_path``, ``image_file`` and ``query``; the others of the command line, under
+            the original's names, may be missing: ``model_base, conv_mode, sep, temperature, top_p, num_beams, max_new_tokens,
+            compression, device, load_8bit, load_4bit``.
+
+    Raises:
+        ValueError: for an image, compression file, template, query or checkpoint that cannot be used.
+    """
+    names = ("temperature", "top_p", "num_beams", "max_new_tokens")
+    answer = Session.load(args).ask(args.query, **{name: getattr(args, name) for name in names if hasattr(args, name)})
+    print(answer.text)
+    return answer.text
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(
+        prog="python -m llava.eval.run_llava", description="Answer one question about one or several images.", epilog=EXAMPLES
+    )
+    add_options(parser)
+    parser.add_argument("--query", required=True, help="the question; <image-placeholder> in it says where an image goes")
+    parser.add_argument("--num-beams", "--num_beams", type=whole_number, default=1, help="beams of the search (default 1)")
+    args = parser.parse_args(argv)
+    try:
+        eval_model(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

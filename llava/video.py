@@ -1,0 +1,212 @@
+"""Videos to pixels and prompts to token ids, as the published VideoLLaMA-2 checkpoints expect them."""
+
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from .mm_utils import _encode, load_image, process_images
+
+DEFAULT_VIDEO_TOKEN = "<video>"
+VIDEO_TOKEN_INDEX = -201
+NUM_FRAMES = 8
+MAX_FRAMES = 32
+FOLDER_RATE = 3  # frames a second that a folder of images stands for
+
+_TOKENS = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
+_PLACEHOLDERS = {DEFAULT_IMAGE_TOKEN: IMAGE_TOKEN_INDEX, DEFAULT_VIDEO_TOKEN: VIDEO_TOKEN_INDEX}
+_SYSTEM = (
+    "<<SYS>>\nYou are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something not "
+    "correct. If you don't know the answer to a question, please don't share false information.\n<</SYS>>"
+)
+
+
+def frame_sample(duration: int, mode: str = "uniform", num_frames: int | None = None, fps: float | None = None) -> np.ndarray:
+    """Which of ``duration`` frames are shown.
+
+    "uniform": the middles of ``num_frames`` equal parts; frames repeat where there are fewer. "fps": about one a second of a
+    video with ``fps`` frames a second, the first in the middle of its second.
+
+    Raises:
+        ValueError: for another mode, a missing number, or no frames.
+    """
+    if duration < 1:
+        raise ValueError("there are no frames to choose from; give a video, or a part of one, with at least one frame")
+    if mode == "uniform" and num_frames:
+        return np.round((np.arange(num_frames) + 0.5) * (duration - 1) / num_frames + 1e-6).astype(int)
+    if mode == "fps" and fps:
+        step = max(1, min(int(fps), duration))
+        return np.arange(step // 2, duration, step)
+    raise ValueError(f"frame_sample needs mode 'uniform' and num_frames, or 'fps' and fps; got mode {mode!r}")
+
+
+class _VideoFile:
+    """The frames of a video file, numbered as they are shown."""
+
+    def __init__(self, path: Path):
+        try:
+            import av
+        except ImportError as error:
+            raise ValueError(f"reading a video file needs PyAV ({error}); install it: pip install av") from error
+        self._broken = (av.FFmpegError, EOFError, OSError)
+        self.path = path
+        try:
+            self._container = av.open(str(path))
+            if not self._container.streams.video:
+                raise ValueError(f"the video {path} has no pictures; give a video file")
+            self._stream = self._container.streams.video[0]
+            self._stream.thread_type = "AUTO"
+            # The packets' times, in the order of showing, number the frames without decoding them.
+            packets = [packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard]
+        except self._broken as error:
+            raise ValueError(f"the video {path} cannot be read ({error}); give the path of a whole video file") from error
+        times = [packet.dts if packet.pts is None else packet.pts for packet in packets]
+        self._times = sorted(time for time in times if time is not None)
+        self.rate = self._stream.average_rate or Fraction(25)
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def _at(self, time: int) -> Image.Image:
+        """The frame of that time or, where the file ends before it can be decoded, the last one."""
+        frame = None
+        self._container.seek(time, stream=self._stream)  # to the key frame at or before it
+        for frame in self._container.decode(self._stream):
+            if frame.pts is not None and frame.pts >= time:
+                break
+        if frame is None:
+            raise EOFError("it ends too early")
+        return frame.to_image()
+
+    def pick(self, numbers: list[int]) -> list[Image.Image]:
+        """The frames of these numbers."""
+        try:
+            pictures = {number: self._at(self._times[number]) for number in set(numbers)}
+        except self._broken as error:
+            raise ValueError(f"the video {self.path} cannot be decoded ({error}); give a whole video file") from error
+        return [pictures[number] for number in numbers]
+
+
+def _part(count: int, rate: float, start: float | None, end: float | None) -> range:
+    """The numbers of the frames between two times in seconds."""
+    if start is not None and end is not None:
+        start, end = sorted((max(start, 0.0), max(end, 0.0)))
+        end = start + 1 if start == end else end
+    first = 0 if start is None else max(int(start * rate) - 1, 0)
+    last = count - 1 if end is None else min(int(end * rate) - 1, count - 1)
+    return range(first, last + 1)
+
+
+def load_frames(
+    video: str | Path, num_frames: int | None = NUM_FRAMES, s: float | None = None, e: float | None = None
+) -> list[Image.Image]:
+    """Frames of a video file, or of a folder of images in the order of their names.
+
+    Args:
+        num_frames: how many, spread evenly; None for one a second.
+        s, e: where the part to show begins and ends, in seconds.
+
+    Raises:
+        ValueError: if it is missing, no video, or has no frame in that part.
+    """
+    path = Path(video)
+    if path.is_dir():
+        files = sorted(entry for entry in path.iterdir() if entry.is_file())
+        count, rate, pick = len(files), FOLDER_RATE, lambda numbers: [load_image(files[number]) for number in numbers]
+    else:
+        file = _VideoFile(path)
+        count, rate, pick = len(file), float(file.rate), file.pick
+    part = _part(count, rate, s, e)
+    if not part:
+        raise ValueError(f"the video {video} has no frame in the part asked for (it has {count} in {count / rate:.1f} seconds)")
+    chosen = frame_sample(len(part), "fps", fps=rate) if num_frames is None else frame_sample(len(part), "uniform", num_frames)
+    return pick([part[i] for i in chosen])
+
+
+def process_video(
+    video, processor, s: float | None = None, e: float | None = None, aspect_ratio: str | None = "pad",
+    num_frames: int | None = NUM_FRAMES,
+) -> torch.Tensor:
+    """Pixels (frames, 3, H, W) of a video; at most ``MAX_FRAMES`` frames.
+
+    Args:
+        video: a file or folder (see :func:`load_frames`), or frames: an array (T, H, W, 3) of uint8, or a list of such
+            pictures, of PIL images or of image files. Frames that are given are taken as they are, with black ones behind them
+            where there are fewer than ``num_frames``.
+        processor: the vision tower's.
+        aspect_ratio: "pad" to a square of the mean colour; None cuts the middle out, as VideoLLaMA-2's own inference does.
+
+    Raises:
+        ValueError: for what cannot be read, or no frames.
+    """
+    if isinstance(video, (str, Path)):
+        frames = load_frames(video, num_frames, s, e)
+    else:
+        frames = [_picture(frame) for frame in video]
+        if not frames:
+            raise ValueError("the list of frames is empty; give at least one")
+        frames += [Image.new("RGB", frames[-1].size)] * ((num_frames or 0) - len(frames))
+    return process_images(frames[:MAX_FRAMES], processor, SimpleNamespace(image_aspect_ratio=aspect_ratio))
+
+
+def _picture(frame) -> Image.Image:
+    if isinstance(frame, Image.Image):
+        return frame
+    return load_image(frame) if isinstance(frame, (str, Path)) else Image.fromarray(np.asarray(frame))
+
+
+def process_image(image: str | Path | Image.Image, processor, aspect_ratio: str | None = "pad") -> torch.Tensor:
+    """Pixels (1, 3, H, W) of one image; ``aspect_ratio`` as for :func:`process_video`."""
+    return process_images([_picture(image)], processor, SimpleNamespace(image_aspect_ratio=aspect_ratio))
+
+
+def tokenizer_multimodal_token(
+    prompt: str, tokenizer, multimodal_token: str | None = DEFAULT_IMAGE_TOKEN, return_tensors: str | None = None
+) -> list[int] | torch.Tensor:
+    """Token ids of a prompt with -200 for every ``<image>`` or -201 for every ``<video>``, as ``multimodal_token`` says;
+    the other stays text. No special tokens are added. An int64 tensor (S,) for "pt".
+
+    Raises:
+        ValueError: for other values of ``return_tensors``.
+    """
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"return_tensors {return_tensors!r} is unknown; use 'pt' for a tensor or None for a list")
+    placeholder = _PLACEHOLDERS.get(multimodal_token)
+    ids = []
+    for i, piece in enumerate([prompt] if placeholder is None else prompt.split(multimodal_token)):
+        encoded = _encode(tokenizer, piece)
+        ids += [placeholder] * (i > 0) + (encoded[1:] if encoded[:1] == [tokenizer.bos_token_id] else encoded)
+    return torch.tensor(ids, dtype=torch.long) if return_tensors else ids
+
+
+def chat_prompt(question: str, tokenizer, modal: str = "video") -> str:
+    """VideoLLaMA-2's prompt for a question about a "video" or an "image": its system text and the tokenizer's chat template.
+
+    Raises:
+        ValueError: for another modal, or a tokenizer without a template.
+    """
+    if modal not in _TOKENS:
+        raise ValueError(f"modal {modal!r} is unknown; use 'video' or 'image'")
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat_template; use the one of a VideoLLaMA-2 checkpoint")
+    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": f"{_TOKENS[modal]}\n{question}"}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def mm_infer(pixels: torch.Tensor, question: str, model, tokenizer, modal: str = "video", **options) -> str:
+    """A VideoLLaMA-2 model's answer to a question about the pixels of :func:`process_video` or :func:`process_image`.
+
+    ``options`` go to ``generate``; the default is greedy with at most 2048 new tokens.
+    """
+    prompt = chat_prompt(question, tokenizer, modal)
+    ids = tokenizer_multimodal_token(prompt, tokenizer, _TOKENS[modal], return_tensors="pt")[None].to(model.device)
+    images = [(pixels.to(model.device, model.dtype), modal)]
+    new = model.generate(ids, images=images, **{"do_sample": False, "max_new_tokens": 2048, **options})
+    return tokenizer.decode(new[0], skip_special_tokens=True).strip()
