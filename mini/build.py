@@ -61,7 +61,7 @@ def build_model(vision_tower: Path, tokenizer: PreTrainedTokenizerFast, seed: in
         tie_word_embeddings=False, tokenizer_model_max_length=1024, tokenizer_padding_side="right",
         mm_vision_tower=str(vision_tower), mm_hidden_size=WIDTH, mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=-1, mm_vision_select_feature="patch", mm_patch_merge_type="flat",
-        image_aspect_ratio="pad", mm_use_im_start_end=False, mm_use_im_patch_token=False, use_mm_proj=True,
+        image_aspect_ratio="pad", mm_use_im_start_end=False, mm_use_im_patch_token=False, use_mm_proj=True, conversation="mini",
     )
     model = LlavaLlamaForCausalLM(config)
     model.get_vision_tower().load_model()

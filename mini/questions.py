@@ -3,8 +3,8 @@
 Each maker takes a scene's digits and returns (question, answer), or None where the scene does not allow the type.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Callable
 
 import numpy as np
 from PIL import Image

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPImageProcessor, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from llava.constants import IGNORE_INDEX
@@ -35,9 +35,8 @@ class PatchLabels(nn.Module):
         self.color = nn.Linear(WIDTH, len(COLOR_NAMES) + 1)
 
     def forward(self, tokens, digit_labels, color_labels) -> torch.Tensor:
-        return self._loss(self.digit(tokens), digit_labels.masked_fill(digit_labels == NO_DIGIT, IGNORE_INDEX)) + 0.5 * self._loss(
-            self.color(tokens), color_labels
-        )
+        shown = digit_labels.masked_fill(digit_labels == NO_DIGIT, IGNORE_INDEX)
+        return self._loss(self.digit(tokens), shown) + 0.5 * self._loss(self.color(tokens), color_labels)
 
     @staticmethod
     def _loss(logits, labels) -> torch.Tensor:
@@ -47,7 +46,7 @@ class PatchLabels(nn.Module):
 
 
 def train_tower(tower: CLIPVisionTower) -> CLIPVisionTower:
-    """Make a tower trainable, but for the final norm behind the selected layer: it gets no gradient, and DDP would wait for it."""
+    """Make a tower trainable but for its final norm, which lies behind the selected layer: DDP would wait for its gradient."""
     tower.requires_grad_(True)
     for name, parameter in tower.named_parameters():
         if "post_layernorm" in name:
@@ -108,9 +107,10 @@ def training_arguments(folder: Path, steps: int, batch: int, lr: float, seed: in
     return TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr, seed=seed,
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.02}, warmup_steps=max(1, steps // 25),
-        adam_beta2=0.98, weight_decay=0.03, max_grad_norm=1.0, bf16=True, use_cpu=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-        ddp_find_unused_parameters=False, dataloader_num_workers=0, remove_unused_columns=False, report_to="none",
-        logging_steps=25, save_steps=250, save_total_limit=1, average_tokens_across_devices=False,
+        adam_beta2=0.98, weight_decay=0.03, max_grad_norm=1.0, bf16=True, use_cpu=True,
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, ddp_find_unused_parameters=False,
+        dataloader_num_workers=0, remove_unused_columns=False, report_to="none", average_tokens_across_devices=False,
+        logging_steps=25, save_steps=250, save_total_limit=1,
     )
 
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished checkpoint and its working files")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stage1-steps", type=int, default=700)
-    parser.add_argument("--stage2-steps", type=int, default=4000)
+    parser.add_argument("--stage2-steps", type=int, default=3800)
     parser.add_argument("--batch", type=int, default=8, help="images per process and step")
     parser.add_argument("--compile", action="store_true", help="torch.compile the layers (needs a C++ compiler)")
     options = parser.parse_args()
@@ -170,9 +170,8 @@ def main() -> None:
     for layer in [*llava.model.layers, *llava.get_vision_tower().vision_tower.encoder.layers] if options.compile else []:
         layer.compile(dynamic=False)
     module = LlavaWithLabels(llava, tokenizer)
-    texts = ImageTexts(
-        options.stage2_steps * options.batch * processes, options.seed + 1_000_000, llava.get_vision_tower().image_processor, tokenizer
-    )
+    size, processor = options.stage2_steps * options.batch * processes, llava.get_vision_tower().image_processor
+    texts = ImageTexts(size, options.seed + 1_000_000, processor, tokenizer)
     log = run_stage(module, texts, stage2, [FadeAuxiliaryLoss()])
     if stage2.should_save:
         logs = json.loads(history.read_text()) if history.exists() else {}

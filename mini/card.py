@@ -1,0 +1,41 @@
+"""Draw the training curve of the embedded model from its log: ``python -m mini.card mini/run/work/log.json --output mini``."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def draw(log: dict[str, list[dict]], path: Path) -> None:
+    """One panel a stage: loss against minutes, logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(log), figsize=(9, 3), constrained_layout=True)
+    titles = {"stage1": "Stage 1: patch labels", "stage2": "Stage 2: questions (and fading patch labels)"}
+    for panel, (stage, entries) in zip(panels, log.items()):
+        points = [(entry["seconds"] / 60, entry["loss"]) for entry in entries if "loss" in entry]
+        panel.plot(*zip(*points), linewidth=1.2)
+        panel.set(title=titles[stage], xlabel="minutes", ylabel="training loss", yscale="log")
+        panel.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("log", type=Path, help="log.json of mini.train")
+    parser.add_argument("--output", type=Path, default=Path("mini"), help="folder for curve.png and training_log.json")
+    options = parser.parse_args()
+    log = json.loads(options.log.read_text())
+    draw(log, options.output / "curve.png")
+    keys = ("step", "loss", "seconds")
+    kept = {name: [{key: entry[key] for key in keys} for entry in entries if "loss" in entry] for name, entries in log.items()}
+    (options.output / "training_log.json").write_text(json.dumps(kept) + "\n")
+    for stage, entries in kept.items():
+        last = entries[-1]
+        print(f"{stage}: {last['step']} steps, {last['seconds'] / 60:.0f} minutes, last loss {last['loss']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
