@@ -1,0 +1,14 @@
+"""How lmms-eval finds our model: the entry point of group ``lmms_eval.models`` names :func:`manifest`."""
+
+
+def manifest():
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="libra", simple_class_path="eval.lmms_libra.LibraModel")
+
+
+def register() -> None:
+    """Make ``--model libra`` known to this process where the package, and so its entry point, is not installed."""
+    from lmms_eval.models import MODEL_REGISTRY_V2
+
+    MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
