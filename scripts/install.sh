@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# bash scripts/install.sh [EXTRA]: print the path of a Python that has the packages of setup.py's core and of EXTRA (default: test).
+# The active environment (VIRTUAL_ENV, conda, or the python on PATH) if it has them; otherwise .venv, made from requirements.txt.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root="$PWD" extra="${1:-test}" venv="$PWD/.venv"
+stamp="$venv/libra-requirements" # empty while an install is under way, then the checksum of what was installed
+pins="$(cksum <requirements.txt)"
+
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+case "$extra" in
+eval | train | test) ;;
+*) fail "there is no extra '$extra': use eval, train or test." ;;
+esac
+
+ready() { [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$pins" ]; }
+
+finish() {
+    printf '%s\n' "$1"
+    exit 0
+}
+
+active=""
+if [ -n "${VIRTUAL_ENV:-}" ]; then
+    active="$VIRTUAL_ENV/bin/python"
+elif [ -n "${CONDA_PREFIX:-}" ]; then
+    active="$CONDA_PREFIX/bin/python"
+else
+    active="$(command -v python || command -v python3 || true)"
+fi
+lacking=""
+if [ -x "$active" ] && [ "$active" != "$venv/bin/python" ]; then
+    if answer="$("$active" "$root/scripts/check_env.py" "$extra" 2>&1)"; then
+        finish "$answer"
+    fi
+    lacking="${answer##*$'\n'}"
+fi
+
+if ready; then finish "$venv/bin/python"; fi
+
+exec 9>"$root/.venv.lock"
+if command -v flock >/dev/null && ! flock -n 9; then
+    echo "Another call is making .venv; waiting for it." >&2
+    flock 9
+fi
+if ready; then finish "$venv/bin/python"; fi # another call has just made it
+
+# An environment that somebody else made at this place and that has the packages.
+if [ -x "$venv/bin/python" ] && [ ! -f "$stamp" ] && "$venv/bin/python" "$root/scripts/check_env.py" "$extra" >/dev/null 2>&1; then
+    finish "$venv/bin/python"
+fi
+
+base=""
+for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' >/dev/null 2>&1; then
+        base="$("$candidate" -c 'import sys; print(sys.executable)')"
+        break
+    fi
+done
+[ -n "$base" ] || fail "requirements.txt needs Python 3.11 to 3.14 and none is on PATH: install one, or activate an environment" \
+    "that has the packages of 'pip install -e .[$extra]' (Python 3.10 will do for that)."
+
+uv=""
+if uv --version >/dev/null 2>&1; then uv=uv; fi
+log="$root/.venv.log"
+: >"$log"
+[ -z "$lacking" ] || printf '%s\n' "$lacking" >>"$log"
+printf 'Installing requirements.txt into .venv (once; several GB, some minutes) … ' >&2
+start=$SECONDS
+
+# An empty stamp means killed: half a package may lie there, so begin again. What others made is never deleted.
+if [ -f "$stamp" ] && [ ! -s "$stamp" ] || [ ! -x "$venv/bin/python" ]; then
+    rm -rf "$venv"
+    mkdir "$venv"
+    : >"$stamp"
+    if [ -n "$uv" ]; then
+        made() { uv venv -q --allow-existing --python "$base" "$venv"; }
+    else
+        made() { "$base" -m venv "$venv"; }
+    fi
+    if ! made >>"$log" 2>&1; then
+        echo >&2
+        fail "no environment could be made with $base: install its venv module (python3-venv on Debian) or uv. Details: .venv.log"
+    fi
+elif [ -f "$stamp" ]; then
+    : >"$stamp"
+fi
+
+install() {
+    local python="$venv/bin/python"
+    if [ -n "$uv" ] && "$uv" pip install -q --python "$python" -r requirements.txt; then return 0; fi
+    "$python" -m pip --version || "$python" -m ensurepip || return 1
+    if [ -z "$uv" ] && "$python" -m pip install -q --retries 1 uv; then
+        if "$venv/bin/uv" pip install -q --python "$python" -r requirements.txt; then return 0; fi
+    fi
+    # pip's own settings may know more about this network (an index, a certificate) than uv's.
+    "$python" -m pip install -q --retries 1 -r requirements.txt
+}
+
+if ! install >>"$log" 2>&1; then
+    echo >&2
+    if grep -qiE 'failed to connect|connection error|error sending request|name resolution|dns error|network is unreachable|timed out' "$log"; then
+        fail "no package index could be reached: connect to the network and run again, or activate an environment that has the" \
+            "packages of setup.py's extra '$extra'. Details: .venv.log"
+    fi
+    fail "requirements.txt could not be installed: $(grep -iE '^ *(error|cause|.*no space left)' "$log" | tail -n 1 | cut -c1-200) Details: .venv.log"
+fi
+printf '%s' "$pins" >"$stamp"
+printf 'done in %d s\n' "$((SECONDS - start))" >&2
+finish "$venv/bin/python"
