@@ -1,0 +1,27 @@
+"""What every test shares: no network, one thread a process, and the options for slow tests and tests that need a GPU."""
+
+import os
+
+# Before anything imports Hugging Face's packages or torch, which read these once.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for more to pay
+
+import pytest  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", "--run-slow", action="store_true", dest="run_slow", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    import torch
+
+    skips = {}
+    if not config.getoption("run_slow"):
+        skips["slow"] = pytest.mark.skip(reason="slow: run with --all")
+    if not torch.cuda.is_available():
+        skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        for name, skip in skips.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)

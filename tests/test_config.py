@@ -1,0 +1,315 @@
+"""The configuration: what a compression resolves to, and that every wrong one is a sentence naming the key and the file."""
+
+import dataclasses
+import itertools
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import yaml
+
+from libra import registry
+from libra.config import Compression, ConfigError, Row
+from libra.merge import MERGERS
+from libra.methods import DEFAULTS, METHODS
+from libra.select import SELECTORS
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "row.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def sentence(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and "Traceback" not in text
+    return text
+
+
+def test_without_a_method_it_is_intervals_and_igm():
+    c = Compression()
+    assert (c.method, c.select, c.merge, c.layers) == (None, "intervals", "igm", ())
+    assert (c.ratio, c.tau, c.eta, c.importance, c.information_weight, c.seed) == (0.5, 0.7, "mean", "last", 1.0, 0)
+    assert (c.score_layer, c.positions, c.rounding) == ("same", "original", "round")
+
+
+@pytest.mark.parametrize(
+    "method, select, merge",
+    [
+        ("libra", "intervals", "igm"),
+        ("fastv", "topk", "drop"),
+        ("turbo", "information", "average"),
+        ("windowed-fastv", "intervals", "drop"),
+        ("random", "random", "drop"),
+        ("pyramiddrop", "topk", "drop"),
+    ],
+)
+def test_a_method_expands(method, select, merge):
+    c = Compression(method=method, layers=(3,))
+    assert (c.select, c.merge) == (select, merge)
+    others = ("next", "compact", "floor") if method == "pyramiddrop" else ("same", "original", "round")
+    assert (c.score_layer, c.positions, c.rounding) == others
+
+
+def test_explicit_keys_override_the_method():
+    c = Compression(method="pyramiddrop", merge="average", rounding="round", positions="original", layers=(3,))
+    assert (c.select, c.merge, c.score_layer, c.positions, c.rounding) == ("topk", "average", "next", "original", "round")
+
+
+def test_methods_name_only_what_exists():
+    for name, method in METHODS.items():
+        assert set(method.keys) <= set(DEFAULTS), name
+        assert method.keys.get("select", "topk") in SELECTORS and method.keys.get("merge", "drop") in MERGERS
+        assert method.description and "\n" not in method.description and method.section
+
+
+def test_values_are_normalised_and_the_result_is_hashable():
+    c = Compression(layers=[23, 7, 15], ratio="2/3", tau=1, eta=2)
+    assert c.layers == (7, 15, 23) and c.ratio == 2 / 3 and isinstance(c.tau, float) and c.eta == 2.0
+    assert c == Compression(layers=range(7, 24, 8), ratio=Fraction(2, 3), tau=1.0, eta=2.0)
+    assert len({c, dataclasses.replace(c), Compression(layers=(7,))}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.ratio = 0.1
+
+
+def test_constructor_errors_name_key_value_and_mend():
+    for keys, *words in (
+        ({"ratio": 1}, "ratio", "1", "[0, 1)"),
+        ({"ratio": -0.1}, "ratio", "-0.1", "[0, 1)"),
+        ({"ratio": float("nan")}, "ratio", "nan"),
+        ({"ratio": "3/3"}, "ratio", "3/3", "[0, 1)"),
+        ({"ratio": "1/0"}, "ratio", "1/0"),
+        ({"ratio": "half"}, "ratio", "half", "2/3"),
+        ({"ratio": True}, "ratio", "True", "number"),
+        ({"tau": 1.1}, "tau", "1.1", "[-1, 1]"),
+        ({"tau": -1.1}, "tau", "-1.1", "[-1, 1]"),
+        ({"tau": "1e-1"}, "tau", "1e-1", "without quotes"),
+        ({"eta": "median"}, "eta", "median", "mean", "positive"),
+        ({"eta": 0}, "eta", "0", "positive"),
+        ({"eta": float("inf")}, "eta", "inf", "positive"),
+        ({"layers": (-1,)}, "layers", "-1", "from 0"),
+        ({"layers": (3, 7, 3)}, "layers", "[3, 7, 3]", "twice"),
+        ({"layers": 3}, "layers", "3", "list"),
+        ({"layers": "7"}, "layers", "7", "list"),
+        ({"layers": (True,)}, "layers", "True", "whole"),
+        ({"layers": (1.0,)}, "layers", "1.0", "whole"),
+        ({"method": "fastvv"}, "method", "fastvv", "did you mean fastv?", "pyramiddrop"),
+        ({"select": "interval"}, "select", "interval", "did you mean intervals?", "topk"),
+        ({"merge": "mean"}, "merge", "mean", "igm-neg"),
+        ({"importance": "first"}, "importance", "first", "last, mean"),
+        ({"score_layer": "previous"}, "score_layer", "previous", "same, next"),
+        ({"positions": 1}, "positions", "1", "original, compact"),
+        ({"rounding": "up"}, "rounding", "up", "round, floor, ceil"),
+        ({"select": "random", "seed": True}, "seed", "True", "whole"),
+        ({"select": "random", "seed": -1}, "seed", "-1"),
+        ({"select": "information", "information_weight": "high"}, "information_weight", "high", "number"),
+        ({"select": "information", "information_weight": -1}, "information_weight", "-1"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            Compression(**keys)
+        text = sentence(error)
+        assert text.startswith(f"{words[0]}: ") and all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    "keys, key",
+    [
+        ({"method": "vanilla", "layers": (3,)}, "layers"),
+        ({"method": "vanilla", "ratio": 0.3}, "ratio"),
+        ({"method": "vanilla", "select": "topk"}, "select"),
+        ({"method": "fastv", "tau": 0.5}, "tau"),
+        ({"merge": "igm-pos", "tau": 0.5}, "tau"),
+        ({"merge": "igm-neg", "tau": 0.5}, "tau"),
+        ({"merge": "average", "eta": 1.0}, "eta"),
+        ({"method": "libra", "information_weight": 2}, "information_weight"),
+        ({"method": "libra", "seed": 1}, "seed"),
+        ({"method": "random", "importance": "mean"}, "importance"),
+        ({"method": "random", "score_layer": "next"}, "score_layer"),
+    ],
+)
+def test_a_key_without_effect_is_refused(keys, key):
+    with pytest.raises(ConfigError) as error:
+        Compression(**keys)
+    assert re.match(rf"{key}: .* has no effect: .*; remove {key}$", sentence(error))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"merge": "igm-pos", "eta": 0.5},
+        {"merge": "igm-neg", "eta": 0.5},
+        {"select": "information", "information_weight": 5},
+        {"method": "random", "seed": 3},
+        {"method": "random", "merge": "igm", "importance": "mean", "tau": 0.2},
+        {"ratio": 0},
+    ],
+)
+def test_a_key_with_effect_is_taken(keys):
+    c = Compression(layers=(1,), **keys)
+    assert all(getattr(c, key) == value for key, value in keys.items())
+
+
+def test_in_a_dict_a_key_without_effect_is_refused_even_at_its_default():
+    for keys, key in (
+        ({"method": "fastv", "layers": [3], "tau": 0.7}, "tau"),
+        ({"method": "turbo", "layers": [3], "eta": "mean"}, "eta"),
+        ({"method": "libra", "layers": [3], "seed": 0}, "seed"),
+        ({"method": "libra", "layers": [3], "information_weight": 1.0}, "information_weight"),
+        ({"method": "vanilla", "ratio": 0.5}, "ratio"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            Compression.from_dict(keys, "some/row.yaml")
+        assert re.match(rf"some/row.yaml: {key}: .* has no effect", sentence(error))
+
+
+def all_compressions():
+    for method, select, merge, layers in itertools.product(
+        [None, *METHODS], [None, *SELECTORS], [None, *MERGERS], [(), (7, 15, 23)]
+    ):
+        if method == "vanilla" and (select or merge or layers):
+            continue
+        yield Compression(method=method, select=select, merge=merge, layers=layers)
+    others = {"importance": "mean", "score_layer": "next", "positions": "compact", "rounding": "ceil"}
+    yield Compression(layers=(1, 2), ratio=2 / 3, tau=-0.3, eta=0.01, **others)
+    yield Compression(method="random", layers=(1,), seed=12345)
+    yield Compression(method="turbo", layers=(1,), information_weight=0.1, ratio=0.1)
+    yield Compression(method="pyramiddrop", layers=(1,), rounding="round")
+
+
+def test_dict_round_trip_is_exact_through_json_and_yaml():
+    for c in all_compressions():
+        keys = c.to_dict()
+        assert Compression.from_dict(keys) == c
+        assert Compression.from_dict(json.loads(json.dumps(keys))) == c
+        assert Compression.from_dict(yaml.safe_load(yaml.safe_dump(keys))) == c
+    assert Compression(method="vanilla").to_dict() == {"method": "vanilla"}
+
+
+def test_check_layers():
+    Compression(layers=(0, 11)).check_layers(12)
+    with pytest.raises(ConfigError, match=r"^layers: 99 is out of range: the model has layers 0 to 11$"):
+        Compression(layers=(3, 99)).check_layers(12)
+    with pytest.raises(ConfigError, match=r"^a\.yaml: layers: 12 "):
+        Compression(layers=(12,)).check_layers(12, "a.yaml")
+    with pytest.raises(ConfigError, match="score_layer: next needs one after it"):
+        Compression(method="pyramiddrop", layers=(11,)).check_layers(12)
+
+
+def test_a_registered_select_and_merge_are_names_like_any_other(monkeypatch):
+    monkeypatch.setitem(SELECTORS, "mine", SELECTORS["topk"])
+    monkeypatch.setitem(MERGERS, "my-merge", MERGERS["drop"])
+    keys = {"select": "mine", "merge": "my-merge", "layers": [1], "tau": 0.1, "seed": 4}  # they may read any key
+    assert Compression.from_dict(Compression.from_dict(keys).to_dict()).seed == 4
+
+
+def test_yaml_bare_and_row(write):
+    expected = Compression(method="libra", layers=(7, 15, 23), ratio=2 / 3)
+    assert Compression.from_yaml(write("{method: libra, layers: [23, 7, 15], ratio: 2/3}")) == expected
+    block = "compression: {method: libra, layers: [7, 15, 23], ratio: 2/3}"
+    path = write(f"model: mini\n{block}\ntasks: [gqa]\npaper: {{table: 1, flops: 1.41}}")
+    assert Compression.from_yaml(str(path)) == expected
+    row = Row.from_yaml(path)
+    assert (row.model, row.compression, row.tasks, row.name) == ("mini", expected, ["gqa"], "row")
+    assert row.paper == {"table": 1, "flops": 1.41} and row.path == str(path)
+    assert Row.from_yaml(write("model: mini\ncompression: {method: vanilla}\nname: plain")).name == "plain"
+
+
+ROW = "model: mini\ncompression: {method: vanilla}\n"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("method: libra\nlaers: [3]", ["laers", "did you mean layers?"]),
+        ("method: libra\nratio: 0.5", ["layers", "vanilla"]),
+        ("method: libra\nlayers: []", ["layers", "vanilla"]),
+        ("{select: topk, merge: drop}", ["layers"]),
+        ("method: vanilla\nlayers: [3]", ["layers", "[3]", "no effect"]),
+        ("method: libra\nlayers: [3]\nratio:", ["ratio", "no value"]),
+        ("method: libra\nlayers: [3]\nratio: 1.0", ["ratio", "1.0", "[0, 1)"]),
+        ("method: libra\nlayers: [3]\nratio: yes", ["ratio", "True", "number"]),
+        ("method: libra\nlayers: [3]\ntau: 2", ["tau", "2", "[-1, 1]"]),
+        ("method: libra\nlayers: [3]\nlayers: [7]", ["layers", "written twice", "line 3"]),
+        ("1: 2", ["1", "method"]),
+        ("- libra", ["no keys"]),
+        ("", ["no keys"]),
+        ("method: [libra", ["not valid YAML", "line"]),
+        ("method: !!python/object/apply:os.system [ls]", ["not valid YAML"]),
+        (ROW + "task: [gqa]", ["task", "did you mean tasks?"]),
+        (ROW + "ratio: 0.5", ["ratio", "compression:"]),
+        (ROW + "tasks: gqa", ["tasks", "gqa", "list"]),
+        (ROW + "tasks: [gqa, gqa]", ["tasks", "twice"]),
+        (ROW + "paper: 1", ["paper", "1", "mapping"]),
+        (ROW + "paper: {flops: [1]}", ["paper", "flops", "[1]"]),
+        (ROW + "paper: {flops: high}", ["paper", "flops", "high"]),
+        (ROW + "name: 7", ["name", "7"]),
+        ("model: 7\ncompression: {method: vanilla}", ["model", "7"]),
+        ("model: mini", ["compression", "missing"]),
+        ("compression: {method: vanilla}", ["model", "missing"]),
+        ("model: mini\ncompression: libra", ["compression", "libra", "mapping"]),
+        ("model: mini\ncompression: {method: libra, layers: [1], tua: 0.5}", ["tua", "did you mean tau?"]),
+        ("model: mini\ncompression: {method: libra, layers: []}", ["layers", "vanilla"]),
+    ],
+)
+def test_file_errors_name_the_key_and_the_file(write, text, words):
+    path = write(text)
+    with pytest.raises(ConfigError) as error:
+        Compression.from_yaml(path)
+    text = sentence(error)
+    assert text.startswith(f"{path}: ") and all(word in text for word in words), text
+
+
+def test_files_that_cannot_be_read(tmp_path, write):
+    write(ROW)
+    for name, word in (("rows.yaml", "did you mean row.yaml?"), ("sub/x", "check the path"), ("", "cannot be read")):
+        path = tmp_path / name
+        with pytest.raises(ConfigError) as error:
+            Row.from_yaml(path)
+        assert sentence(error).startswith(f"{path}: ") and word in sentence(error)
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\x00")
+    with pytest.raises(ConfigError, match="picture.yaml: .*UTF-8"):
+        Row.from_yaml(tmp_path / "picture.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_row_of_configs_loads_and_fits_its_model(path):
+    row = Row.from_yaml(path)
+    row.compression.check_layers(registry.get_model(row.model).layers)
+    assert row.tasks
+    assert path.read_text(encoding="utf-8").startswith("# Table ")
+    accuracies = [row.paper[task] for task in row.tasks if task in row.paper]
+    if "avg" in row.paper:  # the paper's Avg leaves MME out
+        others = [row.paper[task] for task in row.tasks if task != "mme"]
+        assert row.paper["avg"] == pytest.approx(sum(others) / len(others), abs=0.051)
+    assert row.model == "mini" or len(accuracies) == len(row.tasks)
+
+
+def test_table_1_and_the_mini_rows_are_complete():
+    rows = {"vanilla", "fastv", "turbo", "r50", "r67"}
+    names = {str(path.relative_to(ROOT / "configs").with_suffix("")) for path in CONFIGS}
+    expected = {f"{model}_{row}" for model in ("llava7b", "llava13b", "next8b") for row in rows}
+    expected |= {f"mini/{row}" for row in rows | {"random", "windowed_fastv"}}
+    assert expected <= names
+
+
+def test_models():
+    models = registry.load_models()
+    assert list(models) == ["llava-1.5-7b", "llava-1.5-13b", "llava-next-8b", "videollama2-7b", "qwen2-vl-7b", "mini"]
+    mini = registry.get_model("mini")
+    assert (mini.layers, mini.hidden_size, mini.intermediate_size, mini.kv_size) == (12, 128, 352, 128)
+    assert mini.visual_tokens == (256,)
+    assert (mini.checkpoint, mini.conversation) == ("mini/checkpoint", "mini")
+    with pytest.raises(ConfigError) as error:
+        registry.get_model("llava-1.5-8b", "row.yaml")
+    text = sentence(error)
+    assert text.startswith("row.yaml: model: llava-1.5-8b is unknown; did you mean llava-1.5-7b?") and "qwen2-vl-7b" in text

@@ -1,0 +1,389 @@
+"""The runner, the sample log and the report, with a stand-in for the model; the real harness under ``slow``."""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eval_stand_ins import broken, stand_in
+
+from eval import report, run
+from eval.cells import Cell, read_json
+from eval.harness import Settings, summary
+from eval.pool import PoolError
+from eval.samples import SampleLog
+from eval.suites import SUITES, get_task, row_files
+from libra.config import Compression, Row
+from libra.flops import cost
+from libra.registry import get_model
+from mini.questions import TYPES
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+VERSIONS = {"python": "3", "torch": "2"}
+
+
+def test_log_keeps_records_and_cuts_a_torn_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with SampleLog(path) as log:
+        log.append([{"task": "t", "doc_id": 0, "answer": "a"}, {"task": "t", "doc_id": 1, "answer": "é"}])
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in (1, first - 1, first, first + 1, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with SampleLog(path) as log:
+            assert len(log) == whole[:cut].count(b"\n")
+            log.append([{"task": "t", "doc_id": 7, "answer": "z"}])
+        assert all(json.loads(line) for line in path.read_bytes().splitlines())
+        with SampleLog(path) as log:
+            assert log.get("t", 7)["answer"] == "z" and log.get("u", 7) is None
+
+
+def test_log_forgets_what_follows_a_damaged_line_and_takes_the_later_record(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"task": "t", "doc_id": 0, "answer": "a"}\n{"task": "t", "doc_id": 0, "answer": "b"}\n12\n'
+                    '{"task": "t", "doc_id": 2, "answer": "c"}\n')
+    with SampleLog(path) as log:
+        assert log.get("t", 0)["answer"] == "b" and log.get("t", 2) is None
+
+
+def cell_of(row: str, task: str = "mini_color", limit: int | None = 4, **settings) -> Cell:
+    return Cell("mini", row, task, "row.yaml", False, "weights", None, limit, {"row": row, "dtype": "float32", **settings})
+
+
+def fill(cells, output, processes=2, factory=stand_in) -> int:
+    settings = Settings(str(output), "cpu", 1, 4, "float32", False)
+    output.mkdir(exist_ok=True)
+    return run.fill(cells, {"questions": 4}, output, settings, processes, "python -m eval.run --table 1", factory)
+
+
+def calls(output) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in (output / "calls").iterdir()}
+
+
+def test_a_failed_cell_and_a_dead_worker_cost_only_their_own_cells(tmp_path, capfd):
+    cells = [cell_of(row) for row in ("vanilla", "raises", "dies", "fastv", "r50")]
+    assert fill(cells, tmp_path / "out") == 2
+    stored = {cell.row: read_json(cell.path(tmp_path / "out")) for cell in cells}
+    assert [row for row, cell in stored.items() if cell["status"] == "ok"] == ["vanilla", "fastv", "r50"]
+    assert stored["raises"]["reason"] == "no such thing"
+    assert stored["dies"]["reason"] == "the worker process died (signal 9)"
+    assert stored["r50"]["correct"] == [1.0, 0.0, 1.0, 0.0] and stored["r50"]["machine"]["processes"] == 2
+    assert "chatter" not in capfd.readouterr().out
+
+
+def test_finished_cells_are_kept_and_others_done_again(tmp_path):
+    output = tmp_path / "out"
+    cells = [cell_of("vanilla"), cell_of("raises"), cell_of("fastv")]
+    fill(cells, output, processes=1)
+    fill(cells, output, processes=1)
+    assert calls(output) == {"mini.vanilla.mini_color": 1, "mini.raises.mini_color": 2, "mini.fastv.mini_color": 1}
+    cells[2].path(output).write_text('{"status": "o')
+    fill([cell_of("vanilla", limit=3), cell_of("fastv")], output, processes=1)
+    fill([cell_of("vanilla", limit=3, benchmark_sha256="other")], output, processes=1)
+    assert calls(output) == {"mini.vanilla.mini_color": 3, "mini.raises.mini_color": 2, "mini.fastv.mini_color": 2}
+
+
+def test_finished_cells_need_no_worker_and_a_broken_one_is_one_sentence(tmp_path):
+    fill([cell_of("vanilla")], tmp_path, processes=1)
+    assert fill([cell_of("vanilla")], tmp_path, factory=broken) == 0
+    with pytest.raises(PoolError, match="^RuntimeError: the model does not load$"):
+        fill([cell_of("fastv")], tmp_path, factory=broken)
+    assert not cell_of("fastv").path(tmp_path).exists()
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--rows", "r50,r51"], "error: row r51 is unknown"),
+    (["--tasks", "colour"], "error: task colour is not a task"),
+    (["--limit", "0"], "error: argument --limit: 0 is not a number"),
+    (["--checkpoint", "mini/nowhere"], "error: checkpoint mini/nowhere is missing"),
+    (["--suite", "llava7b"], "error: checkpoint liuhaotian/llava-v1.5-7b is not in the local cache"),
+])
+def test_what_cannot_run_says_why_and_writes_nothing(arguments, sentence, tmp_path, monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    output = ["--output", str(tmp_path / "out"), "--benchmark", str(tmp_path / "benchmark")]
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["--table", "1", "--device", "cpu", *output, *arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith(sentence) and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_row_names_tasks_that_exist():
+    for suite in SUITES:
+        files = row_files(suite)
+        assert list(files)[:5] == ["vanilla", "fastv", "turbo", "r50", "r67"]
+        for path in files.values():
+            assert all(get_task(task) for task in Row.from_yaml(path).tasks)
+    assert Row.from_yaml(row_files("mini")["vanilla"]).tasks == [f"mini_{kind}" for kind in TYPES]
+    with pytest.raises(ValueError, match="task gqq is unknown"):
+        get_task("gqq")
+
+
+def test_statistics_are_numpys():
+    rng = np.random.default_rng(0)
+    ours, vanilla = rng.random(300) < 0.7, rng.random(300) < 0.8
+    figure = report.accuracy(ours)
+    assert figure.value == pytest.approx(100 * ours.mean())
+    assert figure.stderr == pytest.approx(100 * np.sqrt(ours.mean() * (1 - ours.mean()) / 300))
+    pair = report.paired_difference(ours, vanilla)
+    difference = ours.astype(float) - vanilla
+    assert pair.value == pytest.approx(100 * difference.mean())
+    assert pair.stderr == pytest.approx(100 * np.std(difference, ddof=1) / np.sqrt(300))
+    mean = report.mean_of([figure, pair])
+    assert mean.value == pytest.approx((figure.value + pair.value) / 2)
+    assert mean.stderr == pytest.approx(np.hypot(figure.stderr, pair.stderr) / 2)
+    assert report.mean_of([figure, report.Figure(1.0)]).stderr is None
+    assert report.paired_difference(ours, ours) == report.Figure(0.0, 0.0)
+    with pytest.raises(ValueError, match="differ in number"):
+        report.paired_difference(ours, vanilla[1:])
+
+
+def test_a_cells_summary_counts_documents_in_order():
+    samples = [{"doc_id": i, "exact_match": value} for i, value in enumerate((1.0, 0.0, 1.0, 1.0))]
+    records = [{"tokens": [8, 4], "seconds": 0.5}, {"tokens": [6, 3], "seconds": 0.25}, {"tokens": [], "seconds": 1.0}]
+    cell = summary(0.75, "exact_match", 100, samples, records)
+    assert cell["score"] == 75 and cell["correct"] == [1, 0, 1, 1] and cell["n"] == 4 and cell["seconds"] == 1.75
+    assert cell["stderr"] == pytest.approx(report.accuracy(cell["correct"]).stderr)
+    assert cell["tokens_per_layer"] == [7.0, 3.5]
+    mme = summary(1500.0, "mme_perception_score", 1, [{"doc_id": 0, "mme_perception_score": {"score": 1}}], [])
+    assert (mme["score"], mme["stderr"], mme["correct"], mme["tokens_per_layer"]) == (1500.0, None, None, None)
+
+
+@pytest.mark.parametrize("vanilla, majority, blind, expected", [
+    (80.0, 50.0, 55.0, True), (79.9, 10.0, 10.0, False), (80.0, 55.1, 10.0, False), (90.0, 10.0, 65.1, False),
+    (90.0, 65.0, 65.0, True),
+])
+def test_learned(vanilla, majority, blind, expected):
+    assert report.is_learned(vanilla, majority, blind) is expected
+
+
+def measured_cell(row: str, task: str, correct: list[float]) -> dict:
+    p = float(np.mean(correct))
+    return {
+        "suite": "mini", "row": row, "task": task, "status": "ok", "limit": None, "score": 100 * p,
+        "stderr": 100 * (p * (1 - p) / len(correct)) ** 0.5, "n": len(correct), "correct": correct,
+        "tokens_per_layer": [256.0] * 12, "seconds": 3.0, "settings": {"dtype": "float32", "code_sha256": "c"},
+        "commit": "abc", "versions": VERSIONS, "date": "2026-01-01T00:00:00+00:00", "command": "python -m eval.run --table 1",
+        "machine": {"cpu": "A CPU", "cores": 2, "device": "cpu", "processes": 2},
+    }
+
+
+def share(percent: int, n: int = 100) -> list[float]:
+    return [1.0] * (percent * n // 100) + [0.0] * (n - percent * n // 100)
+
+
+def fill_results(folder: Path, compressed: int = 70, failed: bool = False) -> None:
+    """All mini cells: vanilla 90% but for colour (60%), blind 30%, the others ``compressed``."""
+    others = ("fastv", "turbo", "r50", "r67", "random", "windowed_fastv")
+    rows = {"vanilla": 90, "blind": 30, **dict.fromkeys(others, compressed)}
+    (folder / "cells").mkdir(parents=True)
+    for row, percent in rows.items():
+        for kind in TYPES:
+            cell = measured_cell(row, f"mini_{kind}", share(60 if (row, kind) == ("vanilla", "color") else percent))
+            if failed and (row, kind) == ("r50", "reading"):
+                cell = {**cell, "status": "failed", "reason": "OutOfMemoryError: too large"}
+            (folder / "cells" / f"mini.{row}.mini_{kind}.json").write_text(json.dumps(cell))
+    benchmark = {"questions": 100, "seed": 1, "sha256": "feed", "types": {kind: {"majority_share": 0.25} for kind in TYPES}}
+    (folder / "benchmark.json").write_text(json.dumps(benchmark))
+
+
+def table_rows(text: str, heading: str) -> dict[str, list[str]]:
+    """The first Markdown table after a heading: first column → the others."""
+    lines = text[text.index(heading) :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = {}
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        first, *others = (part.strip() for part in line.strip("|").split("|"))
+        rows[first] = others
+    return rows
+
+
+def test_report_shows_measured_and_printed_figures(tmp_path):
+    fill_results(tmp_path)
+    text = report.write_report(tmp_path, 1, publish=tmp_path / "published").read_text()
+    mini = table_rows(text, "## The embedded model")
+    assert mini[""][:3] == ["FLOPs", "reading", "position"] and mini[""][5] == "color †"
+    assert mini["vanilla"][0] == "100%" and mini["vanilla"][1] == "90.0 ± 3.0" and mini["vanilla"][-1] == "24"
+    assert mini["vanilla"][-3] == f"90.0 ± {3 / 7 ** 0.5:.1f}"  # Avg leaves colour out
+    pair = 100 * np.std([1.0] * 20 + [0.0] * 80, ddof=1) / 10 / 7 ** 0.5
+    assert mini["Libra-Merging, 50%"][-2] == f"-20.0 ± {pair:.1f}"
+    assert mini["most frequent answer"][1] == "25.0" and mini["vanilla, grey images (blind)"][1] == "30.0 ± 4.6"
+    spec, c = get_model("mini"), Row.from_yaml(row_files("mini")["r50"]).compression
+    assert mini["Libra-Merging, 50%"][0] == f"{100 * cost(spec, c).total / cost(spec, Compression()).total:.0f}%" != "100%"
+    paper = table_rows(text, "### LLaVA-1.5-7B")
+    assert paper["Libra-Merging, 50%"][:4] == ["1.78 T (47%)", "1.78 T (47%)", "paper's", "61.3"]
+    assert paper[""][2:] == ["ours"] + [""] * 7  # the last row without a name: not measured
+    for line in ("commit: abc", "A CPU, 2 cores, 2 processes", "sha256 feed", "`python -m eval.run --table 1`"):
+        assert line in text
+    assert str(tmp_path) not in text and os.uname().nodename not in text
+    for suffix in ("md", "csv", "png"):
+        copy = tmp_path / "published" / f"table1.{suffix}"
+        assert copy.read_bytes() == (tmp_path / f"table1.{suffix}").read_bytes()
+    assert (tmp_path / "table1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_csv_has_a_line_a_figure(tmp_path):
+    fill_results(tmp_path)
+    report.write_report(tmp_path, 1)
+    with open(tmp_path / "table1.csv") as file:
+        lines = list(csv.DictReader(file))
+    (line,) = [x for x in lines if (x["suite"], x["row"], x["task"]) == ("mini", "fastv", "mini_relation")]
+    assert float(line["score"]) == 70 and float(line["difference"]) == -20
+    assert line["n"] == "100" and line["source"] == "measured"
+    (line,) = [x for x in lines if (x["suite"], x["row"], x["task"]) == ("next8b", "turbo", "mme")]
+    assert (line["source"], line["score"]) == ("paper", "1505.3")
+
+
+def test_what_counts_is_decided_without_the_compressed_rows(tmp_path):
+    chosen = []
+    for compressed in (0, 100):
+        fill_results(tmp_path / str(compressed), compressed)
+        measured = report.Measured("mini", report.read_cells(tmp_path / str(compressed)))
+        chosen.append(report.learned_types(measured, {f"mini_{kind}": 25.0 for kind in TYPES}))
+    assert chosen[0] == chosen[1] == [f"mini_{kind}" for kind in TYPES if kind != "color"]
+
+
+def test_a_failed_and_a_missing_cell_show_and_leave_the_averages_empty(tmp_path):
+    fill_results(tmp_path, failed=True)
+    (tmp_path / "cells" / "mini.turbo.mini_position.json").unlink()
+    text = report.write_report(tmp_path, 1).read_text()
+    mini = table_rows(text, "## The embedded model")
+    assert mini["Libra-Merging, 50%"][1] == "failed (1)" and mini["Libra-Merging, 50%"][-3:] == ["", "", ""]
+    assert "(1) Libra-Merging, 50%, reading: failed: OutOfMemoryError: too large" in text
+    assert mini["Turbo"][2] == "" and mini["Turbo"][-3:] == ["", "", ""] and mini["FastV"][-1] == "24"
+
+
+def test_report_of_an_empty_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(tmp_path)])
+    assert stopped.value.code == 2 and "holds no cells" in capsys.readouterr().err
+    (tmp_path / "cells").mkdir()
+    assert report.main([str(tmp_path)]) == 0
+    assert "No cell has been computed yet." in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The embedded model untrained: answers are noise, but the same noise every time."""
+    from mini.build import build_model, build_tokenizer, build_vision_tower
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = build_tokenizer()
+    build_vision_tower(folder / "vision_tower", 0)
+    model = build_model(folder / "vision_tower", tokenizer, 0)
+    model.config.mm_vision_tower = "vision_tower"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def command(checkpoint, output, benchmark, *more) -> list[str]:
+    return [sys.executable, "-m", "eval.run", "--table", "1", "--rows", "vanilla,r50,blind", "--tasks", "reading,yes_no",
+            "--limit", "24", "--batch-size", "4", "--device", "cpu", "--checkpoint", str(checkpoint), "--output", str(output),
+            "--benchmark", str(benchmark), *more]
+
+
+def answers(output: Path) -> dict[tuple, list]:
+    found = {}
+    for path in (output / "samples").glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+        records = {line["doc_id"]: (line["answer"], line["tokens"]) for line in lines}
+        found[path.name] = [records[i] for i in sorted(records)]
+    return found
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_table(checkpoint, tmp_path):
+    data = tmp_path / "benchmark"
+    subprocess.run(command(checkpoint, tmp_path / "whole", data), cwd=REPOSITORY, check=True, capture_output=True)
+    output, kills = tmp_path / "killed", 0
+    for attempt in range(4):
+        runner = subprocess.Popen(command(checkpoint, output, data), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.DEVNULL, start_new_session=True)
+        begun = answers(output)
+        while runner.poll() is None and answers(output) == begun:  # kill it somewhere after its first batch
+            time.sleep(0.1)
+        time.sleep(random.Random(attempt).uniform(0, 1.5))
+        if runner.poll() is None:
+            kills += 1
+            runner.kill()  # the runner alone: its orphaned workers must leave by themselves
+        runner.wait()
+    assert kills >= 1
+    subprocess.run(command(checkpoint, output, data), cwd=REPOSITORY, check=True, capture_output=True)
+    assert answers(output) == answers(tmp_path / "whole") and len(answers(output)) == 6
+    for path in (tmp_path / "whole" / "cells").iterdir():
+        whole, resumed = read_json(path), read_json(output / "cells" / path.name)
+        assert whole["n"] == 24
+        for key in ("score", "correct", "tokens_per_layer", "config_hash"):
+            assert whole[key] == resumed[key]
+        if ".r50." in path.name:
+            assert whole["tokens_per_layer"] == [256] * 3 + [128] * 3 + [64] * 3 + [32] * 3
+    again = subprocess.run(command(checkpoint, output, data), cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert "6 cells, 0 failed" in again.stderr
+
+
+@pytest.mark.slow
+def test_harness_command_line_from_a_plain_checkout(checkpoint, tmp_path):
+    from mini.benchmark import write_benchmark
+
+    write_benchmark(tmp_path / "results" / "benchmark", 300)
+    arguments = f"config={REPOSITORY}/configs/mini/r50.yaml,checkpoint={checkpoint},blind=true,sample_log={tmp_path}/log.jsonl"
+    subprocess.run(
+        [sys.executable, "-m", "eval", "--model", "libra", "--model_args", arguments, "--tasks", "mini_color", "--limit", "6",
+         "--include_path", str(REPOSITORY / "eval" / "tasks"), "--batch_size", "4", "--device", "cpu",
+         "--output_path", str(tmp_path / "out")],
+        cwd=tmp_path, check=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+    )
+    (result,) = (tmp_path / "out").rglob("*results.json")
+    assert "exact_match,none" in json.loads(result.read_text())["results"]["mini_color"]
+    with SampleLog(tmp_path / "log.jsonl") as log:
+        assert len(log) == 6
+
+
+@pytest.mark.slow
+def test_model_batches_text_only_rows_and_refuses_a_task_without_images(checkpoint, tmp_path):
+    from types import SimpleNamespace
+
+    from PIL import Image
+
+    from eval.lmms_libra import LibraModel
+
+    model = LibraModel(str(REPOSITORY / "configs/mini/r50.yaml"), checkpoint=str(checkpoint), device="cpu", batch_size="3")
+    noise = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), np.uint8)
+    documents = [{"images": [Image.fromarray(image)]} for image in noise] + [{"images": []}]
+    model.task_dict = {"t": {"test": documents}}
+    options = {"max_new_tokens": 4, "until": ["\n\n"]}
+
+    def request(i, text):
+        return SimpleNamespace(args=(text, options, lambda doc: doc["images"], i, "t", "test"))
+
+    texts = ("what color ?", "read all the digits in order .", "a", "how many ?", "a b")
+    requests = [request(i, text) for i, text in enumerate(texts)]
+    together = model.generate_until(requests)
+    assert [model.generate_until([one])[0] for one in requests[:4]] == together[:4]
+    assert options == {"max_new_tokens": 4, "until": ["\n\n"]}  # the harness's cache keys
+    assert model.records["t", 0]["tokens"][-1] == 32 and model.records["t", 4]["tokens"] == []
+    with pytest.raises(ValueError, match="task t gives no image"):
+        model.generate_until([requests[4]])
+    model.set_row(Row.from_yaml(REPOSITORY / "configs/mini/vanilla.yaml"))
+    assert len(model.generate_until([requests[4]])) == 1
+    model.set_row(Row.from_yaml(REPOSITORY / "configs/mini/r50.yaml"), blind=True)
+    blind = model.generate_until(requests[:1])
+    for document in documents[:4]:
+        document["images"] = [Image.fromarray(255 - np.asarray(document["images"][0]))]
+    assert model.generate_until(requests[:1]) == blind  # what the images show does not matter
+    with pytest.raises(NotImplementedError, match="generate_until"):
+        model.loglikelihood([])

@@ -1,0 +1,64 @@
+"""The embedded model: it answers questions about images it has never seen, alone and in a batch, whole and compressed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from libra import Compression
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from mini.questions import SCENE_TYPES
+from mini.scenes import draw_scene
+
+CHECKPOINT = Path(__file__).parents[1] / "mini" / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_pretrained_model(str(CHECKPOINT), None, "mini", device="cpu")
+
+
+def ask(loaded, kind: str, count: int, compression: Compression | None = None, batch: int = 16):
+    """Answers of the model and the right ones, for ``count`` fresh test scenes; also which rows had compensation tokens."""
+    tokenizer, model, processor, _ = loaded
+    model.set_compression(compression)
+    rng = np.random.default_rng(7)
+    prompts, images, answers = [], [], []
+    while len(prompts) < count:
+        scene = draw_scene(rng, "test")
+        question = SCENE_TYPES[kind][0](rng, scene.digits)
+        if question is not None:
+            prompts.append(tokenizer_image_token(f"USER: <image>\n{question[0]} ASSISTANT:", tokenizer, return_tensors="pt"))
+            images.append(Image.fromarray(scene.image))
+            answers.append(question[1])
+    pixels = process_images(images, processor, model.config)
+    said, compensated = [], []
+    for start in range(0, count, batch):
+        rows = prompts[start : start + batch]
+        width = max(map(len, rows))
+        ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+        mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
+        out = model.generate(ids, images=pixels[start : start + batch], attention_mask=mask, do_sample=False, max_new_tokens=8)
+        said += [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+        if compression is not None:
+            by_layer = [layer for layer in model.compression_stats["compensation_tokens"] if layer]
+            compensated += [any(row) for row in zip(*by_layer)]
+    return said, answers, compensated
+
+
+@pytest.mark.parametrize("kind", ["position", "color", "relation"])
+def test_it_sees(loaded, kind):
+    said, answers, _ = ask(loaded, kind, 32)
+    assert np.mean([a == b for a, b in zip(said, answers)]) > 0.8
+
+
+def test_equal_prompts_that_become_unequal_answer_as_alone(loaded):
+    """Prompts of one length need no padding until only some rows get a compensation token: the last column has to stay valid."""
+    compression = Compression(method="libra", layers=(2, 5, 8), ratio=0.5)
+    batch, _, compensated = ask(loaded, "reading", 32, compression)
+    alone, _, _ = ask(loaded, "reading", 32, compression, batch=1)
+    assert any(compensated) and not all(compensated[:16])
+    assert batch == alone

@@ -1,0 +1,75 @@
+"""How many visual tokens each layer sees."""
+
+import pytest
+
+from libra.config import Compression, ConfigError
+from libra.schedule import actual, average, kept, nominal
+
+
+@pytest.mark.parametrize(
+    "n, ratio, rounding, expected",
+    [
+        (576, 0.5, "round", 288),
+        (576, 2 / 3, "round", 192),
+        (576, 2 / 3, "ceil", 192),  # (1 - 2/3) * 576 is a hair above 192
+        (10, 0.8, "floor", 2),  # (1 - 0.8) * 10 is a hair below 2
+        (5, 0.5, "round", 2),  # halves go to even
+        (7, 0.5, "round", 4),
+        (7, 0.5, "floor", 3),
+        (7, 0.5, "ceil", 4),
+        (1, 0.95, "round", 1),
+        (3, 0.95, "floor", 1),
+        (0, 0.5, "round", 0),
+        (9, 0.0, "floor", 9),
+        (9, 0.0, "ceil", 9),
+    ],
+)
+def test_kept(n, ratio, rounding, expected):
+    assert kept(n, ratio, rounding) == expected
+
+
+def test_kept_lies_between_one_and_all_and_the_roundings_are_in_order():
+    for n in range(1, 80):
+        for percent in range(0, 100, 3):
+            low, middle, high = (kept(n, percent / 100, rounding) for rounding in ("floor", "round", "ceil"))
+            assert 1 <= low <= middle <= high <= n
+            exact = n * (100 - percent)  # in hundredths, without float error
+            assert (low, high) == (max(1, exact // 100), -(-exact // 100))
+
+
+def test_an_unknown_rounding_is_named():
+    with pytest.raises(ConfigError, match="rounding: up is unknown; use one of round, floor, ceil"):
+        kept(5, 0.5, "up")
+
+
+def test_compression_after_layer_l_leaves_l_plus_one_long_layers():
+    c = Compression(layers=(1, 3), ratio=0.5)
+    assert nominal(c, 6, 10) == [10, 10, 5, 5, 2.5, 2.5]
+    assert actual(c, 6, [10]) == [10, 10, 5, 5, 2, 2]
+    assert actual(Compression(layers=(5,)), 6, [10]) == [10] * 6
+    assert nominal(Compression(), 3, 7) == actual(Compression(), 3, [7]) == [7, 7, 7]
+
+
+def test_spans_are_shortened_each_by_itself():
+    c = Compression(layers=(0, 1), ratio=2 / 3)
+    assert actual(c, 3, [1, 2, 8, 9]) == [20, 1 + 1 + 3 + 3, 1 + 1 + 1 + 1]
+    assert actual(c, 3, []) == [0, 0, 0]
+
+
+def test_pyramiddrop_keeps_what_its_own_code_keeps():
+    # Golden data: layer list [2, 4, 6] of 8, ratios 0.5, 0.25, 0.125 of 144 tokens, acting on the input of those layers.
+    c = Compression(method="pyramiddrop", layers=(1, 3, 5), ratio=0.5)
+    assert actual(c, 8, [144]) == [144, 144, 72, 72, 36, 36, 18, 18]
+
+
+@pytest.mark.parametrize("ratio, tokens", [("1/2", 270), ("2/3", 213), ("4/5", 180)])
+def test_average_tokens_of_llava_7b(ratio, tokens):
+    c = Compression(layers=(7, 15, 23), ratio=ratio)
+    assert round(average(nominal(c, 32, 576))) == tokens
+    assert round(average(actual(c, 32, [576]))) == tokens
+
+
+def test_a_layer_that_is_not_there_is_named():
+    for count in (lambda c: nominal(c, 12, 256), lambda c: actual(c, 12, [256])):
+        with pytest.raises(ConfigError, match="layers: 99 is out of range: the model has layers 0 to 11"):
+            count(Compression(layers=(99,)))
