@@ -4,6 +4,9 @@
 def manifest():
     from lmms_eval.models.registry_v2 import ModelManifest
 
+    from libra.shadow import warn_if_llava_is_another
+
+    warn_if_llava_is_another()
     return ModelManifest(model_id="libra", simple_class_path="eval.lmms_libra.LibraModel")
 
 

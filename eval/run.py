@@ -14,6 +14,7 @@ from tqdm import tqdm
 from libra.cli import Parser
 from libra.config import Row
 from libra.registry import get_model
+from libra.shadow import warn_if_llava_is_another
 
 from .cells import Cell, code_hash, commit, cores, machine, versions, write_text
 from .checkpoints import REPOSITORY, checkpoint_hash, require_checkpoint
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 when every cell is filled, 1 when some failed (the table says which), 2 after one `error: …` line."""
     options = parser()
     args = options.parse_args(argv)
+    warn_if_llava_is_another()  # here, because what a worker prints goes to its log
     output = args.output or Path("results") / f"table{args.table}"
     device = args.device or ("cuda:0" if _has_gpu() else "cpu")
     processes = args.processes or (min(2, cores()) if device == "cpu" else 1)

@@ -30,6 +30,7 @@ class StagedCache(DynamicCache):
     """A dynamic cache that carries the stages through everything that is done to its rows and its end."""
 
     stages: list[Stage]
+    compressed_until = 0  # columns of layer 0 up to the end of the last prefill with visual tokens
 
     @classmethod
     def adopt(cls, cache, first_layers: list[int]) -> "StagedCache":
@@ -70,10 +71,18 @@ class StagedCache(DynamicCache):
         self._to_stages(lambda x: x[indices])
 
     def crop(self, max_length: int):
-        """Drop the newest tokens: all but the first ``max_length`` (layer 0 counts), or ``-max_length`` of them if negative."""
+        """Drop the newest tokens: all but the first ``max_length`` (layer 0 counts), or ``-max_length`` of them if negative.
+
+        Raises:
+            ValueError: if that would cut into a compressed prompt, whose tokens the later layers no longer hold one by one.
+        """
         excess = self.get_seq_length(0) - max_length if max_length >= 0 else -max_length
         if excess <= 0:
             return
+        if self.get_seq_length(0) - excess < self.compressed_until:
+            raise ValueError(
+                f"crop keeps at least the {self.compressed_until} columns up to the last compressed prompt; start a new cache"
+            )
         for layer in self.layers:
             layer.crop(-excess)
         for stage in self.stages:
@@ -81,4 +90,5 @@ class StagedCache(DynamicCache):
 
     def reset(self):
         super().reset()
+        self.compressed_until = 0
         self.stages = [Stage(stage.first_layer) for stage in self.stages]

@@ -62,6 +62,8 @@ class Passage:
         if visual is not None and bool(visual.any()):
             self.stream = VisualTokenStream(self.compression, visual, self._new_mask, labels, score_columns, keys)
             self._new_mask = self.stream.mask
+            if cache is not None:
+                cache.compressed_until = past + inputs_embeds.shape[1]
         elif inputs_embeds.shape[1] == 1 and self._stages[0].mask is None:
             self._new_mask = None  # a decoding step adds a valid token to every row
         self._enter(0, inputs_embeds)

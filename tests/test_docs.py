@@ -140,3 +140,9 @@ def test_every_key_of_a_compression_is_explained():
 
     text = METHOD.read_text(encoding="utf-8")
     assert not [field.name for field in fields(Compression) if f"`{field.name}" not in text]
+
+
+def test_the_readme_shows_the_published_table():
+    published = (ROOT / "docs" / "results" / "table1.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- table1 -->\n(.*?)\n<!-- /table1 -->", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert shown[1].startswith("|") and shown[1] in published

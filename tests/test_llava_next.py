@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import tiny
 import torch
@@ -19,6 +20,8 @@ from llava.model.builder import load_pretrained_model
 
 GOLDEN = Path(__file__).parent / "golden" / "llava_next_llama3"
 CLOSE = dict(atol=1e-4, rtol=1e-4)
+# Its second image is enlarged, which Pillow did a little differently before version 13.
+SAME_PILLOW = pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="the golden pixels were resized by Pillow 13")
 LIBRA = Compression(method="libra", layers=(1, 3, 5), ratio=0.5, tau=0.3)
 
 
@@ -68,7 +71,8 @@ def asked(case: dict) -> dict:
 
 
 @pytest.mark.parametrize(("case", "columns"), [
-    ("a_wide", slice(None, None, 2)), ("c_square", slice(-16, None)), ("d_batch", slice(None, None, 8)),
+    ("a_wide", slice(None, None, 2)), ("c_square", slice(-16, None)),
+    pytest.param("d_batch", slice(None, None, 8), marks=SAME_PILLOW),
     ("f_single_tile", slice(None, None, 2)), ("g_template", slice(-16, None)),
 ])
 @torch.no_grad()

@@ -31,7 +31,8 @@ def ask(loaded, kind: str, count: int, compression: Compression | None = None, b
         scene = draw_scene(rng, "test")
         question = SCENE_TYPES[kind][0](rng, scene.digits)
         if question is not None:
-            prompts.append(tokenizer_image_token(f"USER: <image>\n{question[0]} ASSISTANT:", tokenizer, return_tensors="pt"))
+            prompt = f"USER: <image>\n{question[0]} ASSISTANT:"
+            prompts.append(tokenizer_image_token(prompt, tokenizer, return_tensors="pt"))
             images.append(Image.fromarray(scene.image))
             answers.append(question[1])
     pixels = process_images(images, processor, model.config)
@@ -56,7 +57,7 @@ def test_it_sees(loaded, kind):
 
 
 def test_equal_prompts_that_become_unequal_answer_as_alone(loaded):
-    """Prompts of one length need no padding until only some rows get a compensation token: the last column has to stay valid."""
+    """Prompts of one length need no padding until some rows get a compensation token: the last column has to stay valid."""
     compression = Compression(method="libra", layers=(2, 5, 8), ratio=0.5)
     batch, _, compensated = ask(loaded, "reading", 32, compression)
     alone, _, _ = ask(loaded, "reading", 32, compression, batch=1)

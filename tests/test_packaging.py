@@ -88,9 +88,11 @@ def test_another_llava_is_named(tmp_path, monkeypatch):
         warn_if_llava_is_another()
 
 
-def test_importing_what_needs_our_llava_warns_of_another(tmp_path):
+def test_what_needs_our_llava_warns_of_another(tmp_path):
+    """The embedded model's package when it is imported, the runner when it is called."""
     environment = {**os.environ, "PYTHONPATH": f"{other_llava(tmp_path)}:{ROOT}"}
-    code = [sys.executable, "-W", "always", "-c", "import eval, mini"]
+    calls = "import mini; from eval.run import main; main(['--table', '1', '--rows', 'none'])"
+    code = [sys.executable, "-W", "always", "-c", calls]
     answer = subprocess.run(code, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
+    assert answer.returncode == 2 and "error: row none is unknown" in answer.stderr, answer.stderr
     assert answer.stderr.count(f"`import llava` finds the package at {tmp_path / 'llava'}") == 2

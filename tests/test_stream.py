@@ -458,6 +458,33 @@ def test_crop_takes_back_the_newest_tokens(model, name, padded, negative):
     assert lengths(chat.cache) == full
 
 
+@pytest.mark.parametrize("name", ["libra", "compact"])
+@torch.no_grad()
+def test_crop_takes_back_a_text_turn_with_its_padding(model, name):
+    chat = filled(model, Compression(**CHOICES[name]))
+    want, full = chat.fork().say([5, 6, 7]), chat.cache.get_seq_length()
+    mask = chat.mask
+    chat.turn([tiny.row("t2", 1), tiny.row("t5", 2), tiny.row("t3", 3)])
+    chat.cache.crop(full)
+    chat.mask = mask
+    torch.testing.assert_close(chat.say([5, 6, 7]), want, **CLOSE)
+
+
+@torch.no_grad()
+def test_crop_into_a_compressed_prompt_is_refused(model):
+    """The later layers no longer hold its tokens one by one."""
+    chat = filled(model, Compression(**CHOICES["libra"]), padded=False)
+    chat.say([5])
+    before = lengths(chat.cache)
+    for target in (-2, before[0] - 2, 0):
+        with pytest.raises(ValueError, match=f"crop keeps at least the {before[0] - 1} columns"):
+            chat.cache.crop(target)
+    assert lengths(chat.cache) == before
+    chat.cache.reset()
+    chat.mask = torch.zeros(0)
+    assert chat.cache.get_seq_length() == 0 and chat.cache.compressed_until == 0
+
+
 @torch.no_grad()
 def test_caches_that_cannot_work_are_refused(model):
     c = Compression(**CHOICES["libra"])
