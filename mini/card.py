@@ -15,11 +15,23 @@ def draw(log: dict[str, list[dict]], path: Path) -> None:
     figure, panels = plt.subplots(1, len(log), figsize=(9, 3), constrained_layout=True)
     titles = {"stage1": "Stage 1: patch labels", "stage2": "Stage 2: questions (and fading patch labels)"}
     for panel, (stage, entries) in zip(panels, log.items()):
-        points = [(entry["seconds"] / 60, entry["loss"]) for entry in entries if "loss" in entry]
+        points = [(entry["seconds"] / 60, entry["loss"]) for entry in entries]
         panel.plot(*zip(*points), linewidth=1.2)
         panel.set(title=titles[stage], xlabel="minutes", ylabel="training loss", yscale="log")
         panel.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)
+
+
+def one_clock(entries: list[dict]) -> list[dict]:
+    """The entries that have a loss, with seconds that go on where a resumed run began to count from 0 again."""
+    points, before, last = [], 0.0, 0.0
+    for entry in entries:
+        if "loss" in entry:
+            if entry["seconds"] < last:
+                before += last
+            last = entry["seconds"]
+            points.append({"step": entry["step"], "loss": entry["loss"], "seconds": round(before + last, 1)})
+    return points
 
 
 def main() -> None:
@@ -28,9 +40,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("mini"), help="folder for curve.png and training_log.json")
     options = parser.parse_args()
     log = json.loads(options.log.read_text())
-    draw(log, options.output / "curve.png")
-    keys = ("step", "loss", "seconds")
-    kept = {name: [{key: entry[key] for key in keys} for entry in entries if "loss" in entry] for name, entries in log.items()}
+    kept = {stage: one_clock(entries) for stage, entries in log.items()}
+    draw(kept, options.output / "curve.png")
     (options.output / "training_log.json").write_text(json.dumps(kept) + "\n")
     for stage, entries in kept.items():
         last = entries[-1]
