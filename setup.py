@@ -11,7 +11,7 @@ CORE = [
     "pillow>=10.0",
     "pyyaml>=6.0",
     "requests>=2.32",
-    "sentencepiece>=0.2",
+    "sentencepiece>=0.2,<0.2.3",  # 0.2.3 needs protobuf 7
     "protobuf>=4.25",
     "tqdm>=4.66.3",
 ]

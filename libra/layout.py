@@ -9,6 +9,11 @@ import torch
 from .schedule import kept
 
 
+def on_device(rows, device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A small table made on the host, copied without waiting for the device, as ``torch.tensor(rows, device=…)`` would."""
+    return torch.tensor(rows, dtype=dtype).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Layout:
     """The spans of B rows and how many target tokens each span keeps.
@@ -54,7 +59,7 @@ class Layout:
 
     def _table(self, rows) -> torch.Tensor:
         width = max((len(row) for row in rows), default=0) + 1  # one column more: what a padded place points to
-        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.device)
+        return on_device([[*row, *[0] * (width - len(row))] for row in rows], self.device)
 
     @cached_property
     def valid(self) -> torch.Tensor:
@@ -64,12 +69,12 @@ class Layout:
     @cached_property
     def target_valid(self) -> torch.Tensor:
         """(B, T) bool."""
-        return torch.arange(self.targets, device=self.device) < torch.tensor(self.target_counts, device=self.device)[:, None]
+        return torch.arange(self.targets, device=self.device) < on_device(self.target_counts, self.device)[:, None]
 
     @cached_property
     def tokens_of_row(self) -> torch.Tensor:
         """(B,): the lengths as a tensor."""
-        return torch.tensor(self.lengths, device=self.device)
+        return on_device(self.lengths, self.device)
 
     @cached_property
     def index(self) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from .compress import Compressed, compress_layout
 from .config import Compression
-from .layout import Layout, ordinals
+from .layout import Layout, on_device, ordinals
 
 IGNORE_INDEX = -100
 
@@ -116,8 +116,8 @@ class VisualTokenStream:
             for r, (g, _, share) in enumerate(row):
                 weights[b][g][r] = share
         device = self.spans.device
-        self.queries = torch.tensor(columns, dtype=torch.long, device=device).view(len(flat), width)
-        self._query_weights = torch.tensor(weights, device=device).view(len(flat), groups, width)
+        self.queries = on_device(columns, device, torch.long).view(len(flat), width)
+        self._query_weights = on_device(weights, device).view(len(flat), groups, width)
 
     @property
     def has_visual_tokens(self) -> bool:
@@ -133,9 +133,8 @@ class VisualTokenStream:
         groups = scores.shape[1]
         if groups == 1:
             return scores[:, 0].gather(1, columns), None
-        table = torch.tensor(
-            [row + [0] * (1 + max(map(len, self._which)) - len(row)) for row in self._which], device=attention.device
-        )
+        width = 1 + max(map(len, self._which))
+        table = on_device([row + [0] * (width - len(row)) for row in self._which], attention.device)
         owner = table.gather(1, layout.span)
         return scores.gather(2, columns[:, None].expand(-1, groups, -1)).gather(1, owner[:, None])[:, 0], owner
 
@@ -171,17 +170,17 @@ class VisualTokenStream:
         removed = [n - k for n, k in zip(layout.lengths, layout.target_counts)]
         lengths = [n - r + bool(c) for n, r, c in zip(self.row_lengths, removed, step.compensated)]
         width = max(lengths)
-        extra = torch.tensor([int(c) for c in step.compensated], device=device)[:, None]
-        seeing = torch.tensor([bool(row) for row in self.span_lengths], device=device)[:, None]
+        extra = on_device([int(c) for c in step.compensated], device)[:, None]
+        seeing = on_device([bool(row) for row in self.span_lengths], device)[:, None]
 
         keep = torch.ones_like(self.spans, dtype=torch.bool) if self.mask is None else self.mask.clone()
         chosen = torch.zeros_like(layout.valid).scatter(1, step.targets, layout.target_valid)
         current = keep.gather(1, columns)
         keep = keep.scatter(1, columns, torch.where(layout.valid, chosen & current, current))
-        last_visual = columns.gather(1, torch.tensor([[n - 1] for n in layout.lengths], device=device))
+        last_visual = columns.gather(1, on_device([[n - 1] for n in layout.lengths], device))
 
         rank = keep.cumsum(1)
-        shift = torch.tensor([width - n if self.pads_left else 0 for n in lengths], device=device)[:, None]
+        shift = on_device([width - n if self.pads_left else 0 for n in lengths], device)[:, None]
         after = torch.arange(length, device=device) > last_visual
         place = rank - 1 + shift + extra * after  # where a kept column goes; for a dropped one, the last kept before it
         # A padded column stays the column it is, so that a step that removes nothing changes nothing.
@@ -191,7 +190,7 @@ class VisualTokenStream:
         source = source.scatter(1, compensation, last_visual)[:, :width].contiguous()
 
         new_columns = torch.arange(width, device=device)
-        ends = torch.tensor(lengths, device=device)[:, None]
+        ends = on_device(lengths, device)[:, None]
         mask = new_columns >= width - ends if self.pads_left else new_columns < ends
         if min(lengths) == width:
             mask = None

@@ -307,7 +307,8 @@ def answers(output: Path) -> dict[tuple, list]:
 @pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_table(checkpoint, tmp_path):
     data = tmp_path / "benchmark"
-    subprocess.run(command(checkpoint, tmp_path / "whole", data), cwd=REPOSITORY, check=True, capture_output=True)
+    first = subprocess.run(command(checkpoint, tmp_path / "whole", data), cwd=REPOSITORY, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
     output, kills = tmp_path / "killed", 0
     for attempt in range(4):
         runner = subprocess.Popen(command(checkpoint, output, data), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
@@ -338,7 +339,7 @@ def test_killed_and_resumed_gives_the_same_table(checkpoint, tmp_path):
 def test_harness_command_line_from_a_plain_checkout(checkpoint, tmp_path):
     from mini.benchmark import write_benchmark
 
-    write_benchmark(tmp_path / "results" / "benchmark", 300)
+    write_benchmark(tmp_path / "results" / "benchmark", 6)
     arguments = f"config={REPOSITORY}/configs/mini/r50.yaml,checkpoint={checkpoint},blind=true,sample_log={tmp_path}/log.jsonl"
     subprocess.run(
         [sys.executable, "-m", "eval", "--model", "libra", "--model_args", arguments, "--tasks", "mini_color", "--limit", "6",
@@ -373,9 +374,9 @@ def test_model_batches_text_only_rows_and_refuses_a_task_without_images(checkpoi
     texts = ("what color ?", "read all the digits in order .", "a", "how many ?", "a b")
     requests = [request(i, text) for i, text in enumerate(texts)]
     together = model.generate_until(requests)
+    assert model.records["t", 0]["tokens"][-1] == 32 and model.records["t", 4]["tokens"] == []
     assert [model.generate_until([one])[0] for one in requests[:4]] == together[:4]
     assert options == {"max_new_tokens": 4, "until": ["\n\n"]}  # the harness's cache keys
-    assert model.records["t", 0]["tokens"][-1] == 32 and model.records["t", 4]["tokens"] == []
     with pytest.raises(ValueError, match="task t gives no image"):
         model.generate_until([requests[4]])
     model.set_row(Row.from_yaml(REPOSITORY / "configs/mini/vanilla.yaml"))

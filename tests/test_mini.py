@@ -63,3 +63,13 @@ def test_equal_prompts_that_become_unequal_answer_as_alone(loaded):
     alone, _, _ = ask(loaded, "reading", 32, compression, batch=1)
     assert any(compensated) and not all(compensated[:16])
     assert batch == alone
+
+
+def test_a_prompt_without_an_image_is_refused_where_compression_is_asked(loaded):
+    tokenizer, model, _, _ = loaded
+    ids = tokenizer("USER: what digit is at the top left ? ASSISTANT:", return_tensors="pt").input_ids
+    model.set_compression(Compression(method="libra", layers=(2,), ratio=0.5))
+    with pytest.raises(ValueError, match="no image to compress"):
+        model.generate(ids, do_sample=False, max_new_tokens=2)
+    model.set_compression(None)
+    assert model.generate(ids, do_sample=False, max_new_tokens=2).shape[0] == 1

@@ -213,6 +213,9 @@ class LlavaMetaForCausalLM:
             image_sizes: (width, height) of each image in pixels, for models that cut images into tiles.
             attention_mask: (B, S), 0 for padding.
             kwargs: transformers' generation arguments.
+
+        Raises:
+            ValueError: without token ids, for an image token without its image, or with compression on and no image.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None or "inputs_embeds" in kwargs:
@@ -220,6 +223,8 @@ class LlavaMetaForCausalLM:
         if images is None:
             if bool(self._held_places(inputs).any()):
                 raise ValueError("the prompt has an image token but no image was given; pass images=")
+            if self.compression is not None and self.compression.layers:
+                raise ValueError("compression is on but there is no image to compress; pass images, or switch it off")
             return super().generate(inputs_embeds=self.get_input_embeddings()(inputs), attention_mask=attention_mask, **kwargs)
         spliced = self.splice(inputs, attention_mask, None, images, image_sizes, padding_side="left")
         return super().generate(
