@@ -16,7 +16,7 @@ CORE = [
     "tqdm>=4.66.3",
 ]
 MINI = ["scikit-learn>=1.4", "easy-vqa>=1.0"]  # the images behind the embedded model and its benchmark
-EVAL = ["lmms-eval>=0.7", "datasets>=3.0", "matplotlib>=3.8", *MINI]
+EVAL = ["lmms-eval>=0.7.3", "datasets>=3.0", "matplotlib>=3.8", *MINI]
 VIDEO = ["timm>=1.0", "av>=12.0"]  # VideoLLaMA-2's connector, and the frames of video files
 EXTRAS = {
     "eval": EVAL,

@@ -90,9 +90,9 @@ class LibraModel(lmms):
         self.set_row(row, _is_true(blind))
 
     def set_row(self, row: Row, blind: bool = False) -> None:
-        """Go over to another row of the same model, without loading it again."""
-        self.blind, self.compression = blind, row.compression
+        """Go over to another row of the same model, without loading it again; ValueError for a layer it does not have."""
         self.model.set_compression(row.compression)
+        self.blind, self.compression = blind, row.compression
 
     def clean(self) -> None:
         """Keep the model for the next task; the harness would delete it after each."""
@@ -198,6 +198,7 @@ class LibraModel(lmms):
         if not options["do_sample"]:
             for name in ("temperature", "top_p", "top_k"):
                 options.pop(name, None)
+        self.model.set_compression(self.compression if flat else None)  # it refuses a batch that has nothing to compress
         output = self.model.generate(
             ids.to(self.device), images=pixels, image_sizes=[image.size for image in flat] or None,
             attention_mask=mask.to(self.device), pad_token_id=padding, **options,
