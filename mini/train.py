@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from llava.constants import IGNORE_INDEX
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.train.shared_prefix import NAME as SHARED_PREFIX
-from llava.train.trainer import LLaVATrainer, save_llava
+from llava.train.trainer import save_llava
 
 from .build import WIDTH, build_model, build_tokenizer, build_vision_tower
 from .data import PREFIX, TEXT_LENGTH, TEXTS_PER_IMAGE, ImageTexts, SceneLabels
@@ -127,7 +127,7 @@ class Minutes(TrainerCallback):
 
 def run_stage(module: nn.Module, dataset, args: TrainingArguments, callbacks=()) -> list[dict]:
     """Train, or go on from the last checkpoint of an interrupted run; returns the log."""
-    trainer = LLaVATrainer(model=module, args=args, train_dataset=dataset, callbacks=[Minutes(), *callbacks])
+    trainer = Trainer(model=module, args=args, train_dataset=dataset, callbacks=[Minutes(), *callbacks])
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None)
     return trainer.state.log_history
 
@@ -163,7 +163,8 @@ def main() -> None:
             history.write_text(json.dumps({"stage1": log}))
             tower.image_processor.save_pretrained(trained_tower)
             tower.vision_tower.save_pretrained(trained_tower)
-    torch.distributed.barrier() if processes > 1 else None
+    if processes > 1:
+        torch.distributed.barrier()
 
     llava = build_model(trained_tower, tokenizer, options.seed)
     llava.config._attn_implementation = SHARED_PREFIX  # the decoder only: the tower has a configuration of its own

@@ -1,14 +1,8 @@
-"""The Trainer of this package: transformers' own, saving in LLaVA's checkpoint layout."""
+"""What training here adds to transformers' Trainer: saving in LLaVA's checkpoint layout."""
 
 from pathlib import Path
 
-from transformers import Trainer
-
 TOWER_KEY = "model.vision_tower."
-
-
-class LLaVATrainer(Trainer):
-    """transformers' Trainer."""
 
 
 def save_llava(model, tokenizer, folder: Path, tower_folder: str = "vision_tower") -> None:
