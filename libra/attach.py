@@ -1,6 +1,9 @@
 """Compression for stock Hugging Face models: ``with libra.attach(model, compression):`` touches one instance alone."""
 
-from dataclasses import dataclass
+import inspect
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MethodType
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -9,8 +12,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .config import Compression
-from .passage import Passage
+from .passage import MASKS, Passage, attention_kind, position_axes
 from .registry import ModelSpec
+from .trace import Recorder, RowTrace
 
 
 @dataclass(frozen=True)
@@ -18,125 +22,266 @@ class Family:
     """Where a model class keeps what the plug-in needs.
 
     Attributes:
-        decoder: dotted path from the model to its text decoder (``layers``, ``norm``, ``rotary_emb``).
         token_ids: names of the configuration's placeholder ids of visual tokens.
+        body: dotted path to the module that puts text and images together; it takes ``input_ids``.
+        decoder: dotted path to the text decoder (``layers``, ``norm``, ``rotary_emb``).
     """
 
-    decoder: str
-    token_ids: tuple[str, ...]
+    token_ids: tuple[str, ...] = ("image_token_id", "video_token_id")
+    body: str = "model"
+    decoder: str = "model.language_model"
 
 
-FAMILIES = {"LlavaForConditionalGeneration": Family("model.language_model", ("image_token_id",))}
-DECODERS = ("LlamaModel", "MistralModel", "Qwen2Model")
+_IMAGES_ALONE = Family(token_ids=("image_token_id",))
+FAMILIES = {
+    "LlavaForConditionalGeneration": _IMAGES_ALONE,
+    "LlavaNextForConditionalGeneration": _IMAGES_ALONE,
+    "LlavaOnevisionForConditionalGeneration": Family(),
+    "VideoLlavaForConditionalGeneration": Family(),
+    "Qwen2VLForConditionalGeneration": Family(),
+    "Qwen2_5_VLForConditionalGeneration": Family(),
+    "Qwen3VLForConditionalGeneration": Family(),
+    "InternVLForConditionalGeneration": _IMAGES_ALONE,
+}
+# Decoders whose forward is the plain loop of CompressedDecoder.
+DECODERS = (
+    "LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Qwen2VLTextModel", "Qwen2_5_VLTextModel", "Qwen3VLTextModel",
+)
+
+
+@dataclass
+class Call:
+    """One forward call on its way from the model's outside to its decoder, and back."""
+
+    decoder: torch.nn.Module
+    labels: torch.Tensor | None = None
+    score_offset: int = 0  # how far before the last column the scoring token stands
+    inputs: dict = field(default_factory=dict)  # what the passage is told of the prompt
+    stats: dict | None = None  # what came of it, where there was something to compress
+    recorder: Recorder | None = None
+    outer: "Call | None" = None
+    whole: bool = True  # False: the model's body was called by itself
+
+
+# Beside the models' own arguments, which some of them also hand to their vision towers; each thread has its own.
+_CALL: ContextVar[Call | None] = ContextVar("libra_call", default=None)
 
 
 class CompressedDecoder:
     """Mixed into a decoder's class while compression is attached: the plain loop over the layers, with the passage in it."""
 
     compression: Compression
-    last_stats: dict | None
+    trace: bool
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
-        libra_inputs=None, **kwargs,
+        visual_pos_masks=None, deepstack_visual_embeds=None, **kwargs,
     ):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        passage = Passage(self, self.compression, hidden, attention_mask, position_ids, past_key_values, **(libra_inputs or {}))
-        for i, layer in enumerate(self.layers):
+        call = _CALL.get()
+        told = call.inputs if call is not None and call.decoder is self else {}
+        passage = Passage(
+            self, self.compression, hidden, attention_mask, position_ids, past_key_values, **told, trace=self.trace
+        )
+        deep = () if deepstack_visual_embeds is None else deepstack_visual_embeds  # Qwen3-VL's, before any compression
+        for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden = layer(hidden, **passage.inputs(i), past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+            if i < len(deep):
+                hidden = self._deepstack_process(hidden, visual_pos_masks, deep[i])
             hidden = passage.compress(i, hidden)
         if passage.stream is not None:
-            self.last_stats = passage.stats()
-        self.last_labels = passage.labels
+            call.stats, call.recorder, call.labels = passage.stats(), passage.recorder, passage.labels
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+
+def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
+    """A call's arguments by name."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
 
 
 class Attachment:
     """A compression on one model; ``detach`` (or leaving the ``with`` block) gives the model back as it was."""
 
-    def __init__(self, model: PreTrainedModel, compression: Compression):
-        family = FAMILIES.get(type(model).__name__)
-        if family is None:
-            raise ValueError(f"libra.attach does not support {type(model).__name__}; it supports {', '.join(FAMILIES)}")
-        decoder = model.get_submodule(family.decoder)
+    def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool = False):
+        if not isinstance(compression, Compression):
+            raise ValueError(f"libra.attach needs a libra.Compression, not {type(compression).__name__}; see from_yaml for files")
+        if hasattr(model, "_orig_mod"):
+            raise ValueError("this is the wrapper of torch.compile; attach to the model in it first, then compile")
+        base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+        name = type(base).__name__
+        if name not in FAMILIES:
+            raise ValueError(f"libra.attach does not support {name}; it supports {', '.join(FAMILIES)}")
+        family = FAMILIES[name]
+        decoder = base.get_submodule(family.decoder)
         if isinstance(decoder, CompressedDecoder):
             raise ValueError("a compression is attached to this model already; detach it first")
-        if type(decoder).__name__ not in DECODERS:
-            name = type(decoder).__name__
-            raise ValueError(f"libra.attach does not support {name} decoders; it supports {', '.join(DECODERS)}")
-        if getattr(decoder.config, "use_sliding_window", True) and getattr(decoder.config, "sliding_window", None) is not None:
-            raise ValueError(
-                "libra.attach does not support sliding windows; set sliding_window to None if prompts and answers fit into it"
-            )
-        compression.check_layers(decoder.config.num_hidden_layers)
-        self.model, self.compression, self._decoder = model, compression, decoder
-        self._token_ids = [getattr(model.config, name) for name in family.token_ids]
+        _check(decoder, compression, base)
+        self.compression, self._base, self._decoder = compression, base, decoder
+        ids = [getattr(base.config, token, None) for token in family.token_ids]
+        self._token_ids = [token for token in ids if token is not None]
         self._plain_class, self._attention = type(decoder), decoder.config._attn_implementation
-        self._labels = None
+        self._stats: dict | None = None
+        self._recorder: Recorder | None = None
+        self._marked: torch.Tensor | None = None
         # Under the plain class's own name, by which transformers knows how to record hidden states and attentions.
         names = {name: getattr(self._plain_class, name) for name in ("__module__", "__qualname__")}
         decoder.__class__ = type(self._plain_class.__name__, (CompressedDecoder, self._plain_class), names)
-        decoder.compression, decoder.last_stats, decoder.last_labels = compression, None, None
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
+        decoder.compression, decoder.trace = compression, trace
+        # accelerate's device hooks call the forward that a module had when they were put on it.
+        self._hooked_forward = vars(decoder).get("_old_forward")
+        if self._hooked_forward is not None:
+            decoder._old_forward = MethodType(type(decoder).forward, decoder)
+        body = base.get_submodule(family.body)
+        self._hooks = []
+        for module in {id(m): m for m in (model, base)}.values():  # peft's forward goes past the base model's hooks
+            self._hooks += [
+                module.register_forward_pre_hook(self._begin, with_kwargs=True),
+                module.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+            ]
+        self._hooks += [
+            body.register_forward_pre_hook(self._begin_body, with_kwargs=True),
+            body.register_forward_hook(self._end_body, always_call=True),
         ]
 
-    def _before(self, model, args, kwargs):
-        """Tell the decoder which columns are visual tokens, and take the labels aside: they become shorter."""
-        input_ids = args[0] if args else kwargs.get("input_ids")
-        if input_ids is None:
-            embeds = kwargs.get("inputs_embeds")
-            if kwargs.get("pixel_values") is not None or embeds is not None and embeds.shape[1] > 1:
-                raise ValueError("libra.attach needs input_ids: embeddings do not tell which columns are visual tokens")
+    # --- the model: labels, which become shorter ---
+
+    def _begin(self, model, args, kwargs):
+        """Take the labels aside, and note how many of the last columns are an answer that is being tried."""
+        if self._running() is not None:
             return None
-        self._labels = kwargs.pop("labels", None)
-        visual = torch.isin(input_ids, torch.tensor(self._token_ids, device=input_ids.device))
-        if input_ids.shape[1] == 1 and kwargs.get("past_key_values") is not None:
-            visual = torch.zeros_like(visual)  # the model itself may say a placeholder's id
-        places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim == 2:
-            valid = mask[:, -input_ids.shape[1] :].long()
+        kwargs = _named(model, args, kwargs)
+        call = Call(self._decoder, kwargs.pop("labels", None), outer=_CALL.get())
+        tried = kwargs.get("logits_to_keep", 0)
+        # Assisted generation puts its first guesses behind the prompt; they have no say in what is kept.
+        if isinstance(tried, int) and tried > 1 and kwargs.get("past_key_values") is not None and call.labels is None:
+            call.score_offset = tried - 1
+        _CALL.set(call)
+        return (), kwargs
+
+    def _end(self, model, args, kwargs, output):
+        call = self._running()
+        if call is None:
+            return None
+        _CALL.set(call.outer)
+        if output is None:  # an exception is on its way
+            return None
+        self._remember(call)
+        if call.labels is None:
+            return None
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        options = {"num_items_in_batch": kwargs["num_items_in_batch"]} if "num_items_in_batch" in kwargs else {}
+        vocabulary = self._base.config.get_text_config().vocab_size
+        loss = self._base.loss_function(logits=logits, labels=call.labels, vocab_size=vocabulary, **options)
+        if isinstance(output, tuple):
+            return (loss, *output)
+        output.loss = loss
+        return output
+
+    # --- its body: which columns are visual tokens ---
+
+    def _begin_body(self, body, args, kwargs):
+        kwargs = _named(body, args, kwargs)
+        call = self._running()
+        if call is None:
+            call = Call(self._decoder, outer=_CALL.get(), whole=False)
+            _CALL.set(call)
+        call.inputs = self._survey(call, kwargs)
+        return (), kwargs
+
+    def _end_body(self, body, args, output):
+        call = self._running()
+        if call is not None and not call.whole:
+            _CALL.set(call.outer)
+            self._remember(call)
+
+    def _survey(self, call: Call, kwargs: dict) -> dict:
+        """What the passage is told: columns of visual tokens, labels, who scores, and a number made of the row's own text."""
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        length = (embeds if ids is None else ids).shape[1]
+        if length == 1 and cache is not None and cache.get_seq_length():
+            return {"visual": None}  # a decoding step; the model itself may say a placeholder's id
+        visual = self._visual_columns(ids, embeds, kwargs)
+        places = torch.arange(1, length + 1, device=visual.device)
+        if mask is not None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            valid = mask[:, -length:].long()
             places = valid.cumsum(1) * valid
-            if kwargs.get("past_key_values") is not None and bool((valid[:, -1] == 0).any()):
+            if cache is not None and bool((valid[:, -1] == 0).any()):
                 raise ValueError(
                     "the prompts are padded on the right; generate needs processor.tokenizer.padding_side = 'left'"
                 )
-        kwargs["libra_inputs"] = {
-            "visual": visual, "labels": self._labels, "keys": (input_ids * places * ~visual).sum(1),
-        }
-        return args, kwargs
+        elif mask is None and self._is_packed(kwargs.get("position_ids")):
+            raise ValueError("several samples are packed into one row; compression needs one sample a row, padded")
+        columns = None
+        if call.score_offset:
+            columns = torch.full((len(visual),), length - 1 - call.score_offset, device=visual.device)
+        keys = torch.zeros(len(visual), dtype=torch.long, device=visual.device)
+        if ids is not None:
+            keys = (ids * places * ~visual).sum(1)
+        return {"visual": visual, "labels": call.labels, "score_columns": columns, "keys": keys}
 
-    def _after(self, model, args, kwargs, output):
-        if self._labels is not None:
-            labels = self._labels if self._decoder.last_labels is None else self._decoder.last_labels
-            output.loss = model.loss_function(
-                logits=output.logits, labels=labels, vocab_size=self._decoder.config.vocab_size
-            )
-        self._labels = self._decoder.last_labels = None
-        return output
+    def _visual_columns(self, ids, embeds, kwargs: dict) -> torch.Tensor:
+        """(B, S) bool."""
+        if self._marked is not None:
+            marked, self._marked = self._marked.to((embeds if ids is None else ids).device), None
+            batch, length = (embeds if ids is None else ids).shape[:2]
+            if marked.shape[1] != length or batch % len(marked):
+                raise ValueError(f"the marked visual tokens are {tuple(marked.shape)} but the prompt is {(batch, length)}")
+            return marked.repeat_interleave(batch // len(marked), 0)  # beams and returned sequences repeat the rows
+        if ids is not None:
+            return torch.isin(ids, torch.tensor(self._token_ids, device=ids.device))
+        if any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items()):
+            table = self._base.get_input_embeddings()
+            placeholders = table(torch.tensor(self._token_ids, device=embeds.device)).to(embeds.dtype)
+            return (embeds[:, :, None] == placeholders).all(-1).any(-1)
+        raise ValueError(
+            "embeddings alone do not tell which columns are visual tokens: give input_ids, or say it before the call with"
+            " handle.mark_visual_tokens(mask)"
+        )
+
+    @staticmethod
+    def _is_packed(position_ids) -> bool:
+        return position_ids is not None and position_ids.ndim == 2 and bool((position_ids.diff(dim=1) < 0).any())
+
+    def _running(self) -> Call | None:
+        call = _CALL.get()
+        return call if call is not None and call.decoder is self._decoder else None
+
+    def _remember(self, call: Call) -> None:
+        if call.stats is not None:
+            self._stats, self._recorder = call.stats, call.recorder
+
+    # --- what the user sees ---
+
+    def mark_visual_tokens(self, mask: torch.Tensor) -> None:
+        """Say for the next call which columns of its ``inputs_embeds`` are visual tokens: (B, S) bool."""
+        if mask.ndim != 2:
+            raise ValueError(f"the mask of visual tokens must be (batch, tokens), but it is {tuple(mask.shape)}")
+        self._marked = mask.bool()
 
     @property
     def stats(self) -> dict | None:
         """Of the last prefill with visual tokens; None before one.
 
         ``visual_tokens`` and ``compensation_tokens``: [layer][row]; ``flops``: multiply-accumulates of each row's visual tokens
-        by §4.1's formula for the whole tokens of the run; ``flops_ratio``: the same over those of the plain model.
+        by §4.1's formula for the whole tokens of the run; ``flops_ratio``: the same over those of the plain model; ``cache``:
+        bytes of the KV cache after the prefill, ``total`` and what they are for (:meth:`libra.passage.Passage.stats`).
         """
-        stats = self._decoder.last_stats
-        if stats is None:
+        if self._stats is None:
             return None
         from .flops import model_flops  # here, so that `python -m libra.flops` finds its module not yet imported
 
-        config = self._decoder.config
+        stats, config = self._stats, self._decoder.config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         spec = ModelSpec(
-            name=type(self.model).__name__, layers=config.num_hidden_layers, hidden_size=config.hidden_size,
+            name=type(self._base).__name__, layers=config.num_hidden_layers, hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size, kv_size=head * config.num_key_value_heads, visual_tokens=(1,),
             checkpoint="", conversation="",
         )
@@ -146,18 +291,23 @@ class Attachment:
         ratios = [part / whole if whole else 1.0 for part, whole in zip(flops, plain)]
         return {**stats, "flops": flops, "flops_ratio": ratios}
 
+    @property
+    def trace(self) -> list[RowTrace] | None:
+        """Of the last prefill with visual tokens, for each row what became of each of them; only with ``trace=True``."""
+        return None if self._recorder is None else self._recorder.rows()
+
     def detach(self) -> None:
         """Give the model back as it was; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-        if type(self._decoder) is not self._plain_class and isinstance(self._decoder, CompressedDecoder):
-            stats = self._decoder.last_stats
-            self._decoder.__class__ = self._plain_class
-            for name in ("compression", "last_stats", "last_labels"):
-                delattr(self._decoder, name)
-            self._decoder.config._attn_implementation = self._attention
-            self._decoder = _Detached(self._decoder.config, stats)
+        self._hooks, decoder = [], self._decoder
+        if not isinstance(decoder, CompressedDecoder) or decoder.compression is not self.compression:
+            return
+        decoder.__class__ = self._plain_class
+        del decoder.compression, decoder.trace
+        if self._hooked_forward is not None:
+            decoder._old_forward = self._hooked_forward
+        decoder.config._attn_implementation = self._attention
 
     def __enter__(self) -> "Attachment":
         return self
@@ -166,16 +316,30 @@ class Attachment:
         self.detach()
 
 
-@dataclass
-class _Detached:
-    """What the statistics of an attachment need when the model is no longer its own."""
+def _check(decoder, compression: Compression, model) -> None:
+    """Refuse what could only go wrong later."""
+    name, config = type(decoder).__name__, decoder.config
+    if name not in DECODERS:
+        raise ValueError(f"libra.attach does not support {name} decoders; it supports {', '.join(DECODERS)}")
+    if "forward" in vars(decoder) and "_old_forward" not in vars(decoder):
+        raise ValueError(f"the forward of this model's {name} was replaced (by torch.compile?); attach first, then replace it")
+    compression.check_layers(config.num_hidden_layers)
+    kinds = {attention_kind(config, layer) for layer in range(config.num_hidden_layers)}
+    if kinds - MASKS.keys():
+        raise ValueError(f"libra.attach does not support {', '.join(kinds - MASKS.keys())}; it supports {', '.join(MASKS)}")
+    if compression.positions == "compact" and position_axes(decoder) > 1:
+        raise ValueError(
+            f"positions: compact cannot renumber the multi-axis positions of {name}; add positions='original' to the compression"
+        )
+    deep = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    if compression.layers and compression.layers[0] < deep - 1:
+        raise ValueError(
+            f"layers: {compression.layers[0]} is too early: {name} adds visual features after its layers 0 to {deep - 1};"
+            f" compress after layer {deep - 1} at the earliest"
+        )
 
-    config: object
-    last_stats: dict | None
-    last_labels: None = None
 
-
-def attach(model: PreTrainedModel, compression: Compression) -> Attachment:
+def attach(model: PreTrainedModel, compression: Compression, trace: bool = False) -> Attachment:
     """Compress the visual tokens of a Hugging Face vision-language model between its decoder layers.
 
     >>> with libra.attach(model, libra.Compression(method="libra", layers=(7, 15, 23), ratio=0.5)) as handle:
@@ -183,9 +347,9 @@ def attach(model: PreTrainedModel, compression: Compression) -> Attachment:
     >>> handle.stats["flops_ratio"]
 
     Batches may be padded on the left (for ``generate``) or on the right (for a forward pass and the loss). The model keeps its
-    attention implementation.
+    attention implementation. With ``trace`` the handle tells what became of each visual token.
 
     Raises:
         ValueError: for a model that is not supported (the sentence lists those that are) or a layer it does not have.
     """
-    return Attachment(model, compression)
+    return Attachment(model, compression, trace)

@@ -20,17 +20,18 @@ class Stage:
     mask: torch.Tensor | None = None
     shift: torch.Tensor | None = None
 
-    def apply(self, change) -> None:
-        """Replace mask and shift by ``change`` of them."""
+    def apply(self, change, shifts: bool = True) -> None:
+        """Replace mask and, with ``shifts``, shift by ``change`` of them."""
         self.mask = None if self.mask is None else change(self.mask)
-        self.shift = None if self.shift is None else change(self.shift)
+        if shifts:
+            self.shift = None if self.shift is None else change(self.shift)
 
 
 class StagedCache(DynamicCache):
     """A dynamic cache that carries the stages through everything that is done to its rows and its end."""
 
     stages: list[Stage]
-    compressed_until = 0  # columns of layer 0 up to the end of the last prefill with visual tokens
+    compressed_until = 0  # columns of layer 0 up to the last visual token that was compressed
 
     @classmethod
     def adopt(cls, cache, first_layers: list[int]) -> "StagedCache":
@@ -54,9 +55,9 @@ class StagedCache(DynamicCache):
             )
         return cache
 
-    def _to_stages(self, change) -> None:
+    def _to_stages(self, change, shifts: bool = True) -> None:
         for stage in self.stages:
-            stage.apply(change)
+            stage.apply(change, shifts)
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
         super().reorder_cache(beam_idx)
@@ -70,23 +71,24 @@ class StagedCache(DynamicCache):
         super().batch_select_indices(indices)
         self._to_stages(lambda x: x[indices])
 
-    def crop(self, max_length: int):
-        """Drop the newest tokens: all but the first ``max_length`` (layer 0 counts), or ``-max_length`` of them if negative.
+    def crop(self, tokens_to_remove: int):
+        """Drop the newest ``-tokens_to_remove`` tokens, as transformers' caches do; 0 only trims sliding windows.
 
         Raises:
-            ValueError: if that would cut into a compressed prompt, whose tokens the later layers no longer hold one by one.
+            ValueError: for a positive number, or if that would cut into a compressed prompt before the end of its visual
+                tokens, which the later layers no longer hold one by one.
         """
-        excess = self.get_seq_length(0) - max_length if max_length >= 0 else -max_length
-        if excess <= 0:
-            return
-        if self.get_seq_length(0) - excess < self.compressed_until:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes how many tokens to remove as a negative number, but got {tokens_to_remove}")
+        if tokens_to_remove and self.get_seq_length(0) + tokens_to_remove < self.compressed_until:
             raise ValueError(
-                f"crop keeps at least the {self.compressed_until} columns up to the last compressed prompt; start a new cache"
+                f"crop keeps at least the {self.compressed_until} columns up to the last compressed visual token; start a new"
+                " cache"
             )
         for layer in self.layers:
-            layer.crop(-excess)
-        for stage in self.stages:
-            stage.mask = None if stage.mask is None else stage.mask[:, :-excess]
+            layer.crop(tokens_to_remove)
+        if tokens_to_remove:
+            self._to_stages(lambda x: x[:, :tokens_to_remove], shifts=False)
 
     def reset(self):
         super().reset()

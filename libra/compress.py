@@ -1,7 +1,7 @@
 """One compression step on visual tokens alone: choose targets, treat the rest. Pure tensor maths, free of any model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +26,7 @@ class Compressed:
         targets: (B, T), the numbers of the target tokens, ascending.
         groups: (B, N), the slot each visual token went to; -1 if it was dropped or is padding.
         token_weights: (B, N) float32, each token's weight in its slot.
+        importance: (B, N) float32, the α the choice was made by; 0 for padding.
         compensated: for each row, whether it has a compensation token.
         layout: the spans that went in and the targets kept of each.
     """
@@ -35,6 +36,7 @@ class Compressed:
     targets: torch.Tensor
     groups: torch.Tensor
     token_weights: torch.Tensor
+    importance: torch.Tensor
     compensated: list[bool]
     layout: Layout
 
@@ -99,7 +101,7 @@ def compress_layout(
         tokens = hidden.gather(1, targets[..., None].expand(-1, -1, hidden.shape[-1]))
     else:
         tokens = merge_groups(hidden, groups, token_weights, layout.targets + 1)[:, : mask.shape[1]]
-    return Compressed(tokens, mask, targets, groups, token_weights, compensated, layout)
+    return Compressed(tokens, mask, targets, groups, token_weights, importance, compensated, layout)
 
 
 def compress(
@@ -139,7 +141,7 @@ def compress(
     step = compress_layout(hidden[:, :longest], importance[:, :longest], c, layout)
     if longest == count:
         return step
-    pad = (0, count - longest)  # groups and weights are as long as what came in
+    pad = (0, count - longest)  # what is told per token is as long as what came in
     groups = torch.nn.functional.pad(step.groups, pad, value=NOWHERE)
-    weights = torch.nn.functional.pad(step.token_weights, pad)
-    return Compressed(step.tokens, step.mask, step.targets, groups, weights, step.compensated, layout)
+    weights, alpha = (torch.nn.functional.pad(x, pad) for x in (step.token_weights, step.importance))
+    return replace(step, groups=groups, token_weights=weights, importance=alpha)

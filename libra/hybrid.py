@@ -19,20 +19,32 @@ from .importance import score_row
 HYBRID_EAGER = "hybrid_eager"
 
 
+class Answered(Exception):
+    """Leaves an attention module that was only asked for its queries and keys."""
+
+
 @dataclass
 class Probe:
     """What one compression layer is asked: the attention (B, R, K) of the tokens ``rows`` (B, R) on all K keys.
 
     A fresh object for every layer and pass: gradient checkpointing runs a layer again when later stages are already shorter.
+    With ``only`` the attention module is left as soon as the probe is answered; ``past_keys`` (B, H_kv, P, head_dim) then come
+    before the keys of this call.
     """
 
     rows: torch.Tensor
     key_mask: torch.Tensor | None
     attention: torch.Tensor | None = None
+    only: bool = False
+    past_keys: torch.Tensor | None = None
 
     @torch.no_grad()
     def read(self, query, key, scaling, sliding_window=None) -> None:
+        if self.past_keys is not None:
+            key = torch.cat([self.past_keys, key], 2)
         self.attention = score_row(query, key, self.rows, scaling, self.key_mask, sliding_window)
+        if self.only:
+            raise Answered
 
 
 def _with_probe(attend: Callable) -> Callable:
@@ -73,18 +85,15 @@ def next_layer_attention(layer, hidden: torch.Tensor, position_embeddings, probe
     """Answer ``probe`` with the projections of the layer that comes next, as PyramidDrop scores.
 
     ``hidden`` (B, S, D) leaves the compression layer; ``position_embeddings`` are cosines and sines (B or 1, S, head_dim);
-    ``past_keys`` (B, H_kv, P, head_dim) are the keys that the next layer already holds.
+    ``past_keys`` (B, H_kv, P, head_dim) are the keys that the next layer already holds. The layer's own attention module makes
+    queries and keys, whatever norms it has on them, and is left before it attends.
     """
-    attention = layer.self_attn
-    with torch.no_grad():
-        normed = layer.input_layernorm(hidden)
-        shape = (*normed.shape[:-1], -1, attention.head_dim)
-        query, key = (project(normed).view(shape).transpose(1, 2) for project in (attention.q_proj, attention.k_proj))
-        cos, sin = (table[:, None] for table in position_embeddings)
-
-        def rotate(x):
-            first, second = x.chunk(2, -1)
-            return x * cos + torch.cat([-second, first], -1) * sin
-
-        key = rotate(key)
-        probe.read(rotate(query), key if past_keys is None else torch.cat([past_keys, key], 2), attention.scaling)
+    probe.only, probe.past_keys = True, past_keys
+    try:
+        with torch.no_grad():
+            layer.self_attn(
+                hidden_states=layer.input_layernorm(hidden), position_embeddings=position_embeddings, attention_mask=None,
+                past_key_values=None, score_probe=probe,
+            )
+    except Answered:
+        pass

@@ -18,7 +18,7 @@ def score_row(
         key: (B, H_kv, K, D) with H a multiple of H_kv and K ≥ S; the last S keys belong to the queries.
         rows: (B, R) which of the S queries.
         scaling: factor on the scores, 1/√D as a rule.
-        key_mask: (B, K) bool, False for padding; None if there is none.
+        key_mask: (B, K or more) bool, False for padding; its last K columns are the keys'. None if there is none.
         sliding_window: how many keys back a query sees, itself included; None for all.
 
     Returns:
@@ -35,5 +35,5 @@ def score_row(
     if sliding_window is not None:
         visible = visible & (place > newest - sliding_window)
     if key_mask is not None:
-        visible = visible & key_mask.bool()[:, None, :]
+        visible = visible & key_mask.bool()[:, None, -keys:]
     return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1).mean(1)

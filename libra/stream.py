@@ -94,6 +94,7 @@ class VisualTokenStream:
         self.pads_left = padded_left or not padded_right and self.labels is None
         if not (padded_left or padded_right):
             self.mask = None
+        self.last_visual = max((end for row in last_visual for end in row), default=-1)
         self.counts.append([sum(row) for row in self.span_lengths])
         self._which = which
         self._set_queries(scorers, last_visual, fill=[entry[-1] for entry in summary])

@@ -442,20 +442,21 @@ def test_copies_of_the_cache(model, name):
 
 @pytest.mark.parametrize("padded", [False, True], ids=["one row", "batch"])
 @pytest.mark.parametrize("name", ["libra", "compact"])
-@pytest.mark.parametrize("negative", [False, True])
 @torch.no_grad()
-def test_crop_takes_back_the_newest_tokens(model, name, padded, negative):
+def test_crop_takes_back_the_newest_tokens(model, name, padded):
     chat = filled(model, Compression(**CHOICES[name]), padded)
     rows = len(chat.mask)
     want = [chat.say([token] * rows) for token in (5, 6, 7)]
     full = lengths(chat.cache)
-    chat.cache.crop(-2 if negative else full[0] - 2)
+    chat.cache.crop(-2)
     chat.mask = chat.mask[:, :-2]
     assert lengths(chat.cache) == [n - 2 for n in full]
     for token, logits in zip((6, 7), want[1:], strict=True):
         torch.testing.assert_close(chat.say([token] * rows), logits, **CLOSE)
-    chat.cache.crop(10_000)
+    chat.cache.crop(0)
     assert lengths(chat.cache) == full
+    with pytest.raises(ValueError, match="tokens to remove as a negative number, but got 3"):
+        chat.cache.crop(3)
 
 
 @pytest.mark.parametrize("name", ["libra", "compact"])
@@ -465,7 +466,7 @@ def test_crop_takes_back_a_text_turn_with_its_padding(model, name):
     want, full = chat.fork().say([5, 6, 7]), chat.cache.get_seq_length()
     mask = chat.mask
     chat.turn([tiny.row("t2", 1), tiny.row("t5", 2), tiny.row("t3", 3)])
-    chat.cache.crop(full)
+    chat.cache.crop(full - chat.cache.get_seq_length())
     chat.mask = mask
     torch.testing.assert_close(chat.say([5, 6, 7]), want, **CLOSE)
 
@@ -475,11 +476,12 @@ def test_crop_into_a_compressed_prompt_is_refused(model):
     """The later layers no longer hold its tokens one by one."""
     chat = filled(model, Compression(**CHOICES["libra"]), padded=False)
     chat.say([5])
-    before = lengths(chat.cache)
-    for target in (-2, before[0] - 2, 0):
-        with pytest.raises(ValueError, match=f"crop keeps at least the {before[0] - 1} columns"):
-            chat.cache.crop(target)
+    before, end = lengths(chat.cache), chat.cache.compressed_until
+    with pytest.raises(ValueError, match=f"crop keeps at least the {end} columns up to the last compressed visual token"):
+        chat.cache.crop(end - before[0] - 1)
     assert lengths(chat.cache) == before
+    chat.cache.crop(end - before[0])
+    assert lengths(chat.cache) == [n - (before[0] - end) for n in before]
     chat.cache.reset()
     chat.mask = torch.zeros(0)
     assert chat.cache.get_seq_length() == 0 and chat.cache.compressed_until == 0

@@ -11,6 +11,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from libra import Compression
 from libra.passage import Passage
+from libra.trace import Recorder
 
 from ..llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
@@ -26,7 +27,9 @@ class LlavaDecoder(LlavaMetaModel):
     """Mixed into a decoder of transformers: the compression between its layers (the paper's Figure 2)."""
 
     compression: Compression | None = None
+    trace = False  # whether to record what becomes of each visual token
     last_stats: dict | None = None
+    recorder: Recorder | None = None
 
     @merge_with_config_defaults
     @capture_outputs
@@ -40,14 +43,14 @@ class LlavaDecoder(LlavaMetaModel):
 
         passage = Passage(
             self, self.compression, hidden, attention_mask, position_ids, past_key_values,
-            visual_mask, labels, score_columns, sample_keys,
+            visual_mask, labels, score_columns, sample_keys, self.trace,
         )
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, **passage.inputs(i), past_key_values=past_key_values, use_cache=use_cache, **kwargs)
             hidden = passage.compress(i, hidden)  # after a compression layer the sequence is shorter
 
         if passage.stream is not None:
-            self.last_stats, labels = passage.stats(), passage.labels
+            self.last_stats, self.recorder, labels = passage.stats(), passage.recorder, passage.labels
         return DecoderOutput(last_hidden_state=self.norm(hidden), past_key_values=past_key_values, labels=labels)
 
 

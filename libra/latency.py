@@ -1,0 +1,446 @@
+"""Prefill with compression against the plain model, measured in turns: python -m libra.latency --config FILE --random-weights
+
+What is timed is a stock Hugging Face LLaVA, from token ids to the last token's logits, as it is and under :func:`libra.attach`.
+The image's features are given: vision tower and projector, which compression does not touch, are left out.
+
+Conventions. Operations are multiply-accumulates, as in the paper: torch's FlopCounterMode counts two for each, so its figure is
+halved. Attention counts as 2n²d for its scores and its sum over the values, without the causal mask's saving, in both. The
+formula (§4.1) is taken over all tokens of a layer, visual and text; "all tokens" leaves out compensation tokens and padding,
+which the counted operations contain. Bytes are of the KV cache of the whole batch after the prefill.
+"""
+
+import argparse
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, DynamicCache
+
+from . import schedule
+from .attach import attach
+from .cli import Parser
+from .config import Compression, ConfigError, Row
+from .flops import model_flops
+from .provenance import commit, machine, versions, write_text
+from .random_weights import random_model, weight_bytes
+from .registry import ModelSpec, get_model
+from .timing import free_memory, in_turns, median_interval, now, peak_memory
+
+EXAMPLES = """examples:
+  python -m libra.latency --config configs/llava7b_r50.yaml --random-weights --layers 8
+  python -m libra.latency --config configs/llava7b_fastv.yaml --random-weights --layers 8 --visual-tokens 2880 --decode 16
+  python -m libra.latency --config configs/llava7b_r67.yaml --checkpoint path/to/llava-1.5-7b-hf --json latency.json"""
+
+DTYPES = ("float32", "float16", "bfloat16")
+PACKAGES = ("torch", "transformers", "numpy")
+GAP_RUNS = 3  # runs that watch the time between the layers
+
+
+def scale_layers(c: Compression, of: int, layers: int) -> Compression:
+    """A compression of a model of ``of`` layers for a slice of ``layers``, each step at the same fraction of the depth.
+
+    A step behind layer L leaves (L+1)/of of the depth on the longer sequence: 7, 15, 23 of 32 become 1, 3, 5 of 8.
+
+    Raises:
+        ConfigError: where two steps would fall on one layer, or one before the first.
+    """
+    scaled = [round((layer + 1) * layers / of) - 1 for layer in c.layers]
+    if len(set(scaled)) < len(scaled) or min(scaled, default=0) < 0:
+        raise ConfigError(
+            f"layers: {list(c.layers)} of {of} have no places of their own in {layers} layers;"
+            " take more --layers, or name them with --compression-layers"
+        )
+    return replace(c, layers=tuple(scaled))
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """``batch`` equal rows: half of the text, one image of ``visual`` tokens, the other half of the text."""
+
+    visual: int
+    text: int = 64
+    batch: int = 1
+
+    def ids(self, image_id: int, vocabulary: int, device) -> torch.Tensor:
+        """(B, S) random text ids and the image's places; the same ids every time."""
+        ids = torch.randint(1, vocabulary - 1, (self.batch, self.text + self.visual), generator=torch.Generator().manual_seed(0))
+        ids[ids == image_id] = 1
+        ids[:, self.text // 2 : self.text // 2 + self.visual] = image_id
+        return ids.to(device)
+
+
+class Bench:
+    """A Hugging Face LLaVA, plain and compressed, on one sequence whose visual tokens are random features.
+
+    Args:
+        model: what :func:`libra.attach` supports, in evaluation mode.
+        compression: for this very model, with layers.
+    """
+
+    def __init__(self, model, compression: Compression, sequence: Sequence):
+        self.model, self.compression, self.sequence = model, compression, sequence
+        self.text = model.config.get_text_config()
+        self.device = model.get_input_embeddings().weight.device
+        image_id = model.config.image_token_id
+        self.ids = sequence.ids(image_id, self.text.vocab_size, self.device)
+        self._places = self.ids == image_id
+        weight = model.get_input_embeddings().weight
+        draw = torch.Generator().manual_seed(1)
+        features = torch.randn(sequence.batch, sequence.visual, weight.shape[1], generator=draw) * float(weight.detach().float().std())
+        self._features = features.to(weight).flatten(0, 1)
+        self.stats: dict | None = None  # of the last compressed prefill
+
+    def mode(self, compressed: bool):
+        """A context in which the model is compressed, or the plain one."""
+        return attach(self.model, self.compression) if compressed else nullcontext()
+
+    def _see(self, embed, args, output):
+        if output.shape[:2] == self._places.shape:
+            output = output.clone()
+            output[self._places] = self._features
+        return output
+
+    def _call(self, ids, cache):
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def prefill(self):
+        """One prefill: (output, seconds)."""
+        with_features = self.model.get_input_embeddings().register_forward_hook(self._see)
+        try:
+            start = now(self.device)
+            output = self._call(self.ids, DynamicCache(config=self.text))
+            return output, now(self.device) - start
+        finally:
+            with_features.remove()
+
+    @torch.inference_mode()
+    def decode(self, output, steps: int) -> float:
+        """Seconds a decoding step, greedy, after a prefill."""
+        start = now(self.device)
+        for _ in range(steps):
+            output = self._call(output.logits[:, -1:].argmax(-1), output.past_key_values)
+        return (now(self.device) - start) / steps
+
+    def run(self, compressed: bool, steps: int = 0) -> tuple[float, float | None]:
+        """Seconds of one prefill and of a decoding step behind it (None without any)."""
+        with self.mode(compressed) as handle:
+            output, seconds = self.prefill()
+            each = self.decode(output, steps) if steps else None
+            self.stats = handle.stats if compressed else self.stats
+        return seconds, each
+
+    def count(self, compressed: bool) -> tuple[int, int]:
+        """Multiply-accumulates of one prefill's decoder stack, counted operation by operation, and its KV cache's bytes."""
+        counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops} if _CPU_ATTENTION else {})
+        with self.mode(compressed) as handle:
+            with counter:
+                output, _ = self.prefill()
+            self.stats = handle.stats if compressed else self.stats
+        head = 2 * output.logits.shape[0] * self.text.hidden_size * self.text.vocab_size
+        tables = [table for layer in output.past_key_values.layers for table in (layer.keys, layer.values)]
+        return (counter.get_total_flops() - head) // 2, sum(table.numel() * table.element_size() for table in tables)
+
+    def between_layers(self) -> float:
+        """Seconds from the end of each compression layer to the start of the next layer, summed; the median of a few runs."""
+        layers, runs = self._layers(), []
+        for _ in range(GAP_RUNS):
+            ends, starts = {}, {}
+            hooks = []
+            for i, layer in enumerate(layers):
+                hooks.append(layer.register_forward_pre_hook(lambda *_, i=i, at=starts: at.__setitem__(i, now(self.device))))
+                hooks.append(layer.register_forward_hook(lambda *_, i=i, at=ends: at.__setitem__(i, now(self.device))))
+            try:
+                with self.mode(True):
+                    self.prefill()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            inner = [layer for layer in self.compression.layers if layer + 1 < len(layers)]
+            runs.append(sum(starts[layer + 1] - ends[layer] for layer in inner))
+        return median(runs)
+
+    def _layers(self) -> torch.nn.ModuleList:
+        return self.model.get_decoder().layers
+
+
+# Older versions of torch do not count the attention that runs on a CPU, newer ones not with grouped-query heads.
+_CPU_ATTENTION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    """Of scores and values, for every query, seen by the causal mask or not; the arguments are shapes (B, H, N, D)."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+
+def measure(bench: Bench, spec: ModelSpec, pairs: int, steps: int = 0, progress: bool = True) -> dict:
+    """Everything the command prints; see the module's conventions. ``steps``: decoding steps behind each prefill, 0 for none."""
+    sequence, c, layers = bench.sequence, bench.compression, bench.text.num_hidden_layers
+    with tqdm(total=2 * pairs + 4 + GAP_RUNS, unit=" prefills", disable=not progress) as bar:
+        memory = {}
+        bar.set_description("warming up")
+        for name, compressed in (("vanilla", False), ("compressed", True)):
+            memory[name] = peak_memory(lambda compressed=compressed: bench.run(compressed), bench.device)
+            bar.update()
+        times = [[(0.0, None), (0.0, None)] for _ in range(pairs)]
+        bar.set_description("timing")
+        for pair, compressed in in_turns(pairs):
+            times[pair][compressed] = bench.run(compressed, steps)
+            bar.update()
+        bar.set_description("counting")
+        counted, held = zip(*(bench.count(compressed) for compressed in (False, True)))
+        bar.update(2)
+        gaps = bench.between_layers()
+        bar.update(GAP_RUNS)
+
+    stats = bench.stats
+    tokens = schedule.actual(c, layers, [sequence.visual])
+    sizes = replace(spec, layers=layers)
+    formula = [
+        sequence.batch * model_flops(sizes, [sequence.text + n for n in counts]) for counts in ([sequence.visual] * layers, tokens)
+    ]
+    interval = median_interval([pair[1][0] / pair[0][0] for pair in times])
+    ratio = formula[1] / formula[0]
+    result = {
+        "prefill": {
+            "pairs": [{"vanilla": first[0], "compressed": second[0]} for first, second in times],
+            "vanilla_seconds": median(first[0] for first, _ in times),
+            "compressed_seconds": median(second[0] for _, second in times),
+            "ratio": asdict(interval),
+            "ratio_over_flops_ratio": interval.median / ratio,
+            "between_layers_seconds": gaps,
+        },
+        "flops": {
+            "formula": {"vanilla": formula[0], "compressed": formula[1], "ratio": ratio},
+            "counted": {"vanilla": counted[0], "compressed": counted[1], "ratio": counted[1] / counted[0]},
+            "counted_over_formula": {"vanilla": counted[0] / formula[0], "compressed": counted[1] / formula[1]},
+        },
+        "cache": {"vanilla": held[0], "compressed": held[1], **_cache_parts(bench, spec, tokens)},
+        "tokens_per_layer": {"visual": tokens, "measured": stats["visual_tokens"], "text": sequence.text,
+                             "compensation_added_behind": stats["compensation_tokens"]},
+        "peak_memory": memory,
+    }
+    if steps:
+        each = median_interval([second[1] / first[1] for first, second in times])
+        result["decode"] = {
+            "steps": steps, "vanilla_seconds": median(first[1] for first, _ in times),
+            "compressed_seconds": median(second[1] for _, second in times), "ratio": asdict(each),
+        }
+    return result
+
+
+def _cache_parts(bench: Bench, spec: ModelSpec, tokens: list[int]) -> dict[str, int]:
+    """What the compressed cache should hold, in bytes: the schedule's tokens, compensation tokens, and padding beside them."""
+    rows, added = bench.stats["visual_tokens"], bench.stats["compensation_tokens"]
+    one = 2 * spec.kv_size * bench.model.dtype.itemsize
+    schedule_tokens = compensation = padding = 0
+    extra = [0] * bench.sequence.batch
+    for layer, counts in enumerate(rows):
+        lengths = [count + more for count, more in zip(counts, extra)]
+        schedule_tokens += bench.sequence.batch * (bench.sequence.text + tokens[layer])
+        compensation += sum(extra)
+        padding += sum(max(lengths) - length for length in lengths)
+        extra = [before + more for before, more in zip(extra, added[layer] or [0] * len(extra))]
+    return {"schedule": one * schedule_tokens, "compensation": one * compensation, "padding": one * padding}
+
+
+def table(data: dict) -> str:
+    """The readable form of :func:`report`'s dictionary."""
+    prefill, flops, cache, memory = data["prefill"], data["flops"], data["cache"], data["peak_memory"]
+    interval, sequence, ratio = prefill["ratio"], data["sequence"], flops["formula"]["ratio"]
+    c = data["compression"]
+    stages = [n for i, n in enumerate(data["tokens_per_layer"]["visual"])
+              if i == 0 or n != data["tokens_per_layer"]["visual"][i - 1]]
+    device = data["machine"]
+    lines = [
+        f"row            {data['row']}  ({data['config']})",
+        f"model          {data['model']}, {data['layers']} of {data['of_layers']} layers, {data['weights']}",
+        f"compression    {c.get('method', c['select'] + ' + ' + c['merge'])}, ratio {c['ratio']:.4g}, after layers"
+        f" {', '.join(map(str, c['layers']))} (the row's: {', '.join(map(str, data['row_layers']))} of {data['of_layers']})",
+        f"sequence       {sequence['visual']} visual + {sequence['text']} text tokens, batch {sequence['batch']};"
+        f" visual tokens {' → '.join(map(str, stages))}",
+        f"run            {data['dtype']}, {data['attention']}, {device['device']}, {device['threads']} thread(s);"
+        f" {len(prefill['pairs'])} pairs in turns",
+        "",
+        f"{'':28}{'vanilla':>12}{'compressed':>12}{'ratio':>9}",
+    ]
+
+    def line(name: str, values: dict, show, quotient: float | None = None, note: str = "") -> None:
+        quotient = values["compressed"] / values["vanilla"] if quotient is None else quotient
+        lines.append(f"{name:<28}{show(values['vanilla']):>12}{show(values['compressed']):>12}{quotient:>9.3f}{note}")
+
+    def seconds(part: dict) -> dict:
+        return {mode: part[f"{mode}_seconds"] for mode in ("vanilla", "compressed")}
+
+    bounds = f"   [{interval['low']:.3f}, {interval['high']:.3f}], {interval['coverage']:.0%} order-statistic interval"
+    line("prefill, median", seconds(prefill), _time, interval["median"], bounds)
+    line("operations, formula", flops["formula"], _macs)
+    line("operations, counted", flops["counted"], _macs)
+    line("KV cache", cache, _bytes)
+    line("peak memory", memory, _bytes)
+    if "decode" in data:
+        part = data["decode"]
+        bounds = f"   [{part['ratio']['low']:.3f}, {part['ratio']['high']:.3f}]"
+        line(f"decoding, a token ({part['steps']})", seconds(part), _time, part["ratio"]["median"], bounds)
+    counted = flops["counted_over_formula"]
+    share = prefill["between_layers_seconds"] / prefill["compressed_seconds"]
+    return "\n".join([
+        *lines, "",
+        f"prefill ratio over FLOPs ratio   {prefill['ratio_over_flops_ratio']:.3f}   ({interval['median']:.3f} over {ratio:.3f})",
+        f"counted over formula             {counted['vanilla']:.4f} vanilla, {counted['compressed']:.4f} compressed",
+        f"compressed KV cache              {_bytes(cache['compressed'])} = schedule {_bytes(cache['schedule'])}"
+        f" + compensation tokens {_bytes(cache['compensation'])} + padding {_bytes(cache['padding'])}",
+        f"between the layers               {_time(prefill['between_layers_seconds'])}, {share:.2%} of the compressed prefill"
+        " (the score row is inside the layers)",
+    ])
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+def _macs(operations: float) -> str:
+    return f"{operations / 1e12:.3f} T" if operations >= 1e11 else f"{operations / 1e9:.3f} G"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _whole(least: int):
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} up")
+        return int(text)
+
+    return parse
+
+
+def _layer_list(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of layers; write for example 1,3,5")
+    return tuple(int(part) for part in parts)
+
+
+def parser() -> Parser:
+    parser = Parser(
+        prog="python -m libra.latency", epilog=EXAMPLES,
+        description="Prefill of the decoder, compressed against plain, in turns, beside what the FLOPs promise.",
+    )
+    add, whole = parser.add_argument, _whole(1)
+    add("--config", required=True, metavar="FILE", help="a row's YAML file, from configs/")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--random-weights", action="store_true", help="the row's model at its true width with random weights")
+    weights.add_argument("--checkpoint", metavar="DIR", help="a model in Hugging Face's format that libra.attach supports")
+    add("--layers", type=whole, metavar="N", help="with --random-weights: only N layers; the row's compression layers move to the"
+        " same fraction of the depth")
+    add("--compression-layers", type=_layer_list, metavar="A,B", help="compress after these layers instead of the row's")
+    add("--visual-tokens", type=whole, metavar="N", help="tokens of the image (default: the model's own number)")
+    add("--text-tokens", type=_whole(2), default=64, metavar="N", help="half before, half behind the image (default %(default)s)")
+    add("--batch", type=whole, default=1, metavar="N", help="equal rows (default %(default)s)")
+    add("--pairs", type=whole, default=9, metavar="N", help="vanilla and compressed, in turns (default %(default)s)")
+    add("--decode", type=_whole(0), default=0, metavar="N", help="also time N decoding steps behind every prefill")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="(default %(default)s)")
+    add("--attn", default="sdpa", help="attention: sdpa, eager, flash_attention_2 (default %(default)s)")
+    add("--device", help="such as cpu or cuda:0 (default: the GPU where there is one)")
+    add("--threads", type=whole, metavar="N", help="CPU threads (default: torch's own choice)")
+    add("--json", type=Path, metavar="FILE", help="also write everything there")
+    return parser
+
+
+def build(args, row: Row, spec: ModelSpec, device: torch.device) -> tuple[Bench, ModelSpec]:
+    """The bench of the command's arguments, and the sizes of the model in it. Raises ValueError."""
+    dtype = getattr(torch, args.dtype)
+    if not row.compression.layers:
+        raise ConfigError(f"{row.path}: this row compresses nothing; give a row with compression layers")
+    if args.layers and not args.random_weights:
+        raise ConfigError("--layers cuts a model of random weights; leave it out, or use --random-weights")
+    if args.random_weights:
+        layers = args.layers or spec.layers
+    else:
+        model, spec = _load(args.checkpoint, dtype, device, args.attn)
+        layers = spec.layers
+    visual = args.visual_tokens or sum(get_model(row.model).visual_tokens)
+    if not visual:
+        raise ConfigError(f"{spec.name} has as many visual tokens as its image asks for; give a number with --visual-tokens")
+    if args.compression_layers:
+        c = replace(row.compression, layers=args.compression_layers)
+    else:
+        c = scale_layers(row.compression, get_model(row.model).layers, layers)
+    c.check_layers(layers)
+    if args.random_weights:
+        needed, free = weight_bytes(spec, layers, dtype), free_memory(device)
+        if free is not None and needed > 0.9 * free:
+            raise ConfigError(f"{layers} layers take {_bytes(needed)} and {_bytes(free)} are free; take fewer --layers")
+        model = random_model(spec, layers, dtype, device, args.attn)
+    return Bench(model, c, Sequence(visual, args.text_tokens, args.batch)), spec
+
+
+def _load(path: str, dtype, device, attention: str):
+    """A checkpoint's model and its sizes. Raises ValueError where it cannot be loaded."""
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention).to(device).eval()
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"the checkpoint {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    text = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return model, ModelSpec(
+        name=type(model).__name__, layers=text.num_hidden_layers, hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size, kv_size=head * text.num_key_value_heads, visual_tokens=(), checkpoint=path,
+    )
+
+
+def report(args) -> dict:
+    """Measure what the command's arguments ask for. Raises ValueError with one sentence."""
+    row = Row.from_yaml(args.config)
+    registered = get_model(row.model, row.path)
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device: {args.device} is no device; write cpu or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; use --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    bench, spec = build(args, row, registered, device)
+    computer = {**machine(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                "threads": torch.get_num_threads()}
+    return {
+        "row": row.name, "config": row.path, "model": registered.name, "layers": bench.text.num_hidden_layers,
+        "of_layers": registered.layers, "row_layers": list(row.compression.layers),
+        "weights": "random weights" if args.random_weights else "weights of a checkpoint",
+        "compression": bench.compression.to_dict(), "sequence": asdict(bench.sequence), "dtype": args.dtype,
+        "attention": args.attn, **measure(bench, spec, args.pairs, args.decode),
+        "machine": computer, "versions": versions(PACKAGES), "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0 on success, SystemExit with status 2 after one `error: …` line."""
+    options = parser()
+    args = options.parse_args(argv)
+    try:
+        if args.json and args.json.is_dir():
+            raise ValueError(f"--json: {args.json} is a folder; give a file's name")
+        data = report(args)
+        if args.json:
+            write_text(args.json, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    except torch.OutOfMemoryError:
+        options.error("the device has not enough memory; take fewer --layers, tokens or rows")
+    except (ValueError, OSError) as error:
+        options.error(str(error))
+    print(table(data))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,82 @@
+"""Two things timed against each other: in turns within one run, so that a busy minute of the machine hits both."""
+
+import math
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the clock when everything queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+def in_turns(pairs: int) -> Iterator[tuple[int, bool]]:
+    """(pair, second?) for runs in turns; the pairs alternate which comes first, so that a slow drift favours neither."""
+    for pair in range(pairs):
+        for second in (False, True) if pair % 2 == 0 else (True, False):
+            yield pair, second
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median with an interval between two of the sorted values; ``coverage`` is the probability that it holds the truth."""
+
+    median: float
+    low: float
+    high: float
+    coverage: float
+
+
+def median_interval(values: list[float], level: float = 0.95) -> Interval:
+    """The median and its order-statistic interval: exact for independent values of whatever distribution.
+
+    The interval from the k-th smallest to the k-th largest of n misses the true median with probability 2·P(Bin(n, ½) < k);
+    k is the largest for which it covers ``level``. Fewer than six values cannot cover 95%: then it is all of them, and
+    ``coverage`` is smaller.
+    """
+    ordered, n = sorted(values), len(values)
+
+    def coverage(k: int) -> float:
+        return 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
+
+    k = max((k for k in range(1, n // 2 + 1) if coverage(k) >= level), default=1)
+    return Interval(median(ordered), ordered[k - 1], ordered[-k], max(0.0, coverage(k)))
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes allocated on a GPU, or resident in this process on a CPU, while ``run`` runs.
+
+    Where the system cannot forget the process's earlier peak (it is not Linux), that counts too.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the resident size
+        run()
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    except OSError:
+        run()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):
+        return None

@@ -1,0 +1,88 @@
+"""Which token went where: an optional record of every compression step, told in the numbers of the original visual tokens."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .compress import Compressed
+
+GONE, TARGET, MERGED, COMPENSATION, DROPPED = range(5)
+FATES = ("gone", "target", "merged", "compensation", "dropped")
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """What one compression layer did to one row's n original visual tokens. Everything is (n,), on the CPU.
+
+    Attributes:
+        layer: the compression layer.
+        fate: int8: GONE (an earlier stage took it), TARGET, MERGED, COMPENSATION or DROPPED.
+        slot: the number of the target token it went into, its own for a target; -1 where there is none.
+        weight: float32, its share of the token it went into (a row of eq. 7's W); 0 where there is none.
+        importance: float32, α of eq. 4; nan for tokens that were gone.
+    """
+
+    layer: int
+    fate: torch.Tensor
+    slot: torch.Tensor
+    weight: torch.Tensor
+    importance: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowTrace:
+    """The fates of one row's visual tokens, numbered span after span; ``spans`` are the spans' lengths before compression."""
+
+    spans: tuple[int, ...]
+    stages: tuple[StageTrace, ...]
+
+    def kept(self, stage: int) -> list[int]:
+        """The target tokens of a stage (an index into ``stages``), ascending."""
+        return (self.stages[stage].fate == TARGET).nonzero().flatten().tolist()
+
+
+class Recorder:
+    """Collects the steps of one prefill; nothing is brought to the host before :meth:`rows` asks for it."""
+
+    def __init__(self):
+        self._steps: list[tuple[int, Compressed, list[list[int]]]] = []
+
+    def add(self, layer: int, step: Compressed, spans: list[list[int]]) -> None:
+        """``spans``: the lengths of each row's spans before the step, without a stand-in for rows that have none."""
+        self._steps.append((layer, replace(step, tokens=step.tokens[:, :, :0]), spans))
+
+    def rows(self) -> list[RowTrace]:
+        """One :class:`RowTrace` a row."""
+        first = self._steps[0][2] if self._steps else []
+        steps = [(layer, _on_host(step), spans) for layer, step, spans in self._steps]
+        return [RowTrace(tuple(spans), tuple(self._stages(steps, b, sum(spans)))) for b, spans in enumerate(first)]
+
+    @staticmethod
+    def _stages(steps, b: int, tokens: int):
+        alive = torch.arange(tokens)
+        for layer, step, spans in steps:
+            count = sum(spans[b])
+            group, weight = step.groups[b, :count], step.token_weights[b, :count]
+            targets = step.targets[b, : step.layout.target_counts[b] if count else 0]
+            is_target = torch.zeros(count, dtype=torch.bool)
+            is_target[targets] = True
+            merged = (group >= 0) & (group < step.layout.targets)
+            fate = torch.where(merged, MERGED, torch.where(group < 0, DROPPED, COMPENSATION))
+            into = torch.full((count,), -1)
+            into[merged] = alive[targets[group[merged]]]
+
+            def over_all(values, nothing, alive=alive):
+                whole = torch.full((tokens,), nothing, dtype=values.dtype)
+                whole[alive] = values
+                return whole
+
+            yield StageTrace(
+                layer, over_all(torch.where(is_target, TARGET, fate).to(torch.int8), GONE), over_all(into, -1),
+                over_all(torch.where(group < 0, 0.0, weight), 0.0), over_all(step.importance[b, :count], torch.nan),
+            )
+            alive = alive[targets]
+
+
+def _on_host(step: Compressed) -> Compressed:
+    tensors = {name: getattr(step, name).cpu() for name in ("mask", "targets", "groups", "token_weights", "importance")}
+    return replace(step, **tensors)
