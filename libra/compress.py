@@ -27,6 +27,7 @@ class Compressed:
         groups: (B, N), the slot each visual token went to; -1 if it was dropped or is padding.
         token_weights: (B, N) float32, each token's weight in its slot.
         importance: (B, N) float32, the α the choice was made by; 0 for padding.
+        similarity: (B, N) float32, s^max of eq. 5; None where the merge does not ask for it.
         compensated: for each row, whether it has a compensation token.
         layout: the spans that went in and the targets kept of each.
     """
@@ -37,6 +38,7 @@ class Compressed:
     groups: torch.Tensor
     token_weights: torch.Tensor
     importance: torch.Tensor
+    similarity: torch.Tensor | None
     compensated: list[bool]
     layout: Layout
 
@@ -101,7 +103,8 @@ def compress_layout(
         tokens = hidden.gather(1, targets[..., None].expand(-1, -1, hidden.shape[-1]))
     else:
         tokens = merge_groups(hidden, groups, token_weights, layout.targets + 1)[:, : mask.shape[1]]
-    return Compressed(tokens, mask, targets, groups, token_weights, importance, compensated, layout)
+    similarity = matches.nearest[0] if "nearest" in vars(matches) else None  # a cached property: there if a merger used it
+    return Compressed(tokens, mask, targets, groups, token_weights, importance, similarity, compensated, layout)
 
 
 def compress(
@@ -143,5 +146,6 @@ def compress(
         return step
     pad = (0, count - longest)  # what is told per token is as long as what came in
     groups = torch.nn.functional.pad(step.groups, pad, value=NOWHERE)
-    weights, alpha = (torch.nn.functional.pad(x, pad) for x in (step.token_weights, step.importance))
-    return replace(step, groups=groups, token_weights=weights, importance=alpha)
+    names = ("token_weights", "importance", "similarity")
+    padded = {name: torch.nn.functional.pad(value, pad) for name in names if (value := getattr(step, name)) is not None}
+    return replace(step, groups=groups, **padded)

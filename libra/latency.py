@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, DynamicCache
 
-from . import schedule
+from . import schedule, units
 from .attach import attach
 from .cli import Parser
 from .config import Compression, ConfigError, Row
@@ -69,7 +69,8 @@ class Sequence:
 
     def ids(self, image_id: int, vocabulary: int, device) -> torch.Tensor:
         """(B, S) random text ids and the image's places; the same ids every time."""
-        ids = torch.randint(1, vocabulary - 1, (self.batch, self.text + self.visual), generator=torch.Generator().manual_seed(0))
+        shape, draw = (self.batch, self.text + self.visual), torch.Generator().manual_seed(0)
+        ids = torch.randint(1, vocabulary - 1, shape, generator=draw)
         ids[ids == image_id] = 1
         ids[:, self.text // 2 : self.text // 2 + self.visual] = image_id
         return ids.to(device)
@@ -90,10 +91,9 @@ class Bench:
         image_id = model.config.image_token_id
         self.ids = sequence.ids(image_id, self.text.vocab_size, self.device)
         self._places = self.ids == image_id
-        weight = model.get_input_embeddings().weight
-        draw = torch.Generator().manual_seed(1)
-        features = torch.randn(sequence.batch, sequence.visual, weight.shape[1], generator=draw) * float(weight.detach().float().std())
-        self._features = features.to(weight).flatten(0, 1)
+        weight = model.get_input_embeddings().weight.detach()
+        features = torch.randn(sequence.batch * sequence.visual, weight.shape[1], generator=torch.Generator().manual_seed(1))
+        self._features = features.to(weight) * weight.std()
         self.stats: dict | None = None  # of the last compressed prefill
 
     def mode(self, compressed: bool):
@@ -181,7 +181,7 @@ def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
 
 
 def measure(bench: Bench, spec: ModelSpec, pairs: int, steps: int = 0, progress: bool = True) -> dict:
-    """Everything the command prints; see the module's conventions. ``steps``: decoding steps behind each prefill, 0 for none."""
+    """All figures, see the module's conventions; ``steps``: decoding steps to time behind each prefill, 0 for none."""
     sequence, c, layers = bench.sequence, bench.compression, bench.text.num_hidden_layers
     with tqdm(total=2 * pairs + 4 + GAP_RUNS, unit=" prefills", disable=not progress) as bar:
         memory = {}
@@ -204,7 +204,8 @@ def measure(bench: Bench, spec: ModelSpec, pairs: int, steps: int = 0, progress:
     tokens = schedule.actual(c, layers, [sequence.visual])
     sizes = replace(spec, layers=layers)
     formula = [
-        sequence.batch * model_flops(sizes, [sequence.text + n for n in counts]) for counts in ([sequence.visual] * layers, tokens)
+        sequence.batch * model_flops(sizes, [sequence.text + n for n in counts])
+        for counts in ([sequence.visual] * layers, tokens)
     ]
     interval = median_interval([pair[1][0] / pair[0][0] for pair in times])
     ratio = formula[1] / formula[0]
@@ -280,41 +281,30 @@ def table(data: dict) -> str:
         return {mode: part[f"{mode}_seconds"] for mode in ("vanilla", "compressed")}
 
     bounds = f"   [{interval['low']:.3f}, {interval['high']:.3f}], {interval['coverage']:.0%} order-statistic interval"
-    line("prefill, median", seconds(prefill), _time, interval["median"], bounds)
-    line("operations, formula", flops["formula"], _macs)
-    line("operations, counted", flops["counted"], _macs)
-    line("KV cache", cache, _bytes)
-    line("peak memory", memory, _bytes)
+    line("prefill, median", seconds(prefill), units.seconds, interval["median"], bounds)
+    line("operations, formula", flops["formula"], units.operations)
+    line("operations, counted", flops["counted"], units.operations)
+    line("KV cache", cache, units.size)
+    line("peak memory", memory, units.size)
     if "decode" in data:
         part = data["decode"]
         bounds = f"   [{part['ratio']['low']:.3f}, {part['ratio']['high']:.3f}]"
-        line(f"decoding, a token ({part['steps']})", seconds(part), _time, part["ratio"]["median"], bounds)
-    counted = flops["counted_over_formula"]
-    share = prefill["between_layers_seconds"] / prefill["compressed_seconds"]
+        line(f"decoding, a token ({part['steps']})", seconds(part), units.seconds, part["ratio"]["median"], bounds)
+    counted, over, gaps = flops["counted_over_formula"], prefill["ratio_over_flops_ratio"], prefill["between_layers_seconds"]
     return "\n".join([
         *lines, "",
-        f"prefill ratio over FLOPs ratio   {prefill['ratio_over_flops_ratio']:.3f}   ({interval['median']:.3f} over {ratio:.3f})",
+        f"prefill ratio over FLOPs ratio   {over:.3f}   ({interval['median']:.3f} over {ratio:.3f})",
         f"counted over formula             {counted['vanilla']:.4f} vanilla, {counted['compressed']:.4f} compressed",
-        f"compressed KV cache              {_bytes(cache['compressed'])} = schedule {_bytes(cache['schedule'])}"
-        f" + compensation tokens {_bytes(cache['compensation'])} + padding {_bytes(cache['padding'])}",
-        f"between the layers               {_time(prefill['between_layers_seconds'])}, {share:.2%} of the compressed prefill"
-        " (the score row is inside the layers)",
+        f"compressed KV cache              {units.size(cache['compressed'])} = schedule {units.size(cache['schedule'])}"
+        f" + compensation tokens {units.size(cache['compensation'])} + padding {units.size(cache['padding'])}",
+        f"compression between the layers   {units.seconds(gaps)}, {gaps / prefill['compressed_seconds']:.2%} of its prefill"
+        " (the score rows are inside the layers)",
     ])
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+def whole_from(least: int):
+    """An argparse type: whole numbers from ``least`` up."""
 
-
-def _macs(operations: float) -> str:
-    return f"{operations / 1e12:.3f} T" if operations >= 1e11 else f"{operations / 1e9:.3f} G"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
-def _whole(least: int):
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} up")
@@ -335,19 +325,20 @@ def parser() -> Parser:
         prog="python -m libra.latency", epilog=EXAMPLES,
         description="Prefill of the decoder, compressed against plain, in turns, beside what the FLOPs promise.",
     )
-    add, whole = parser.add_argument, _whole(1)
+    add, whole = parser.add_argument, whole_from(1)
     add("--config", required=True, metavar="FILE", help="a row's YAML file, from configs/")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--random-weights", action="store_true", help="the row's model at its true width with random weights")
     weights.add_argument("--checkpoint", metavar="DIR", help="a model in Hugging Face's format that libra.attach supports")
-    add("--layers", type=whole, metavar="N", help="with --random-weights: only N layers; the row's compression layers move to the"
-        " same fraction of the depth")
+    add("--layers", type=whole, metavar="N",
+        help="with --random-weights: only N layers; the row's compression layers move to the same fraction of the depth")
     add("--compression-layers", type=_layer_list, metavar="A,B", help="compress after these layers instead of the row's")
     add("--visual-tokens", type=whole, metavar="N", help="tokens of the image (default: the model's own number)")
-    add("--text-tokens", type=_whole(2), default=64, metavar="N", help="half before, half behind the image (default %(default)s)")
+    add("--text-tokens", type=whole_from(2), default=64, metavar="N",
+        help="half before, half behind the image (default %(default)s)")
     add("--batch", type=whole, default=1, metavar="N", help="equal rows (default %(default)s)")
     add("--pairs", type=whole, default=9, metavar="N", help="vanilla and compressed, in turns (default %(default)s)")
-    add("--decode", type=_whole(0), default=0, metavar="N", help="also time N decoding steps behind every prefill")
+    add("--decode", type=whole_from(0), default=0, metavar="N", help="also time N decoding steps behind every prefill")
     add("--dtype", choices=DTYPES, default="bfloat16", help="(default %(default)s)")
     add("--attn", default="sdpa", help="attention: sdpa, eager, flash_attention_2 (default %(default)s)")
     add("--device", help="such as cpu or cuda:0 (default: the GPU where there is one)")
@@ -379,13 +370,15 @@ def build(args, row: Row, spec: ModelSpec, device: torch.device) -> tuple[Bench,
     if args.random_weights:
         needed, free = weight_bytes(spec, layers, dtype), free_memory(device)
         if free is not None and needed > 0.9 * free:
-            raise ConfigError(f"{layers} layers take {_bytes(needed)} and {_bytes(free)} are free; take fewer --layers")
+            raise ConfigError(f"{layers} layers take {units.size(needed)} and {units.size(free)} are free; take fewer --layers")
         model = random_model(spec, layers, dtype, device, args.attn)
     return Bench(model, c, Sequence(visual, args.text_tokens, args.batch)), spec
 
 
 def _load(path: str, dtype, device, attention: str):
     """A checkpoint's model and its sizes. Raises ValueError where it cannot be loaded."""
+    if not Path(path).is_dir():
+        raise ValueError(f"the checkpoint {path} is no folder; give a model's folder in Hugging Face's format")
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention).to(device).eval()
     except (OSError, ImportError, ValueError) as error:

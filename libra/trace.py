@@ -20,6 +20,7 @@ class StageTrace:
         slot: the number of the target token it went into, its own for a target; -1 where there is none.
         weight: float32, its share of the token it went into (a row of eq. 7's W); 0 where there is none.
         importance: float32, α of eq. 4; nan for tokens that were gone.
+        similarity: float32, s^max of eq. 5, 1 for a target; nan for tokens that were gone, and where nobody asked for it.
     """
 
     layer: int
@@ -27,6 +28,18 @@ class StageTrace:
     slot: torch.Tensor
     weight: torch.Tensor
     importance: torch.Tensor
+    similarity: torch.Tensor
+
+    @property
+    def mean_similarity(self) -> float:
+        """Table 4's Sim: the mean s^max of the tokens that are no targets; nan where it is not known."""
+        return float(self.similarity[self.fate > TARGET].mean())
+
+    @property
+    def compensation_share(self) -> float:
+        """Share of the tokens that are no targets that went into the compensation token; nan where there are none."""
+        rest = self.fate > TARGET
+        return float((self.fate[rest] == COMPENSATION).float().mean())
 
 
 @dataclass(frozen=True)
@@ -76,13 +89,15 @@ class Recorder:
                 whole[alive] = values
                 return whole
 
+            similarity = torch.full((count,), torch.nan) if step.similarity is None else step.similarity[b, :count]
             yield StageTrace(
                 layer, over_all(torch.where(is_target, TARGET, fate).to(torch.int8), GONE), over_all(into, -1),
                 over_all(torch.where(group < 0, 0.0, weight), 0.0), over_all(step.importance[b, :count], torch.nan),
+                over_all(similarity, torch.nan),
             )
             alive = alive[targets]
 
 
 def _on_host(step: Compressed) -> Compressed:
-    tensors = {name: getattr(step, name).cpu() for name in ("mask", "targets", "groups", "token_weights", "importance")}
-    return replace(step, **tensors)
+    names = ("mask", "targets", "groups", "token_weights", "importance", "similarity")
+    return replace(step, **{name: value.cpu() for name in names if (value := getattr(step, name)) is not None})

@@ -1,0 +1,13 @@
+"""Numbers as tables print them."""
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def operations(count: float) -> str:
+    return f"{count / 1e12:.3f} T" if count >= 1e11 else f"{count / 1e9:.3f} G"
+
+
+def size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
