@@ -111,7 +111,7 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool = False):
         if not isinstance(compression, Compression):
-            raise ValueError(f"libra.attach needs a libra.Compression, not {type(compression).__name__}; see from_yaml for files")
+            raise ValueError(f"libra.attach needs a libra.Compression, not {type(compression).__name__}; from_yaml reads files")
         if hasattr(model, "_orig_mod"):
             raise ValueError("this is the wrapper of torch.compile; attach to the model in it first, then compile")
         base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
@@ -329,7 +329,7 @@ def _check(decoder, compression: Compression, model) -> None:
         raise ValueError(f"libra.attach does not support {', '.join(kinds - MASKS.keys())}; it supports {', '.join(MASKS)}")
     if compression.positions == "compact" and position_axes(decoder) > 1:
         raise ValueError(
-            f"positions: compact cannot renumber the multi-axis positions of {name}; add positions='original' to the compression"
+            f"positions: compact cannot renumber the multi-axis positions of {name}; add `positions: original`"
         )
     deep = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     if compression.layers and compression.layers[0] < deep - 1:

@@ -1,5 +1,7 @@
 """Videos to pixels and prompts to token ids, as the published VideoLLaMA-2 checkpoints expect them."""
 
+import re
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +169,19 @@ def process_image(image: str | Path | Image.Image, processor, aspect_ratio: str 
     return process_images([_picture(image)], processor, SimpleNamespace(image_aspect_ratio=aspect_ratio))
 
 
+def prompt_ids(prompt: str, tokenizer, marks: tuple[str, ...] = tuple(_PLACEHOLDERS)) -> list[int]:
+    """Token ids of a prompt with -200 for every ``<image>`` and -201 for every ``<video>`` that is among ``marks``; no special
+    tokens are added."""
+    ids = []
+    for piece in re.split("(" + "|".join(marks) + ")", prompt) if marks else [prompt]:
+        if piece in marks:
+            ids.append(_PLACEHOLDERS[piece])
+            continue
+        encoded = _encode(tokenizer, piece)
+        ids += encoded[1:] if encoded[:1] == [tokenizer.bos_token_id] else encoded
+    return ids
+
+
 def tokenizer_multimodal_token(
     prompt: str, tokenizer, multimodal_token: str | None = DEFAULT_IMAGE_TOKEN, return_tensors: str | None = None
 ) -> list[int] | torch.Tensor:
@@ -178,12 +193,52 @@ def tokenizer_multimodal_token(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors {return_tensors!r} is unknown; use 'pt' for a tensor or None for a list")
-    placeholder = _PLACEHOLDERS.get(multimodal_token)
-    ids = []
-    for i, piece in enumerate([prompt] if placeholder is None else prompt.split(multimodal_token)):
-        encoded = _encode(tokenizer, piece)
-        ids += [placeholder] * (i > 0) + (encoded[1:] if encoded[:1] == [tokenizer.bos_token_id] else encoded)
+    ids = prompt_ids(prompt, tokenizer, (multimodal_token,) if multimodal_token in _PLACEHOLDERS else ())
     return torch.tensor(ids, dtype=torch.long) if return_tensors else ids
+
+
+@dataclass
+class ChatConversation:
+    """A conversation in VideoLLaMA-2's prompts: its system text and the chat template of the checkpoint's tokenizer.
+
+    It is used as a :class:`llava.conversation.Conversation` is: ``messages`` are [role, text] in order, the text is None where
+    the model is to answer.
+    """
+
+    tokenizer: object
+    messages: list[list] = field(default_factory=list)
+    roles: tuple[str, str] = ("user", "assistant")
+    offset: int = 0
+
+    @property
+    def stop(self) -> str:
+        """What the model writes when its turn is over."""
+        return self.tokenizer.eos_token
+
+    def append_message(self, role: str, message: str | None) -> None:
+        self.messages.append([role, message])
+
+    def copy(self) -> "ChatConversation":
+        return ChatConversation(self.tokenizer, [list(message) for message in self.messages], self.roles, self.offset)
+
+    def get_prompt(self) -> str:
+        """The whole conversation as one text.
+
+        Raises:
+            ValueError: for a tokenizer without a template, or one whose template refuses these messages.
+        """
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat_template; use the one of a VideoLLaMA-2 checkpoint")
+        said = [{"role": role, "content": text} for role, text in self.messages if text is not None]
+        try:
+            return self.tokenizer.apply_chat_template(
+                [{"role": "system", "content": _SYSTEM}, *said],
+                tokenize=False, add_generation_prompt=len(said) < len(self.messages),
+            )
+        except TemplateError as error:
+            raise ValueError(f"the tokenizer's chat_template refuses this conversation: {error}; choose another") from error
 
 
 def chat_prompt(question: str, tokenizer, modal: str = "video") -> str:
@@ -194,10 +249,7 @@ def chat_prompt(question: str, tokenizer, modal: str = "video") -> str:
     """
     if modal not in _TOKENS:
         raise ValueError(f"modal {modal!r} is unknown; use 'video' or 'image'")
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat_template; use the one of a VideoLLaMA-2 checkpoint")
-    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": f"{_TOKENS[modal]}\n{question}"}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return ChatConversation(tokenizer, [["user", f"{_TOKENS[modal]}\n{question}"], ["assistant", None]]).get_prompt()
 
 
 def mm_infer(pixels: torch.Tensor, question: str, model, tokenizer, modal: str = "video", **options) -> str:

@@ -9,16 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from libra import Compression
 from llava.conversation import conv_templates
 from llava.eval import run_llava
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model import Videollama2MistralConfig, Videollama2MistralForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.serve import cli
 from llava.serve.session import AnswerStreamer, Session
+from llava.video import mm_infer, process_video
 
 GOLDEN = Path(__file__).parent / "golden/text_and_image_processing"
 IMAGES = [str(GOLDEN / f"image{k}.png") for k in range(2)]
@@ -129,26 +132,74 @@ def test_eval_model_takes_the_originals_arguments(checkpoint, loaded, once, caps
     assert answer == tokenizer.decode(new[0], skip_special_tokens=True).strip()
 
 
+def talk(checkpoint, monkeypatch, capsys, lines: list[str], *options, **changes):
+    """What the terminal conversation printed, stdout and stderr."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    cli.main([*arguments(checkpoint, **changes), *options])
+    return capsys.readouterr()
+
+
+def said(output: str) -> list[str]:
+    """The answers without the notes."""
+    return [part.split("\n[")[0] for part in output.split("ASSISTANT: ")[1:]]
+
+
 def test_a_conversation(checkpoint, loaded, once, row, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\nWhere is the <image> ?\nAnd what else?\n\nnever asked\n"))
-    cli.main(arguments(checkpoint, compression=row))
-    output = capsys.readouterr()
+    lines = ["What is this?", "Where is the <image> ?", "And what else?", "", "never asked"]
+    output = talk(checkpoint, monkeypatch, capsys, lines, compression=row)
+    fastv = Compression(method="fastv", layers=(1,), ratio=0.5)
+    first = reference(loaded, "mini", ["<image>\nWhat is this?", None], IMAGES[:1], 6, fastv)
+    chat = Session(*loaded, "mini", [Image.open(IMAGES[0])])
+    assert chat.ask("What is this?", max_new_tokens=6).text == first
+    second = chat.ask("And what else?", max_new_tokens=6).text
+    assert [answer.strip() for answer in said(output.out) if "USER" not in answer] == [first, second]
+    note = "[visual tokens 16 → 8, 13 on average over 3 layers; first token after "
+    assert output.out.count(note) == 2 and output.out.count("USER: ") == 4 and "read again" not in output.out
+    assert output.err == (
+        "error: images to show: none, places for them in the question: <image>;"
+        " write <image-placeholder> once for each of them, or leave it out\n"
+    )
+
+
+def test_reprefill_runs_the_whole_conversation_again(checkpoint, loaded, once, row, capsys, monkeypatch):
+    output = talk(checkpoint, monkeypatch, capsys, ["What is this?", "And what else?"], "--reprefill", compression=row)
     fastv = Compression(method="fastv", layers=(1,), ratio=0.5)
     turns = ["<image>\nWhat is this?", None]
     turns[1] = reference(loaded, "mini", turns, IMAGES[:1], 6, fastv)
     second = reference(loaded, "mini", [*turns, "And what else?", None], IMAGES[:1], 6, fastv)
-    assert f"ASSISTANT: {turns[1]}" in output.out and f"ASSISTANT: {second}" in output.out
-    note = "[visual tokens 16 → 8, 13 on average over 3 layers; first token after "
-    assert output.out.count(note) == 2 and output.out.count("USER: ") == 4
-    assert output.err.count("error: ") == 1 and "images to show: 0, places for them in the question: 1" in output.err
+    assert [answer.strip() for answer in said(output.out)] == [turns[1], second]
+
+
+def test_images_may_be_shown_later(checkpoint, loaded, once, row, capsys, monkeypatch):
+    wrong = ["/image missing.png", "/video clip.mp4", "/imag a.png", "/image"]
+    lines = [*wrong, "What is this?", f"/image {IMAGES[1]}", "And this?", "/new", "Hello?", "/help"]
+    output = talk(checkpoint, monkeypatch, capsys, lines, compression=row)
+    assert f"[{IMAGES[1]}: 16 visual tokens, shown with the next question]\n" in output.out
+    assert "visual tokens 32 → 16, 27 on average" in output.out  # both images, each as its own question left it
+    errors = output.err.splitlines()
+    assert len(errors) == 4 and all(line.startswith("error: ") for line in errors)
+    assert "missing.png cannot be opened" in errors[0] and "videos are for VideoLLaMA-2" in errors[1]
+    assert "/imag a.png is no command; they are /image FILE" in errors[2] and "/image is no command" in errors[3]
+    assert "[a new conversation]\n" in output.out and output.out.count("[visual tokens ") == 2  # none after /new
+    assert "/image FILE   show an image" in output.out
+    chat = Session(*loaded, "mini", [Image.open(IMAGES[0])])
+    want = [chat.ask("What is this?", max_new_tokens=6).text]
+    chat.show(IMAGES[1])
+    want.append(chat.ask("And this?", max_new_tokens=6).text)
+    assert [answer.strip() for answer in said(output.out)[:2]] == want
+
+
+def test_a_conversation_may_begin_without_images(checkpoint, once, row, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello?\n/image {IMAGES[0]}\nWhat is this?\n"))
+    cli.main(["--model-path", str(checkpoint), "--device", "cpu", "--max-new-tokens", "3", "--compression", row])
+    output = capsys.readouterr()
+    assert output.err == "" and "\n[first token after" in output.out and "[visual tokens 16 → 8" in output.out
 
 
 def test_a_conversation_without_compression_ends_with_the_input(checkpoint, loaded, once, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\n"))
-    cli.main(arguments(checkpoint))
-    output = capsys.readouterr().out
-    answer = reference(loaded, "mini", ["<image>\nWhat is this?", None], IMAGES[:1], 6)
-    assert f"ASSISTANT: {answer}\n" in output and "visual tokens" not in output
+    output = talk(checkpoint, monkeypatch, capsys, ["What is this?"], **{"image-file": ",".join(IMAGES)}).out
+    answer = reference(loaded, "mini", ["<image>\n<image>\nWhat is this?", None], IMAGES, 6)
+    assert f"ASSISTANT: {answer}\n[visual tokens 32; first token after " in output
 
 
 def test_a_long_conversation_is_refused_and_stays_as_it_was(loaded):
@@ -196,6 +247,7 @@ def test_help_has_an_example(main, capsys):
     "change,message",
     [
         ({"image-file": "missing.png"}, "missing.png cannot be opened"),
+        ({"video-file": "missing.mp4"}, "missing.mp4 does not exist"),
         ({"image-file": __file__}, "in no known format"),
         ({"image-file": "cut.png"}, "cut.png is damaged"),
         ({"compression": "missing.yaml"}, "missing.yaml"),
@@ -235,4 +287,85 @@ def test_quantised_weights_need_a_gpu(checkpoint, capsys):
 
 def test_images_and_their_places_must_agree(checkpoint, once, capsys):
     argv = [*arguments(checkpoint), "--query", "<image-placeholder> or <image-placeholder> ?"]
-    assert "images to show: 1, places for them in the question: 2" in refused(run_llava.main, argv, capsys)
+    assert "images to show: <image>, places for them in the question: <image> <image>;" in refused(run_llava.main, argv, capsys)
+
+
+def test_run_llava_needs_something_to_look_at(checkpoint, capsys):
+    argv = ["--model-path", str(checkpoint), "--query", "What?"]
+    assert "give --image-file or --video-file" in refused(run_llava.main, argv, capsys)
+
+
+# --- videos ---
+
+VIDEO = Path(__file__).parent / "golden/videollama2"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def video_checkpoint(tmp_path_factory):
+    """The golden vision side of a VideoLLaMA-2 under a decoder of random weights, with a chat template."""
+    pytest.importorskip("timm")
+    folder = tmp_path_factory.mktemp("videos") / "VideoLLaMA2-tiny"
+    settings = json.loads((VIDEO / "checkpoint/config.json").read_text()) | {"mm_vision_tower": str(VIDEO / "clip_tower")}
+    torch.manual_seed(0)
+    model = Videollama2MistralForCausalLM._from_config(
+        Videollama2MistralConfig.from_dict({**settings, "initializer_range": 0.2})
+    )
+    names = load_file(VIDEO / "vision_side.safetensors")
+    own = {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in names.items()}
+    model.load_state_dict(own, strict=False)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(VIDEO / "checkpoint")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    for i in range(10):
+        Image.new("RGB", (40, 30), (25 * i, 90, 200 - 20 * i)).save(folder / f"{i:02}.png")
+    return str(folder)
+
+
+def asked(video_checkpoint, clip, question: str) -> str:
+    tokenizer, model, processor, _ = load_pretrained_model(str(video_checkpoint), None, "VideoLLaMA2", device="cpu")
+    return mm_infer(process_video(clip, processor, aspect_ratio=None), question, model, tokenizer, max_new_tokens=6)
+
+
+def test_a_video(video_checkpoint, clip, capsys):
+    argv = ["--model-path", str(video_checkpoint), "--video-file", clip, "--device", "cpu", "--max-new-tokens", "6"]
+    run_llava.main([*argv, "--query", "What happens?"])
+    answer = capsys.readouterr().out.strip()
+    assert answer == asked(video_checkpoint, clip, "What happens?")
+
+
+def test_a_conversation_about_a_video_and_an_image(video_checkpoint, clip, capsys, monkeypatch, tmp_path):
+    compression = tmp_path / "libra.yaml"
+    compression.write_text("method: libra\nlayers: [1, 3]\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"What happens?\n/image {IMAGES[0]}\nAnd here?\n"))
+    argv = ["--model-path", str(video_checkpoint), "--video-file", clip, "--device", "cpu", "--max-new-tokens", "6"]
+    cli.main([*argv, "--compression", str(compression)])
+    output = capsys.readouterr()
+    assert output.err.count("error") == 0 and "read again" not in output.out
+    assert "visual tokens 45 → 22 → 11" in output.out and "visual tokens 90 → 44 → 22" in output.out
+    assert f"{IMAGES[0]}: 45 visual tokens" in output.out
+
+    loaded = load_pretrained_model(str(video_checkpoint), None, "VideoLLaMA2", device="cpu")
+    chat = Session(*loaded, None)
+    chat.show(clip, "video")
+    chat.show(IMAGES[0])
+    with pytest.raises(ValueError, match="to show: <video> <image>, places for them in the question: <image> <video>"):
+        chat.ask("First <image>, then <video>")
+    chat.ask("See <image-placeholder> and <image-placeholder>", max_new_tokens=2)
+    assert chat.conversation.messages[0][1] == "See <video> and <image>" and chat.limit == 4096
+    loaded[0].chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="chat_template refuses this conversation: roles must alternate"):
+        chat.ask("And now?")
+    loaded[0].chat_template = None
+    with pytest.raises(ValueError, match="the tokenizer has no chat_template"):
+        chat.ask("And now?")

@@ -1,27 +1,19 @@
-"""Load a LLaVA checkpoint in the original's format."""
+"""Load a LLaVA checkpoint in the original's format: the whole model, or a projector or LoRA adapter for a base model."""
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.utils import logging
 
 from libra import Compression
 
-from .language_model.llava_llama import LlavaLlamaForCausalLM
-from .language_model.llava_mistral import LlavaMistralForCausalLM
-from .language_model.videollama2 import Videollama2MistralForCausalLM
+from . import lora
+from .checkpoint import TOWER, inspect_checkpoint
+from .weights import first_line
 
-_CLASSES = (LlavaLlamaForCausalLM, LlavaMistralForCausalLM, Videollama2MistralForCausalLM)
-MODELS = {model.config_class.model_type: model for model in _CLASSES}
-
-
-def _find_tower(name: str, checkpoint: str) -> str:
-    """A relative ``mm_vision_tower`` lies in the checkpoint's folder or beside it; otherwise it is a path or a hub name."""
-    for folder in (Path(checkpoint), Path(checkpoint).parent):
-        if (folder / name / "config.json").is_file():
-            return str(folder / name)
-    return name
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 def load_pretrained_model(
@@ -34,22 +26,28 @@ def load_pretrained_model(
     device: str = "cuda",
     attn_implementation: str | None = None,
     compression: Compression | None = None,
+    merge_lora: bool = True,
     **kwargs,
 ):
     """Load tokenizer, model, image processor and context length, as the original's function of this name does.
 
+    Whatever the configuration and the headers of the files tell is checked before weights are read.
+
     Args:
-        model_path: folder or hub name of a checkpoint of type ``llava_llama``, ``llava_mistral`` or ``videollama2_mistral``.
-        model_base, model_name: as in the original; a separate base model is not supported by this version.
+        model_path: folder or hub name of a checkpoint of type ``llava_llama``, ``llava_mistral`` or ``videollama2_mistral``;
+            with ``model_base``, of a projector (``mm_projector.bin``) or a LoRA adapter (``adapter_config.json``).
+        model_base: folder or hub name of the language model that ``model_path`` adds to; it gives the tokenizer.
+        model_name: as in the original, and not needed: what lies in the folder says what to load.
         device: "cuda" or "cpu"; a device other than "cuda" takes the whole model.
         compression: applied from the first prompt on; ``model.set_compression`` changes it.
-        kwargs: more arguments for ``from_pretrained``, such as ``torch_dtype`` (float16 on a GPU, float32 on a CPU by default).
+        merge_lora: add an adapter to the weights, as the original does; False returns a ``PeftModel`` with the adapter beside
+            them, which generates and compresses alike.
+        kwargs: more arguments for ``from_pretrained``, such as ``torch_dtype`` (float16 on a GPU, float32 on a CPU by default)
+            and, for names on the hub, ``cache_dir, force_download, local_files_only, revision, token``.
 
     Raises:
-        ValueError: if the checkpoint is missing, incomplete, damaged or of another type.
+        ValueError: if the checkpoint is missing, incomplete, damaged or of another type, or its parts do not fit together.
     """
-    if model_base is not None:
-        raise ValueError("model_base is not supported yet: give a checkpoint that holds the whole model")
     if load_8bit and load_4bit:
         raise ValueError("load_8bit and load_4bit exclude each other; choose one")
     if load_8bit or load_4bit:
@@ -60,35 +58,53 @@ def load_pretrained_model(
             llm_int8_skip_modules=["mm_projector", "vision_tower", "lm_head"],
         )
     dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", torch.float16 if device == "cuda" else torch.float32))
+    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    kwargs.pop("multimodal", None)  # what lmms-eval's llava model passes for the sake of LLaVA-NeXT's code
+
+    parts = inspect_checkpoint(model_path, model_base, compression, **hub)
     try:
-        settings, _ = PreTrainedConfig.get_config_dict(model_path)
-        kind = settings.get("model_type")
-        if kind not in MODELS:
-            raise ValueError(f"{model_path} is a {kind!r} checkpoint; the types that load are {', '.join(MODELS)}")
-        model_class = MODELS[kind]
-        config = model_class.config_class.from_pretrained(model_path)
-        if not getattr(config, "mm_vision_tower", None):
-            raise ValueError(f"{model_path}/config.json names no mm_vision_tower, so this is no LLaVA checkpoint")
-        config.mm_vision_tower = _find_tower(config.mm_vision_tower, model_path)
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-        model, info = model_class.from_pretrained(
-            model_path, config=config, dtype=dtype, device_map=device_map if device == "cuda" else {"": device},
-            attn_implementation=attn_implementation, output_loading_info=True, **kwargs,
-        )
-        tower, missing = model.get_vision_tower(), list(info["missing_keys"])
-        own = [key for key in missing if key.startswith("model.vision_tower.")]
-        if own and len(own) == len(list(tower.parameters())):  # the checkpoint has no tower, whatever its configuration says
-            missing, tower.is_loaded = [key for key in missing if key not in own], False
-        tower.load_model()
+        with _quiet():
+            model, info = parts.model_class.from_pretrained(
+                parts.base, config=parts.config, dtype=dtype, device_map=device_map if device == "cuda" else {"": device},
+                attn_implementation=attn_implementation, output_loading_info=True,
+                ignore_mismatched_sizes=bool(parts.values), **kwargs,  # the values below have the right sizes
+            )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the checkpoint {model_path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the checkpoint {model_path} cannot be loaded: {first_line(error)}") from error
+    missing = [name for name in info["missing_keys"] if name not in parts.values and not name.startswith(TOWER)]
     if missing:
-        raise ValueError(
-            f"the checkpoint {model_path} lacks {len(missing)} weights, {missing[0]!r} among them; download it again"
-        )
-    tower.to(device=model.device, dtype=dtype)
+        raise ValueError(f"{len(missing)} weights did not come out of {model_path}, {missing[0]!r} among them")
+    _fill(model, parts.values)
+    if parts.adapter is not None:
+        model = lora.add_adapter(model, parts.folder, parts.adapter, merge_lora)
+
+    tower = model.get_vision_tower()
+    tower.is_loaded = parts.tower_inside
+    tower.load_model()
+    if not parts.tower_inside:
+        tower.to(device=model.device, dtype=model.dtype)
+    model.config.mm_vision_tower = parts.tower_name
     model.eval()
     if compression is not None:
         model.set_compression(compression)
-    context_length = getattr(config, "max_sequence_length", 2048)
-    return tokenizer, model, tower.image_processor, context_length
+    return parts.tokenizer, model, tower.image_processor, getattr(parts.config, "max_sequence_length", 2048)
+
+
+def _fill(model, values: dict[str, torch.Tensor]) -> None:
+    """Put weights on top of a base model's; a tower among them counts only if it was tuned, as in the original."""
+    own = model.state_dict()
+    away = [name for name in values if name in own and own[name].is_meta]
+    if away:
+        raise ValueError(f"{away[0]!r} is not in memory and cannot take the checkpoint's values; choose another device_map")
+    model.load_state_dict(values, strict=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report on missing weights: they come from other files, and what must not miss was checked."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from libra import Compression
+from libra.trace import RowTrace
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from .anyres import MERGE_TYPES, arrange_tiles
@@ -56,15 +57,16 @@ class LlavaMetaForCausalLM:
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
 
-    def set_compression(self, compression: Compression | None) -> None:
-        """Compress visual tokens from the next prefill on; None switches it off.
+    def set_compression(self, compression: Compression | None, trace: bool = False) -> None:
+        """Compress visual tokens from the next prefill on; None switches it off. ``trace``: record what becomes of each token.
 
         Raises:
             libra.config.ConfigError: if a compression layer is not a layer of this model.
         """
         if compression is not None:
             compression.check_layers(self.config.num_hidden_layers)
-        self.model.compression, self.model.last_stats = compression, None
+        self.model.compression, self.model.trace = compression, trace
+        self.model.last_stats = self.model.recorder = None
 
     @property
     def compression(self) -> Compression | None:
@@ -72,8 +74,13 @@ class LlavaMetaForCausalLM:
 
     @property
     def compression_stats(self) -> dict | None:
-        """``visual_tokens`` and ``compensation_tokens``, [layer][row], of the last prefill with images; None before it."""
+        """Of the last prefill with images, as :meth:`libra.passage.Passage.stats` tells it; None before it."""
         return self.model.last_stats
+
+    @property
+    def compression_trace(self) -> list[RowTrace] | None:
+        """What became of each visual token of the last prefill with images, for each row; only with ``trace=True``."""
+        return None if self.model.recorder is None else self.model.recorder.rows()
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """(I, 3, H, W) pixels to (I, N, D) visual tokens."""
@@ -89,8 +96,20 @@ class LlavaMetaForCausalLM:
         Raises:
             ValueError: if sizes are missing or do not fit the pictures, or the configuration asks for another way of merging.
         """
+        return self._features(images, image_sizes, self.encode_images)
+
+    def visual_tokens(self, images, image_sizes=None) -> list[int]:
+        """How many visual tokens :meth:`image_features` makes of each image, counted without running the vision tower."""
+
+        def encode(pixels):
+            return torch.empty(len(pixels), self.get_vision_tower().num_patches, self.config.hidden_size, device="meta")
+
+        return [len(tokens) for tokens in self._features(images, image_sizes, encode)]
+
+    def _features(self, images, image_sizes, encode) -> list[torch.Tensor]:
+        """:meth:`image_features` with ``encode`` as the way from (I, 3, H, W) pixels to (I, N, D) visual tokens."""
         if isinstance(images, torch.Tensor) and images.ndim == 4:
-            return list(self.encode_images(images))
+            return list(encode(images))
         merge = getattr(self.config, "mm_patch_merge_type", "flat")
         if merge not in MERGE_TYPES:
             raise ValueError(
@@ -101,7 +120,7 @@ class LlavaMetaForCausalLM:
             self._check_tiles(groups, image_sizes)
         else:
             image_sizes = [None] * len(groups)
-        tokens = self.encode_images(torch.cat(groups)).split([len(group) for group in groups])
+        tokens = encode(torch.cat(groups)).split([len(group) for group in groups])
         pinpoints = getattr(self.config, "image_grid_pinpoints", None)
         edge, newline = self.get_vision_tower().config.image_size, getattr(self.model, "image_newline", None)
         return [arrange_tiles(part, merge, size, pinpoints, edge, newline) for part, size in zip(tokens, image_sizes)]
@@ -203,7 +222,7 @@ class LlavaMetaForCausalLM:
         return None, position_ids, mask, past_key_values, spliced.embeds, spliced.labels
 
     @torch.no_grad()
-    def generate(self, inputs=None, images=None, image_sizes=None, attention_mask=None, **kwargs):
+    def generate(self, inputs=None, images=None, image_sizes=None, attention_mask=None, past_key_values=None, **kwargs):
         """Answer a batch of prompts; returns the new token ids alone.
 
         Args:
@@ -212,29 +231,59 @@ class LlavaMetaForCausalLM:
                 row has an image.
             image_sizes: (width, height) of each image in pixels, for models that cut images into tiles.
             attention_mask: (B, S), 0 for padding.
+            past_key_values: a ``DynamicCache`` to keep a conversation in. In a later turn it holds the turns before, and
+                ``inputs``, ``images`` and ``attention_mask`` are the new turn's alone. What was compressed stays as it is;
+                the new images' visual tokens are compressed by the new turn's last token. One conversation at a time.
             kwargs: transformers' generation arguments.
 
         Raises:
-            ValueError: without token ids, for an image token without its image, or with compression on and no image.
+            ValueError: without token ids, for an image token without its image, with compression on and no image (but in a
+                conversation, whose images may come later), or for a later turn of several rows, beams or sequences.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None or "inputs_embeds" in kwargs:
             raise ValueError("generate needs token ids: embeddings do not tell which columns are visual tokens")
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past:
+            self._check_later_turn(inputs, kwargs)
         if images is None:
             if bool(self._held_places(inputs).any()):
                 raise ValueError("the prompt has an image token but no image was given; pass images=")
-            if self.compression is not None and self.compression.layers:
+            if past_key_values is None and self.compression is not None and self.compression.layers:
                 raise ValueError("compression is on but there is no image to compress; pass images, or switch it off")
-            return super().generate(inputs_embeds=self.get_input_embeddings()(inputs), attention_mask=attention_mask, **kwargs)
-        spliced = self.splice(inputs, attention_mask, None, images, image_sizes, padding_side="left")
-        return super().generate(
-            inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), visual_mask=spliced.visual,
-            sample_keys=spliced.keys, **kwargs,
-        )
+            if past and attention_mask is not None:
+                inputs, attention_mask = inputs[:, attention_mask[0].bool()], None
+            kwargs.update(inputs_embeds=self.get_input_embeddings()(inputs), attention_mask=attention_mask)
+        else:
+            spliced = self.splice(inputs, attention_mask, None, images, image_sizes, padding_side="left")
+            kwargs.update(
+                inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), visual_mask=spliced.visual,
+                sample_keys=spliced.keys,
+            )
+        if past:  # the cache's tokens and the new ones, none of them padding
+            kwargs["attention_mask"] = inputs.new_ones(1, past + kwargs["inputs_embeds"].shape[1])
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        return super().generate(**kwargs)
+
+    def _check_later_turn(self, inputs: torch.Tensor, options: dict) -> None:
+        defaults = options.get("generation_config") or self.generation_config
+        wide = [
+            name for name in ("num_beams", "num_return_sequences")
+            if (options.get(name) or getattr(defaults, name, None) or 1) > 1
+        ]
+        if len(inputs) > 1 or wide:
+            what = f"{len(inputs)} rows" if len(inputs) > 1 else f"{wide[0]} above 1"
+            raise ValueError(
+                f"a later turn continues one conversation with one answer, and this call has {what};"
+                " give each conversation a cache and a call of its own, without beams"
+            )
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, visual_mask=None, sample_keys=None, is_first_iteration=False, **kwargs
     ):
+        if is_first_iteration:  # the embeddings are this turn's alone: nothing to slice off for what the cache holds
+            kwargs["next_sequence_length"] = None
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )

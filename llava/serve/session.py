@@ -1,19 +1,23 @@
-"""What the two commands share: their options, loading, and a conversation about some images."""
+"""What the commands share: their options, loading, and a conversation about images and videos on one KV cache."""
 
 import argparse
+import re
 import sys
 import time
 from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteriaList, TextStreamer
+from transformers import DynamicCache, StoppingCriteriaList, TextStreamer
 
 from libra import Compression
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from ..conversation import conv_templates, conversation_name
 from ..mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, load_image, process_images, tokenizer_image_token
+from ..video import DEFAULT_VIDEO_TOKEN, VIDEO_TOKEN_INDEX, ChatConversation, process_image, process_video, prompt_ids
 
 
 def _number(kind, allowed, what: str):
@@ -34,31 +38,86 @@ def _number(kind, allowed, what: str):
 whole_number = _number(int, lambda value: value >= 1, "a whole number from 1 up")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of both commands, under the original's names."""
+def add_model_options(parser: argparse.ArgumentParser, model_path: str | None = None) -> None:
+    """What every command takes, under the original's names; ``model_path`` is the default checkpoint."""
     add = parser.add_argument
-    add("--model-path", required=True, help="folder or hub name of a LLaVA checkpoint")
+    default = f" (default {model_path})" if model_path else ""
+    add("--model-path", default=model_path, required=not model_path, help=f"folder or hub name of a LLaVA checkpoint{default}")
     add("--model-base", help="the language model that a LoRA checkpoint belongs to")
-    add("--image-file", required=True, help="image file or http(s) address; several with --sep between them")
-    add("--sep", default=",", help="what parts the names in --image-file (default ,)")
     add("--conv-mode", help="conversation template; by default the checkpoint's own or, where it names none, by its name")
-    add("--compression", metavar="YAML", help="compress visual tokens as this file says, e.g. configs/llava7b_r50.yaml")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto (default) takes the GPU where there is one")
-    add("--temperature", type=_number(float, lambda value: 0 <= value < 1e4, "a number from 0 up"), default=0.0,
-        help="of the sampling; 0 (default) takes the likeliest token")
-    add("--top-p", "--top_p", type=_number(float, lambda value: 0 < value <= 1, "a number in (0, 1]"),
-        help="sample among the likeliest tokens of this total probability")
     add("--max-new-tokens", "--max_new_tokens", type=whole_number, default=512, help="length limit of an answer (default 512)")
     add("--load-8bit", action="store_true", help="8-bit weights (GPU with bitsandbytes)")
     add("--load-4bit", action="store_true", help="4-bit weights (GPU with bitsandbytes)")
 
 
-class AnswerStreamer(TextStreamer):
-    """Prints an answer while it is generated, without the text that ends a turn, and notes the time of its first token."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the two commands in the terminal."""
+    add_model_options(parser)
+    add = parser.add_argument
+    add("--image-file", help="image file or http(s) address; several with --sep between them")
+    add("--video-file", help="video file or folder of frames, for a VideoLLaMA-2 checkpoint; several with --sep between them")
+    add("--sep", default=",", help="what parts the names of several files (default ,)")
+    add("--compression", metavar="YAML", help="compress visual tokens as this file says, e.g. configs/llava7b_r50.yaml")
+    add("--temperature", type=_number(float, lambda value: 0 <= value < 1e4, "a number from 0 up"), default=0.0,
+        help="of the sampling; 0 (default) takes the likeliest token")
+    add("--top-p", "--top_p", type=_number(float, lambda value: 0 < value <= 1, "a number in (0, 1]"),
+        help="sample among the likeliest tokens of this total probability")
 
-    def __init__(self, tokenizer, stop: str | None):
+
+@dataclass
+class Loaded:
+    """A model with what a conversation needs beside it; ``conversation`` None stands for the tokenizer's chat template."""
+
+    tokenizer: object
+    model: torch.nn.Module
+    image_processor: object
+    context_length: int
+    conversation: str | None
+
+
+def load_model(args, compression: Compression | None = None) -> Loaded:
+    """The model of :func:`add_model_options`' arguments, of which all but ``model_path`` may be missing.
+
+    Raises:
+        ValueError: for a template, device or checkpoint that cannot be used.
+    """
+    conv_mode = getattr(args, "conv_mode", None)
+    conversation_name("", explicit=conv_mode)
+    device = getattr(args, "device", "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantised = [bits for bits in ("8bit", "4bit") if getattr(args, f"load_{bits}", False)]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; use --device cpu")
+    if quantised and device != "cuda":
+        raise ValueError(f"--load-{quantised[0]} needs a GPU; leave it out")
+
+    from ..model.builder import load_pretrained_model
+
+    model_name = get_model_name_from_path(args.model_path)
+    loaded = load_pretrained_model(
+        args.model_path, getattr(args, "model_base", None), model_name,
+        load_8bit="8bit" in quantised, load_4bit="4bit" in quantised, device=device, compression=compression,
+    )
+    model = loaded[1]
+    if VIDEO_TOKEN_INDEX in model.placeholders and not (conv_mode or getattr(model.config, "conversation", None)):
+        return Loaded(*loaded, None)
+    conversation = conversation_name(model_name, model.config, conv_mode)
+    if not conv_mode and conversation == "llava_v0":
+        print(f"note: the name {model_name} tells no template; llava_v0 it is, --conv-mode sets another", file=sys.stderr)
+    return Loaded(*loaded, conversation)
+
+
+class AnswerStreamer(TextStreamer):
+    """Prints an answer while it is generated, without the text that ends a turn, and notes the time of its first token.
+
+    A ``quiet`` one only notes the time.
+    """
+
+    def __init__(self, tokenizer, stop: str | None, quiet: bool = False):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stop = stop
+        self.stop, self.quiet = stop, quiet
         self.first_token_at: float | None = None
 
     def put(self, value):
@@ -71,85 +130,183 @@ class AnswerStreamer(TextStreamer):
         super().end()
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
-        super().on_finalized_text(text.removesuffix(self.stop) if stream_end and self.stop else text, stream_end)
+        if not self.quiet:
+            super().on_finalized_text(text.removesuffix(self.stop) if stream_end and self.stop else text, stream_end)
+
+
+@dataclass
+class Picture:
+    """An image or a video in the model's form.
+
+    Attributes:
+        pixels: as ``model.image_features`` takes one entry.
+        size: (width, height) of an image in pixels; None for a video.
+        mark: what stands for it in a prompt, ``<image>`` or ``<video>``.
+        tokens: how many visual tokens it becomes.
+    """
+
+    pixels: torch.Tensor | tuple[torch.Tensor, str]
+    size: tuple[int, int] | None
+    mark: str
+    tokens: int
 
 
 @dataclass
 class Answer:
-    """One answer; ``first_token`` in seconds from the question on, vision tower included; None if it was not streamed."""
+    """One answer.
+
+    Attributes:
+        text: without what ends a turn.
+        first_token: seconds from the question to the first token, vision tower included; None with beams.
+        seconds: from the question to the end.
+        reread: whether the turns before had to be read again, because the new prompt does not go on from what is cached.
+    """
 
     text: str
     first_token: float | None
+    seconds: float
+    reread: bool
 
 
 class Session:
-    """A loaded model in a conversation about ``images``; the first question carries them."""
+    """A loaded model in a conversation, which stays in its KV cache: a turn runs the new text and the new images alone.
 
-    def __init__(self, tokenizer, model, image_processor, context_length: int, conversation: str, images: list[Image.Image]):
-        self.tokenizer, self.model = tokenizer, model
-        self.conversation = conv_templates[conversation].copy()
-        self.image_sizes = [image.size for image in images]
-        pixels = process_images(images, image_processor, model.config)
-        if isinstance(pixels, list):
-            self.pixels = [picture.to(model.device, model.dtype) for picture in pixels]
-        else:
-            self.pixels = pixels.to(model.device, model.dtype)
-        self.limit = getattr(model.config, "tokenizer_model_max_length", None) or context_length
+    With compression the visual tokens of a turn's images are compressed by that turn's question, and stay so in later turns.
+
+    Args:
+        conversation: name of the template; None for the tokenizer's own chat template (VideoLLaMA-2).
+        images: shown with the first question; :meth:`show` adds more at any time.
+        reprefill: run the whole conversation again for every question, so that compression follows the newest one.
+
+    Raises:
+        ValueError: for images that the checkpoint's configuration cannot take.
+    """
+
+    def __init__(
+        self, tokenizer, model, image_processor, context_length: int, conversation: str | None,
+        images: list[Image.Image] = (), reprefill: bool = False,
+    ):
+        self.tokenizer, self.model, self.image_processor, self.reprefill = tokenizer, model, image_processor, reprefill
+        self._template = ChatConversation(tokenizer) if conversation is None else conv_templates[conversation]
+        self._sees_videos = VIDEO_TOKEN_INDEX in model.placeholders
+        # A checkpoint's tokenizer_model_max_length where it counts visual tokens too, else what the decoder can tell apart.
+        self.limit = model.length_limit or getattr(model.config, "max_position_embeddings", context_length)
+        self.restart()
+        for image in images:
+            self.show(image)
 
     @classmethod
     def load(cls, args) -> "Session":
         """From command-line arguments; what is quick to check is checked before the model is loaded.
 
         Raises:
-            ValueError: for an image, compression file, template, device or checkpoint that cannot be used.
+            ValueError: for an image, video, compression file, template, device or checkpoint that cannot be used.
         """
         compression = getattr(args, "compression", None)
         compression = Compression.from_yaml(compression) if compression else None
-        images = [load_image(name.strip()) for name in args.image_file.split(getattr(args, "sep", ","))]
-        conv_mode = getattr(args, "conv_mode", None)
-        conversation_name("", explicit=conv_mode)
-        device = getattr(args, "device", "auto")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        quantised = [bits for bits in ("8bit", "4bit") if getattr(args, f"load_{bits}", False)]
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device here; use --device cpu")
-        if quantised and device != "cuda":
-            raise ValueError(f"--load-{quantised[0]} needs a GPU; leave it out")
 
-        from ..model.builder import load_pretrained_model
+        def names(option: str) -> list[str]:
+            given = getattr(args, option, None)
+            return [name.strip() for name in given.split(getattr(args, "sep", ","))] if given else []
 
-        model_name = get_model_name_from_path(args.model_path)
-        tokenizer, model, image_processor, context_length = load_pretrained_model(
-            args.model_path, getattr(args, "model_base", None), model_name,
-            load_8bit="8bit" in quantised, load_4bit="4bit" in quantised, device=device, compression=compression,
-        )
-        conversation = conversation_name(model_name, model.config, conv_mode)
-        if not conv_mode and conversation == "llava_v0":
-            print(f"note: the name {model_name} tells no template; llava_v0 it is, --conv-mode sets another", file=sys.stderr)
-        return cls(tokenizer, model, image_processor, context_length, conversation, images)
+        images, videos = [load_image(name) for name in names("image_file")], names("video_file")
+        for video in videos:
+            if not Path(video).exists():
+                raise ValueError(f"the video {video} does not exist; give the path of a video file or of a folder of frames")
+        loaded = load_model(args, compression)
+        session = cls(**vars(loaded), images=images, reprefill=getattr(args, "reprefill", False))
+        for video in videos:
+            session.show(video, "video")
+        return session
 
-    def _with_images(self, question: str) -> str:
-        """The question with one ``<image>`` for every image still to be shown: where it has placeholders, else in front."""
-        count = 0 if self._asked else len(self.image_sizes)
-        token = DEFAULT_IMAGE_TOKEN
+    def restart(self) -> None:
+        """Forget what was said and shown."""
+        self.conversation = self._template.copy()
+        self.pictures: list[Picture] = []  # all of the conversation, those of the next question last
+        self._shown = 0  # how many of them belong to questions that were asked
+        self._forget_cache()
+
+    def _forget_cache(self) -> None:
+        self._cache: DynamicCache | None = None
+        self._held: list[int] = []  # the token ids in the cache
+        self._counts: list[list[int]] = []  # visual tokens of each layer, of each prefill in the cache
+
+    def show(self, picture: str | Path | Image.Image, modal: str = "image") -> Picture:
+        """Add an image (or its file or address), or the file or folder of a "video", to the next question.
+
+        Raises:
+            ValueError: for what cannot be read, and for a video where the checkpoint takes images only.
+        """
+        if modal == "video" and not self._sees_videos:
+            raise ValueError("this checkpoint takes images; videos are for VideoLLaMA-2 checkpoints")
+        processor, config = self.image_processor, self.model.config
+        if modal == "image":
+            image = picture if isinstance(picture, Image.Image) else load_image(picture)
+            size, mark = image.size, DEFAULT_IMAGE_TOKEN
+            if self._sees_videos:
+                pixels = process_image(image, processor, aspect_ratio=None)  # as VideoLLaMA-2's own inference does
+            else:
+                pixels = process_images([image], processor, config)[0]
+        else:
+            size, mark = None, DEFAULT_VIDEO_TOKEN
+            pixels = process_video(picture, processor, aspect_ratio=None, num_frames=config.num_frames)
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        entry = (pixels, modal) if self._sees_videos else pixels
+        tokens = self.model.visual_tokens(self._stacked([entry]), [size])[0]
+        self.pictures.append(Picture(entry, size, mark, tokens))
+        return self.pictures[-1]
+
+    @staticmethod
+    def _stacked(entries: list):
+        """Entries of equal shape in one tensor, as ``process_images`` gives them; a list where they differ or name a modal."""
+        if isinstance(entries[0], tuple) or len({entry.shape for entry in entries}) > 1:
+            return entries
+        return torch.stack(entries)
+
+    def _with_places(self, question: str) -> str:
+        """The question with a mark for every picture still to be shown: where it has placeholders, else in front."""
+        marks = [picture.mark for picture in self.pictures[self._shown :]]
+        written = marks
         if getattr(self.model.config, "mm_use_im_start_end", False):
-            token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+            written = [DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN for mark in marks]
         if IMAGE_PLACEHOLDER in question:
-            question = question.replace(IMAGE_PLACEHOLDER, token)
-        elif DEFAULT_IMAGE_TOKEN not in question:
-            question = "\n".join([token] * count + [question])
-        places = question.count(DEFAULT_IMAGE_TOKEN)
-        if places != count:
+            text, *parts = question.split(IMAGE_PLACEHOLDER)
+            fill = iter(written)
+            question = text + "".join(next(fill, DEFAULT_IMAGE_TOKEN) + part for part in parts)
+        elif not self._marks(question):
+            question = "\n".join([*written, question])
+        places = self._marks(question)
+        if places != marks:
             raise ValueError(
-                f"images to show: {count}, places for them in the question: {places};"
-                f" write {IMAGE_PLACEHOLDER} once for each image, or leave it out"
+                f"images to show: {' '.join(marks) or 'none'}, places for them in the question: {' '.join(places) or 'none'};"
+                f" write {IMAGE_PLACEHOLDER} once for each of them, or leave it out"
             )
         return question
 
-    @property
-    def _asked(self) -> bool:
-        return len(self.conversation.messages) > self.conversation.offset
+    def _marks(self, text: str) -> list[str]:
+        """The marks in a text that this model takes for an image or a video."""
+        return re.findall(f"{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}" if self._sees_videos else DEFAULT_IMAGE_TOKEN, text)
+
+    def _token_ids(self, conversation) -> list[int]:
+        encode = prompt_ids if self._sees_videos else tokenizer_image_token
+        return encode(conversation.get_prompt(), self.tokenizer)
+
+    def _columns(self, ids: list[int]) -> int:
+        """How many tokens the conversation's first ``ids`` are once the visual ones are in their places."""
+        places = sum(token < 0 for token in ids)
+        return len(ids) - places + sum(picture.tokens for picture in self.pictures[:places])
+
+    def _reuse(self, ids: list[int]) -> int:
+        """How many of ``ids`` the cache goes on from; what it holds besides is taken out. 0: it has to be filled anew."""
+        if self._cache is None:
+            return 0
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._held, ids[:-1])))
+        surplus = self._held[same:]
+        if any(token < 0 for token in surplus):  # a compressed image cannot be taken out
+            return 0
+        if surplus:
+            self._cache.crop(-len(surplus))
+        return same
 
     def ask(
         self, question: str, *, temperature: float = 0.0, top_p: float | None = None, max_new_tokens: int = 512,
@@ -157,41 +314,74 @@ class Session:
     ) -> Answer:
         """Put a question in the light of the conversation so far; ``stream`` prints the answer as it comes (not with beams).
 
-        The whole conversation goes through the model again, so that compression follows the newest question.
-
         Raises:
             ValueError: if the question's places for images do not fit, or the conversation is too long for the model.
                 The conversation then stays as it was.
         """
         turn = self.conversation.copy()
-        turn.append_message(turn.roles[0], self._with_images(question))
+        turn.append_message(turn.roles[0], self._with_places(question))
         turn.append_message(turn.roles[1], None)
-        ids = tokenizer_image_token(turn.get_prompt(), self.tokenizer, return_tensors="pt")[None].to(self.model.device)
-        length = ids.shape[1] + len(self.image_sizes) * (self.model.get_vision_tower().num_patches - 1)
+        ids = self._token_ids(turn)
+        length = self._columns(ids)
         if length >= self.limit:
             raise ValueError(f"the conversation has {length} tokens and the model takes {self.limit}; start a new one")
 
-        stop = None if turn.stop == self.tokenizer.eos_token else turn.stop
-        criteria = [KeywordsStoppingCriteria([stop], self.tokenizer, ids)] if stop else []
-        streamer = AnswerStreamer(self.tokenizer, stop) if stream else None
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
         start = time.perf_counter()
-        new = self.model.generate(
-            ids, images=self.pixels, image_sizes=self.image_sizes, num_beams=num_beams, max_new_tokens=max_new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id, stopping_criteria=StoppingCriteriaList(criteria), streamer=streamer,
-            **sampling,
-        )
+        lasting = num_beams == 1  # beams leave a cache of many rows
+        go_on = lasting and not self.reprefill and len(self.conversation.messages) > self.conversation.offset
+        held = self._reuse(ids) if go_on else 0
+        if not held:
+            self._forget_cache()
+            self._cache = DynamicCache() if lasting else None
+        prompt = torch.tensor([ids[held:]], device=self.model.device)
+        pictures = self.pictures[sum(token < 0 for token in ids[:held]) :]
+        given = {}
+        if pictures:
+            given = {
+                "images": self._stacked([picture.pixels for picture in pictures]),
+                "image_sizes": [picture.size for picture in pictures],
+            }
+        stop = None if turn.stop == self.tokenizer.eos_token else turn.stop
+        criteria = [KeywordsStoppingCriteria([stop], self.tokenizer, prompt)] if stop else []
+        streamer = AnswerStreamer(self.tokenizer, stop, quiet=not stream) if lasting else None
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        try:
+            new = self.model.generate(
+                prompt, **given, past_key_values=self._cache, num_beams=num_beams, max_new_tokens=max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id, stopping_criteria=StoppingCriteriaList(criteria), streamer=streamer,
+                **sampling,
+            )
+        except BaseException:
+            self._forget_cache()  # it may hold a part of this turn
+            raise
+        end = time.perf_counter()
+        if lasting:
+            self._held = ids + new[0].tolist()[: self._cache.get_seq_length() - length]
+        if pictures:
+            stats = self.model.compression_stats
+            layers = self.model.config.num_hidden_layers
+            self._counts.append(
+                [row[0] for row in stats["visual_tokens"]] if stats else [sum(p.tokens for p in pictures)] * layers
+            )
         text = self.tokenizer.decode(new[0], skip_special_tokens=True).strip()
         text = text.removesuffix(stop).strip() if stop else text
+        for mark in self._marks(text):  # in the next prompt it would stand for an image
+            text = text.replace(mark, "")
         turn.messages[-1][1] = text
-        self.conversation = turn
-        return Answer(text, streamer.first_token_at - start if streamer else None)
+        self.conversation, self._shown = turn, len(self.pictures)
+        first = streamer.first_token_at - start if streamer else None
+        return Answer(text, first, end - start, reread=go_on and not held)
 
-    def compression_note(self) -> str | None:
-        """How many visual tokens the layers saw in the last prefill, in one line; None without compression."""
-        if not self.model.compression_stats:
-            return None
-        counts = [row[0] for row in self.model.compression_stats["visual_tokens"]]
+    @property
+    def visual_tokens(self) -> list[int]:
+        """How many of the conversation's visual tokens each layer has seen; empty before the first image."""
+        return [sum(layer) for layer in zip(*self._counts)]
+
+    def tokens_note(self) -> str | None:
+        """:attr:`visual_tokens` in one line; None before the first image."""
+        counts = self.visual_tokens
         stages = [n for i, n in enumerate(counts) if i == 0 or n != counts[i - 1]]
+        if len(stages) < 2:
+            return f"visual tokens {stages[0]}" if stages else None
         average = sum(counts) / len(counts)
         return f"visual tokens {' → '.join(map(str, stages))}, {average:.0f} on average over {len(counts)} layers"

@@ -43,13 +43,21 @@ class Videollama2MistralForCausalLM(LlavaMistralForCausalLM):
         Raises:
             ValueError: for an entry that is no such pair.
         """
+        videos, copies = self._videos(images)
+        features = self.get_vision_tower()(torch.cat(videos)).split([len(frames) for frames in videos])
+        return [self.get_model().mm_projector(part.repeat(n, 1, 1)[None])[0] for part, n in zip(features, copies)]
+
+    def visual_tokens(self, images, image_sizes=None) -> list[int]:
+        connector, patches = self.get_model().mm_projector, self.get_vision_tower().num_patches
+        return [connector.length(len(frames) * n, patches) for frames, n in zip(*self._videos(images))]
+
+    def _videos(self, images) -> tuple[list[torch.Tensor], list[int]]:
+        """The frames (n, 3, H, W) of each entry, and how often they are repeated."""
         for entry in images:
             if not isinstance(entry, (tuple, list)) or len(entry) != 2 or entry[1] not in ("image", "video"):
                 raise ValueError('images must be a list of pairs (pixels, "video") or (pixels, "image")')
         videos = [pixels[None] if pixels.ndim == 3 else pixels for pixels, _ in images]
-        copies = [self.config.num_frames if modal == "image" else 1 for _, modal in images]
-        features = self.get_vision_tower()(torch.cat(videos)).split([len(frames) for frames in videos])
-        return [self.get_model().mm_projector(part.repeat(n, 1, 1)[None])[0] for part, n in zip(features, copies)]
+        return videos, [self.config.num_frames if modal == "image" else 1 for _, modal in images]
 
 
 AutoConfig.register("videollama2_mistral", Videollama2MistralConfig)

@@ -39,6 +39,11 @@ class STCConnector(nn.Module):
         self.s2 = RegStage(in_chs=hidden_size, **settings)
         self.readout = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
 
+    def length(self, frames: int, patches: int) -> int:
+        """How many visual tokens that many frames of ``patches`` features become."""
+        times, side = ((n + 2 * self.padding) // 2 for n in (frames, math.isqrt(patches)))
+        return times * side**2
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, T, P, width) to (B, N, hidden_size).
 
