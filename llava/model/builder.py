@@ -80,7 +80,8 @@ def load_pretrained_model(
 
     tower = model.get_vision_tower()
     tower.is_loaded = parts.tower_inside
-    tower.load_model()
+    with _quiet():
+        tower.load_model()
     if not parts.tower_inside:
         tower.to(device=model.device, dtype=model.dtype)
     model.config.mm_vision_tower = parts.tower_name
@@ -101,7 +102,7 @@ def _fill(model, values: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report on missing weights: they come from other files, and what must not miss was checked."""
+    """Without transformers' report on weights: what is missing comes from other files, and all was checked before."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -29,9 +29,21 @@ class CLIPVisionTower(nn.Module):
             self.cfg_only = CLIPVisionConfig.from_pretrained(vision_tower)
 
     def load_model(self, device_map=None) -> None:
-        """Read image processor and weights from ``vision_tower_name`` (folder or hub name) unless they are there; freeze."""
+        """Read image processor and weights from ``vision_tower_name`` (folder or hub name) unless they are there; freeze.
+
+        Raises:
+            ValueError: if weights are missing, which transformers would make up.
+        """
         if not self.is_loaded:
-            self._hold(CLIPVisionModel.from_pretrained(self.vision_tower_name, device_map=device_map))
+            tower, info = CLIPVisionModel.from_pretrained(
+                self.vision_tower_name, device_map=device_map, output_loading_info=True
+            )
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(
+                    f"the vision tower {self.vision_tower_name} lacks {len(missing)} weights, {missing[0]!r} among them;"
+                    " download it again"
+                )
+            self._hold(tower)
         self.vision_tower.requires_grad_(False)
 
     def _hold(self, vision_tower: CLIPVisionModel) -> None:

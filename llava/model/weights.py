@@ -1,0 +1,205 @@
+"""The files of a checkpoint: where they lie, and which weights are in them. No file can run code: pickles hold tensors only."""
+
+import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+
+# A single file or shards with an index, in the order in which transformers looks for them.
+WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+PROJECTOR = "mm_projector.bin"  # beside a base model: what its multimodal pre-training made
+NON_LORA = "non_lora_trainables.bin"  # beside an adapter: what was trained in full
+_SMALL = ("*.json", "*.model", "*.txt", PROJECTOR, NON_LORA, *ADAPTERS)
+# Tables that older versions of transformers wrote and every version computes; a tower that is not the one in use.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|^model\.vision_tower\.")
+
+
+class Stored(NamedTuple):
+    """A weight as its file describes it."""
+
+    shape: tuple[int, ...]
+    file: Path
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_json(path: Path) -> dict:
+    """Raises ValueError if the file is missing or no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({first_line(error)}); download it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    return values
+
+
+def _shards(index: Path) -> list[str]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} has no weight_map that says where the weights are; download it again")
+    return sorted(set(places.values()))
+
+
+def local_folder(name: str, **hub) -> Path:
+    """The folder of a model: ``name`` itself, or where the hub's files of this name are, downloaded unless they are there.
+
+    Args:
+        hub: arguments of ``snapshot_download``, such as ``revision``, ``cache_dir`` and ``token``.
+
+    Raises:
+        ValueError: if there is no such folder and the hub has no such model or is out of reach.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(_SMALL), **hub))
+        for single, index in WEIGHTS:  # one format is enough
+            wanted = _shards(folder / index) if (folder / index).is_file() else [single]
+            snapshot_download(name, allow_patterns=wanted, **hub)
+            if all((folder / file).is_file() for file in wanted):
+                break
+    except HFValidationError as error:
+        raise ValueError(f"there is no folder {name}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} is no folder here, and the hub does not give it: {first_line(error)}") from error
+    return folder
+
+
+def has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for names in WEIGHTS for name in names)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights.
+
+    Raises:
+        ValueError: if there are none, or a shard that the index names is missing.
+    """
+    for single, index in WEIGHTS:
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            files = [folder / name for name in _shards(folder / index)]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise ValueError(
+                    f"{folder} lacks {missing[0]}, one of the {len(files)} shards that {index} names; download it again"
+                )
+            return files
+    known = ", ".join(name for names in WEIGHTS for name in names)
+    raise ValueError(f"{folder} holds no weights (none of {known}); download them")
+
+
+def _damaged(path: Path, reason: Exception | str) -> ValueError:
+    """What to raise for a file that does not open."""
+    if not os.access(path, os.R_OK):
+        return ValueError(f"{path} cannot be read; see to its permissions")
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            return ValueError(f"{path} is Git LFS's note on where the weights are; fetch them with git lfs pull")
+    reason = reason if isinstance(reason, str) else first_line(reason)
+    return ValueError(f"{path} is damaged ({reason}); download it again")
+
+
+def read_bin(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.bin`` file, mapped into memory; nothing in the file is run.
+
+    Raises:
+        ValueError: if the file is damaged or holds anything but tensors under names.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on the pickle's protocol
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted is None:
+            raise _damaged(path, "no file of weights") from error
+        raise ValueError(
+            f"{path} is not opened: it asks for {wanted[1]}, which could run code, and weights need tensors only;"
+            " get a copy of the checkpoint that you trust, best as safetensors"
+        ) from error
+    except Exception as error:  # a damaged pickle raises anything
+        raise _damaged(path, error) from error
+    tensors = isinstance(values, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in values.items()
+    )
+    if not tensors:
+        raise ValueError(f"{path} holds something other than tensors under their names, so it is no file of weights")
+    return values
+
+
+def read_shapes(path: Path) -> dict[str, Stored]:
+    """Names and shapes in a ``.safetensors`` or ``.bin`` file, without reading the weights.
+
+    Raises:
+        ValueError: if the file is damaged, or a pickle of more than tensors.
+    """
+    if path.suffix == ".bin":
+        return {name: Stored(tuple(value.shape), path) for name, value in read_bin(path).items()}
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: Stored(tuple(file.get_slice(name).get_shape()), path) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def stored_in(folder: Path) -> dict[str, Stored]:
+    """:func:`read_shapes` of all the files with a model's weights, under the names that :func:`model_name` gives."""
+    return {model_name(name): weight for file in weight_files(folder) for name, weight in read_shapes(file).items()}
+
+
+def model_name(name: str) -> str:
+    """The name that a published vision tower's weight has in the model: current transformers have one level less."""
+    return name.replace(".vision_tower.vision_model.", ".vision_tower.")
+
+
+def read_additions(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of ``mm_projector.bin`` or ``non_lora_trainables.bin`` under the model's names.
+
+    They were written from inside peft's wrapper, ``base_model.model.…``, or from the bare model.
+    """
+    values = {name.removeprefix("base_model."): value for name, value in read_bin(path).items()}
+    if any(name.startswith("model.model.") for name in values):
+        values = {name.removeprefix("model."): value for name, value in values.items()}
+    return {model_name(name): value for name, value in values.items()}
+
+
+def check_weights(owner: str, expected: Mapping[str, torch.Tensor], stored: Mapping[str, Stored]) -> None:
+    """Compare the weights that a model has with those that there are; a warning names what is left over.
+
+    Args:
+        owner: what to call the checkpoint.
+        expected: the model's state dict, on any device.
+
+    Raises:
+        ValueError: if weights are missing or have other shapes.
+    """
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        raise ValueError(f"{owner} lacks {len(missing)} weights, {missing[0]!r} among them; download it again")
+    for name, value in expected.items():
+        if stored[name].shape != tuple(value.shape):
+            raise ValueError(
+                f"{stored[name].file} holds {name!r} in the shape {stored[name].shape}, and config.json asks for"
+                f" {tuple(value.shape)}; take both from the same checkpoint"
+            )
+    unknown = [name for name in stored if name not in expected and not _IGNORED.search(name)]
+    if unknown:
+        warnings.warn(f"{owner} has {len(unknown)} weights that its model lacks, {unknown[0]!r} among them", stacklevel=2)
