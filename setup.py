@@ -18,7 +18,7 @@ CORE = [
 MINI = ["scikit-learn>=1.4", "easy-vqa>=1.0"]  # the images behind the embedded model and its benchmark
 EVAL = ["lmms-eval>=0.7.3", "datasets>=3.0", "matplotlib>=3.8", *MINI]
 VIDEO = ["timm>=1.0", "av>=12.0"]  # VideoLLaMA-2's connector, and the frames of video files
-LORA = ["peft>=0.13"]
+LORA = ["peft>=0.17"]
 WEB = ["gradio>=5.0"]
 EXTRAS = {
     "eval": EVAL,
