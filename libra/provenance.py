@@ -53,11 +53,16 @@ def _git(*arguments: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """:func:`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file at once: it is the old one or the whole new one, whatever happens. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        work.write_text(text, encoding="utf-8")
+        work.write_bytes(content)
         os.replace(work, path)
     finally:
         work.unlink(missing_ok=True)

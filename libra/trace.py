@@ -53,6 +53,58 @@ class RowTrace:
         """The target tokens of a stage (an index into ``stages``), ascending."""
         return (self.stages[stage].fate == TARGET).nonzero().flatten().tolist()
 
+    def to_json(self) -> dict:
+        """Plain JSON values, null for nan; :meth:`from_json` gives back an equal trace."""
+        return {
+            "spans": list(self.spans),
+            "stages": [
+                {"layer": stage.layer, **{name: _numbers(getattr(stage, name)) for name in _PER_TOKEN}} for stage in self.stages
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict) -> "RowTrace":
+        """Raises ValueError where the values are no trace: something is missing, or the lengths do not agree."""
+        try:
+            spans = tuple(int(n) for n in data["spans"])
+            stages = tuple(
+                StageTrace(int(stage["layer"]), *(_tensor(stage[name], dtype) for name, dtype in _PER_TOKEN.items()))
+                for stage in data["stages"]
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"this is no trace: {reason}") from None
+        count = sum(spans)
+        for stage in stages:
+            where = f"this is no trace: layer {stage.layer}"
+            for name in _PER_TOKEN:
+                if getattr(stage, name).shape != (count,):
+                    raise ValueError(f"{where} has not one {name} for each of {count} tokens")
+            if not bool(((0 <= stage.fate) & (stage.fate < len(FATES)) & (-1 <= stage.slot) & (stage.slot < count)).all()):
+                raise ValueError(f"{where} has fates or slots that do not exist")
+            is_target = stage.fate == TARGET
+            if not bool(is_target[stage.slot[stage.fate == MERGED]].all()):
+                raise ValueError(f"{where} merges tokens into one that is no target")
+            if not all(bool(part.any()) for part in is_target.split(spans)):
+                raise ValueError(f"{where} has a span without a target")
+        return cls(spans, stages)
+
+
+_PER_TOKEN = {
+    "fate": torch.int8, "slot": torch.long, "weight": torch.float32, "importance": torch.float32, "similarity": torch.float32,
+}
+
+
+def _numbers(values: torch.Tensor) -> list:
+    """As short as a float32 can be told exactly."""
+    if not values.is_floating_point():
+        return values.tolist()
+    return [None if value != value else float(f"{value:.9g}") for value in values.tolist()]
+
+
+def _tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor([torch.nan if value is None else value for value in values], dtype=dtype)
+
 
 class Recorder:
     """Collects the steps of one prefill; nothing is brought to the host before :meth:`rows` asks for it."""

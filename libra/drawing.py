@@ -1,0 +1,349 @@
+"""The paper's Figures 1 and 2, drawn from a trace: which visual tokens became targets, and where the others went."""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from .config import Compression
+from .provenance import write_text
+from .trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace, StageTrace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STRIP = 32  # tokens in a line, where nothing is known of their places
+PANEL = 3.5  # inches
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; vermilion, the compensation token's
+# alone, would be taken for their orange, which is left out.
+GROUP_COLORS = ("#0072B2", "#F0E442", "#009E73", "#CC79A7", "#56B4E9")
+COMPENSATION_COLOR = "#D55E00"
+VEIL_COLOR, VEIL = "#d4d4d4", 0.78  # over tokens that are not kept; the kept ones stand out on white skies and at night
+GONE_COLOR, GONE_VEIL = "#6e6e6e", 0.86
+BORDER_COLOR = "#0072B2"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Visual tokens on a grid, in raster order.
+
+    Attributes:
+        tokens: their number.
+        columns: tokens of a row, without its newline token; the last row may be shorter.
+        picture: what the model saw there; without one the cells are drawn alone, with the numbers of the tokens.
+        newline: whether each row ends in a newline token, which stands beside the picture (LLaVA-NeXT).
+    """
+
+    tokens: int
+    columns: int
+    picture: Image.Image | None = None
+    newline: bool = False
+
+    def __post_init__(self):
+        if self.tokens < 1 or self.columns < 1:
+            raise ValueError(f"a block needs tokens and columns, at least 1 each, not {self.tokens} and {self.columns}")
+
+    @property
+    def width(self) -> int:
+        return self.columns + self.newline
+
+    @property
+    def rows(self) -> int:
+        return ceil(self.tokens / self.width)
+
+
+def strip(tokens: int) -> Block:
+    """Tokens of unknown places: lines of ``STRIP`` in their order."""
+    return Block(tokens, min(tokens, STRIP))
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that a figure is drawn from.
+
+    Attributes:
+        trace: one row's, from ``libra.attach`` or a llava model's ``set_compression`` with ``trace=True``.
+        compression: the one that was traced.
+        blocks: where the visual tokens lie, in their order; a strip for each span where nothing is given.
+    """
+
+    trace: RowTrace
+    compression: Compression
+    blocks: tuple[Block, ...] = ()
+
+    def __post_init__(self):
+        if not self.trace.spans or not self.trace.stages:
+            raise ValueError("the trace has no visual tokens or no compression layer: there is nothing to draw")
+        blocks = tuple(self.blocks) or tuple(map(strip, self.trace.spans))
+        object.__setattr__(self, "blocks", blocks)
+        drawn, traced = sum(block.tokens for block in blocks), sum(self.trace.spans)
+        if drawn != traced:
+            raise ValueError(f"the blocks hold {drawn} tokens and the trace {traced}; give one or more blocks for each span")
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, with its pictures in it."""
+        blocks = [
+            {"tokens": b.tokens, "columns": b.columns, "newline": b.newline, "picture": b.picture and _to_base64(b.picture)}
+            for b in self.blocks
+        ]
+        data = {"compression": self.compression.to_dict(), "blocks": blocks, "trace": self.trace.to_json()}
+        write_text(Path(path), json.dumps(data) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Record":
+        """Raises ValueError, naming the file, where it cannot be read or holds no record."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            blocks = [
+                Block(b["tokens"], b["columns"], b["picture"] and _from_base64(b["picture"]), b["newline"])
+                for b in data["blocks"]
+            ]
+            return cls(RowTrace.from_json(data["trace"]), Compression.from_dict(data["compression"]), tuple(blocks))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror or error}); give a file of --save-trace") from None
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is no trace file of --save-trace ({reason}); trace the image again") from None
+
+
+def _to_base64(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _from_base64(text: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"a picture in it is damaged: {error}") from None
+
+
+class Canvas:
+    """Where everything lies, in units of a token's edge, from the top left: blocks in lines, one cell apart.
+
+    Attributes:
+        corners: (n, 2) long, x and y of each token's upper left corner.
+        places: for each block (x, y).
+        width, height: of everything.
+    """
+
+    def __init__(self, blocks: Sequence[Block]):
+        self.blocks, self.places, corners = blocks, [], []
+        in_line = ceil(sqrt(len(blocks)))
+        self.width = top = 0
+        for start in range(0, len(blocks), in_line):
+            line, left = blocks[start : start + in_line], 0
+            for block in line:
+                index = torch.arange(block.tokens)
+                corners.append(torch.stack([left + index % block.width, top + index // block.width], 1))
+                self.places.append((left, top))
+                left += block.width + 1
+            self.width = max(self.width, left - 1)
+            top += max(block.rows for block in line) + 1
+        self.corners, self.height = torch.cat(corners), top - 1
+
+    def borders(self, labels: torch.Tensor) -> torch.Tensor:
+        """The edges between neighbouring cells of different ``labels`` (n,) and around blocks, (m, 2, 2): two points (x, y)."""
+        raster = torch.full((self.height + 2, self.width + 2), -1)  # with an empty cell all around
+        raster[self.corners[:, 1] + 1, self.corners[:, 0] + 1] = labels
+        y, x = (raster[:, :-1] != raster[:, 1:]).nonzero().T
+        upright = torch.stack([x, y - 1, x, y], 1)
+        y, x = (raster[:-1] != raster[1:]).nonzero().T
+        return torch.cat([upright, torch.stack([x - 1, y, x, y], 1)]).view(-1, 2, 2)
+
+
+def intervals(trace: RowTrace, stage: int) -> torch.Tensor:
+    """The interval (§3.2) of each token at a stage, (n,), counted over all spans.
+
+    An interval is a run of the tokens that were left; those between them that were gone bear the number of the one before.
+    """
+    numbers, first = [], 0
+    for fate in trace.stages[stage].fate.split(trace.spans):
+        alive, targets = fate != GONE, int((fate == TARGET).sum())
+        numbers.append(first + (alive.cumsum(0).clamp(min=1) * targets - 1) // int(alive.sum()))
+        first += targets
+    return torch.cat(numbers)
+
+
+def fastv(trace: RowTrace, stage: int) -> torch.Tensor:
+    """FastV's choice, (n,) bool: of each span as many tokens as the stage kept, the most important at the first compression
+    layer, where the importance of all is known. Ties go to the first token."""
+    chosen = []
+    for importance, fate in zip(trace.stages[0].importance.split(trace.spans), trace.stages[stage].fate.split(trace.spans)):
+        order = importance.argsort(descending=True, stable=True)
+        chosen.append(torch.zeros_like(fate, dtype=torch.bool))
+        chosen[-1][order[: int((fate == TARGET).sum())]] = True
+    return torch.cat(chosen)
+
+
+def groups(stage: StageTrace) -> torch.Tensor:
+    """The number of each token's merged group, in the order of their targets, (n,); -1 for a token in none."""
+    merged = stage.slot[stage.fate == MERGED]
+    number = torch.full_like(stage.slot, -1)
+    targets = merged.unique()
+    number[targets] = torch.arange(len(targets))
+    number[stage.fate == MERGED] = number[merged]
+    return number
+
+
+def figure_class():
+    """Matplotlib's figure, without pyplot, which would choose a window system. Raises ValueError where it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("drawing needs matplotlib; pip install matplotlib") from None
+    return Figure
+
+
+def draw(record: Record) -> "Figure":
+    """A row of panels for each compression layer: FastV's choice, the targets in their intervals and, where there is any, the
+    merging.
+
+    Raises:
+        ValueError: if matplotlib is missing.
+    """
+    trace, canvas = record.trace, Canvas(record.blocks)
+    merges = any(bool((stage.fate == fate).any()) for stage in trace.stages for fate in (MERGED, COMPENSATION))
+    columns = 3 if merges else 2
+    height = PANEL * min(2.5, max(0.3, canvas.height / canvas.width)) + 0.4
+    figure = figure_class()(figsize=(columns * PANEL + 0.2, len(trace.stages) * height + 0.8), layout="constrained")
+    figure.suptitle(_describe(record), fontsize=11)
+    rows = figure.subplots(len(trace.stages), columns, squeeze=False)
+    for number, (panels, stage) in enumerate(zip(rows, trace.stages)):
+        _draw_kept(panels[0], canvas, fastv(trace, number))
+        _draw_targets(panels[1], canvas, stage, intervals(trace, number) if _has_intervals(record) else None)
+        if merges:
+            _draw_merging(panels[2], canvas, stage)
+        for panel, title in zip(panels, _titles(record, number)):
+            panel.set_title(title, fontsize=9)
+    _add_legend(figure, record)
+    return figure
+
+
+def _has_intervals(record: Record) -> bool:
+    return record.compression.select == "intervals"
+
+
+def _describe(record: Record) -> str:
+    c, tokens = record.compression, sum(record.trace.spans)
+    layers = ", ".join(str(stage.layer) for stage in record.trace.stages)
+    layers = f"layer{'s' if len(record.trace.stages) > 1 else ''} {layers}"
+    name = f"{c.method}: " if c.method else ""
+    return f"{name}select {c.select}, merge {c.merge}, ratio {c.ratio:.3g} after {layers}; {tokens} visual tokens"
+
+
+def _titles(record: Record, number: int) -> tuple[str, str, str]:
+    """Of the three panels of a stage."""
+    trace, stage = record.trace, record.trace.stages[number]
+    before, after, tokens = int((stage.fate != GONE).sum()), len(trace.kept(number)), sum(trace.spans)
+    merged, rest, dropped = (int((stage.fate == fate).sum()) for fate in (MERGED, COMPENSATION, DROPPED))
+    kept = f"{after} of {tokens} tokens kept ({100 * after / tokens:.3g}%)"
+    how = "the best of each interval" if _has_intervals(record) else f"select {record.compression.select}"
+    gone = [f"{count} {what}" for count, what in (
+        (merged, "merged"), (rest, "into the compensation token"), (dropped, "dropped"),
+    ) if count]
+    return (
+        f"FastV: top-k by the importance at layer {trace.stages[0].layer}\n{kept}",
+        f"layer {stage.layer}: {how}\n{kept}",
+        f"layer {stage.layer}: the other {before - after} of {before} tokens:\n{', '.join(gone) or 'none'}",
+    )
+
+
+def _backdrop(panel: "Axes", canvas: Canvas) -> None:
+    """The pictures, and token numbers where there is none."""
+    panel.set(xlim=(-0.3, canvas.width + 0.3), ylim=(canvas.height + 0.3, -0.3), aspect="equal")
+    panel.axis("off")
+    first = 0
+    for block, (left, top) in zip(canvas.blocks, canvas.places):
+        if block.picture is not None:
+            extent = (left, left + block.columns, top + block.rows, top)
+            panel.imshow(block.picture, extent=extent, aspect="equal", zorder=0)
+        else:
+            for row in range(0, block.rows, max(1, block.rows // 8)):
+                number = str(first + row * block.width)
+                panel.text(left - 0.4, top + row + 0.5, number, ha="right", va="center", fontsize=6)
+        first += block.tokens
+    panel.set(xlim=(-0.3, canvas.width + 0.3), ylim=(canvas.height + 0.3, -0.3))  # imshow has set its own
+
+
+def _fill(panel: "Axes", canvas: Canvas, which: torch.Tensor, **style) -> None:
+    """Paint the cells ``which`` (n,) bool."""
+    from matplotlib.collections import PolyCollection
+
+    corners = canvas.corners[which].float()
+    square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    panel.add_collection(PolyCollection((corners[:, None] + square).numpy(), **{"linewidths": 0, **style}))
+
+
+def _lines(panel: "Axes", edges: torch.Tensor, **style) -> None:
+    from matplotlib.collections import LineCollection
+
+    panel.add_collection(LineCollection(edges.numpy(), **style))
+
+
+def _frame(panel: "Axes", canvas: Canvas, which: torch.Tensor) -> None:
+    """Outline each of the cells ``which``."""
+    edge = min(2.2, 30 / max(canvas.width, canvas.height))
+    _fill(panel, canvas, which, facecolors="none", edgecolors="black", linewidths=edge, zorder=5)
+
+
+def _draw_kept(panel: "Axes", canvas: Canvas, kept: torch.Tensor) -> None:
+    _backdrop(panel, canvas)
+    _fill(panel, canvas, ~kept, facecolors=VEIL_COLOR, alpha=VEIL)
+    _frame(panel, canvas, kept)
+
+
+def _draw_targets(panel: "Axes", canvas: Canvas, stage: StageTrace, runs: torch.Tensor | None) -> None:
+    _backdrop(panel, canvas)
+    _fill(panel, canvas, stage.fate > TARGET, facecolors=VEIL_COLOR, alpha=VEIL)
+    _fill(panel, canvas, stage.fate == GONE, facecolors=GONE_COLOR, alpha=GONE_VEIL)
+    if runs is not None:
+        _lines(panel, canvas.borders(runs), colors=BORDER_COLOR, linewidths=min(1.2, 22 / canvas.width), zorder=4)
+    _frame(panel, canvas, stage.fate == TARGET)
+
+
+def _draw_merging(panel: "Axes", canvas: Canvas, stage: StageTrace) -> None:
+    _backdrop(panel, canvas)
+    _fill(panel, canvas, stage.fate > TARGET, facecolors=VEIL_COLOR, alpha=VEIL)
+    _fill(panel, canvas, stage.fate == GONE, facecolors=GONE_COLOR, alpha=GONE_VEIL)
+    _fill(panel, canvas, stage.fate == COMPENSATION, facecolors=COMPENSATION_COLOR, alpha=0.85)
+    number = groups(stage)
+    for k, color in enumerate(GROUP_COLORS):
+        own = (number >= 0) & (number % len(GROUP_COLORS) == k)
+        _fill(panel, canvas, own & (stage.fate == MERGED), facecolors=color, alpha=0.55)
+        _fill(panel, canvas, own & (stage.fate == TARGET), facecolors=color)
+    members = stage.fate == MERGED
+    ways = torch.stack([canvas.corners[members], canvas.corners[stage.slot[members]]], 1) + 0.5
+    _lines(panel, ways, colors="black", alpha=0.7, linewidths=0.6, zorder=6)
+    _frame(panel, canvas, stage.fate == TARGET)
+
+
+def _add_legend(figure: "Figure", record: Record) -> None:
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    fates = torch.cat([stage.fate for stage in record.trace.stages]).tolist()
+    entries = [
+        (True, "kept: a target", Patch(facecolor="none", edgecolor="black")),
+        (_has_intervals(record), "border of an interval", Line2D([], [], color=BORDER_COLOR)),
+        (MERGED in fates, "merged, with a line to its target", tuple(Patch(facecolor=color) for color in GROUP_COLORS[:3])),
+        (COMPENSATION in fates, "in the compensation token", Patch(facecolor=COMPENSATION_COLOR)),
+        (True, "not kept", Patch(facecolor=VEIL_COLOR)),
+        (GONE in fates, "gone at an earlier layer", Patch(facecolor=GONE_COLOR)),
+    ]
+    _, labels, handles = zip(*(entry for entry in entries if entry[0]))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False, handlelength=1.6,
+        columnspacing=1.4, handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+    )
