@@ -6,12 +6,13 @@ The image's features are given: vision tower and projector, which compression do
 Conventions. Operations are multiply-accumulates, as in the paper: torch's FlopCounterMode counts two for each, so its figure is
 halved. Attention counts as 2n²d for its scores and its sum over the values, without the causal mask's saving, in both. The
 formula (§4.1) is taken over all tokens of a layer, visual and text; "all tokens" leaves out compensation tokens and padding,
-which the counted operations contain. Bytes are of the KV cache of the whole batch after the prefill.
+which the counted operations contain. Seconds are the wall clock's; on a machine that others use too, the process's own CPU
+time beside them says more. Bytes are of the KV cache of the whole batch after the prefill.
 """
 
 import argparse
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers.utils import ModelOutput
 
 from . import schedule, units
 from .attach import attach
@@ -30,7 +32,7 @@ from .flops import model_flops
 from .provenance import commit, machine, versions, write_text
 from .random_weights import random_model, weight_bytes
 from .registry import ModelSpec, get_model
-from .timing import free_memory, in_turns, median_interval, now, peak_memory
+from .timing import Moment, free_memory, in_turns, median_interval, now, peak_memory
 
 EXAMPLES = """examples:
   python -m libra.latency --config configs/llava7b_r50.yaml --random-weights --layers 8
@@ -60,117 +62,111 @@ def scale_layers(c: Compression, of: int, layers: int) -> Compression:
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """``batch`` equal rows: half of the text, one image of ``visual`` tokens, the other half of the text."""
+class Prompt:
+    """``batch`` rows of one length: half of the text, one image of ``visual`` tokens, the other half of the text."""
 
     visual: int
     text: int = 64
     batch: int = 1
 
-    def ids(self, image_id: int, vocabulary: int, device) -> torch.Tensor:
-        """(B, S) random text ids and the image's places; the same ids every time."""
-        shape, draw = (self.batch, self.text + self.visual), torch.Generator().manual_seed(0)
-        ids = torch.randint(1, vocabulary - 1, shape, generator=draw)
-        ids[ids == image_id] = 1
-        ids[:, self.text // 2 : self.text // 2 + self.visual] = image_id
-        return ids.to(device)
+    def places(self) -> torch.Tensor:
+        """(B, S) bool, True at the visual tokens."""
+        places = torch.zeros(self.batch, self.text + self.visual, dtype=torch.bool)
+        places[:, self.text // 2 : self.text // 2 + self.visual] = True
+        return places
 
 
 class Bench:
-    """A Hugging Face LLaVA, plain and compressed, on one sequence whose visual tokens are random features.
+    """A Hugging Face LLaVA, plain and compressed, on random text with random features in the image's place.
 
     Args:
         model: what :func:`libra.attach` supports, in evaluation mode.
         compression: for this very model, with layers.
     """
 
-    def __init__(self, model, compression: Compression, sequence: Sequence):
-        self.model, self.compression, self.sequence = model, compression, sequence
+    def __init__(self, model, compression: Compression, prompt: Prompt):
+        self.model, self.compression, self.prompt = model, compression, prompt
         self.text = model.config.get_text_config()
-        self.device = model.get_input_embeddings().weight.device
-        image_id = model.config.image_token_id
-        self.ids = sequence.ids(image_id, self.text.vocab_size, self.device)
-        self._places = self.ids == image_id
-        weight = model.get_input_embeddings().weight.detach()
-        features = torch.randn(sequence.batch * sequence.visual, weight.shape[1], generator=torch.Generator().manual_seed(1))
-        self._features = features.to(weight) * weight.std()
+        embed, draw = model.get_input_embeddings(), torch.Generator().manual_seed(0)
+        self.device = embed.weight.device
+        self.places = prompt.places().to(self.device)
+        ids = torch.randint(1, self.text.vocab_size, self.places.shape, generator=draw)
+        features = torch.randn(prompt.batch * prompt.visual, embed.weight.shape[1], generator=draw)
+        with torch.no_grad():
+            self.embeds = embed(ids.to(self.device))  # (B, S, D)
+            self.embeds[self.places] = features.to(embed.weight) * embed.weight.std()
         self.stats: dict | None = None  # of the last compressed prefill
 
+    @contextmanager
     def mode(self, compressed: bool):
-        """A context in which the model is compressed, or the plain one."""
-        return attach(self.model, self.compression) if compressed else nullcontext()
-
-    def _see(self, embed, args, output):
-        if output.shape[:2] == self._places.shape:
-            output = output.clone()
-            output[self._places] = self._features
-        return output
-
-    def _call(self, ids, cache):
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        """A block in which the model is the compressed one, or the plain one."""
+        if not compressed:
+            yield
+            return
+        with attach(self.model, self.compression) as handle:
+            handle.mark_visual_tokens(self.places)
+            yield
+            self.stats = handle.stats
 
     @torch.inference_mode()
-    def prefill(self):
-        """One prefill: (output, seconds)."""
-        with_features = self.model.get_input_embeddings().register_forward_hook(self._see)
-        try:
-            start = now(self.device)
-            output = self._call(self.ids, DynamicCache(config=self.text))
-            return output, now(self.device) - start
-        finally:
-            with_features.remove()
+    def prefill(self) -> tuple[ModelOutput, Moment]:
+        """One prefill, the only one of a :meth:`mode` block: its output and its seconds."""
+        start = now(self.device)
+        output = self._call(DynamicCache(config=self.text), inputs_embeds=self.embeds)
+        return output, now(self.device).since(start)
+
+    def _call(self, cache, **given):
+        return self.model(past_key_values=cache, use_cache=True, logits_to_keep=1, **given)
 
     @torch.inference_mode()
     def decode(self, output, steps: int) -> float:
         """Seconds a decoding step, greedy, after a prefill."""
         start = now(self.device)
         for _ in range(steps):
-            output = self._call(output.logits[:, -1:].argmax(-1), output.past_key_values)
-        return (now(self.device) - start) / steps
+            output = self._call(output.past_key_values, input_ids=output.logits[:, -1:].argmax(-1))
+        return now(self.device).since(start).wall / steps
 
-    def run(self, compressed: bool, steps: int = 0) -> tuple[float, float | None]:
-        """Seconds of one prefill and of a decoding step behind it (None without any)."""
-        with self.mode(compressed) as handle:
+    def run(self, compressed: bool, steps: int = 0) -> tuple[Moment, float | None]:
+        """Seconds of one prefill, and of a decoding step behind it (None without any)."""
+        with self.mode(compressed):
             output, seconds = self.prefill()
-            each = self.decode(output, steps) if steps else None
-            self.stats = handle.stats if compressed else self.stats
-        return seconds, each
+            return seconds, self.decode(output, steps) if steps else None
 
     def count(self, compressed: bool) -> tuple[int, int]:
         """Multiply-accumulates of one prefill's decoder stack, counted operation by operation, and its KV cache's bytes."""
         counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops} if _CPU_ATTENTION else {})
-        with self.mode(compressed) as handle:
-            with counter:
-                output, _ = self.prefill()
-            self.stats = handle.stats if compressed else self.stats
+        with self.mode(compressed), counter:
+            output, _ = self.prefill()
         head = 2 * output.logits.shape[0] * self.text.hidden_size * self.text.vocab_size
         tables = [table for layer in output.past_key_values.layers for table in (layer.keys, layer.values)]
         return (counter.get_total_flops() - head) // 2, sum(table.numel() * table.element_size() for table in tables)
 
     def between_layers(self) -> float:
         """Seconds from the end of each compression layer to the start of the next layer, summed; the median of a few runs."""
-        layers, runs = self._layers(), []
+
+        def note(times: dict[int, float], layer: int):
+            def hook(*_):
+                times[layer] = now(self.device).wall
+
+            return hook
+
+        layers, runs = self.model.get_decoder().layers, []
+        inner = [layer for layer in self.compression.layers if layer + 1 < len(layers)]
         for _ in range(GAP_RUNS):
-            ends, starts = {}, {}
-            hooks = []
-            for i, layer in enumerate(layers):
-                hooks.append(layer.register_forward_pre_hook(lambda *_, i=i, at=starts: at.__setitem__(i, now(self.device))))
-                hooks.append(layer.register_forward_hook(lambda *_, i=i, at=ends: at.__setitem__(i, now(self.device))))
+            starts, ends = {}, {}
+            hooks = [layers[layer].register_forward_hook(note(ends, layer)) for layer in inner]
+            hooks += [layers[layer + 1].register_forward_pre_hook(note(starts, layer)) for layer in inner]
             try:
                 with self.mode(True):
                     self.prefill()
             finally:
                 for hook in hooks:
                     hook.remove()
-            inner = [layer for layer in self.compression.layers if layer + 1 < len(layers)]
-            runs.append(sum(starts[layer + 1] - ends[layer] for layer in inner))
+            runs.append(sum(starts[layer] - ends[layer] for layer in inner))
         return median(runs)
 
-    def _layers(self) -> torch.nn.ModuleList:
-        return self.model.get_decoder().layers
 
-
-# Older versions of torch do not count the attention that runs on a CPU, newer ones not with grouped-query heads.
+# Not every version of torch counts the attention that runs on a CPU.
 _CPU_ATTENTION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
@@ -182,14 +178,14 @@ def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
 
 def measure(bench: Bench, spec: ModelSpec, pairs: int, steps: int = 0, progress: bool = True) -> dict:
     """All figures, see the module's conventions; ``steps``: decoding steps to time behind each prefill, 0 for none."""
-    sequence, c, layers = bench.sequence, bench.compression, bench.text.num_hidden_layers
+    prompt, c, layers = bench.prompt, bench.compression, bench.text.num_hidden_layers
     with tqdm(total=2 * pairs + 4 + GAP_RUNS, unit=" prefills", disable=not progress) as bar:
         memory = {}
         bar.set_description("warming up")
         for name, compressed in (("vanilla", False), ("compressed", True)):
             memory[name] = peak_memory(lambda compressed=compressed: bench.run(compressed), bench.device)
             bar.update()
-        times = [[(0.0, None), (0.0, None)] for _ in range(pairs)]
+        times = [[None, None] for _ in range(pairs)]  # of each pair, vanilla and compressed
         bar.set_description("timing")
         for pair, compressed in in_turns(pairs):
             times[pair][compressed] = bench.run(compressed, steps)
@@ -201,20 +197,21 @@ def measure(bench: Bench, spec: ModelSpec, pairs: int, steps: int = 0, progress:
         bar.update(GAP_RUNS)
 
     stats = bench.stats
-    tokens = schedule.actual(c, layers, [sequence.visual])
+    tokens = schedule.actual(c, layers, [prompt.visual])
     sizes = replace(spec, layers=layers)
     formula = [
-        sequence.batch * model_flops(sizes, [sequence.text + n for n in counts])
-        for counts in ([sequence.visual] * layers, tokens)
+        prompt.batch * model_flops(sizes, [prompt.text + n for n in counts])
+        for counts in ([prompt.visual] * layers, tokens)
     ]
-    interval = median_interval([pair[1][0] / pair[0][0] for pair in times])
-    ratio = formula[1] / formula[0]
+    prefills, decoding = [[[run[i] for run in pair] for pair in times] for i in (0, 1)]
+    interval, cpu = (median_interval([after[i] / before[i] for before, after in prefills]) for i in (0, 1))
+    ratio, one_token = formula[1] / formula[0], 2 * spec.kv_size * bench.embeds.element_size()
     result = {
         "prefill": {
-            "pairs": [{"vanilla": first[0], "compressed": second[0]} for first, second in times],
-            "vanilla_seconds": median(first[0] for first, _ in times),
-            "compressed_seconds": median(second[0] for _, second in times),
+            "pairs": [{"vanilla": before._asdict(), "compressed": after._asdict()} for before, after in prefills],
+            **_medians([(before.wall, after.wall) for before, after in prefills]),
             "ratio": asdict(interval),
+            "cpu_time": {**_medians([(before.cpu, after.cpu) for before, after in prefills]), "ratio": asdict(cpu)},
             "ratio_over_flops_ratio": interval.median / ratio,
             "between_layers_seconds": gaps,
         },
@@ -223,39 +220,29 @@ def measure(bench: Bench, spec: ModelSpec, pairs: int, steps: int = 0, progress:
             "counted": {"vanilla": counted[0], "compressed": counted[1], "ratio": counted[1] / counted[0]},
             "counted_over_formula": {"vanilla": counted[0] / formula[0], "compressed": counted[1] / formula[1]},
         },
-        "cache": {"vanilla": held[0], "compressed": held[1], **_cache_parts(bench, spec, tokens)},
-        "tokens_per_layer": {"visual": tokens, "measured": stats["visual_tokens"], "text": sequence.text,
+        "cache": {
+            "vanilla": held[0], "compressed": held[1],
+            "schedule": one_token * prompt.batch * sum(prompt.text + n for n in tokens),
+            "compensation": stats["cache"]["compensation"], "padding": stats["cache"]["padding"],
+        },
+        "tokens_per_layer": {"visual": tokens, "measured": stats["visual_tokens"], "text": prompt.text,
                              "compensation_added_behind": stats["compensation_tokens"]},
         "peak_memory": memory,
     }
     if steps:
-        each = median_interval([second[1] / first[1] for first, second in times])
-        result["decode"] = {
-            "steps": steps, "vanilla_seconds": median(first[1] for first, _ in times),
-            "compressed_seconds": median(second[1] for _, second in times), "ratio": asdict(each),
-        }
+        ratios = median_interval([after / before for before, after in decoding])
+        result["decode"] = {"steps": steps, **_medians(decoding), "ratio": asdict(ratios)}
     return result
 
 
-def _cache_parts(bench: Bench, spec: ModelSpec, tokens: list[int]) -> dict[str, int]:
-    """What the compressed cache should hold, in bytes: the schedule's tokens, compensation tokens, and padding beside them."""
-    rows, added = bench.stats["visual_tokens"], bench.stats["compensation_tokens"]
-    one = 2 * spec.kv_size * bench.model.dtype.itemsize
-    schedule_tokens = compensation = padding = 0
-    extra = [0] * bench.sequence.batch
-    for layer, counts in enumerate(rows):
-        lengths = [count + more for count, more in zip(counts, extra)]
-        schedule_tokens += bench.sequence.batch * (bench.sequence.text + tokens[layer])
-        compensation += sum(extra)
-        padding += sum(max(lengths) - length for length in lengths)
-        extra = [before + more for before, more in zip(extra, added[layer] or [0] * len(extra))]
-    return {"schedule": one * schedule_tokens, "compensation": one * compensation, "padding": one * padding}
+def _medians(pairs: list) -> dict[str, float]:
+    return {f"{mode}_seconds": median(values) for mode, values in zip(("vanilla", "compressed"), zip(*pairs))}
 
 
 def table(data: dict) -> str:
     """The readable form of :func:`report`'s dictionary."""
     prefill, flops, cache, memory = data["prefill"], data["flops"], data["cache"], data["peak_memory"]
-    interval, sequence, ratio = prefill["ratio"], data["sequence"], flops["formula"]["ratio"]
+    interval, prompt, ratio = prefill["ratio"], data["prompt"], flops["formula"]["ratio"]
     c = data["compression"]
     stages = [n for i, n in enumerate(data["tokens_per_layer"]["visual"])
               if i == 0 or n != data["tokens_per_layer"]["visual"][i - 1]]
@@ -265,7 +252,7 @@ def table(data: dict) -> str:
         f"model          {data['model']}, {data['layers']} of {data['of_layers']} layers, {data['weights']}",
         f"compression    {c.get('method', c['select'] + ' + ' + c['merge'])}, ratio {c['ratio']:.4g}, after layers"
         f" {', '.join(map(str, c['layers']))} (the row's: {', '.join(map(str, data['row_layers']))} of {data['of_layers']})",
-        f"sequence       {sequence['visual']} visual + {sequence['text']} text tokens, batch {sequence['batch']};"
+        f"prompt         {prompt['visual']} visual + {prompt['text']} text tokens, batch {prompt['batch']};"
         f" visual tokens {' → '.join(map(str, stages))}",
         f"run            {data['dtype']}, {data['attention']}, {device['device']}, {device['threads']} thread(s);"
         f" {len(prefill['pairs'])} pairs in turns",
@@ -282,6 +269,9 @@ def table(data: dict) -> str:
 
     bounds = f"   [{interval['low']:.3f}, {interval['high']:.3f}], {interval['coverage']:.0%} order-statistic interval"
     line("prefill, median", seconds(prefill), units.seconds, interval["median"], bounds)
+    cpu = prefill["cpu_time"]
+    bounds = f"   [{cpu['ratio']['low']:.3f}, {cpu['ratio']['high']:.3f}]"
+    line("  its CPU time", seconds(cpu), units.seconds, cpu["ratio"]["median"], bounds)
     line("operations, formula", flops["formula"], units.operations)
     line("operations, counted", flops["counted"], units.operations)
     line("KV cache", cache, units.size)
@@ -372,7 +362,7 @@ def build(args, row: Row, spec: ModelSpec, device: torch.device) -> tuple[Bench,
         if free is not None and needed > 0.9 * free:
             raise ConfigError(f"{layers} layers take {units.size(needed)} and {units.size(free)} are free; take fewer --layers")
         model = random_model(spec, layers, dtype, device, args.attn)
-    return Bench(model, c, Sequence(visual, args.text_tokens, args.batch)), spec
+    return Bench(model, c, Prompt(visual, args.text_tokens, args.batch)), spec
 
 
 def _load(path: str, dtype, device, attention: str):
@@ -410,7 +400,7 @@ def report(args) -> dict:
         "row": row.name, "config": row.path, "model": registered.name, "layers": bench.text.num_hidden_layers,
         "of_layers": registered.layers, "row_layers": list(row.compression.layers),
         "weights": "random weights" if args.random_weights else "weights of a checkpoint",
-        "compression": bench.compression.to_dict(), "sequence": asdict(bench.sequence), "dtype": args.dtype,
+        "compression": bench.compression.to_dict(), "prompt": asdict(bench.prompt), "dtype": args.dtype,
         "attention": args.attn, **measure(bench, spec, args.pairs, args.decode),
         "machine": computer, "versions": versions(PACKAGES), "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

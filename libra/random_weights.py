@@ -12,7 +12,6 @@ from .registry import ModelSpec
 PERIOD = 1_000_003  # a prime, so that a matrix whose rows are cut out of a block this long has no two equal rows
 HEAD = 128  # head size of every model of the registry but the embedded one, for which it makes one head of four
 VOCABULARY = 256  # measuring needs few token ids, and a large head would be timed with the decoder
-IMAGE = VOCABULARY - 1  # the id of an image's places
 
 
 class RandomWeights:
@@ -61,7 +60,7 @@ def random_model(
     )
     smallest = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14,
                                 patch_size=14)
-    config = LlavaConfig(text_config=text, vision_config=smallest, image_token_id=IMAGE, image_seq_length=1)
+    config = LlavaConfig(text_config=text, vision_config=smallest, image_token_id=VOCABULARY - 1, image_seq_length=1)
     try:
         with torch.device("meta"):
             model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)

@@ -7,16 +7,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
+from typing import NamedTuple
 
 import torch
 
 
-def now(device: torch.device) -> float:
-    """Seconds on the clock when everything queued on the device is done."""
+class Moment(NamedTuple):
+    """Seconds on the wall clock and of this process's CPU time, which other processes on the machine do not lengthen."""
+
+    wall: float
+    cpu: float
+
+    def since(self, start: "Moment") -> "Moment":
+        return Moment(self.wall - start.wall, self.cpu - start.cpu)
+
+
+def now(device: torch.device) -> Moment:
+    """The moment when everything queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return perf_counter()
+    return Moment(perf_counter(), process_time())
 
 
 def in_turns(pairs: int) -> Iterator[tuple[int, bool]]:

@@ -1,0 +1,227 @@
+"""The measurements: random models of true width, medians and their intervals, counted operations and bytes, the command."""
+
+import json
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from tiny import hf_model
+
+from libra.config import Compression, ConfigError, Row
+from libra.flops import model_flops
+from libra.latency import Bench, Prompt, main, measure, scale_layers
+from libra.provenance import write_text
+from libra.random_weights import RandomWeights, random_model, weight_bytes
+from libra.registry import ModelSpec, get_model
+from libra.timing import in_turns, median_interval, peak_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+SPEC = ModelSpec(
+    name="narrow", layers=5, hidden_size=512, intermediate_size=768, kv_size=256, visual_tokens=(64,), checkpoint="",
+)
+LIBRA = Compression(method="libra", layers=(1, 3), ratio=0.5)
+
+
+def test_random_weights_differ_and_keep_activations_finite():
+    weights = RandomWeights(torch.float32)
+    first, second = (weights.fill("weight", torch.empty(1500, 2000)) for _ in range(2))
+    assert abs(float(first.std()) - 2000**-0.5) < 1e-3 * 2000**-0.5 and not torch.equal(first, second)
+    assert len(first.unique(dim=0)) == len(first)
+    assert weights.fill("norm.weight", torch.empty(5)).tolist() == [1.0] * 5
+    assert weights.fill("bias", torch.empty(5)).tolist() == [0.0] * 5
+
+    model = random_model(SPEC, 30, torch.bfloat16)
+    assert sum(p.numel() for p in model.model.language_model.layers.parameters() if p.ndim > 1) * 2 == weight_bytes(
+        SPEC, 30, torch.bfloat16
+    )
+    with torch.inference_mode():
+        output = model(input_ids=torch.arange(1, 100)[None], output_hidden_states=True)
+    assert all(state.isfinite().all() and 1e-3 < float(state.float().std()) < 1e3 for state in output.hidden_states)
+    assert float(output.logits.float().std()) > 0.1
+
+
+def test_scaled_layers_keep_their_depth():
+    rows = Compression(method="libra", layers=(7, 15, 23), ratio=0.5)
+    assert scale_layers(rows, 32, 8) == Compression(method="libra", layers=(1, 3, 5), ratio=0.5)
+    assert scale_layers(rows, 32, 32) == rows
+    assert scale_layers(Compression(method="fastv", layers=(3,)), 32, 8).layers == (0,)
+    for layers in (2, 3):
+        with pytest.raises(ConfigError, match="--compression-layers"):
+            scale_layers(rows, 32, layers)
+    with pytest.raises(ConfigError, match="no places of their own"):
+        scale_layers(Compression(method="fastv", layers=(3,)), 32, 3)
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 9, 15])
+def test_interval_covers_the_median_as_often_as_it_says(n):
+    """Each value lies below or above the true median with probability ½: all 2ⁿ ways of it, one by one."""
+    found = median_interval([float(i) for i in range(n)])
+    assert found.median == (n - 1) / 2 and found.low + found.high == n - 1
+    k = int(found.low)  # so many values lie below the lower end
+    covered = sum(k < sum(ways) < n - k for ways in product((0, 1), repeat=n)) / 2**n
+    assert found.coverage == pytest.approx(covered)
+    if n < 6:
+        assert (found.low, found.high) == (0, n - 1) and covered < 0.95
+    else:
+        narrower = sum(k + 1 < sum(ways) < n - k - 1 for ways in product((0, 1), repeat=n)) / 2**n
+        assert covered >= 0.95 > narrower
+    assert median_interval(list(range(n))[::-1]) == found
+
+
+def test_turns_alternate():
+    turns = list(in_turns(4))
+    assert Counter(turns) == Counter(product(range(4), (False, True)))
+    assert [second for _, second in turns] == [False, True, True, False] * 2
+
+
+def test_peak_memory_sees_what_is_gone_again():
+    small, large = (peak_memory(lambda n=n: torch.ones(n, dtype=torch.uint8), CPU) for n in (1, 200_000_000))
+    assert 150_000_000 < large - small < 400_000_000
+
+
+@pytest.mark.parametrize("attention, batch, compression", [
+    ("sdpa", 1, LIBRA), ("sdpa", 3, LIBRA), ("eager", 1, LIBRA), ("sdpa", 1, Compression(method="fastv", layers=(0,))),
+    ("sdpa", 2, Compression(method="turbo", layers=(2,), ratio="2/3")),
+])
+def test_counted_operations_and_bytes(attention, batch, compression):
+    model = random_model(SPEC, SPEC.layers, torch.float32, attention=attention)
+    plain = type(model.model.language_model)
+    bench = Bench(model, compression, Prompt(visual=64, text=10, batch=batch))
+    data = measure(bench, SPEC, pairs=2, steps=2, progress=False)
+    assert type(model.model.language_model) is plain
+
+    ratio = 1 - compression.ratio
+    tokens = [round(64 * ratio ** sum(done < layer for done in compression.layers)) for layer in range(SPEC.layers)]
+    seen = data["tokens_per_layer"]
+    assert seen["visual"] == tokens and seen["measured"] == [[n] * batch for n in tokens]
+    flops = data["flops"]
+    assert flops["counted"]["vanilla"] == batch * model_flops(SPEC, [74] * SPEC.layers) == flops["formula"]["vanilla"]
+    assert flops["formula"]["compressed"] == batch * model_flops(SPEC, [10 + n for n in tokens])
+    assert 1 < flops["counted_over_formula"]["compressed"] < 1.06  # score rows and similarities weigh more in a narrow model
+
+    cache, one = data["cache"], 2 * SPEC.kv_size * 4
+    assert cache["vanilla"] == one * batch * SPEC.layers * 74
+    assert cache["schedule"] == one * batch * sum(10 + n for n in tokens)
+    assert cache["compressed"] == cache["schedule"] + cache["compensation"] + cache["padding"]
+    assert (cache["compensation"] > 0) == (compression is LIBRA)
+
+    prefill = data["prefill"]
+    ratios = [pair["compressed"]["wall"] / pair["vanilla"]["wall"] for pair in prefill["pairs"]]
+    assert prefill["ratio"]["median"] == median(ratios)
+    assert 0 < prefill["cpu_time"]["vanilla_seconds"] < 1.5 * torch.get_num_threads() * prefill["vanilla_seconds"]
+    assert 0 < prefill["between_layers_seconds"] < prefill["compressed_seconds"]
+    assert prefill["ratio_over_flops_ratio"] == prefill["ratio"]["median"] / flops["formula"]["ratio"]
+    assert data["decode"]["vanilla_seconds"] > 0 and data["decode"]["compressed_seconds"] > 0
+
+
+def test_padding_of_a_ragged_batch_is_listed():
+    """One row's tokens are all alike, so it gets no compensation token and its place stays empty."""
+    model = random_model(SPEC, SPEC.layers, torch.float32)
+    bench = Bench(model, LIBRA, Prompt(visual=64, text=10, batch=2))
+    bench.embeds[1, 5:69] = bench.embeds[1, 5]
+    data = measure(bench, SPEC, pairs=1, progress=False)
+    assert data["tokens_per_layer"]["compensation_added_behind"][1] == [1, 0]
+    cache = data["cache"]
+    assert cache["padding"] > 0 and cache["compressed"] == cache["schedule"] + cache["compensation"] + cache["padding"]
+
+
+def test_the_image_lies_between_two_halves_of_the_text():
+    model = random_model(SPEC, 2, torch.float32)
+    bench = Bench(model, Compression(method="fastv", layers=(0,)), Prompt(visual=6, text=4, batch=2))
+    assert bench.places.tolist() == [[False] * 2 + [True] * 6 + [False] * 2] * 2
+    known = {tuple(row) for row in model.get_input_embeddings().weight.tolist()}
+    assert [[tuple(token) in known for token in row] for row in bench.embeds.tolist()] == (~bench.places).tolist()
+    with bench.mode(False):
+        plain = bench.prefill()[0].logits
+    with bench.mode(True):
+        assert not torch.equal(bench.prefill()[0].logits, plain)
+    assert torch.equal(model(inputs_embeds=bench.embeds, logits_to_keep=1).logits, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["llava7b_r50", "llava7b_fastv", "next8b_r50"])
+def test_true_width_is_within_one_percent_of_the_formula(row):
+    row = Row.from_yaml(ROOT / "configs" / f"{row}.yaml")
+    spec = get_model(row.model)
+    compression = scale_layers(row.compression, spec.layers, 8)
+    bench = Bench(random_model(spec, 8, torch.bfloat16), compression, Prompt(visual=576))
+    counted, _ = bench.count(True)
+    rows = [[64 + n[0] for n in bench.stats["visual_tokens"]]]
+    assert 1 <= counted / model_flops(spec, *rows) <= 1.01
+
+
+def command(*more: str) -> list[str]:
+    return ["--config", str(ROOT / "configs" / "mini" / "r50.yaml"), "--dtype", "float32", "--device", "cpu", *more]
+
+
+def test_command_prints_and_writes(capsys, tmp_path):
+    file = tmp_path / "new" / "latency.json"
+    options = ["--random-weights", "--layers", "8", "--visual-tokens", "40", "--pairs", "3", "--decode", "1"]
+    assert main(command(*options, "--json", str(file))) == 0
+    out, data = capsys.readouterr().out, json.loads(file.read_text(encoding="utf-8"))
+    assert data["compression"]["layers"] == [1, 3, 5] and data["row_layers"] == [2, 5, 8] and data["of_layers"] == 12
+    assert "8 of 12 layers" in out and "after layers 1, 3, 5 (the row's: 2, 5, 8 of 12)" in out
+    assert "visual tokens 40 → 20 → 10 → 5" in out and "75% order-statistic interval" in out
+    assert f"{data['prefill']['ratio_over_flops_ratio']:.3f}" in out and "decoding, a token (1)" in out
+    assert len(data["prefill"]["pairs"]) == 3 and data["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert data["machine"]["threads"] == torch.get_num_threads() and str(ROOT) not in json.dumps(data["machine"])
+    assert [path.name for path in file.parent.iterdir()] == ["latency.json"]
+
+
+def test_command_measures_a_checkpoint(capsys, tmp_path):
+    hf_model(6).save_pretrained(tmp_path / "hf")
+    options = ["--checkpoint", str(tmp_path / "hf"), "--visual-tokens", "20", "--pairs", "1", "--attn", "eager"]
+    assert main(command(*options, "--compression-layers", "2,4")) == 0
+    out = capsys.readouterr().out
+    assert "weights of a checkpoint" in out and "after layers 2, 4 (" in out
+    assert "counted over formula             1.0000 vanilla" in out
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "--random-weights --checkpoint is required"),
+    (["--random-weights", "--layers", "2"], "have no places of their own in 2 layers"),
+    (["--random-weights", "--layers", "0"], "0 is not a whole number from 1 up"),
+    (["--random-weights", "--compression-layers", "3,99"], "layers: 99 is out of range"),
+    (["--random-weights", "--compression-layers", "a"], "a is not a list of layers"),
+    (["--random-weights", "--attn", "nonsense"], "nonsense"),
+    (["--random-weights", "--device", "nonsense"], "--device: nonsense is no device"),
+    (["--random-weights", "--json", "{folder}"], "is a folder"),
+    (["--checkpoint", "{folder}/none"], "none is no folder"),
+    (["--checkpoint", "{folder}"], "cannot be loaded"),
+    (["--checkpoint", "{folder}", "--layers", "3"], "--layers cuts a model of random weights"),
+    (["--random-weights", "--config", "{configs}/mini/vanilla.yaml"], "vanilla.yaml: this row compresses nothing"),
+])
+def test_what_cannot_be_measured_is_one_sentence(arguments, words, capsys, tmp_path):
+    arguments = [word.format(folder=tmp_path, configs=ROOT / "configs") for word in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        main(command(*arguments))
+    out, error = capsys.readouterr()
+    last = error.splitlines()[-1]
+    assert stopped.value.code == 2 and out == "" and last.startswith("error: ") and words in last
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_larger_than_memory_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr("libra.latency.free_memory", lambda device: 1_000_000)
+    with pytest.raises(SystemExit):
+        main(command("--random-weights"))
+    assert "12 layers take 9.63 MB and 1.00 MB are free; take fewer --layers" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0 and "python -m libra.latency --config configs/llava7b_r50.yaml" in capsys.readouterr().out
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    write_text(file, "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError):
+        write_text(file, "new")
+    assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
