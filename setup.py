@@ -20,14 +20,15 @@ EVAL = ["lmms-eval>=0.7.3", "datasets>=3.0", "matplotlib>=3.8", *MINI]
 VIDEO = ["timm>=1.0", "av>=12.0"]  # VideoLLaMA-2's connector, and the frames of video files
 LORA = ["peft>=0.17"]
 WEB = ["gradio>=5.0"]
+TRAIN = [*MINI, *LORA, "deepspeed>=0.16", "ninja>=1.11"]
 EXTRAS = {
     "eval": EVAL,
-    "train": MINI,
+    "train": TRAIN,
     "video": VIDEO,
     "lora": LORA,
     "web": WEB,
     "flash": ["flash-attn>=2.7"],
-    "test": [*EVAL, *VIDEO, *LORA, *WEB, "playwright>=1.45", "pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100"],
+    "test": [*EVAL, *VIDEO, *TRAIN, *WEB, "playwright>=1.45", "pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100"],
 }
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
 import hashlib
 import json
-import os
-import platform
-import subprocess
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .checkpoints import REPOSITORY
 
-CODE = ("libra/**/*", "llava/**/*", "eval/tasks/*", "eval/lmms_libra.py")
+CODE = ("libra/**/*", "llava/**/*", "eval/tasks/*", "eval/lmms_libra.py", "eval/models_*.py")
+BESIDE = {("llava", part) for part in ("train", "serve", "convert", "eval")}  # no part in an answer
 PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "numpy")
+TURNS = "turns"  # the row name of cells that time all rows of a table
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,8 @@ class Cell:
 
     suite, row, task: its place in the table (names of :mod:`eval.suites`); config: the row's file; blind: grey images;
     checkpoint: folder or hub name; data: the benchmark's parquet file, None where the harness fetches the data;
-    limit: at most that many samples, None for all.
+    limit: at most that many samples, None for all; turns: names and files of the rows that answer this task in turns to be
+    timed, none for an ordinary cell.
     """
 
     suite: str
@@ -34,6 +33,7 @@ class Cell:
     data: str | None
     limit: int | None
     settings: dict
+    turns: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -50,17 +50,23 @@ class Cell:
         """The JSONL of finished answers; other settings have another file, so stale answers are never met."""
         return output / "samples" / f"{self.name}.{self.config_hash[:12]}.jsonl"
 
-    def is_finished(self, output: Path) -> bool:
-        stored = read_json(self.path(output))
+    def is_answered_by(self, stored: dict | None) -> bool:
+        """Whether a stored cell, of whatever table, has this one's figures."""
         return (
             stored is not None and stored.get("status") == "ok"
             and stored.get("config_hash") == self.config_hash and stored.get("limit") == self.limit
         )
 
+    def is_finished(self, output: Path) -> bool:
+        return self.is_answered_by(read_json(self.path(output)))
+
+    def is_begun(self, output: Path) -> bool:
+        return not self.is_finished(output) and self.samples_path(output).exists()
+
     def record(self, result: dict) -> dict:
         """The JSON of a cell: what was asked and ``result``, which says ``status: ok`` or ``failed``."""
         asked = asdict(self)
-        for machine_path in ("config", "checkpoint", "data"):
+        for machine_path in ("config", "checkpoint", "data", "turns"):
             del asked[machine_path]
         return {**asked, "config_hash": self.config_hash, **result}
 
@@ -72,17 +78,6 @@ def read_json(path: Path) -> dict | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, never meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        work.write_text(text, encoding="utf-8")
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def read_cells(output: Path) -> list[dict]:
@@ -98,46 +93,19 @@ def code_hash() -> str:
     files = [path for pattern in CODE for path in REPOSITORY.glob(pattern) if path.suffix in (".py", ".yaml", "")]
     for path in sorted(files):
         name = path.relative_to(REPOSITORY)
-        if path.is_file() and not {"train", "serve"} & set(name.parts):
+        if path.is_file() and name.parts[:2] not in BESIDE:
             digest.update(f"{name}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def commit() -> str:
-    """The checkout's commit, with ``-dirty`` where tracked files differ from it; ``unknown`` outside git."""
-    try:
-        head = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "-uno")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("-dirty" if changed else "")
+def finished_beside(output: Path) -> dict[tuple[str, int | None], tuple[str, dict]]:
+    """Finished cells of the other results folders beside ``output``: (config_hash, limit) → (folder/name, the cell).
 
-
-def _git(*arguments: str) -> str:
-    run = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True)
-    return run.stdout.strip()
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    Timings are left out: they belong to their table's rows and hour.
+    """
+    found = {}
+    for path in sorted(output.resolve().parent.glob("*/cells/*.json")):
+        cell = read_json(path) if path.parent.parent != output.resolve() else None
+        if cell is not None and cell.get("status") == "ok" and cell.get("row") != TURNS:
+            found.setdefault((cell.get("config_hash"), cell.get("limit")), (f"{path.parent.parent.name}/{path.stem}", cell))
     return found
-
-
-def machine() -> dict:
-    """Processor model and the cores this process may use; no names, no paths."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
-    return {"cpu": model, "cores": cores()}
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """What a worker computes: one cell through lmms-eval, with a model that stays loaded between cells."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ import numpy as np
 
 from .cells import Cell
 from .checkpoints import CheckpointError
+from .suites import TASKS, Task, get_task
 
 
 @dataclass(frozen=True)
@@ -36,39 +37,52 @@ class Harness:
         import torch
         from lmms_eval.tasks import TaskManager
 
-        from .suites import TASKS
-
         torch.set_num_threads(settings.threads)
         self.settings, self.model, self.checkpoint = settings, None, None
         self.tasks = TaskManager(verbosity="ERROR", include_path=str(TASKS), include_defaults=settings.online)
 
     def __call__(self, cell: Cell, on_samples: Callable[[int], None]) -> dict:
-        """The result of a cell, as :func:`summary` makes it; ``on_samples`` hears of finished samples."""
-        from lmms_eval.evaluator import simple_evaluate
+        """The result of a cell, as :func:`summary` or :func:`eval.turns.timing` makes it; ``on_samples`` hears of samples."""
+        from libra.config import Row
 
         from .samples import SampleLog
-        from .suites import get_task
 
-        task = get_task(cell.task)
-        output = Path(self.settings.output)
-        model = self._model(cell)
+        task, model = get_task(cell.task), self._model(cell)
+        with SampleLog(cell.samples_path(Path(self.settings.output))) as log:
+            if cell.turns:
+                from .turns import InTurns, timing
+
+                timed = InTurns(model, {name: Row.from_yaml(path) for name, path in cell.turns}, log, on_samples)
+                self._evaluate(cell, task, timed)
+                return timing(timed)
+            row = Row.from_yaml(cell.config)
+            model.set_row(row, cell.blind, trace=True)
+            model.sample_log, model.on_samples = log, on_samples
+            results = self._evaluate(cell, task, model)
+        score = results["results"][task.harness][f"{task.metric},none"]
+        found = sorted(results["samples"][task.harness], key=lambda sample: sample["doc_id"])
+        return summary(float(score), task, found, list(model.records.values()), row.compression.layers)
+
+    def _evaluate(self, cell: Cell, task: Task, model) -> dict:
+        from lmms_eval.evaluator import simple_evaluate
+        from tenacity import RetryError
+
+        from .data import cause
+
         asked: str | dict = task.harness
         if cell.data is not None:
             asked = {"task": task.harness, "dataset_kwargs": {"data_files": {"test": cell.data}}}
-        with SampleLog(cell.samples_path(output)) as log:
-            model.sample_log, model.on_samples = log, on_samples
-            results = simple_evaluate(
+        folder = Path(self.settings.output) / "harness" / cell.name
+        try:
+            return simple_evaluate(
                 model=model, tasks=[asked], task_manager=self.tasks, limit=cell.limit, bootstrap_iters=0, log_samples=True,
-                verbosity="ERROR",
-                cli_args=SimpleNamespace(output_path=str(output / "harness" / cell.name), process_with_media=True),
+                verbosity="ERROR", cli_args=SimpleNamespace(output_path=str(folder), process_with_media=True),
             )
-        score = results["results"][task.harness][f"{task.metric},none"]
-        samples = sorted(results["samples"][task.harness], key=lambda sample: sample["doc_id"])
-        return summary(float(score), task.metric, task.scale, samples, list(model.records.values()))
+        except RetryError as error:  # the harness tries to load a data set several times
+            mend = f"python -m eval.data --tasks {task.name} --yes downloads it"
+            raise ValueError(f"the data of task {task.name} cannot be loaded ({cause(error)}); {mend}") from error
 
     def _model(self, cell: Cell):
-        from libra.config import Row
-
         from .lmms_libra import LibraModel
 
         if self.checkpoint != cell.checkpoint:
@@ -81,24 +95,59 @@ class Harness:
             except (ValueError, OSError) as error:
                 raise CheckpointError(str(error)) from error  # of no use to the other cells either
             self.checkpoint = cell.checkpoint
-        self.model.set_row(Row.from_yaml(cell.config), cell.blind)
         return self.model
 
 
-def summary(score: float, metric: str, scale: float, samples: list[dict], records: list[dict]) -> dict:
+def summary(score: float, task: Task, samples: list[dict], records: list[dict], layers: Sequence[int] = ()) -> dict:
     """A cell's result from the harness's samples and the model's records.
 
     ``correct`` lists each sample's score in [0, 1] by document, and the standard error is sqrt(p(1-p)/n) for right or
     wrong answers, else that of the mean; both are None for metrics that are not a mean over samples (MME, MMBench).
+    ``groups`` has the same of each part of the benchmark that is a column; ``trace`` is that of :func:`trace_summary`.
     """
-    values = [sample.get(metric) for sample in samples]
-    correct, stderr = None, None
-    if all(isinstance(value, (int, float)) for value in values):
-        correct = [float(value) for value in values]
-        stderr = scale * float(np.std(correct)) / len(correct) ** 0.5  # for zeros and ones this is sqrt(p(1-p)/n)
+    values = [_correct(sample.get(task.metric), task) for sample in samples]
+    whole = None not in values
+    groups = {}
+    for group in task.groups:
+        part = [value for value, sample in zip(values, samples) if sample[task.metric][task.group_by] == group]
+        if part and whole:
+            groups[group] = {"score": 100 * float(np.mean(part)), "stderr": 100 * _stderr(part), "n": len(part)}
     tokens = [record["tokens"] for record in records if record["tokens"]]
     return {
-        "status": "ok", "score": scale * score, "stderr": stderr, "n": len(samples), "correct": correct,
+        "status": "ok", "score": task.scale * score, "stderr": (100 if task.groups else task.scale) * _stderr(values) if whole
+        else None, "n": len(samples), "correct": values if whole else None, "groups": groups,
         "tokens_per_layer": [round(float(layer), 3) for layer in np.mean(tokens, axis=0)] if tokens else None,
+        "trace": trace_summary([record["trace"] for record in records if record.get("trace")], layers),
         "seconds": sum(record["seconds"] for record in records),
     }
+
+
+def _correct(value, task: Task) -> float | None:
+    """A sample's score in [0, 1]; None where the metric is no mean of such scores."""
+    if task.groups and isinstance(value, dict):
+        value = value.get("score")
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _stderr(values: list[float]) -> float:
+    return float(np.std(values)) / len(values) ** 0.5  # for zeros and ones this is sqrt(p(1-p)/n)
+
+
+def trace_summary(traces: list[list[list]], layers: Sequence[int]) -> list[dict]:
+    """Of each compression layer over the samples: the mean of the samples' mean s^max (Table 4's Sim) and of the share of the
+    non-target tokens that went into the compensation token, each with its standard error, and ``histogram``: how many
+    samples have a share in each of 20 equal bins of [0, 1]. Sim is None where the merge does not ask for similarities.
+
+    traces: of each sample, of each compression layer [mean s^max, share], with None where there is none.
+    """
+    stages = []
+    for number, layer in enumerate(layers if traces else ()):
+        stage: dict = {"layer": layer}
+        for name, place in (("similarity", 0), ("share", 1)):
+            values = [trace[number][place] for trace in traces if trace[number][place] is not None]
+            stage[name] = float(np.mean(values)) if values else None
+            stage[f"{name}_stderr"] = _stderr(values) if values else None
+        shares = [trace[number][1] for trace in traces if trace[number][1] is not None]
+        stage["histogram"] = np.histogram(shares, bins=20, range=(0, 1))[0].tolist()
+        stages.append(stage)
+    return stages

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,14 +24,15 @@ class PoolError(RuntimeError):
 def run_cells(
     cells: Sequence[Cell],
     factory: Callable[..., Evaluate],
-    settings: object,
-    processes: int,
+    settings,
+    devices: Sequence[str],
     log_folder: Path,
     on_samples: Callable[[Cell, int], None],
     on_result: Callable[[Cell, dict], None],
 ) -> None:
-    """Evaluate all cells. Each worker makes ``factory(settings)`` once and calls it with each cell it is given.
+    """Evaluate all cells with one worker for each of ``devices``, which may name one more than once.
 
+    Each worker makes ``factory(settings)`` once, with its own device in the settings, and calls it with each cell it is given.
     on_samples hears of finished samples while a cell is computed, on_result of its result, which for a cell that raised
     or whose worker died is ``{"status": "failed", "reason": …}``. A dead worker is replaced. What workers print goes to
     files in ``log_folder``. Raises PoolError where a worker cannot even start, or a checkpoint does not load.
@@ -38,38 +40,39 @@ def run_cells(
     log_folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     waiting = deque(cells)
-    workers: dict[Connection, tuple] = {}  # our end of a worker's pipe → its process
+    workers: dict[Connection, tuple] = {}  # our end of a worker's pipe → its process and its device
     at_work: dict[Connection, Cell] = {}
 
     numbers = count()
 
-    def start() -> None:
+    def start(device: str) -> None:
         ours, theirs = context.Pipe()
         log = log_folder / f"worker-{next(numbers)}.log"
-        process = context.Process(target=_work, args=(theirs, factory, settings, str(log), os.getpid()), daemon=True)
+        own = replace(settings, device=device)
+        process = context.Process(target=_work, args=(theirs, factory, own, str(log), os.getpid()), daemon=True)
         process.start()
         theirs.close()
-        workers[ours] = process
+        workers[ours] = process, device
 
     for old in log_folder.glob("worker-*.log"):
         old.unlink()
     try:
-        for _ in range(min(processes, len(waiting))):
-            start()
+        for device, _ in zip(devices, list(waiting)):
+            start(device)
         while workers:
             for connection in wait(list(workers)):
                 try:
                     kind, value = connection.recv()
                 except (EOFError, OSError):
-                    process = workers.pop(connection)
+                    process, device = workers.pop(connection)
                     process.join()
                     connection.close()
                     if (cell := at_work.pop(connection, None)) is not None:
                         on_result(cell, {"status": "failed", "reason": f"the worker process died ({_died(process.exitcode)})"})
                     elif process.exitcode:
                         raise PoolError(f"a worker process died while starting ({_died(process.exitcode)})") from None
-                    if len(workers) < min(processes, len(waiting)):
-                        start()
+                    if len(workers) < len(waiting):
+                        start(device)
                     continue
                 if kind == "samples":
                     on_samples(at_work[connection], value)
@@ -84,9 +87,9 @@ def run_cells(
                 else:
                     connection.send(None)
     finally:
-        for process in workers.values():
+        for process, _ in workers.values():
             process.terminate()
-        for process in workers.values():
+        for process, _ in workers.values():
             process.join()
 
 
@@ -94,7 +97,7 @@ def _died(exitcode: int) -> str:
     return f"signal {-exitcode}" if exitcode < 0 else f"exit status {exitcode}"
 
 
-def _work(connection: Connection, factory: Callable[..., Evaluate], settings: object, log: str, parent: int) -> None:
+def _work(connection: Connection, factory: Callable[..., Evaluate], settings, log: str, parent: int) -> None:
     """The body of a worker process."""
     with open(log, "w", buffering=1) as file:  # also for what libraries print below Python
         os.dup2(file.fileno(), 1)

@@ -1,226 +1,72 @@
-"""A table from its cells: Markdown, CSV and a picture. python -m eval.report results/table1"""
+"""A table from its cells: Markdown, CSV, LaTeX and pictures. python -m eval.report results/table1"""
 
 import csv
 import io
 import os
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import sqrt
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from libra.cli import Parser
-from libra.config import Compression, Row
-from libra.flops import cost
-from libra.registry import get_model
+from libra.provenance import write_text
 
-from .cells import read_cells, read_json, write_text
-from .suites import BLIND, PAPER_TASKS, ROWS, SUITES, TABLES, get_task, row_files
+from . import blocks, plots
+from .cells import read_cells, read_json
+from .formats import Grid, latex, markdown
+from .measured import Measured
+from .suites import SUITES, TABLES, Table, get_table
 
-LEARNED_AT, LEARNED_ABOVE = 80.0, 25.0  # percent; points above the better of majority and blind
-EXAMPLES = """example:
-  python -m eval.report results/table1"""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured value in percent with its standard error, which is None where it cannot be had."""
-
-    value: float
-    stderr: float | None = None
+EXAMPLES = """examples:
+  python -m eval.report results/table1
+  python -m eval.report results/arena --publish"""
 
 
-def accuracy(correct: Sequence[float]) -> Figure:
-    """Mean of right (1) and wrong (0) answers, and sqrt(p(1-p)/n), in percent."""
-    p = float(np.mean(correct))
-    return Figure(100 * p, 100 * sqrt(max(0.0, p * (1 - p)) / len(correct)))
+def _notes(notes: list[str]) -> list[str]:
+    return [""] * bool(notes) + [f"({number}) {note}" for number, note in enumerate(notes, 1)]
 
 
-def paired_difference(correct: Sequence[float], baseline: Sequence[float]) -> Figure:
-    """Mean of the differences on the same questions, and their standard deviation over sqrt(n), in points.
-
-    ValueError where the two did not answer the same number of questions.
-    """
-    if len(correct) != len(baseline):
-        raise ValueError(f"paired answers differ in number, {len(correct)} and {len(baseline)}: use one limit for both rows")
-    difference = np.asarray(correct, float) - np.asarray(baseline, float)
-    deviation = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
-    return Figure(100 * float(difference.mean()), 100 * deviation / sqrt(len(difference)))
-
-
-def mean_of(figures: Iterable[Figure]) -> Figure:
-    """Mean of independent figures: their standard errors add in squares."""
-    figures = list(figures)
-    stderrs = [figure.stderr for figure in figures]
-    stderr = None if None in stderrs else sqrt(sum(s * s for s in stderrs)) / len(figures)
-    return Figure(sum(figure.value for figure in figures) / len(figures), stderr)
+def mini_block(measured: Measured, grids: list[Grid]) -> list[str]:
+    """Markdown of the embedded model's rows; its grids are appended to ``grids``."""
+    notes: list[str] = []
+    timed = bool(measured.table.timed)
+    grid = blocks.turns_grid(measured, notes) if timed else blocks.mini_grid(measured, notes)
+    grids.append(grid)
+    lines = ["## The embedded model, measured", "", *markdown(grid)]
+    for text in [measured.table.note, *blocks.mini_text(measured), *(blocks.turns_text(measured) if timed else [])]:
+        lines += ["", text] if text else []
+    lines += _notes(notes)
+    differences = None if timed else blocks.differences_grid(measured)
+    if differences is not None:
+        grids.append(differences)
+        lines += ["", "Paired differences to vanilla, in points:", "", *markdown(differences)]
+    return lines
 
 
-def is_learned(vanilla: float, majority: float, blind: float) -> bool:
-    """Whether a question type counts for Avg (all in percent): decided without a look at any compressed result."""
-    return vanilla >= LEARNED_AT and vanilla - max(majority, blind) >= LEARNED_ABOVE
-
-
-class Measured:
-    """The cells of one suite, ready for a table."""
-
-    def __init__(self, suite: str, cells: list[dict]):
-        self.suite, self.rows = suite, {name: Row.from_yaml(path) for name, path in row_files(suite).items()}
-        if suite == "mini" and "vanilla" in self.rows:
-            self.rows[BLIND] = self.rows["vanilla"]
-        self.cells = {(cell["row"], cell["task"]): cell for cell in cells if cell["suite"] == suite}
-        self.tasks = list(dict.fromkeys(task for row in self.rows.values() for task in row.tasks))
-
-    def score(self, row: str, task: str) -> Figure | None:
-        cell = self.cells.get((row, task))
-        return Figure(cell["score"], cell["stderr"]) if cell is not None and cell["status"] == "ok" else None
-
-    def correct(self, row: str, task: str) -> list[float] | None:
-        cell = self.cells.get((row, task))
-        return cell["correct"] if cell is not None and cell["status"] == "ok" else None
-
-    def failed(self, row: str, task: str) -> str | None:
-        cell = self.cells.get((row, task))
-        return cell["reason"] if cell is not None and cell["status"] == "failed" else None
-
-    def average(self, row: str, tasks: Sequence[str]) -> Figure | None:
-        figures = [self.score(row, task) for task in tasks]
-        return mean_of(figures) if figures and None not in figures else None
-
-    def difference(self, row: str, tasks: Sequence[str]) -> Figure | None:
-        """Paired with vanilla, averaged over ``tasks``."""
-        figures = []
-        for task in tasks:
-            ours, vanilla = self.correct(row, task), self.correct("vanilla", task)
-            if ours is None or vanilla is None or len(ours) != len(vanilla):
-                return None
-            figures.append(paired_difference(ours, vanilla))
-        return mean_of(figures) if figures else None
-
-    def seconds(self, row: str) -> float | None:
-        """Seconds of generation over all tasks; None while a cell is missing."""
-        cells = [self.cells.get((row, task)) for task in self.tasks]
-        return sum(cell["seconds"] for cell in cells) if all(cell and cell["status"] == "ok" for cell in cells) else None
-
-    def flops(self, row: str) -> tuple[float, float]:
-        """Nominal FLOPs of the visual tokens (§4.1) and their ratio to vanilla's."""
-        spec = get_model(self.rows[row].model)
-        total, full = cost(spec, self.rows[row].compression).total, cost(spec, Compression()).total
-        return total, total / full
-
-    def tokens(self, row: str) -> float | None:
-        """Visual tokens of an average layer as the run counted them; of an uncompressed model the registry's number."""
-        if not self.rows[row].compression.layers:
-            return float(sum(get_model(self.rows[row].model).visual_tokens))
-        cells = [cell for (name, _), cell in self.cells.items() if name == row and cell.get("tokens_per_layer")]
-        return float(np.mean([cell["tokens_per_layer"] for cell in cells])) if cells else None
-
-
-def learned_types(measured: Measured, majority: dict[str, float]) -> list[str]:
-    """The types that vanilla, blind and majority show to be learned; none while one of the runs is missing."""
-    chosen = []
-    for task in measured.tasks:
-        vanilla, blind = measured.score("vanilla", task), measured.score(BLIND, task)
-        if vanilla and blind and task in majority and is_learned(vanilla.value, majority[task], blind.value):
-            chosen.append(task)
-    return chosen
-
-
-def _show(figure: Figure | None, digits: int = 1, sign: bool = False) -> str:
-    if figure is None:
-        return ""
-    text = f"{figure.value:{'+' if sign else ''}.{digits}f}"
-    return text if figure.stderr is None else f"{text} ± {figure.stderr:.{digits}f}"
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["--:"] * (len(header) - 1)) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
-def mini_block(measured: Measured, majority: dict[str, float]) -> list[str]:
-    """Markdown of the embedded model's rows; majority: task → percent."""
-    learned = learned_types(measured, majority)
-    footnotes: list[str] = []
-
-    def cell(row: str, task: str) -> str:
-        reason = measured.failed(row, task)
-        if reason is not None:
-            footnotes.append(f"{ROWS.get(row, row)}, {get_task(task).title}: failed: {reason}")
-            return f"failed ({len(footnotes)})"
-        return _show(measured.score(row, task))
-
-    decided = [task for task in measured.tasks if measured.score("vanilla", task) and measured.score(BLIND, task) and majority]
-    titles = [get_task(task).title + (" †" if task in decided and task not in learned else "") for task in measured.tasks]
-    header = ["", "FLOPs", *titles, "Avg", "Δ to vanilla", "seconds"]
-    rows = []
-    for name in measured.rows:
-        seconds, average = measured.seconds(name), measured.average(name, learned)
-        difference = measured.difference(name, learned) if name not in ("vanilla", BLIND) else None
-        rows.append([
-            ROWS.get(name, name), f"{100 * measured.flops(name)[1]:.0f}%", *(cell(name, task) for task in measured.tasks),
-            _show(average), _show(difference, sign=True), "" if seconds is None else f"{seconds:.0f}",
-        ])
-    if majority:
-        shares = [majority[task] for task in measured.tasks]
-        over = [majority[task] for task in learned]
-        average = f"{np.mean(over):.1f}" if over else ""
-        rows.append(["most frequent answer", "", *(f"{share:.1f}" for share in shares), average, "", ""])
-    sizes = Counter(cell["n"] for cell in measured.cells.values() if cell["status"] == "ok")
-    lines = ["## The embedded model, measured", "", *_markdown(header, rows), ""]
-    if sizes:
-        lines.append(
-            f"Exact match in percent ± its standard error, {' or '.join(map(str, sorted(sizes)))} held-out questions a type. "
-            "FLOPs: the visual tokens' in the decoder, nominal, relative to vanilla. Δ: mean paired difference to vanilla over "
-            "the types in Avg, in points, with its standard error. Seconds: generation over all types, one process."
+def paper_block(table: Table, suites: Sequence[Measured], grids: list[Grid]) -> list[str]:
+    """Markdown of the paper's models: FLOPs computed here beside the printed, figures printed and measured."""
+    if not suites:
+        return []
+    lines = [f"## The paper's models (its Table {table.name})", ""]
+    notes: list[str] = []
+    for measured in suites:
+        grid = blocks.paper_grid(measured, notes)
+        grids.append(grid)
+        lines += [f"### {SUITES[measured.suite]}", "", *markdown(grid), ""]
+    tasks = {task for measured in suites for task in measured.tasks}
+    said = "The paper's figures are its own; ours stay empty until the checkpoint is run"
+    said += f" (`python -m eval.run --table {table.name} --suite {suites[0].suite}`)."
+    if "mme" in tasks and any("avg" in row.paper for measured in suites for row in measured.rows.values()):
+        said += " Avg leaves MME out, as in the paper."
+    if any(task.startswith("mmbench") for task in tasks):
+        said += " MMBench answers are read by rules, not by a judge model."
+    if table.timed:
+        said += (
+            " Ours: latency is the mean over the samples that all rows answer in turns, one at a time; time is latency × the"
+            " benchmark's samples; memory is the device's peak."
         )
-    if any(title.endswith("†") for title in titles):
-        lines += ["", (
-            f"† not learned, and so outside Avg: the vanilla model is below {LEARNED_AT:.0f}%, or less than "
-            f"{LEARNED_ABOVE:.0f} points above the better of the most frequent answer and the blind run. "
-            "No compressed result takes part in this."
-        )]
-    lines += [""] * bool(footnotes) + [f"({number}) {note}" for number, note in enumerate(footnotes, 1)]
-    differences = [
-        [ROWS.get(name, name), *(_show(measured.difference(name, [task]), sign=True) for task in measured.tasks)]
-        for name in measured.rows if name not in ("vanilla", BLIND)
-    ]
-    if any(any(row[1:]) for row in differences):
-        lines += ["", "Paired differences to vanilla, in points:", "", *_markdown(["", *titles], differences)]
-    return lines
-
-
-def paper_block(table: int, cells: list[dict]) -> list[str]:
-    """Markdown of the paper's models: FLOPs computed here beside the printed, accuracies printed and measured."""
-    lines = [f"## The paper's models (its Table {table})", ""]
-    tasks = list(PAPER_TASKS)
-    header = ["", "FLOPs, computed", "FLOPs, paper", "accuracies", *(PAPER_TASKS[task].title for task in tasks), "Avg*"]
-    averaged = [task for task in tasks if task != "mme"]
-    for suite in TABLES[table]:
-        if suite == "mini":
-            continue
-        measured = Measured(suite, cells)
-        rows = []
-        for name, row in measured.rows.items():
-            if row.paper.get("table") != table:
-                continue
-            total, ratio = measured.flops(name)
-            printed = f"{row.paper['flops']:.2f} T ({row.paper['percent']}%)" if "flops" in row.paper else ""
-            own = [ROWS.get(name, name), f"{total / 1e12:.2f} T ({100 * ratio:.0f}%)", printed]
-            rows.append([*own, "paper's", *(f"{row.paper[task]}" if task in row.paper else "" for task in tasks),
-                         f"{row.paper.get('avg', '')}"])
-            ours = ["failed" if measured.failed(name, task) else _show(measured.score(name, task)) for task in tasks]
-            rows.append(["", "", "", "ours", *ours, _show(measured.average(name, averaged))])
-        lines += [f"### {SUITES[suite][2]}", "", *_markdown(header, rows), ""]
-    lines.append(
-        "\\* without MME, as in the paper. The paper's accuracies are its own; ours stay empty until the checkpoint is run "
-        f"(`python -m eval.run --table {table} --suite llava7b`). MMBench answers are read by rules, not by a judge model."
-    )
-    return lines
+    lines.append(said + f" {blocks.MARKED}")
+    return lines + _notes(notes)
 
 
 def footer(cells: list[dict], benchmark: dict | None) -> list[str]:
@@ -247,93 +93,118 @@ def footer(cells: list[dict], benchmark: dict | None) -> list[str]:
     if benchmark is not None:
         contents = f"seed {benchmark['seed']}, sha256 {benchmark['sha256']}"
         lines.append(f"- benchmark: {benchmark['questions']} questions a type, {contents}")
+    reused = [cell["reused_from"].split("/")[0] for cell in cells if "reused_from" in cell]
+    if reused:
+        lines.append(f"- reused: {len(reused)} of {len(cells)} cells, computed with equal settings for {every(reused)}")
     if len({cell["settings"]["code_sha256"] for cell in cells}) > 1:
         lines.append("- caution: not all cells were computed by the same code; eval.run computes the older ones again")
     return lines
 
 
-def csv_text(cells: list[dict], table: int, majority: dict[str, float]) -> str:
-    """Long form: one line a figure, measured or the paper's."""
+CSV_COLUMNS = (
+    "suite", "row", "task", "source", "score", "stderr", "n", "difference", "difference_stderr", "difference_above",
+    "difference_above_stderr", "flops_ratio", "tokens_per_layer", "seconds", "status", "similarity", "similarity_stderr",
+    "compensation_share", "compensation_share_stderr", "turns_seconds", "turns_ratio", "turns_ratio_lower", "turns_ratio_upper",
+    "cache_bytes", "peak_bytes", "reused_from",
+)
+
+
+def csv_text(suites: Sequence[Measured]) -> str:
+    """Long form: one line a figure, measured or the paper's. Figures by layer are separated by spaces."""
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["suite", "row", "task", "source", "score", "stderr", "n", "difference", "difference_stderr", "flops_ratio",
-                     "tokens_per_layer", "seconds", "status"])
-    for suite in TABLES[table]:
-        measured = Measured(suite, cells)
+    writer = csv.DictWriter(file, CSV_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for measured in suites:
         for name, row in measured.rows.items():
-            ratio = f"{measured.flops(name)[1]:.4f}"
-            for task in measured.tasks:
-                if task in row.paper and suite != "mini":
-                    writer.writerow([suite, name, task, "paper", row.paper[task], "", "", "", "", ratio, "", "", ""])
-                cell = measured.cells.get((name, task))
-                if cell is None:
-                    continue
-                if cell["status"] != "ok":
-                    writer.writerow([suite, name, task, "measured", "", "", "", "", "", ratio, "", "", cell["status"]])
-                    continue
-                difference = measured.difference(name, [task])
-                pair = ["", ""] if difference is None else [f"{difference.value:.4f}", f"{difference.stderr:.4f}"]
-                stderr = "" if cell["stderr"] is None else f"{cell['stderr']:.4f}"
-                tokens = " ".join(f"{count:g}" for count in cell["tokens_per_layer"] or [])
-                writer.writerow([suite, name, task, "measured", f"{cell['score']:.4f}", stderr, cell["n"], *pair, ratio, tokens,
-                                 f"{cell['seconds']:.2f}", "ok"])
-        if suite == "mini":
-            for task, share in majority.items():
-                writer.writerow([suite, "majority", task, "measured", f"{share:.4f}", *[""] * 7, "ok"])
+            ratio = measured.flops_ratio(name)
+            place = {"suite": measured.suite, "row": name, "flops_ratio": "" if ratio is None else f"{ratio:.4f}"}
+            for key, value in row.paper.items() if measured.suite != "mini" else ():
+                if key not in ("table", "flops", "percent"):
+                    writer.writerow({**place, "task": key, "source": "paper", "score": value})
+            for column in measured.columns:
+                cell = measured.cells.get((name, column.task))
+                line = {**place, "task": column.key, "source": "measured"}
+                if cell is not None and cell["status"] != "ok":
+                    writer.writerow({**line, "status": cell["status"]})
+                elif (figure := measured.score(name, column.task, column.group)) is not None:
+                    line |= {"score": f"{figure.value:.4f}", "stderr": "" if figure.stderr is None else f"{figure.stderr:.4f}"}
+                    writer.writerow(line | ({"status": "ok"} if column.group else _details(measured, name, column.task, cell)))
+        for task, share in measured.majority.items() if measured.table.blind else ():
+            writer.writerow({"suite": measured.suite, "row": "majority", "task": task, "source": "measured",
+                             "score": f"{share:.4f}", "status": "ok"})
     return file.getvalue()
 
 
-def draw(measured: Measured, learned: Sequence[str], path: Path) -> None:
-    """Accuracy (Avg of the learned types, or of all while none is known) against FLOPs, with error bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks = list(learned) or measured.tasks
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    vanilla = measured.average("vanilla", tasks)
-    if vanilla is not None:
-        axes.axhline(vanilla.value, color="0.7", linewidth=1, linestyle="--", zorder=0)
-    markers = iter("oDsP^vX*")
-    for name in measured.rows:
-        average = measured.average(name, tasks)
-        if name == BLIND or average is None:
-            continue
-        axes.errorbar(
-            100 * measured.flops(name)[1], average.value, yerr=average.stderr, fmt=next(markers), capsize=3, markersize=7,
-            label=ROWS.get(name, name),
-        )
-    axes.set_xlabel("FLOPs of the visual tokens, % of vanilla")
-    axes.set_ylabel(f"exact match, %, mean of {len(tasks)} question types")
-    axes.set_title("The embedded model")
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower right", fontsize=8)
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(work, dpi=150, format="png", metadata={"Software": None})
-    plt.close(figure)
-    os.replace(work, path)
+def _details(measured: Measured, row: str, task: str, cell: dict) -> dict:
+    line = {
+        "n": cell["n"], "seconds": f"{cell['seconds']:.2f}", "status": "ok", "reused_from": cell.get("reused_from", ""),
+        "tokens_per_layer": " ".join(f"{count:g}" for count in cell["tokens_per_layer"] or []),
+    }
+    for name, to in (("difference", "vanilla"), ("difference_above", measured.above(row))):
+        difference = measured.difference(row, to, [task])
+        if difference is not None:
+            line |= {name: f"{difference.value:.4f}", f"{name}_stderr": f"{difference.stderr:.4f}"}
+    for name, key in (("similarity", "similarity"), ("compensation_share", "share")):
+        stages = [stage for stage in cell.get("trace") or () if stage[key] is not None]
+        line |= {name: " ".join(f"{stage[key]:.4f}" for stage in stages)}
+        line |= {f"{name}_stderr": " ".join(f"{stage[f'{key}_stderr']:.4f}" for stage in stages)}
+    turns = measured.turns(row, task)
+    if turns is not None:
+        line |= {"turns_seconds": f"{turns['seconds'].median:.5f}", "cache_bytes": f"{turns['cache']:.0f}"}
+        line |= {"peak_bytes": "" if turns["peak"] is None else turns["peak"]}
+        if turns["ratio"] is not None:
+            line |= {f"turns_ratio{end}": f"{getattr(turns['ratio'], part):.4f}"
+                     for end, part in (("", "median"), ("_lower", "lower"), ("_upper", "upper"))}
+    return line
 
 
-def write_report(output: Path, table: int, publish: Path | None = None) -> Path:
-    """Write table<N>.md, .csv and .png into ``output`` from its cells, copy them to ``publish``; the Markdown's path."""
-    cells, benchmark = read_cells(output), read_json(output / "benchmark.json")
+def write_report(output: Path, table: Table, publish: Path | None = None, unwritten: Sequence[dict] = ()) -> str:
+    """Write a table's .md, .csv, .tex and .png into ``output`` from its cells, copy them to ``publish``; the Markdown's text.
+
+    unwritten: cells that could not be stored, because the disk was full; they are in the report all the same. Files of the
+    report itself that cannot be written are named at the end of the text; only what is to be published raises OSError.
+    """
+    stored = {(cell["suite"], cell["row"], cell["task"]): cell for cell in [*read_cells(output), *unwritten]}
+    cells, benchmark = list(stored.values()), read_json(output / "benchmark.json")
     majority = {}
     if benchmark is not None:
         majority = {f"mini_{kind}": 100 * entry["majority_share"] for kind, entry in benchmark["types"].items()}
-    name = f"table{table}"
-    measured = Measured("mini", cells)
-    draw(measured, learned_types(measured, majority), output / f"{name}.png")
-    lines = [f"# Table {table}", "", *mini_block(measured, majority), "", f"![Accuracy against FLOPs]({name}.png)", "",
-             *paper_block(table, cells), "", "## Where the numbers come from", "", *footer(cells, benchmark)]
-    write_text(output / f"{name}.md", "\n".join(lines) + "\n")
-    write_text(output / f"{name}.csv", csv_text(cells, table, majority))
+    mini, *others = [Measured(table, suite, cells, majority if suite == "mini" else None) for suite in ("mini", *table.suites)]
+    mini.majority = {task: share for task, share in mini.majority.items() if task in mini.tasks}
+    stem, grids = table.stem, []
+    lines = [f"# {table.title}", "", *mini_block(mini, grids), ""]
+    problems: list[str] = []
+    drawn = [f"{stem}.png"]
+    _store(problems, output / drawn[0], lambda path: plots.accuracy_against_flops(mini, path))
+    lines += [f"![Accuracy against FLOPs]({drawn[0]})", ""]
+    if table.extras and plots.has_traces(mini):
+        drawn.append(f"{stem}_traces.png")
+        _store(problems, output / drawn[1], lambda path: plots.traces(mini, path))
+        lines += [f"![Similarity by layer, and the share of the compensation token]({drawn[1]})", ""]
+    lines += [*paper_block(table, others, grids), ""] if others else []
+    lines += ["## Where the numbers come from", "", *footer(cells, benchmark)]
+    text = "\n".join(lines) + "\n"
+    for suffix, content in (("md", text), ("csv", csv_text([mini, *others])), ("tex", "\n".join(map(latex, grids)))):
+        _store(problems, output / f"{stem}.{suffix}", lambda path, content=content: write_text(path, content))
     if publish is not None:
         publish.mkdir(parents=True, exist_ok=True)
-        for suffix in ("md", "csv", "png"):
-            shutil.copyfile(output / f"{name}.{suffix}", publish / f"{name}.{suffix}")
-    return output / f"{name}.md"
+        for name in (f"{stem}.md", f"{stem}.csv", f"{stem}.tex", *drawn):
+            work = publish / f".{name}.{os.getpid()}.tmp"
+            shutil.copyfile(output / name, work)
+            os.replace(work, publish / name)
+    return text + "".join(f"\n{problem}\n" for problem in problems)
+
+
+def _store(problems: list[str], path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        problems.append(f"{path.name} could not be written: {error.strerror or error}")
+
+
+def table_of(output: Path) -> str | None:
+    """The table that a results folder's name tells, if any."""
+    return next((table.name for table in TABLES.values() if output.resolve().name == table.stem), None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -341,16 +212,17 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = Parser(prog="python -m eval.report", description="Write a table from its cells.", epilog=EXAMPLES)
     parser.add_argument("output", type=Path, help="results folder, such as results/table1")
-    parser.add_argument("--table", type=int, choices=sorted(TABLES), default=1, help="number of the paper's table")
+    parser.add_argument("--table", choices=list(TABLES), help="the table (default: as the folder is called, else 1)")
     parser.add_argument("--publish", action="store_true", help="copy the table to docs/results/")
     args = parser.parse_args(argv)
+    table = get_table(args.table or table_of(args.output) or "1")
     if not (args.output / "cells").is_dir():
-        parser.error(f"{args.output} holds no cells: fill them with python -m eval.run --table {args.table}")
+        parser.error(f"{args.output} holds no cells: fill them with python -m eval.run --table {table.name}")
     try:
-        path = write_report(args.output, args.table, REPOSITORY / "docs" / "results" if args.publish else None)
+        text = write_report(args.output, table, REPOSITORY / "docs" / "results" if args.publish else None)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(path.read_text(encoding="utf-8"))
+    print(text)
     return 0
 
 

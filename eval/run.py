@@ -5,107 +5,69 @@ import fcntl
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from tqdm import tqdm
 
 from libra.cli import Parser
-from libra.config import Row
-from libra.registry import get_model
+from libra.provenance import commit, cores, machine, versions, write_text
 from libra.shadow import warn_if_llava_is_another
 
-from .cells import Cell, code_hash, commit, cores, machine, versions, write_text
-from .checkpoints import REPOSITORY, checkpoint_hash, require_checkpoint
+from .cells import PACKAGES, Cell, finished_beside
+from .checkpoints import REPOSITORY
 from .harness import Harness, Settings
+from .plan import describe, plan, samples
 from .pool import PoolError, run_cells
-from .suites import BLIND, SUITES, TABLES, get_task, row_files
+from .suites import SUITES, TABLES, get_table
 
 EXAMPLES = """examples:
   python -m eval.run --table 1                            all rows of the embedded model
   python -m eval.run --table 1 --rows vanilla,r50 --limit 20 --output results/try
+  python -m eval.run --table 3 --dry-run                  what Table 3 takes: rows, FLOPs, cells, hours
   python -m eval.run --table 1 --suite llava7b            the real checkpoint, downloaded from the hub"""
 
 
-def plan(
-    suite: str, rows: list[str] | None = None, tasks: list[str] | None = None, limit: int | None = None,
-    checkpoint: str | None = None, benchmark: Path | None = None, dtype: str = "float32",
-) -> tuple[list[Cell], dict | None]:
-    """The cells of a suite, row by row, and the embedded benchmark's manifest (None for other suites).
-
-    rows, tasks: names to keep; tasks may be written without ``mini_``. The embedded suite's last row is the blind run.
-    Writes or reuses the embedded benchmark in ``benchmark``. Raises ValueError for unknown names and for a checkpoint
-    that cannot be had.
-    """
-    files = row_files(suite)
-    if suite == "mini" and "vanilla" in files:
-        files[BLIND] = files["vanilla"]
-    if not files:
-        raise ValueError(f"suite {suite} has no rows: configs/ holds none of its files")
-    for name in rows or []:
-        if name not in files:
-            raise ValueError(f"row {name} is unknown in suite {suite}; use one of {', '.join(files)}")
-    chosen = {name: Row.from_yaml(path) for name, path in files.items() if not rows or name in rows}
-    known = {task: get_task(task) for row in chosen.values() for task in row.tasks}
-    wanted = []
-    for name in tasks or []:
-        full = name if name in known else f"mini_{name}"
-        if full not in known:
-            raise ValueError(f"task {name} is not a task of these rows; use one of {', '.join(known)}")
-        wanted.append(full)
-    found, hashes = {}, {}
-    for row in chosen.values():
-        spec = get_model(row.model, row.path)
-        row.compression.check_layers(spec.layers, row.path)
-        if row.model not in found:
-            found[row.model] = require_checkpoint(checkpoint or spec.checkpoint)
-            hashes[row.model] = checkpoint_hash(found[row.model])
-    manifest = None
-    if suite == "mini":
-        from mini.benchmark import write_benchmark
-
-        manifest = write_benchmark(benchmark)
-    cells = []
-    for name, row in chosen.items():
-        for task in row.tasks:
-            if wanted and task not in wanted:
-                continue
-            data = benchmark_hash = None
-            if manifest is not None:
-                entry = manifest["types"][task.removeprefix("mini_")]
-                data, benchmark_hash = str(benchmark.resolve() / entry["file"]), manifest["sha256"]
-            settings = {
-                "model": row.model, "checkpoint_sha256": hashes[row.model], "compression": row.compression.to_dict(),
-                "blind": name == BLIND, "dtype": dtype, "task": task, "benchmark_sha256": benchmark_hash,
-                "code_sha256": code_hash(),
-            }
-            cells.append(Cell(suite, name, task, str(files[name]), name == BLIND, found[row.model], data, limit, settings))
-    return cells, manifest
-
-
 def fill(
-    cells: list[Cell], manifest: dict | None, output: Path, settings: Settings, processes: int, command: str,
+    cells: list[Cell], manifest: dict | None, output: Path, settings: Settings, devices: Sequence[str], command: str,
     factory: Callable = Harness,
-) -> int:
-    """Compute the cells that are not finished, with a bar and the time left; returns how many failed.
+) -> tuple[int, list[dict]]:
+    """Compute the cells that are not finished, with a bar and the time left; how many failed, and the cells that could not be
+    stored, as on a full disk.
 
-    Every cell becomes one JSON below ``output``/cells the moment it is done. Raises PoolError where no worker starts.
+    Every cell becomes one JSON below ``output``/cells the moment it is done. Cells that lie finished in a results folder
+    beside are taken from there. Cells that time rows in turns come last, one at a time, so that nothing else runs beside.
+    Raises PoolError where no worker starts.
     """
-    left = [cell for cell in cells if not cell.is_finished(output)]
-
-    def samples(cell: Cell) -> int:
-        if manifest is None:
-            return 0  # the harness learns it when it loads the data
-        return min(cell.limit or manifest["questions"], manifest["questions"])
-
     failed = 0
-    computer = {**machine(), "device": settings.device, "processes": processes}
-    origin = {"commit": commit(), "versions": versions(), "machine": computer, "command": command}
-    total = sum(map(samples, left)) or None
-    with tqdm(total=total, unit=" questions", smoothing=0.05, disable=not left, mininterval=0.5) as bar:
+    unwritten: dict[str, dict] = {}
+    computer = {**machine(), "device": settings.device, "processes": len(devices)}
+    origin = {"commit": commit(), "versions": versions(PACKAGES), "machine": computer, "command": command}
+
+    def store(cell: Cell, record: dict) -> None:
+        try:
+            write_text(cell.path(output), json.dumps(record, indent=1) + "\n")
+            unwritten.pop(cell.name, None)
+        except OSError as error:
+            reason = f"its file could not be written: {error.strerror or error}"
+            unwritten[cell.name] = {**record, "status": "failed", "reason": reason}
+            bar.write(f"failed: {cell.name}: {reason}", file=sys.stderr)
+
+    left, beside = [cell for cell in cells if not cell.is_finished(output)], finished_beside(output)
+    again = {cell.name: beside.get((cell.config_hash, cell.limit)) for cell in left}
+    counts = {cell.name: samples(cell, manifest) or 0 for cell in left if again[cell.name] is None}
+    total = sum(counts.values()) or None
+    with tqdm(total=total, unit=" questions", smoothing=0.05, disable=not counts, mininterval=0.5) as bar:
         bar.set_description("starting")
-        done = {cell.name: 0 for cell in left}
+        for cell in left:
+            if again[cell.name] is not None:
+                where, record = again[cell.name]
+                own = {"suite": cell.suite, "row": cell.row, "task": cell.task}
+                store(cell, {**record, **own, "reused_from": record.get("reused_from", where)})
+        done = dict.fromkeys(counts, 0)
+        results: dict[str, tuple[Cell, dict]] = {}
 
         def on_samples(cell: Cell, count: int) -> None:
             done[cell.name] += count
@@ -114,17 +76,27 @@ def fill(
 
         def on_result(cell: Cell, result: dict) -> None:
             nonlocal failed
-            bar.update(samples(cell) - done[cell.name] if total else 0)
+            bar.update(counts[cell.name] - done[cell.name] if total else 0)
             date = datetime.now(timezone.utc).isoformat(timespec="seconds")
             record = cell.record({**result, **origin, "date": date})
-            write_text(cell.path(output), json.dumps(record, indent=1) + "\n")
+            results[cell.name] = cell, record
+            store(cell, record)
             if result["status"] == "failed":
                 failed += 1
                 bar.write(f"failed: {cell.name}: {result['reason']}", file=sys.stderr)
 
-        if left:
-            run_cells(left, factory, settings, processes, output / "logs", on_samples, on_result)
-    return failed
+        plain = [cell for cell in left if cell.name in counts and not cell.turns]
+        timed = [cell for cell in left if cell.name in counts and cell.turns]
+        if plain:
+            run_cells(plain, factory, settings, devices, output / "logs", on_samples, on_result)
+        if timed:
+            alone = replace(settings, threads=1, batch_size=1)
+            run_cells(timed, factory, alone, devices[:1], output / "logs" / "turns", on_samples, on_result)
+        for name in list(unwritten):  # there may be room again
+            if name in results:
+                store(*results[name])
+    failed += sum(1 for name, record in unwritten.items() if name not in results or results[name][1]["status"] == "ok")
+    return failed, list(unwritten.values())
 
 
 def _names(text: str) -> list[str]:
@@ -139,27 +111,34 @@ def _positive(text: str) -> int:
 
 def parser() -> Parser:
     parser = Parser(prog="python -m eval.run", description="Fill a table's cells; finished ones are kept.", epilog=EXAMPLES)
-    parser.add_argument("--table", type=int, choices=sorted(TABLES), required=True, help="number of the paper's table")
-    parser.add_argument("--suite", choices=sorted(SUITES), default="mini", help="which model's rows (default %(default)s)")
+    parser.add_argument("--table", choices=list(TABLES), required=True, help="the paper's table, or the arena")
+    parser.add_argument("--suite", choices=list(SUITES), default="mini", help="which model's rows (default %(default)s)")
     parser.add_argument("--rows", type=_names, metavar="A,B", help="only these rows, such as vanilla,r50")
     parser.add_argument("--tasks", type=_names, metavar="A,B", help="only these tasks, such as reading,color")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples of a task (to try things out)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be computed, at what FLOPs and how long")
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="samples a forward call (default: 32 mini, 8 others)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="results folder (default results/tableN)")
     parser.add_argument("--benchmark", type=Path, default=Path("results/benchmark"), metavar="DIR",
                         help="the embedded benchmark, written where it is missing (default %(default)s)")
-    parser.add_argument("--processes", type=_positive, metavar="N", help="workers (default: 2 on a CPU of two cores or more)")
+    parser.add_argument("--processes", type=_positive, metavar="N",
+                        help="workers, each with one cell at a time (default: one a GPU; on a CPU 2, of two cores or more)")
     parser.add_argument("--checkpoint", metavar="DIR", help="weights to use instead of the registry's")
-    parser.add_argument("--device", help="such as cpu or cuda:0 (default: the GPU where there is one)")
+    parser.add_argument("--device", type=_names, metavar="A,B",
+                        help="such as cpu, cuda:0 or cuda:0,cuda:1; workers take them in turn (default: all GPUs, else cpu)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--publish", action="store_true", help="copy the finished table to docs/results/")
     return parser
 
 
-def _has_gpu() -> bool:
-    import torch
+def worker_devices(named: list[str] | None, processes: int | None) -> list[str]:
+    """The device of each worker."""
+    if not named:
+        import torch
 
-    return torch.cuda.is_available()
+        named = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    wanted = processes or (min(2, cores()) if named == ["cpu"] else len(named))
+    return [named[i % len(named)] for i in range(wanted)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -167,19 +146,22 @@ def main(argv: list[str] | None = None) -> int:
     options = parser()
     args = options.parse_args(argv)
     warn_if_llava_is_another()  # here, because what a worker prints goes to its log
-    output = args.output or Path("results") / f"table{args.table}"
-    device = args.device or ("cuda:0" if _has_gpu() else "cpu")
-    processes = args.processes or (min(2, cores()) if device == "cpu" else 1)
-    command = f"python -m eval.run --table {args.table} --suite {args.suite}"
+    table = get_table(args.table)
+    output = args.output or Path("results") / table.stem
+    devices = worker_devices(args.device, args.processes)
+    command = f"python -m eval.run --table {table.name} --suite {args.suite}"
     for name in ("rows", "tasks"):
         if getattr(args, name):
             command += f" --{name} {','.join(getattr(args, name))}"
     command += f" --limit {args.limit}" if args.limit else ""
     started = time.monotonic()
     try:
-        cells, manifest = plan(
-            args.suite, args.rows, args.tasks, args.limit, args.checkpoint, args.benchmark, args.dtype,
+        todo = plan(
+            table, args.suite, args.rows, args.tasks, args.limit, args.checkpoint, args.benchmark, args.dtype, args.dry_run,
         )
+        if args.dry_run:
+            print(describe(todo, output, len(devices)))
+            return 0
         output.mkdir(parents=True, exist_ok=True)
         with open(output / ".lock", "w") as lock:
             try:
@@ -187,23 +169,24 @@ def main(argv: list[str] | None = None) -> int:
             except BlockingIOError:
                 raise ValueError(f"another run is filling {output}: wait for it, or choose another --output") from None
             settings = Settings(
-                output=str(output.resolve()), device=device, threads=max(1, cores() // processes),
+                output=str(output.resolve()), device=devices[0], threads=max(1, cores() // len(devices)),
                 batch_size=args.batch_size or (32 if args.suite == "mini" else 8), dtype=args.dtype,
                 online=args.suite != "mini",
             )
-            failed = fill(cells, manifest, output, settings, processes, command)
+            if todo.manifest is not None:
+                write_text(output / "benchmark.json", json.dumps(todo.manifest, indent=1) + "\n")
+            failed, unwritten = fill(todo.cells, todo.manifest, output, settings, devices, command)
             from .report import write_report
 
-            if manifest is not None:
-                write_text(output / "benchmark.json", json.dumps(manifest, indent=1) + "\n")
-            table = write_report(output, args.table, publish=REPOSITORY / "docs" / "results" if args.publish else None)
+            text = write_report(output, table, REPOSITORY / "docs" / "results" if args.publish else None, unwritten)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError, PoolError) as error:
         options.error(str(error))
-    print(table.read_text(encoding="utf-8"))
-    print(f"{len(cells)} cells, {failed} failed, {time.monotonic() - started:.0f} s; table: {table}", file=sys.stderr)
+    print(text)
+    seconds = time.monotonic() - started
+    print(f"{len(todo.cells)} cells, {failed} failed, {seconds:.0f} s; table: {output / table.stem}.md", file=sys.stderr)
     return 1 if failed else 0
 
 

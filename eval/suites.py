@@ -1,6 +1,6 @@
-"""What a table consists of: suites of row files, and what the harness calls the rows' tasks."""
+"""What each table consists of: its models' row files in order, its tasks, its columns. All of it is declared here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .checkpoints import REPOSITORY
@@ -8,32 +8,146 @@ from .checkpoints import REPOSITORY
 CONFIGS = REPOSITORY / "configs"
 TASKS = Path(__file__).resolve().parent / "tasks"
 BLIND = "blind"  # the row that is not a file: vanilla on grey images
+BLIND_TITLE = "vanilla, grey images (blind)"
+NOT_AVERAGED = {"mme"}  # the paper's Avg leaves it out
 
-# Suite → (folder below configs/, prefix of its files, title of the model).
+# Suite (one model's rows; their files begin with its name, the embedded model's lie in configs/mini) → title of the model.
 SUITES = {
-    "mini": ("mini", "", "embedded model"),
-    "llava7b": ("", "llava7b_", "LLaVA-1.5-7B"),
-    "llava13b": ("", "llava13b_", "LLaVA-1.5-13B"),
-    "next8b": ("", "next8b_", "LLaVA-NeXT-8B"),
+    "mini": "The embedded model",
+    "llava7b": "LLaVA-1.5-7B",
+    "llava13b": "LLaVA-1.5-13B",
+    "next8b": "LLaVA-NeXT-8B",
+    "videollama2": "VideoLLaMA-2 (7B)",
+    "qwen2vl7b": "Qwen2-VL-7B",
 }
-TABLES = {1: ("mini", "llava7b", "llava13b", "next8b")}
-ROWS = {  # in the order of the tables
-    "vanilla": "vanilla", "fastv": "FastV", "turbo": "Turbo", "r50": "Libra-Merging, 50%", "r67": "Libra-Merging, 67%",
-    "random": "random (control)", "windowed_fastv": "windowed FastV (control)", BLIND: "vanilla, grey images (blind)",
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    name: "1" … "7" or a word; title: its heading; folder: of its row files, below configs/ and below configs/mini/;
+    suites: the models of the paper that it has; sections: heading → rows in order, rows that are named nowhere come last;
+    blind: the embedded model is also run on grey images, and Avg takes the question types that it has learned (otherwise
+    all tasks but MME); above: show each row's difference to the row above it; extras: further columns, `sim`
+    (Table 4's mean s^max), `share` (of the tokens that are no targets, what went into the compensation token);
+    timed: samples of each task that all rows answer in turns, for time and memory; note: what to know of the embedded
+    model's table.
+    """
+
+    name: str
+    title: str
+    folder: str
+    suites: tuple[str, ...]
+    sections: dict[str, tuple[str, ...]] = field(hash=False)
+    blind: bool = False
+    above: bool = False
+    extras: tuple[str, ...] = ()
+    timed: int = 0
+    note: str = ""
+
+    @property
+    def stem(self) -> str:
+        """Of its results folder and its files."""
+        return f"table{self.name}" if self.name.isdigit() else self.name
+
+    @property
+    def order(self) -> list[str]:
+        return [row for rows in self.sections.values() for row in rows]
+
+
+def _arena(prefix: str, *more: str) -> tuple[str, ...]:
+    names = ("fastv", "turbo", "windowed_fastv", "random_0", "random_1", "random_2", "average", "libra", *more)
+    return tuple(f"{prefix}_{name}" for name in names)
+
+
+_MAIN = ("vanilla", "fastv", "turbo", "r50", "r67", "random", "windowed_fastv", BLIND)
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table("1", "Table 1: methods on image benchmarks", "", ("llava7b", "llava13b", "next8b"), {"": _MAIN}, blind=True),
+        Table(
+            "2", "Table 2: 75% after one layer", "table2", ("videollama2",), {"": ("vanilla", "fastv", "turbo", "libra")},
+            note="The embedded model sees single images: this is the setting of the paper's video table, 75% removed after one "
+            "early layer, on its question types; there are no subtitles and no durations.",
+        ),
+        Table(
+            "3", "Table 3: components", "table3", ("llava7b",),
+            {
+                "": ("vanilla",),
+                "R = 50%": ("merging_r50", "hierarchical_r50", "pti_r50", "libra_r50"),
+                "R = 67%": ("hierarchical_r67", "pti_r67", "libra_r67"),
+                "R = 80%": ("hierarchical_r80", "pti_r80", "libra_r80"),
+            },
+            above=True, extras=("sim", "share"),
+            note="Merging is Turbo after one layer, Hierarchical is Turbo after three. PTI exchanges its targets for "
+            "intervals, IGM its average for the importance-informed merging and the compensation token.",
+        ),
+        Table(
+            "4", "Table 4: pruning or merging", "table4", ("llava7b",),
+            {
+                "": ("vanilla",),
+                "early layer": ("prune_l1", "merge_l1", "igm_l1", "prune_l3", "merge_l3", "igm_l3"),
+                "middle layer": ("prune_l5", "merge_l5", "igm_l5", "prune_l15", "merge_l15", "igm_l15"),
+            },
+            above=True, extras=("sim", "share"),
+            note="Targets are the most important tokens (top-k) in every row, 80% are removed. Pruning asks for no similarity; "
+            "its Sim is that of the rows below, for the targets are the same.",
+        ),
+        Table(
+            "5", "Table 5: variants of IGM", "table5", ("llava7b",), {"": ("vanilla", "igm_pos", "igm_neg", "igm")},
+            above=True, extras=("sim", "share"),
+            note="Targets are the most important tokens (top-k), 80% are removed after the middle layer.",
+        ),
+        Table(
+            "6", "Table 6: time and memory", "table6", ("llava7b",),
+            {"": ("vanilla", "fastv_r50", "libra_r50", "fastv_r80", "libra_r80")}, timed=20,
+            note="Ratios to vanilla on the same questions, which all rows answer in turns, one question at a time.",
+        ),
+        Table(
+            "7", "Table 7: hybrid attention", "table7", ("qwen2vl7b", "llava7b"),
+            {"": ("vanilla", "flash", "sdpa", "fastv", "fastv_hybrid", "libra_hybrid")}, timed=20,
+            note="Ratios to vanilla on the same questions, which all rows answer in turns, one question at a time. SDPA stands "
+            "where the paper has flash-attention 2, which a CPU does not have. FastV without hybrid runs eager attention, as a "
+            "method that reads the whole attention map must.",
+        ),
+        Table(
+            "arena", "Arena: methods at equal layers and FLOPs", "arena", (),
+            {
+                "": ("vanilla", BLIND),
+                "after layer 1, 50%": _arena("l1"),
+                "after layer 2, 50%": _arena("l2"),
+                "after layer 5, 50%": _arena("l5"),
+                "after layers 2, 5, 8, 50% each": _arena("h", "pyramiddrop"),
+                "importance: mean over the question's tokens": tuple(
+                    f"{place}_{name}_mean" for place in ("l1", "h") for name in ("fastv", "windowed_fastv", "libra")
+                ),
+                "Turbo's λ": ("l1_turbo_lambda05", "l1_turbo_lambda2"),
+            },
+            blind=True, extras=("sim", "share"),
+            note="Within a section all rows compress after the same layers to the same number of tokens, so they cost the same "
+            "FLOPs. Random pruning is drawn three times.",
+        ),
+    )
 }
 
 
 @dataclass(frozen=True)
 class Task:
-    """name: in a row's file; harness: in lmms-eval; metric: the score's key; scale: to percent; title: its column."""
+    """name: in a row's file; harness: in lmms-eval; metric: the score's key; scale: to percent; title: its column;
+    groups: parts of the benchmark with a column of their own; group_by: the key of a sample's metric that names its part."""
 
     name: str
     harness: str
     metric: str
     scale: float
     title: str
+    groups: tuple[str, ...] = ()
+    group_by: str = ""
 
 
+_DURATIONS = ("short", "medium", "long")
 PAPER_TASKS = {
     task.name: task
     for task in (
@@ -43,8 +157,41 @@ PAPER_TASKS = {
         Task("mmbench_en_static", "mmbench_en_dev_static", "gpt_eval_score", 1, "MMBench-EN"),
         Task("mmbench_cn_static", "mmbench_cn_static", "gpt_eval_score", 1, "MMBench-CN"),
         Task("textvqa_ocr", "textvqa_ocr", "exact_match", 100, "TextVQA"),
+        Task("videomme", "videomme", "videomme_perception_score", 1, "w/o subs", _DURATIONS, "duration"),
+        Task("videomme_w_subtitle", "videomme_w_subtitle", "videomme_perception_score", 1, "w subs", _DURATIONS, "duration"),
     )
 }
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task's score, or with ``group`` that of a part of it. ``key`` names it among a row's figures of the paper."""
+
+    task: str
+    group: str
+    title: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.task}_{self.group}" if self.group else self.task
+
+
+def columns(tasks: list[str]) -> list[Column]:
+    """The columns of these tasks; those with parts come part by part, as the paper's Table 2 has them."""
+    groups = list(dict.fromkeys(group for task in tasks for group in get_task(task).groups))
+    if not groups:
+        return [Column(task, "", get_task(task).title) for task in tasks]
+    return [
+        Column(task, group, f"{group or 'overall'} {get_task(task).title}") for group in ("", *groups) for task in tasks
+        if not group or group in get_task(task).groups
+    ]
+
+
+def get_table(name: str | int) -> Table:
+    """The table of that name; ValueError with the known names for any other."""
+    if str(name) not in TABLES:
+        raise ValueError(f"table {name} is unknown; use one of {', '.join(TABLES)}")
+    return TABLES[str(name)]
 
 
 def get_task(name: str) -> Task:
@@ -57,11 +204,28 @@ def get_task(name: str) -> Task:
     return PAPER_TASKS[name]
 
 
-def row_files(suite: str) -> dict[str, Path]:
-    """The suite's rows by short name (``r50``), in table order; files that the table does not know come last."""
-    if suite not in SUITES:
-        raise ValueError(f"suite {suite} is unknown; use one of {', '.join(SUITES)}")
-    folder, prefix, _ = SUITES[suite]
-    files = {path.stem.removeprefix(prefix): path for path in sorted((CONFIGS / folder).glob(f"{prefix}*.yaml"))}
-    order = list(ROWS)
-    return dict(sorted(files.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0])))
+def row_files(table: Table, suite: str) -> dict[str, Path]:
+    """A table's rows of one suite by short name (``r50``), in table order; files that the table does not name come last."""
+    known = ("mini", *table.suites)
+    if suite not in known:
+        raise ValueError(f"suite {suite} is not in table {table.name}; use one of {', '.join(known)}")
+    prefix = "" if suite == "mini" else f"{suite}_"
+    folder = CONFIGS / ("mini" if suite == "mini" else "") / table.folder
+    files = {path.stem.removeprefix(prefix): path for path in sorted(folder.glob(f"{prefix}*.yaml"))}
+    place = {name: number for number, name in enumerate(table.order)}
+    return dict(sorted(files.items(), key=lambda item: (place.get(item[0], len(place)), item[0])))
+
+
+def suite_rows(table: Table, suite: str) -> dict[str, Path]:
+    """:func:`row_files` with the blind run of the embedded model, at its place."""
+    files = row_files(table, suite)
+    if suite == "mini" and table.blind and "vanilla" in files:
+        files[BLIND] = files["vanilla"]
+        place = {name: number for number, name in enumerate(table.order)}
+        files = dict(sorted(files.items(), key=lambda item: place.get(item[0], len(place))))
+    return files
+
+
+def section_of(table: Table, row: str) -> str:
+    """The heading a row stands under; rows that the table does not name stand under "other rows"."""
+    return next((heading for heading, rows in table.sections.items() if row in rows), "other rows")

@@ -17,6 +17,7 @@ IMPORTANCES = ("last", "mean")
 SCORE_LAYERS = ("same", "next")
 POSITIONS = ("original", "compact")
 ROUNDINGS = ("round", "floor", "ceil")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 
 _CHOICES = {
     "method": tuple(METHODS),
@@ -24,6 +25,7 @@ _CHOICES = {
     "score_layer": SCORE_LAYERS,
     "positions": POSITIONS,
     "rounding": ROUNDINGS,
+    "attention": ATTENTIONS,
 }
 
 
@@ -167,7 +169,8 @@ class Row:
     """One row of a table, as its YAML file describes it.
 
     model: a name of `libra.registry`; tasks: what it is evaluated on; paper: the paper's figures for it, for comparison only;
-    name: the file's stem unless given; path: the file.
+    name: the file's stem unless given; path: the file; title: in a table, the name unless given; attention: how the model
+    attends, one of `ATTENTIONS`. The score row is computed beside any of them.
     """
 
     model: str
@@ -176,6 +179,8 @@ class Row:
     paper: dict[str, float] = field(default_factory=dict)
     name: str = ""
     path: str = ""
+    title: str = ""
+    attention: str = "sdpa"
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Row":
@@ -186,9 +191,11 @@ class Row:
             for key, example in (("model", "model: llava-1.5-7b"), ("compression", "compression: {method: vanilla}")):
                 if key not in mapping:
                     raise ConfigError(f"{key}: is missing; a row needs it, for example `{example}`")
-            for key in ("model", "name"):
+            for key in ("model", "name", "title"):
                 if key in mapping and (not isinstance(mapping[key], str) or not mapping[key]):
                     raise ConfigError(f"{key}: {_show(mapping[key])} is not a name; write a text")
+            attention = mapping.get("attention", cls.attention)
+            _choice("attention", attention)
             tasks, paper = mapping.get("tasks", []), mapping.get("paper", {})
             if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
                 raise ConfigError(f"tasks: {_show(tasks)} is not a list of task names; write for example [gqa, mme]")
@@ -202,11 +209,12 @@ class Row:
         except ConfigError as error:
             raise _at(source, error) from None
         compression = _block(mapping["compression"], source)
-        return cls(mapping["model"], compression, tasks, paper, mapping.get("name", Path(path).stem), source)
+        name = mapping.get("name", Path(path).stem)
+        return cls(mapping["model"], compression, tasks, paper, name, source, mapping.get("title", name), attention)
 
 
 _NAMES = tuple(f.name for f in fields(Compression))
-ROW_KEYS = ("model", "compression", "tasks", "paper", "name")
+ROW_KEYS = ("model", "compression", "tasks", "paper", "name", "title", "attention")
 _NO_LAYERS = "layers: there are none; write for example layers: [7, 15, 23], or method: vanilla to compress nothing"
 
 

@@ -1,5 +1,6 @@
 """Stand-ins for the harness. A module of its own, without torch, because every spawned worker imports it."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -13,6 +14,10 @@ def stand_in(settings):
         with open(Path(settings.output) / "calls" / cell.name, "a") as file:
             file.write("x")
         on_samples(2)
+        (Path(settings.output) / "devices").mkdir(exist_ok=True)
+        (Path(settings.output) / "devices" / cell.name).write_text(settings.device)
+        if cell.row == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if cell.row == "raises":
             raise ValueError("no such thing\nsecond line")
         if cell.row == "dies":

@@ -13,18 +13,21 @@ import numpy as np
 import pytest
 from eval_stand_ins import broken, stand_in
 
-from eval import report, run
-from eval.cells import Cell, read_json
-from eval.harness import Settings, summary
+from eval import report, run, statistics
+from eval.cells import Cell, read_cells, read_json
+from eval.harness import Settings, summary, trace_summary
+from eval.measured import Measured
 from eval.pool import PoolError
 from eval.samples import SampleLog
-from eval.suites import SUITES, get_task, row_files
+from eval.statistics import Figure
+from eval.suites import get_table, get_task, row_files
 from libra.config import Compression, Row
 from libra.flops import cost
 from libra.registry import get_model
 from mini.questions import TYPES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+TABLE = get_table(1)
 VERSIONS = {"python": "3", "torch": "2"}
 
 
@@ -56,10 +59,12 @@ def cell_of(row: str, task: str = "mini_color", limit: int | None = 4, **setting
     return Cell("mini", row, task, "row.yaml", False, "weights", None, limit, {"row": row, "dtype": "float32", **settings})
 
 
-def fill(cells, output, processes=2, factory=stand_in) -> int:
+def fill(cells, output, devices=("cpu", "cpu"), factory=stand_in) -> int:
     settings = Settings(str(output), "cpu", 1, 4, "float32", False)
     output.mkdir(exist_ok=True)
-    return run.fill(cells, {"questions": 4}, output, settings, processes, "python -m eval.run --table 1", factory)
+    failed, unwritten = run.fill(cells, {"questions": 4}, output, settings, devices, "python -m eval.run --table 1", factory)
+    assert not unwritten
+    return failed
 
 
 def calls(output) -> dict[str, int]:
@@ -80,17 +85,17 @@ def test_a_failed_cell_and_a_dead_worker_cost_only_their_own_cells(tmp_path, cap
 def test_finished_cells_are_kept_and_others_done_again(tmp_path):
     output = tmp_path / "out"
     cells = [cell_of("vanilla"), cell_of("raises"), cell_of("fastv")]
-    fill(cells, output, processes=1)
-    fill(cells, output, processes=1)
+    fill(cells, output, devices=["cpu"])
+    fill(cells, output, devices=["cpu"])
     assert calls(output) == {"mini.vanilla.mini_color": 1, "mini.raises.mini_color": 2, "mini.fastv.mini_color": 1}
     cells[2].path(output).write_text('{"status": "o')
-    fill([cell_of("vanilla", limit=3), cell_of("fastv")], output, processes=1)
-    fill([cell_of("vanilla", limit=3, benchmark_sha256="other")], output, processes=1)
+    fill([cell_of("vanilla", limit=3), cell_of("fastv")], output, devices=["cpu"])
+    fill([cell_of("vanilla", limit=3, benchmark_sha256="other")], output, devices=["cpu"])
     assert calls(output) == {"mini.vanilla.mini_color": 3, "mini.raises.mini_color": 2, "mini.fastv.mini_color": 2}
 
 
 def test_finished_cells_need_no_worker_and_a_broken_one_is_one_sentence(tmp_path):
-    fill([cell_of("vanilla")], tmp_path, processes=1)
+    fill([cell_of("vanilla")], tmp_path, devices=["cpu"])
     assert fill([cell_of("vanilla")], tmp_path, factory=broken) == 0
     with pytest.raises(PoolError, match="^RuntimeError: the model does not load$"):
         fill([cell_of("fastv")], tmp_path, factory=broken)
@@ -102,6 +107,7 @@ def test_finished_cells_need_no_worker_and_a_broken_one_is_one_sentence(tmp_path
     (["--tasks", "colour"], "error: task colour is not a task"),
     (["--limit", "0"], "error: argument --limit: 0 is not a number"),
     (["--checkpoint", "mini/nowhere"], "error: checkpoint mini/nowhere is missing"),
+    (["--suite", "qwen2vl7b"], "error: suite qwen2vl7b is not in table 1; use one of mini, llava7b"),
     (["--suite", "llava7b"], "error: checkpoint liuhaotian/llava-v1.5-7b is not in the local cache"),
 ])
 def test_what_cannot_run_says_why_and_writes_nothing(arguments, sentence, tmp_path, monkeypatch, capsys):
@@ -118,45 +124,60 @@ def test_what_cannot_run_says_why_and_writes_nothing(arguments, sentence, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_every_row_names_tasks_that_exist():
-    for suite in SUITES:
-        files = row_files(suite)
-        assert list(files)[:5] == ["vanilla", "fastv", "turbo", "r50", "r67"]
-        for path in files.values():
-            assert all(get_task(task) for task in Row.from_yaml(path).tasks)
-    assert Row.from_yaml(row_files("mini")["vanilla"]).tasks == [f"mini_{kind}" for kind in TYPES]
-    with pytest.raises(ValueError, match="task gqq is unknown"):
-        get_task("gqq")
-
-
 def test_statistics_are_numpys():
     rng = np.random.default_rng(0)
     ours, vanilla = rng.random(300) < 0.7, rng.random(300) < 0.8
-    figure = report.accuracy(ours)
+    figure = statistics.accuracy(ours)
     assert figure.value == pytest.approx(100 * ours.mean())
     assert figure.stderr == pytest.approx(100 * np.sqrt(ours.mean() * (1 - ours.mean()) / 300))
-    pair = report.paired_difference(ours, vanilla)
+    pair = statistics.paired_difference(ours, vanilla)
     difference = ours.astype(float) - vanilla
     assert pair.value == pytest.approx(100 * difference.mean())
     assert pair.stderr == pytest.approx(100 * np.std(difference, ddof=1) / np.sqrt(300))
-    mean = report.mean_of([figure, pair])
+    mean = statistics.mean_of([figure, pair])
     assert mean.value == pytest.approx((figure.value + pair.value) / 2)
     assert mean.stderr == pytest.approx(np.hypot(figure.stderr, pair.stderr) / 2)
-    assert report.mean_of([figure, report.Figure(1.0)]).stderr is None
-    assert report.paired_difference(ours, ours) == report.Figure(0.0, 0.0)
+    assert statistics.mean_of([figure, Figure(1.0)]).stderr is None
+    assert statistics.paired_difference(ours, ours) == Figure(0.0, 0.0)
     with pytest.raises(ValueError, match="differ in number"):
-        report.paired_difference(ours, vanilla[1:])
+        statistics.paired_difference(ours, vanilla[1:])
 
 
 def test_a_cells_summary_counts_documents_in_order():
     samples = [{"doc_id": i, "exact_match": value} for i, value in enumerate((1.0, 0.0, 1.0, 1.0))]
     records = [{"tokens": [8, 4], "seconds": 0.5}, {"tokens": [6, 3], "seconds": 0.25}, {"tokens": [], "seconds": 1.0}]
-    cell = summary(0.75, "exact_match", 100, samples, records)
+    cell = summary(0.75, get_task("mini_color"), samples, records)
     assert cell["score"] == 75 and cell["correct"] == [1, 0, 1, 1] and cell["n"] == 4 and cell["seconds"] == 1.75
-    assert cell["stderr"] == pytest.approx(report.accuracy(cell["correct"]).stderr)
-    assert cell["tokens_per_layer"] == [7.0, 3.5]
-    mme = summary(1500.0, "mme_perception_score", 1, [{"doc_id": 0, "mme_perception_score": {"score": 1}}], [])
+    assert cell["stderr"] == pytest.approx(statistics.accuracy(cell["correct"]).stderr)
+    assert cell["tokens_per_layer"] == [7.0, 3.5] and cell["trace"] == [] and cell["groups"] == {}
+    mme = summary(1500.0, get_task("mme"), [{"doc_id": 0, "mme_perception_score": {"score": 1}}, {"doc_id": 1}], [])
     assert (mme["score"], mme["stderr"], mme["correct"], mme["tokens_per_layer"]) == (1500.0, None, None, None)
+
+
+def test_parts_of_a_benchmark_have_their_own_score():
+    durations = ["short", "short", "long", "long", "long"]
+    samples = [
+        {"doc_id": i, "videomme_perception_score": {"duration": duration, "score": float(i in (0, 3))}}
+        for i, duration in enumerate(durations)
+    ]
+    cell = summary(40.0, get_task("videomme"), samples, [])
+    assert cell["score"] == 40 and cell["correct"] == [1, 0, 0, 1, 0]
+    assert cell["stderr"] == pytest.approx(100 * (0.4 * 0.6 / 5) ** 0.5)
+    assert list(cell["groups"]) == ["short", "long"] and cell["groups"]["short"]["score"] == 50
+    third = {"score": 100 / 3, "stderr": 100 * (2 / 9 / 3) ** 0.5, "n": 3}
+    assert cell["groups"]["long"] == pytest.approx(third)
+
+
+def test_a_trace_is_averaged_over_samples():
+    traces = [[[0.9, 0.0], [0.5, 0.62]], [[0.7, 0.2], [None, 1.0]]]
+    first, second = trace_summary(traces, (2, 5))
+    assert first["layer"] == 2 and first["similarity"] == pytest.approx(0.8) and first["share"] == pytest.approx(0.1)
+    assert first["similarity_stderr"] == pytest.approx(0.1 / 2**0.5)
+    assert second["similarity"] == 0.5 and second["similarity_stderr"] == 0
+    assert [i for i, count in enumerate(second["histogram"]) if count] == [12, 19] and sum(first["histogram"]) == 2
+    nothing = trace_summary([[[None, None]]], (1,))[0]
+    assert nothing["similarity"] is None and nothing["share"] is None and sum(nothing["histogram"]) == 0
+    assert trace_summary([], (1,)) == []
 
 
 @pytest.mark.parametrize("vanilla, majority, blind, expected", [
@@ -164,7 +185,7 @@ def test_a_cells_summary_counts_documents_in_order():
     (90.0, 65.0, 65.0, True),
 ])
 def test_learned(vanilla, majority, blind, expected):
-    assert report.is_learned(vanilla, majority, blind) is expected
+    assert statistics.is_learned(vanilla, majority, blind) is expected
 
 
 def measured_cell(row: str, task: str, correct: list[float]) -> dict:
@@ -212,23 +233,23 @@ def table_rows(text: str, heading: str) -> dict[str, list[str]]:
 
 def test_report_shows_measured_and_printed_figures(tmp_path):
     fill_results(tmp_path)
-    text = report.write_report(tmp_path, 1, publish=tmp_path / "published").read_text()
+    text = report.write_report(tmp_path, TABLE, publish=tmp_path / "published")
     mini = table_rows(text, "## The embedded model")
     assert mini[""][:3] == ["FLOPs", "reading", "position"] and mini[""][5] == "color †"
     assert mini["vanilla"][0] == "100%" and mini["vanilla"][1] == "90.0 ± 3.0" and mini["vanilla"][-1] == "24"
     assert mini["vanilla"][-3] == f"90.0 ± {3 / 7 ** 0.5:.1f}"  # Avg leaves colour out
     pair = 100 * np.std([1.0] * 20 + [0.0] * 80, ddof=1) / 10 / 7 ** 0.5
-    assert mini["Libra-Merging, 50%"][-2] == f"-20.0 ± {pair:.1f}"
+    assert mini["Libra-Merging, 50%"][-2] == f"-20.0 ± {pair:.1f} *"  # more than two standard errors
     assert mini["most frequent answer"][1] == "25.0" and mini["vanilla, grey images (blind)"][1] == "30.0 ± 4.6"
-    spec, c = get_model("mini"), Row.from_yaml(row_files("mini")["r50"]).compression
+    spec, c = get_model("mini"), Row.from_yaml(row_files(TABLE, "mini")["r50"]).compression
     assert mini["Libra-Merging, 50%"][0] == f"{100 * cost(spec, c).total / cost(spec, Compression()).total:.0f}%" != "100%"
     paper = table_rows(text, "### LLaVA-1.5-7B")
     assert paper["Libra-Merging, 50%"][:4] == ["1.78 T (47%)", "1.78 T (47%)", "paper's", "61.3"]
-    assert paper[""][2:] == ["ours"] + [""] * 7  # the last row without a name: not measured
+    assert paper[""][2:] == ["ours"] + [""] * 8  # the last row without a name: not measured
     for line in ("commit: abc", "A CPU, 2 cores, 2 processes", "sha256 feed", "`python -m eval.run --table 1`"):
         assert line in text
     assert str(tmp_path) not in text and os.uname().nodename not in text
-    for suffix in ("md", "csv", "png"):
+    for suffix in ("md", "csv", "tex", "png"):
         copy = tmp_path / "published" / f"table1.{suffix}"
         assert copy.read_bytes() == (tmp_path / f"table1.{suffix}").read_bytes()
     assert (tmp_path / "table1.png").read_bytes().startswith(b"\x89PNG")
@@ -236,7 +257,7 @@ def test_report_shows_measured_and_printed_figures(tmp_path):
 
 def test_csv_has_a_line_a_figure(tmp_path):
     fill_results(tmp_path)
-    report.write_report(tmp_path, 1)
+    report.write_report(tmp_path, TABLE)
     with open(tmp_path / "table1.csv") as file:
         lines = list(csv.DictReader(file))
     (line,) = [x for x in lines if (x["suite"], x["row"], x["task"]) == ("mini", "fastv", "mini_relation")]
@@ -250,15 +271,15 @@ def test_what_counts_is_decided_without_the_compressed_rows(tmp_path):
     chosen = []
     for compressed in (0, 100):
         fill_results(tmp_path / str(compressed), compressed)
-        measured = report.Measured("mini", report.read_cells(tmp_path / str(compressed)))
-        chosen.append(report.learned_types(measured, {f"mini_{kind}": 25.0 for kind in TYPES}))
+        majority = {f"mini_{kind}": 25.0 for kind in TYPES}
+        chosen.append(Measured(TABLE, "mini", read_cells(tmp_path / str(compressed)), majority).averaged)
     assert chosen[0] == chosen[1] == [f"mini_{kind}" for kind in TYPES if kind != "color"]
 
 
 def test_a_failed_and_a_missing_cell_show_and_leave_the_averages_empty(tmp_path):
     fill_results(tmp_path, failed=True)
     (tmp_path / "cells" / "mini.turbo.mini_position.json").unlink()
-    text = report.write_report(tmp_path, 1).read_text()
+    text = report.write_report(tmp_path, TABLE)
     mini = table_rows(text, "## The embedded model")
     assert mini["Libra-Merging, 50%"][1] == "failed (1)" and mini["Libra-Merging, 50%"][-3:] == ["", "", ""]
     assert "(1) Libra-Merging, 50%, reading: failed: OutOfMemoryError: too large" in text
@@ -295,42 +316,57 @@ def command(checkpoint, output, benchmark, *more) -> list[str]:
             "--benchmark", str(benchmark), *more]
 
 
-def answers(output: Path) -> dict[tuple, list]:
+def answers(output: Path) -> dict[str, dict[int, tuple]]:
+    """Of each sample file its finished samples: document → what was answered."""
     found = {}
     for path in (output / "samples").glob("*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        records = {line["doc_id"]: (line["answer"], line["tokens"]) for line in lines}
-        found[path.name] = [records[i] for i in sorted(records)]
+        found[path.name] = {line["doc_id"]: (line["answer"], tuple(line["tokens"])) for line in lines}
     return found
 
 
+SEED = 20_261_121  # of the moments of the kills
+
+
 @pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_table(checkpoint, tmp_path):
-    data = tmp_path / "benchmark"
-    first = subprocess.run(command(checkpoint, tmp_path / "whole", data), cwd=REPOSITORY, capture_output=True, text=True)
+def test_three_kills_lose_no_finished_sample_and_change_no_number(checkpoint, tmp_path):
+    data, moments = tmp_path / "benchmark", random.Random(SEED)
+    whole, output = tmp_path / "whole" / "table", tmp_path / "killed" / "table"  # apart, so that no cell is reused
+    first = subprocess.run(command(checkpoint, whole, data), cwd=REPOSITORY, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
-    output, kills = tmp_path / "killed", 0
-    for attempt in range(4):
+    finished = answers(whole)
+    batches = sum(len(records) for records in finished.values()) // 4
+    kept: dict[str, dict] = {}
+    for kill in range(3):
+        # Few enough batches that every kill finds work left.
+        goal = sum(map(len, kept.values())) // 4 + moments.randint(1, batches // 8)
+        delay = moments.uniform(0, 0.3)
         runner = subprocess.Popen(command(checkpoint, output, data), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
                                   stderr=subprocess.DEVNULL, start_new_session=True)
-        begun = answers(output)
-        while runner.poll() is None and answers(output) == begun:  # kill it somewhere after its first batch
-            time.sleep(0.1)
-        time.sleep(random.Random(attempt).uniform(0, 1.5))
-        if runner.poll() is None:
-            kills += 1
-            runner.kill()  # the runner alone: its orphaned workers must leave by themselves
+        while runner.poll() is None and sum(map(len, answers(output).values())) < 4 * goal:
+            time.sleep(0.02)
+        time.sleep(delay)
+        assert runner.poll() is None, f"kill {kill} came too late"
+        runner.kill()  # the runner alone: its orphaned workers must leave by themselves
         runner.wait()
-    assert kills >= 1
+        assert runner.returncode == -9
+        now = answers(output)
+        for name, records in kept.items():
+            assert records.items() <= now[name].items()  # nothing that was finished is lost or changed
+        kept = now
+    assert 0 < sum(map(len, kept.values())) < 4 * batches
+    files = {path.name: path.read_bytes() for path in (output / "samples").glob("*.jsonl")}
     subprocess.run(command(checkpoint, output, data), cwd=REPOSITORY, check=True, capture_output=True)
-    assert answers(output) == answers(tmp_path / "whole") and len(answers(output)) == 6
-    for path in (tmp_path / "whole" / "cells").iterdir():
-        whole, resumed = read_json(path), read_json(output / "cells" / path.name)
-        assert whole["n"] == 24
-        for key in ("score", "correct", "tokens_per_layer", "config_hash"):
-            assert whole[key] == resumed[key]
+    for name, before in files.items():  # the log was only added to, behind its last whole line
+        assert (output / "samples" / name).read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert answers(output) == finished and len(finished) == 6
+    for path in (whole / "cells").iterdir():
+        one, resumed = read_json(path), read_json(output / "cells" / path.name)
+        assert one["n"] == 24
+        for key in ("score", "correct", "tokens_per_layer", "trace", "config_hash"):
+            assert one[key] == resumed[key]
         if ".r50." in path.name:
-            assert whole["tokens_per_layer"] == [256] * 3 + [128] * 3 + [64] * 3 + [32] * 3
+            assert one["tokens_per_layer"] == [256] * 3 + [128] * 3 + [64] * 3 + [32] * 3
     again = subprocess.run(command(checkpoint, output, data), cwd=REPOSITORY, check=True, capture_output=True, text=True)
     assert "6 cells, 0 failed" in again.stderr
 
@@ -340,7 +376,7 @@ def test_harness_command_line_from_a_plain_checkout(checkpoint, tmp_path):
     from mini.benchmark import write_benchmark
 
     write_benchmark(tmp_path / "results" / "benchmark", 6)
-    arguments = f"config={REPOSITORY}/configs/mini/r50.yaml,checkpoint={checkpoint},blind=true,sample_log={tmp_path}/log.jsonl"
+    arguments = f"config={REPOSITORY}/configs/mini/r50.yaml,pretrained={checkpoint},blind=true,sample_log={tmp_path}/log.jsonl"
     subprocess.run(
         [sys.executable, "-m", "eval", "--model", "libra", "--model_args", arguments, "--tasks", "mini_color", "--limit", "6",
          "--include_path", str(REPOSITORY / "eval" / "tasks"), "--batch_size", "4", "--device", "cpu",
@@ -362,7 +398,7 @@ def test_model_batches_text_only_rows_and_refuses_a_task_without_images(checkpoi
 
     from eval.lmms_libra import LibraModel
 
-    model = LibraModel(str(REPOSITORY / "configs/mini/r50.yaml"), checkpoint=str(checkpoint), device="cpu", batch_size="3")
+    model = LibraModel(str(REPOSITORY / "configs/mini/r50.yaml"), pretrained=str(checkpoint), device="cpu", batch_size="3")
     noise = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), np.uint8)
     documents = [{"images": [Image.fromarray(image)]} for image in noise] + [{"images": []}]
     model.task_dict = {"t": {"test": documents}}

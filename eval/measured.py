@@ -1,0 +1,186 @@
+"""The cells of one suite of a table, asked by row and task."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from libra.config import ConfigError, Row
+from libra.flops import cost
+from libra.registry import get_model
+
+from .cells import TURNS
+from .plan import flops_ratio
+from .statistics import Figure, Spread, is_learned, mean_of, paired_difference
+from .suites import BLIND, BLIND_TITLE, NOT_AVERAGED, Column, Table, columns, suite_rows
+
+HAVE_SHARE = ("igm", "igm-neg")  # merges that can make a compensation token
+
+
+class Measured:
+    """One suite of a table. Everything is None (or empty) where it was not measured.
+
+    majority: of the embedded benchmark, task → percent that the most frequent answer would reach; empty for other suites.
+    """
+
+    def __init__(self, table: Table, suite: str, cells: list[dict], majority: dict[str, float] | None = None):
+        self.table, self.suite, self.majority = table, suite, majority or {}
+        self.rows = {name: Row.from_yaml(path) for name, path in suite_rows(table, suite).items()}
+        if BLIND in self.rows:
+            self.rows[BLIND] = replace(self.rows[BLIND], title=BLIND_TITLE)
+        self.cells = {(cell["row"], cell["task"]): cell for cell in cells if cell["suite"] == suite}
+        self.tasks = list(dict.fromkeys(task for row in self.rows.values() for task in row.tasks))
+
+    @property
+    def columns(self) -> list[Column]:
+        return columns(self.tasks)
+
+    def _ok(self, row: str, task: str) -> dict | None:
+        cell = self.cells.get((row, task))
+        return cell if cell is not None and cell["status"] == "ok" else None
+
+    def score(self, row: str, task: str, group: str = "") -> Figure | None:
+        cell = self._ok(row, task)
+        if cell is not None and group:
+            cell = cell.get("groups", {}).get(group)
+        return Figure(cell["score"], cell["stderr"]) if cell is not None else None
+
+    def correct(self, row: str, task: str) -> list[float] | None:
+        cell = self._ok(row, task)
+        return cell["correct"] if cell is not None else None
+
+    def failed(self, row: str, task: str) -> str | None:
+        cell = self.cells.get((row, task))
+        return cell["reason"] if cell is not None and cell["status"] == "failed" else None
+
+    @property
+    def averaged(self) -> list[str]:
+        """The tasks in Avg: all but MME; where there is a blind run, the question types that vanilla and blind show to be
+        learned, and none while one of the two is missing. No compressed result takes part."""
+        if BLIND not in self.rows:
+            return [task for task in self.tasks if task not in NOT_AVERAGED]
+        return [task for task in self.tasks if task in self.decided and self.decided[task]]
+
+    @property
+    def decided(self) -> dict[str, bool]:
+        """Of each task of which vanilla, blind and the majority are known, whether it is learned."""
+        found = {}
+        for task in self.tasks if BLIND in self.rows else ():
+            vanilla, blind = self.score("vanilla", task), self.score(BLIND, task)
+            if vanilla and blind and task in self.majority:
+                found[task] = is_learned(vanilla.value, self.majority[task], blind.value)
+        return found
+
+    def average(self, row: str, tasks: Sequence[str] | None = None) -> Figure | None:
+        """Over ``tasks``, by default those in Avg."""
+        figures = [self.score(row, task) for task in (self.averaged if tasks is None else tasks)]
+        return mean_of(figures) if figures and None not in figures else None
+
+    def difference(self, row: str, to: str | None = "vanilla", tasks: Sequence[str] | None = None) -> Figure | None:
+        """Paired with the row ``to``, averaged over ``tasks``, by default those in Avg."""
+        figures = []
+        for task in self.averaged if tasks is None else tasks:
+            ours, theirs = self.correct(row, task), self.correct(to, task) if to else None
+            if ours is None or theirs is None or len(ours) != len(theirs):
+                return None
+            figures.append(paired_difference(ours, theirs))
+        return mean_of(figures) if figures else None
+
+    def above(self, row: str) -> str | None:
+        """The compressed row before this one under the same heading."""
+        for names in self.table.sections.values():
+            there = [name for name in names if name in self.rows and self.rows[name].compression.layers]
+            if row in there:
+                return there[there.index(row) - 1] if there.index(row) else None
+        return None
+
+    def seconds(self, row: str) -> float | None:
+        """Seconds of generation over all tasks; None while a cell is missing."""
+        cells = [self._ok(row, task) for task in self.tasks]
+        return sum(cell["seconds"] for cell in cells) if all(cells) else None
+
+    def flops(self, row: str) -> float | None:
+        """Nominal FLOPs of the visual tokens (§4.1)."""
+        try:
+            return cost(get_model(self.rows[row].model), self.rows[row].compression).total
+        except ConfigError:
+            return None
+
+    def flops_ratio(self, row: str) -> float | None:
+        return flops_ratio(self.rows[row].model, self.rows[row].compression)
+
+    def stages(self, row: str, name: str) -> dict[int, Figure]:
+        """Compression layer → ``similarity`` (Table 4's Sim) or ``share`` (what went into the compensation token, of the tokens
+        that are no targets), averaged over the tasks."""
+        if name == "share" and self.rows[row].compression.merge not in HAVE_SHARE:
+            return {}
+        found: dict[int, list[Figure]] = {}
+        for task in self.tasks:
+            for stage in (self._ok(row, task) or {}).get("trace") or ():
+                if stage[name] is not None:
+                    found.setdefault(stage["layer"], []).append(Figure(stage[name], stage[f"{name}_stderr"]))
+        return {layer: mean_of(figures) for layer, figures in found.items()}
+
+    def histograms(self, row: str) -> dict[int, np.ndarray]:
+        """Compression layer → samples in each of 20 bins of the compensation share, over all tasks."""
+        found: dict[int, np.ndarray] = {}
+        for task in self.tasks if self.rows[row].compression.merge in HAVE_SHARE else ():
+            for stage in (self._ok(row, task) or {}).get("trace") or ():
+                found[stage["layer"]] = found.get(stage["layer"], 0) + np.asarray(stage["histogram"])
+        return found
+
+    def turns(self, row: str, task: str | None = None) -> dict | None:
+        """Of the samples that all rows answered in turns: ``seconds`` with their ``mean`` and their ``ratio`` to vanilla's as
+        :class:`Spread`, bytes of the KV ``cache`` and ``cache_ratio``, ``peak`` bytes of the device (None on a CPU), and how
+        many they are, ``n``."""
+        seconds, ratios, cache, base, peaks = [], [], [], [], []
+        for name in self.tasks if task is None else [task]:
+            rows = (self._ok(TURNS, name) or {}).get("turns", {})
+            own, vanilla = rows.get(row, {}), rows.get("vanilla", {})
+            if "seconds" not in own:
+                continue
+            seconds += own["seconds"]
+            cache.append(own["cache_bytes"])
+            peaks.append(own["peak_bytes"])
+            if "seconds" in vanilla:
+                ratios += [ours / theirs for ours, theirs in zip(own["seconds"], vanilla["seconds"])]
+                base.append(vanilla["cache_bytes"])
+        if not seconds:
+            return None
+        return {
+            "seconds": Spread.of(seconds), "mean": float(np.mean(seconds)), "ratio": Spread.of(ratios) if ratios else None,
+            "cache": float(np.mean(cache)), "cache_ratio": float(np.sum(cache) / np.sum(base)) if base else None,
+            "peak": max((peak for peak in peaks if peak is not None), default=None), "n": len(seconds),
+        }
+
+    def turns_failed(self, row: str) -> str | None:
+        for task in self.tasks:
+            reason = (self._ok(TURNS, task) or {}).get("turns", {}).get(row, {}).get("reason") or self.failed(TURNS, task)
+            if reason:
+                return reason
+        return None
+
+    def figure(self, row: str, key: str) -> Figure | None:
+        """What was measured of a figure that the paper's tables have: a column's score, ``avg``, ``sim``, or a task's ``_time``
+        and ``_latency`` in seconds and ``_memory`` in GB (2³⁰ bytes)."""
+        for column in self.columns:
+            if key == column.key:
+                return self.score(row, column.task, column.group)
+        if key == "avg":
+            return self.average(row)
+        if key == "sim":
+            own = self.stages(row, "similarity")
+            return next(iter(own.values())) if len(own) == 1 else None
+        task, _, what = key.rpartition("_")
+        turns, cell = self.turns(row, task), self._ok(row, task)
+        if turns is None:
+            return None
+        if what == "latency":
+            return Figure(turns["mean"])
+        if what == "memory":
+            return None if turns["peak"] is None else Figure(turns["peak"] / 2**30)
+        return None if cell is None else Figure(turns["mean"] * cell["n"])  # one after another, as the paper measured
+
+    def title(self, column: Column) -> str:
+        """The column's heading, with a dagger where the embedded model has not learned the task."""
+        return column.title + (" †" if self.decided.get(column.task) is False else "")

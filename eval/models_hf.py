@@ -1,0 +1,90 @@
+"""Checkpoints in transformers' own format, compressed through :func:`libra.attach`."""
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+import libra
+from libra.attach import FAMILIES
+from libra.config import Row
+
+from .models_base import Engine, Sample
+
+
+def class_of(path: str) -> str | None:
+    """The class of transformers that a checkpoint (a folder or hub name) is for; None for LLaVA's own format, and where there
+    is no config.json to read.
+
+    Both formats know the type ``llava``; the settings of the vision tower stand in config.json in transformers' own alone.
+    Raises ValueError for a class that :func:`libra.attach` does not support.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path)
+    except (OSError, ValueError):
+        return None
+    if "vision_config" not in config:
+        return None
+    kind = config.get("model_type")
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    if name not in FAMILIES:
+        raise ValueError(f"{path} is of type {kind!r}, which libra.attach does not support; it supports {', '.join(FAMILIES)}")
+    return name
+
+
+class HuggingFace(Engine):
+    """Any family of ``libra.attach.FAMILIES``, with the checkpoint's own processor and chat template.
+
+    Videos go to the families that take them as such, to the others as images, frame by frame.
+    """
+
+    def __init__(self, path: str, class_name: str, device: str, dtype: torch.dtype):
+        """Raises ValueError for a checkpoint without a chat template, OSError for one that does not load."""
+        self.processor = AutoProcessor.from_pretrained(path)
+        # Pillow scales as in the training of these checkpoints; the processor's own argument fails where it also takes videos.
+        self.processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        if not self.processor.chat_template:
+            raise ValueError(f"{path} has no chat template, which makes the prompts; add chat_template.jinja to it")
+        self.tokenizer = self.processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        model_class = getattr(transformers, class_name)
+        self.model = model_class.from_pretrained(path, dtype=dtype, device_map={"": device}).eval()
+        self.takes_videos = any(name.startswith("video_") for name in FAMILIES[class_name].token_ids)
+        self.handle: libra.attach.Attachment | None = None
+
+    def set_row(self, row: Row, trace: bool) -> None:
+        if self.handle is not None:
+            self.handle.detach()
+            self.handle = None
+        self.model.set_attn_implementation(row.attention)
+        self.handle = libra.attach(self.model, row.compression, trace=trace)
+
+    def _told(self):
+        return self.handle.stats, self.handle.trace
+
+    def _ids(self, sequences: torch.Tensor, inputs: dict) -> torch.Tensor:
+        return sequences[:, inputs["input_ids"].shape[1] :]
+
+    def _inputs(self, samples: list[Sample]) -> dict:
+        shown = [sample.shown if self.takes_videos else sample.images for sample in samples]
+        prompts = [self._prompt(sample.text, own) for sample, own in zip(samples, shown, strict=True)]
+        images = [[one for one in own if isinstance(one, Image.Image)] for own in shown]
+        videos = [one for own in shown for one in own if isinstance(one, list)]
+        given = {"images": images} if any(images) else {}
+        if videos:
+            given |= {"videos": videos, "do_sample_frames": False}
+        # As transformers does it: a template that writes the start of the text leaves none to the tokenizer.
+        start = self.tokenizer.bos_token
+        written = start is not None and prompts[0].startswith(start)
+        inputs = self.processor(
+            text=prompts, **given, padding=True, return_tensors="pt", add_special_tokens=not written,
+        )
+        return dict(inputs.to(self.model.device, self.model.dtype)) | {"pad_token_id": self.tokenizer.pad_token_id}
+
+    def _prompt(self, text: str, shown: list) -> str:
+        content = [{"type": "video" if isinstance(one, list) else "image"} for one in shown]
+        message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+        return self.processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)

@@ -1,0 +1,116 @@
+"""Checkpoints in LLaVA's own format: LLaVA on Llama and Mistral, and VideoLLaMA-2."""
+
+import torch
+from PIL import Image
+
+from libra.config import Row
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import conv_templates
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.video import DEFAULT_VIDEO_TOKEN, VIDEO_TOKEN_INDEX, ChatConversation, process_image, process_video, prompt_ids
+
+from .models_base import FRAMES, Engine, Sample
+
+USUAL_FRAME = (640, 360)
+
+
+class Llava(Engine):
+    """LLaVA: images as the checkpoint's ``image_aspect_ratio`` says; the frames of a video are as many images.
+
+    Where nothing is said they are the 8 frames, or as many as fit into three quarters of the model's length.
+    """
+
+    def __init__(self, path: str, conversation: str | None, device: str, dtype: torch.dtype):
+        """Raises ValueError for a checkpoint that does not load, or one without a conversation template."""
+        self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
+            path, None, get_model_name_from_path(path), device=device, torch_dtype=dtype,
+        )
+        self.model.eval()
+        self.sees_videos = VIDEO_TOKEN_INDEX in self.model.placeholders
+        if self.sees_videos:
+            self.conversation = ChatConversation(self.tokenizer)
+            self.frames = self.model.config.num_frames
+        elif conversation in conv_templates:
+            self.conversation = conv_templates[conversation]
+            self.frames = self._fitting_frames()
+        else:
+            raise ValueError(f"{path} has no conversation template of llava.conversation: name one in the registry of models")
+        self.stop, self.compression, self.trace = self.conversation.stop, None, False
+
+    @property
+    def limit(self) -> int:
+        """Text and visual tokens of a prompt."""
+        return self.model.length_limit or self.model.config.max_position_embeddings
+
+    def _fitting_frames(self) -> int:
+        pixels, sizes = self._pixels([Image.new("RGB", USUAL_FRAME)])
+        return max(1, min(FRAMES, self.limit * 3 // 4 // self.model.visual_tokens(pixels, sizes)[0]))
+
+    def set_row(self, row: Row, trace: bool) -> None:
+        self.model.set_compression(row.compression)
+        self.model.set_attn_implementation(row.attention)
+        self.compression, self.trace = row.compression, trace
+
+    def _told(self):
+        return self.model.compression_stats, self.model.compression_trace
+
+    def _inputs(self, samples: list[Sample]) -> dict:
+        """Raises ValueError for a prompt that the model would cut."""
+        prompts = [self._prompt(sample) for sample in samples]
+        images, sizes = self._videos(samples) if self.sees_videos else self._pixels([i for s in samples for i in s.images])
+        if images is not None:
+            self._check_lengths(samples, prompts, self.model.visual_tokens(images, sizes))
+        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        length = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(samples), length), padding)
+        mask = torch.zeros(len(samples), length, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = torch.tensor(prompt), True
+        shown = {} if images is None else {"images": images, "image_sizes": sizes}
+        # It refuses what has nothing to compress.
+        self.model.set_compression(None if images is None else self.compression, trace=self.trace)
+        device = self.model.device
+        return {"inputs": ids.to(device), "attention_mask": mask.to(device), "pad_token_id": padding, **shown}
+
+    def _prompt(self, sample: Sample) -> list[int]:
+        """Token ids, with a placeholder for each image or video."""
+        if self.sees_videos:
+            marks = [DEFAULT_VIDEO_TOKEN if isinstance(one, list) else DEFAULT_IMAGE_TOKEN for one in sample.shown]
+            text, encode = "\n".join([*marks, sample.text]), prompt_ids
+        else:
+            marks, encode = " ".join([DEFAULT_IMAGE_TOKEN] * len(sample.images)), tokenizer_image_token
+            text = f"{marks}\n{sample.text}" if marks and DEFAULT_IMAGE_TOKEN not in sample.text else sample.text
+        conversation = self.conversation.copy()
+        conversation.append_message(conversation.roles[0], text)
+        conversation.append_message(conversation.roles[1], None)
+        return encode(conversation.get_prompt(), self.tokenizer)
+
+    def _pixels(self, images: list[Image.Image]):
+        """The model's ``images`` and ``image_sizes``; None twice where there are none."""
+        if not images:
+            return None, None
+        pixels = process_images(images, self.image_processor, self.model.config)
+        place = {"device": self.model.device, "dtype": self.model.dtype}
+        pixels = [one.to(**place) for one in pixels] if isinstance(pixels, list) else pixels.to(**place)
+        return pixels, [image.size for image in images]
+
+    def _videos(self, samples: list[Sample]):
+        """The same for VideoLLaMA-2, whose own inference cuts the middle out of each frame."""
+        entries = []
+        for one in (one for sample in samples for one in sample.shown):
+            if isinstance(one, list):
+                pixels, modal = process_video(one, self.image_processor, aspect_ratio=None, num_frames=self.frames), "video"
+            else:
+                pixels, modal = process_image(one, self.image_processor, aspect_ratio=None), "image"
+            entries.append((pixels.to(self.model.device, self.model.dtype), modal))
+        return entries or None, None
+
+    def _check_lengths(self, samples: list[Sample], prompts: list[list[int]], tokens: list[int]) -> None:
+        counts = iter(tokens)
+        for sample, prompt in zip(samples, prompts, strict=True):
+            length = sum(next(counts) if token < 0 else 1 for token in prompt)
+            if length > self.limit:
+                videos = any(isinstance(one, list) for one in sample.shown)
+                mend = "show fewer frames (frames=N)" if videos else "use a model for longer prompts"
+                raise ValueError(f"{sample.name}: its prompt has {length} tokens and the model takes {self.limit}; {mend}")

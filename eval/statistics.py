@@ -1,0 +1,74 @@
+"""Figures with standard errors, and what follows from them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+LEARNED_AT, LEARNED_ABOVE = 80.0, 25.0  # percent; points above the better of majority and blind
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured value with its standard error, which is None where it cannot be had."""
+
+    value: float
+    stderr: float | None = None
+
+    @property
+    def significant(self) -> bool:
+        """Whether a difference exceeds two of its standard errors."""
+        return self.stderr is not None and abs(self.value) > 2 * self.stderr
+
+    def show(self, digits: int = 1, sign: bool = False) -> str:
+        text = f"{self.value:{'+' if sign else ''}.{digits}f}"
+        return text if self.stderr is None else f"{text} ± {self.stderr:.{digits}f}"
+
+
+def accuracy(correct: Sequence[float]) -> Figure:
+    """Mean of right (1) and wrong (0) answers, and sqrt(p(1-p)/n), in percent."""
+    p = float(np.mean(correct))
+    return Figure(100 * p, 100 * sqrt(max(0.0, p * (1 - p)) / len(correct)))
+
+
+def paired_difference(correct: Sequence[float], baseline: Sequence[float]) -> Figure:
+    """Mean of the differences on the same questions, and their standard deviation over sqrt(n), in points.
+
+    ValueError where the two did not answer the same number of questions.
+    """
+    if len(correct) != len(baseline):
+        raise ValueError(f"paired answers differ in number, {len(correct)} and {len(baseline)}: use one limit for both rows")
+    difference = np.asarray(correct, float) - np.asarray(baseline, float)
+    deviation = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
+    return Figure(100 * float(difference.mean()), 100 * deviation / sqrt(len(difference)))
+
+
+def mean_of(figures: Iterable[Figure]) -> Figure:
+    """Mean of independent figures: their standard errors add in squares."""
+    figures = list(figures)
+    stderrs = [figure.stderr for figure in figures]
+    stderr = None if None in stderrs else sqrt(sum(s * s for s in stderrs)) / len(figures)
+    return Figure(sum(figure.value for figure in figures) / len(figures), stderr)
+
+
+def is_learned(vanilla: float, majority: float, blind: float) -> bool:
+    """Whether a question type counts for Avg (all in percent): decided without a look at any compressed result."""
+    return vanilla >= LEARNED_AT and vanilla - max(majority, blind) >= LEARNED_ABOVE
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median of a sample with its quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        lower, median, upper = np.percentile(values, (25, 50, 75))
+        return cls(float(median), float(lower), float(upper))
+
+    def show(self, digits: int) -> str:
+        return f"{self.median:.{digits}f} ({self.lower:.{digits}f}–{self.upper:.{digits}f})"
