@@ -76,12 +76,7 @@ class HuggingFace(Engine):
         given = {"images": images} if any(images) else {}
         if videos:
             given |= {"videos": videos, "do_sample_frames": False}
-        # As transformers does it: a template that writes the start of the text leaves none to the tokenizer.
-        start = self.tokenizer.bos_token
-        written = start is not None and prompts[0].startswith(start)
-        inputs = self.processor(
-            text=prompts, **given, padding=True, return_tensors="pt", add_special_tokens=not written,
-        )
+        inputs = self.processor(text=prompts, **given, padding=True, return_tensors="pt")
         return dict(inputs.to(self.model.device, self.model.dtype)) | {"pad_token_id": self.tokenizer.pad_token_id}
 
     def _prompt(self, text: str, shown: list) -> str:
