@@ -39,6 +39,7 @@ DATA = {  # task of a row's file → what it reads
     "mmbench_en_static": DataSet(_MMBENCH, ("en",)),
     "mmbench_cn_static": DataSet(_MMBENCH, ("cn",)),
     "textvqa_ocr": DataSet("lmms-lab-encoder/textvqa", (), "CC BY 4.0"),
+    "textvqa": DataSet("lmms-lab-encoder/textvqa", (), "CC BY 4.0"),
     "videomme": DataSet("lmms-eval/Video-MME", (), "academic research only, no commercial use"),
     "videomme_w_subtitle": DataSet("lmms-eval/Video-MME", (), "academic research only, no commercial use"),
 }

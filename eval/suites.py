@@ -157,6 +157,7 @@ PAPER_TASKS = {
         Task("mmbench_en_static", "mmbench_en_dev_static", "gpt_eval_score", 1, "MMBench-EN"),
         Task("mmbench_cn_static", "mmbench_cn_static", "gpt_eval_score", 1, "MMBench-CN"),
         Task("textvqa_ocr", "textvqa_ocr", "exact_match", 100, "TextVQA"),
+        Task("textvqa", "textvqa_val", "exact_match", 100, "TextVQA without OCR tokens"),
         Task("videomme", "videomme", "videomme_perception_score", 1, "w/o subs", _DURATIONS, "duration"),
         Task("videomme_w_subtitle", "videomme_w_subtitle", "videomme_perception_score", 1, "w subs", _DURATIONS, "duration"),
     )
