@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from . import hybrid
 from .config import Compression
 from .passage import MASKS, Passage, attention_kind, position_axes
 from .registry import ModelSpec
@@ -102,8 +103,10 @@ def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
     """A call's arguments by name."""
     if not args:
         return dict(kwargs)
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return {**dict(zip(names, args)), **kwargs}
+    parameters = inspect.signature(type(module).forward).parameters
+    if "args" in parameters:  # peft's wrapper, which hands everything on
+        parameters = inspect.signature(type(module.get_base_model()).forward).parameters
+    return {**dict(zip(list(parameters)[1:], args)), **kwargs}
 
 
 class Attachment:
@@ -126,18 +129,14 @@ class Attachment:
         self.compression, self._base, self._decoder = compression, base, decoder
         ids = [getattr(base.config, token, None) for token in family.token_ids]
         self._token_ids = [token for token in ids if token is not None]
-        self._plain_class, self._attention = type(decoder), decoder.config._attn_implementation
+        self._plain_class = type(decoder)
         self._stats: dict | None = None
         self._recorder: Recorder | None = None
         self._marked: torch.Tensor | None = None
         # Under the plain class's own name, by which transformers knows how to record hidden states and attentions.
         names = {name: getattr(self._plain_class, name) for name in ("__module__", "__qualname__")}
-        decoder.__class__ = type(self._plain_class.__name__, (CompressedDecoder, self._plain_class), names)
+        _become(decoder, type(self._plain_class.__name__, (CompressedDecoder, self._plain_class), names))
         decoder.compression, decoder.trace = compression, trace
-        # accelerate's device hooks call the forward that a module had when they were put on it.
-        self._hooked_forward = vars(decoder).get("_old_forward")
-        if self._hooked_forward is not None:
-            decoder._old_forward = MethodType(type(decoder).forward, decoder)
         body = base.get_submodule(family.body)
         self._hooks = []
         for module in {id(m): m for m in (model, base)}.values():  # peft's forward goes past the base model's hooks
@@ -224,7 +223,7 @@ class Attachment:
             columns = torch.full((len(visual),), length - 1 - call.score_offset, device=visual.device)
         keys = torch.zeros(len(visual), dtype=torch.long, device=visual.device)
         if ids is not None:
-            keys = (ids * places * ~visual).sum(1)
+            keys = (ids * places * ~visual)[:, : length - call.score_offset].sum(1)
         return {"visual": visual, "labels": call.labels, "score_columns": columns, "keys": keys}
 
     def _visual_columns(self, ids, embeds, kwargs: dict) -> torch.Tensor:
@@ -235,9 +234,12 @@ class Attachment:
             if marked.shape[1] != length or batch % len(marked):
                 raise ValueError(f"the marked visual tokens are {tuple(marked.shape)} but the prompt is {(batch, length)}")
             return marked.repeat_interleave(batch // len(marked), 0)  # beams and returned sequences repeat the rows
-        if ids is not None:
-            return torch.isin(ids, torch.tensor(self._token_ids, device=ids.device))
-        if any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items()):
+        encoded = kwargs.get("mm_encoder_outputs") or {}  # newer releases' generate runs the vision tower beforehand
+        pixels = [value for name, value in kwargs.items() if name.startswith("pixel_values")]
+        pictures = any(value is not None for value in (*pixels, *encoded.values()))
+        if ids is not None:  # a placeholder that the model said, or that a guess repeats, comes without a picture: text
+            return torch.isin(ids, torch.tensor(self._token_ids, device=ids.device)) & pictures
+        if pictures:
             table = self._base.get_input_embeddings()
             placeholders = table(torch.tensor(self._token_ids, device=embeds.device)).to(embeds.dtype)
             return (embeds[:, :, None] == placeholders).all(-1).any(-1)
@@ -303,11 +305,9 @@ class Attachment:
         self._hooks, decoder = [], self._decoder
         if not isinstance(decoder, CompressedDecoder) or decoder.compression is not self.compression:
             return
-        decoder.__class__ = self._plain_class
+        _become(decoder, self._plain_class)
         del decoder.compression, decoder.trace
-        if self._hooked_forward is not None:
-            decoder._old_forward = self._hooked_forward
-        decoder.config._attn_implementation = self._attention
+        hybrid.disable(decoder.config)
 
     def __enter__(self) -> "Attachment":
         return self
@@ -316,12 +316,20 @@ class Attachment:
         self.detach()
 
 
+def _become(decoder: torch.nn.Module, new: type) -> None:
+    """Change a decoder's class, and with it the forward that accelerate's device hooks keep on the module itself."""
+    old, decoder.__class__ = type(decoder), new
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(decoder).get(name), "__func__", None) is old.forward:
+            setattr(decoder, name, MethodType(new.forward, decoder))
+
+
 def _check(decoder, compression: Compression, model) -> None:
     """Refuse what could only go wrong later."""
-    name, config = type(decoder).__name__, decoder.config
+    name, config, own = type(decoder).__name__, decoder.config, vars(decoder)
     if name not in DECODERS:
         raise ValueError(f"libra.attach does not support {name} decoders; it supports {', '.join(DECODERS)}")
-    if "forward" in vars(decoder) and "_old_forward" not in vars(decoder):
+    if "forward" in own and "_old_forward" not in own and getattr(own["forward"], "__func__", None) is not type(decoder).forward:
         raise ValueError(f"the forward of this model's {name} was replaced (by torch.compile?); attach first, then replace it")
     compression.check_layers(config.num_hidden_layers)
     kinds = {attention_kind(config, layer) for layer in range(config.num_hidden_layers)}

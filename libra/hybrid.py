@@ -81,6 +81,12 @@ def enable(config) -> None:
         AttentionInterface.register(name, _with_probe(attend))
 
 
+def disable(config) -> None:
+    """Give ``config`` back the name that :func:`enable` changed."""
+    if config._attn_implementation == HYBRID_EAGER:
+        config._attn_implementation = "eager"
+
+
 def next_layer_attention(layer, hidden: torch.Tensor, position_embeddings, probe: Probe, past_keys=None) -> None:
     """Answer ``probe`` with the projections of the layer that comes next, as PyramidDrop scores.
 

@@ -1,12 +1,16 @@
-"""A tiny random model of every family that libra.attach supports, and batches for it: text, images and videos in any order."""
+"""A tiny random model of every family that libra.attach supports, batches for it (text, images and videos in any order), and
+the same computation by hand: one sample, no cache, no padding, around the layers of a twin with eager attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import plain
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
+
+from libra import Compression
 
 VOCABULARY = 100
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
@@ -191,19 +195,26 @@ KINDS = {
 }
 
 
-@cache
-def model(family: str, text: str = "", attention: str = "sdpa"):
-    """A model of random weights, larger than usual ones so that attention is far from uniform; shared: leave it as it is."""
-    torch.manual_seed(0)
+EVERY = [(family, text) for family, kind in KINDS.items() for text in kind.texts]  # with each of its text decoders
+SAID = dict(do_sample=False, suppress_tokens=[IMAGE, VIDEO, START, END])  # greedy, and never a placeholder
+
+
+def own_model(family: str, text: str = "", attention: str = "sdpa", seed: int = 0, **sizes):
+    """A model of random weights, larger than usual ones so that attention is far from uniform; ``sizes`` of its decoder."""
+    torch.manual_seed(seed)
     kind = KINDS[family]
     config = kind.config(text or kind.texts[0])
-    config.initializer_range = 0.2
+    for name, value in sizes.items():
+        setattr(config.text_config, name, value)
     made = getattr(transformers, family)._from_config(config, attn_implementation=attention).eval()
     for name, parameter in made.named_parameters():
         if parameter.ndim > 1 and "norm" not in name:
             parameter.data.normal_(0, 0.2)
     made.generation_config.pad_token_id, made.generation_config.eos_token_id = 0, None
     return made
+
+
+model = cache(own_model)  # shared: leave it as it is
 
 
 @dataclass(frozen=True)
@@ -249,3 +260,91 @@ def collate(family: str, talks: list[Talk], side: str = "left", labels: bool = F
     if labels:
         batch["labels"] = padded([t.labels for t in talks], -100)
     return batch
+
+
+# --- by hand ---
+
+
+class Seen(Exception):
+    """Leaves a model whose decoder's arguments are known."""
+
+
+def decoder_arguments(model, given: dict) -> dict:
+    """What a model hands to its decoder: embeddings with the images in them, positions, Qwen3-VL's deeper features."""
+    seen = []
+
+    def spy(module, args, kwargs):
+        seen.append(kwargs)
+        raise Seen
+
+    hook = model.model.language_model.register_forward_pre_hook(spy, with_kwargs=True)
+    try:
+        model(**given)
+    except Seen:
+        return seen[0]
+    finally:
+        hook.remove()
+
+
+def sample_key(ids: torch.Tensor, visual: torch.Tensor) -> int:
+    """What select: random draws from: the text of a call, each id times its place."""
+    return int((ids * torch.arange(1, len(ids) + 1))[~visual].sum())
+
+
+def window_of(config, layer: int) -> int | None:
+    """How many columns back a layer sees, itself included; None for all."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return getattr(config, "sliding_window", None) if kinds[layer] == "sliding_attention" else None
+
+
+def by_hand(
+    twin, family: str, t: Talk, c: Compression, said=(), scorers: list[int] | None = None, starts: tuple[int, ...] = (0,)
+) -> plain.Outcome:
+    """A sample with the ids ``said`` behind it, compressed as ``plain`` reads it; ``twin`` has eager attention.
+
+    It comes in turns that begin at the columns ``starts``; the last column of a turn scores its visual tokens, unless
+    ``scorers`` has one for each run of them. A layer's window counts the columns that are left; everything else about a layer
+    is its own business.
+    """
+    longer = Talk(torch.cat([t.ids, torch.tensor(list(said), dtype=torch.long)]), t.labels, t.given)
+    given = decoder_arguments(twin, collate(family, [longer]))
+    decoder, hidden, positions = twin.model.language_model, given["inputs_embeds"], given["position_ids"]
+    if positions is None:
+        positions = torch.arange(hidden.shape[1]).expand(*([3] if family.startswith("Qwen") else []), 1, -1)
+    positions = positions[-3:] if positions.ndim == 3 else positions
+    deep = given.get("deepstack_visual_embeds") or []
+    prefills = []
+    for start, end in zip(starts, (*starts[1:], len(t.ids))):
+        visual, scorer = t.visual[start:end], end - 1 if scorers is None else scorers
+        prefills.append(plain.Prefill.of(visual, scorer, c, start, sample_key(t.ids[start:end], visual)))
+    source = list(range(hidden.shape[1]))
+
+    def run(i: int, hidden, positions):
+        """Layer i on (1, S, D), and its attention (S, S)."""
+        layer, heads = decoder.layers[i], []
+        hook = layer.self_attn.register_forward_hook(lambda module, args, output: heads.append(output[1]))
+        place, window = torch.arange(hidden.shape[1]), window_of(decoder.config, i)
+        unseen = place[None] > place[:, None]
+        if window is not None:
+            unseen = unseen | (place[None] <= place[:, None] - window)
+        mask = torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)[None, None]
+        hidden = layer(
+            hidden, attention_mask=mask, position_embeddings=decoder.rotary_emb(hidden, positions), position_ids=None
+        )
+        hook.remove()
+        return hidden, heads[0][0].mean(0).detach()
+
+    for i in range(len(decoder.layers)):
+        hidden, alpha = run(i, hidden, positions)
+        if i < len(deep):
+            hidden = hidden.index_put((given["visual_pos_masks"],), hidden[given["visual_pos_masks"]] + deep[i])
+        if i in c.layers:
+            for turn in range(len(prefills)):
+                if c.score_layer == "next":
+                    alpha = run(i + 1, hidden, positions)[1]
+                matrix, kept, prefills = plain.shorten(hidden[0].detach(), alpha, c, prefills, turn)
+                old = [j for j, _ in kept]
+                hidden, alpha = (matrix @ hidden[0])[None], alpha[old][:, old]
+                source = [None if extra else source[j] for j, extra in kept]
+                positions = torch.arange(len(kept))[None] if c.positions == "compact" else positions[..., old]
+    return plain.Outcome(twin.lm_head(decoder.norm(hidden))[0], source)

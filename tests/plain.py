@@ -20,9 +20,10 @@ class Prefill:
 
     spans: list[list[int]]
     askers: list[list[int]]
+    key: int = 0  # what pseudo-random selection draws from
 
     @classmethod
-    def of(cls, visual: torch.Tensor, scorer: int | list[int], c: Compression, start: int = 0) -> "Prefill":
+    def of(cls, visual: torch.Tensor, scorer: int | list[int], c: Compression, start: int = 0, key: int = 0) -> "Prefill":
         """From a mask (S,) whose first column is column ``start`` of the whole; one scorer for all spans or one for each."""
         spans, before = [], None
         for j in visual.nonzero().flatten().tolist():
@@ -35,7 +36,7 @@ class Prefill:
         for one in scorers:
             last = max(span[-1] for span, other in zip(spans, scorers, strict=True) if other == one)
             askers.append(list(range(last + 1, one + 1)) if c.importance == "mean" and one > last else [one])
-        return cls(spans, askers)
+        return cls(spans, askers, key)
 
 
 @dataclass
@@ -110,7 +111,7 @@ def shorten(hidden, alpha, c: Compression, prefills: list[Prefill], turn: int):
         visual = [j for span in prefill.spans for j in span]
         values, owners = importance(alpha, prefill)
         layout = Layout.build([[len(span) for span in prefill.spans]], c.ratio, c.rounding, "cpu")
-        step = compress_layout(hidden[visual][None], values[None], c, layout, owners[None])
+        step = compress_layout(hidden[visual][None], values[None], c, layout, owners[None], torch.tensor([prefill.key]))
         targets = [visual[t] for t in step.targets[0].tolist()]
         spread = torch.zeros(step.weights.shape[1], length)
         spread[:, visual] = step.weights[0]
@@ -133,6 +134,7 @@ def shorten(hidden, alpha, c: Compression, prefills: list[Prefill], turn: int):
             [[new[j] for j in span if j in new] for span in prefill.spans],
             # An asker that is gone hands over to the column before it.
             [[new[max(j for j in new if j <= asker)] for asker in askers] for askers in prefill.askers],
+            prefill.key,
         )
         for prefill in prefills
     ]
