@@ -9,7 +9,12 @@ from pathlib import Path
 from .checkpoints import REPOSITORY
 
 CODE = ("libra/**/*", "llava/**/*", "eval/tasks/*", "eval/lmms_libra.py", "eval/models_*.py")
-BESIDE = {("llava", part) for part in ("train", "serve", "convert", "eval")}  # no part in an answer
+BESIDE = {  # no part in an answer
+    *(("llava", part) for part in ("train", "serve", "convert", "eval")),
+    *(("libra", f"{part}.py") for part in (
+        "cli", "drawing", "figures", "flops", "latency", "provenance", "random_weights", "shadow", "timing", "units",
+    )),
+}
 PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "numpy")
 TURNS = "turns"  # the row name of cells that time all rows of a table
 

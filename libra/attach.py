@@ -329,7 +329,8 @@ def _check(decoder, compression: Compression, model) -> None:
     name, config, own = type(decoder).__name__, decoder.config, vars(decoder)
     if name not in DECODERS:
         raise ValueError(f"libra.attach does not support {name} decoders; it supports {', '.join(DECODERS)}")
-    if "forward" in own and "_old_forward" not in own and getattr(own["forward"], "__func__", None) is not type(decoder).forward:
+    replaced = "forward" in own and getattr(own["forward"], "__func__", None) is not type(decoder).forward
+    if replaced and "_old_forward" not in own:
         raise ValueError(f"the forward of this model's {name} was replaced (by torch.compile?); attach first, then replace it")
     compression.check_layers(config.num_hidden_layers)
     kinds = {attention_kind(config, layer) for layer in range(config.num_hidden_layers)}
