@@ -116,7 +116,8 @@ def test_assisted_generation_is_plain_greedy(family, c):
     given = collate(family, talks_of(family)[:1])
     with libra.attach(model, c) as handle:
         want, stats = model.generate(**given, max_new_tokens=8, **SAID), handle.stats
-        for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": right}, {"assistant_model": wrong}):
+        helpers = [{"prompt_lookup_num_tokens": 3}, {"assistant_model": right}, {"assistant_model": wrong}]
+        for options in helpers if c is LIBRA else helpers[:1]:
             assert torch.equal(model.generate(**given, max_new_tokens=8, **SAID, **options), want)
             assert handle.stats["visual_tokens"] == stats["visual_tokens"]
 
@@ -341,7 +342,7 @@ def test_threads_on_two_models():
                 assert_same(result, want[family])
 
 
-@pytest.mark.parametrize("family", [family for family in families.KINDS if not family.startswith("Qwen")])
+@pytest.mark.parametrize("family", [LLAVA, "LlavaOnevisionForConditionalGeneration"])
 @torch.no_grad()
 def test_threads_on_one_model(family):
     """Other batches at the same time. (Qwen's models remember the last prefill's positions themselves.)"""

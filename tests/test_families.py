@@ -268,7 +268,8 @@ class Behaviour:
 
 
 @pytest.mark.parametrize(
-    "family, text, attention", [(*one, "sdpa") for one in EVERY] + [(family, "", "eager") for family in families.KINDS]
+    "family, text, attention",
+    [(*one, "sdpa") for one in EVERY] + [(family, "", "eager") for family in list(families.KINDS)[::3]],
 )
 def test_without_compression_and_afterwards_no_bit_differs(family, text, attention):
     model, talks = families.model(family, text, attention), talks_of(family)
