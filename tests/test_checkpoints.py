@@ -266,7 +266,7 @@ def test_an_adapter_on_a_llava_model(home, golden, case):
 def test_a_video_projector_on_mistral(tmp_path):
     pytest.importorskip("timm")
     source = GOLDEN / "videollama2"
-    side = load_file(source / "vision_side.safetensors")
+    side = load_file(source / "checkpoint" / "model.safetensors")
     config = json.loads((source / "checkpoint" / "config.json").read_text()) | {"mm_vision_tower": str(tmp_path / "tower")}
     torch.manual_seed(0)
     base = MistralForCausalLM(MistralConfig.from_dict({**config, "model_type": "mistral"}))

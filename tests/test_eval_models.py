@@ -11,7 +11,6 @@ import lmms_fixtures as fixtures
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
@@ -28,7 +27,6 @@ from eval.models_hf import class_of
 from eval.models_llava import Llava
 from libra.config import Row
 from llava.convert import convert
-from llava.model import Videollama2MistralConfig, Videollama2MistralForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.video import mm_infer, process_image, process_video
 
@@ -206,17 +204,10 @@ def test_qwen2_vl_takes_videos_as_videos(qwen, tmp_path):
 
 @pytest.fixture(scope="module")
 def videollama2(tmp_path_factory):
-    """The golden vision side under a decoder of random weights, in the original's format."""
-    folder, golden = tmp_path_factory.mktemp("videollama2"), GOLDEN / "videollama2"
-    settings = json.loads((golden / "checkpoint" / "config.json").read_text())
-    settings["mm_vision_tower"] = str(golden / "clip_tower")
-    torch.manual_seed(0)
-    config = Videollama2MistralConfig.from_dict({**settings, "initializer_range": 0.2})
-    model = Videollama2MistralForCausalLM._from_config(config)
-    weights = load_file(golden / "vision_side.safetensors")
-    own = {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in weights.items()}
-    assert not model.load_state_dict(own, strict=False).unexpected_keys
-    model.save_pretrained(folder)
+    """The golden checkpoint with a chat template."""
+    folder, golden = tmp_path_factory.mktemp("videollama2") / "checkpoint", GOLDEN / "videollama2"
+    shutil.copytree(golden / "checkpoint", folder)
+    shutil.copytree(golden / "clip_tower", folder / "clip_tower")
     tokenizer = AutoTokenizer.from_pretrained(golden / "checkpoint")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
     tokenizer.save_pretrained(folder)
