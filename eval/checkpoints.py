@@ -4,7 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from libra.provenance import REPOSITORY
+
 WEIGHTS = (".json", ".safetensors", ".bin", ".model")
 LARGE = 100 << 20  # reading a 13B model twice takes a minute
 

@@ -13,8 +13,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from . import hybrid
 from .config import Compression
-from .passage import MASKS, Passage, attention_kind, position_axes
-from .registry import ModelSpec
+from .passage import MASKS, Passage, attention_kind, check_fits
+from .registry import spec_of
 from .trace import Recorder, RowTrace
 
 
@@ -280,13 +280,7 @@ class Attachment:
             return None
         from .flops import model_flops  # here, so that `python -m libra.flops` finds its module not yet imported
 
-        stats, config = self._stats, self._decoder.config
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        spec = ModelSpec(
-            name=type(self._base).__name__, layers=config.num_hidden_layers, hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size, kv_size=head * config.num_key_value_heads, visual_tokens=(1,),
-            checkpoint="", conversation="",
-        )
+        stats, spec = self._stats, spec_of(self._decoder.config, type(self._base).__name__)
         rows = list(zip(*stats["visual_tokens"]))
         flops = [model_flops(spec, row) for row in rows]
         plain = [model_flops(spec, [row[0]] * len(row)) for row in rows]
@@ -332,14 +326,10 @@ def _check(decoder, compression: Compression, model) -> None:
     replaced = "forward" in own and getattr(own["forward"], "__func__", None) is not type(decoder).forward
     if replaced and "_old_forward" not in own:
         raise ValueError(f"the forward of this model's {name} was replaced (by torch.compile?); attach first, then replace it")
-    compression.check_layers(config.num_hidden_layers)
+    check_fits(decoder, compression)
     kinds = {attention_kind(config, layer) for layer in range(config.num_hidden_layers)}
     if kinds - MASKS.keys():
         raise ValueError(f"libra.attach does not support {', '.join(kinds - MASKS.keys())}; it supports {', '.join(MASKS)}")
-    if compression.positions == "compact" and position_axes(decoder) > 1:
-        raise ValueError(
-            f"positions: compact cannot renumber the multi-axis positions of {name}; add `positions: original`"
-        )
     deep = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     if compression.layers and compression.layers[0] < deep - 1:
         raise ValueError(

@@ -20,11 +20,10 @@ class Stage:
     mask: torch.Tensor | None = None
     shift: torch.Tensor | None = None
 
-    def apply(self, change, shifts: bool = True) -> None:
-        """Replace mask and, with ``shifts``, shift by ``change`` of them."""
+    def apply(self, change) -> None:
+        """Replace mask and shift by ``change`` of them."""
         self.mask = None if self.mask is None else change(self.mask)
-        if shifts:
-            self.shift = None if self.shift is None else change(self.shift)
+        self.shift = None if self.shift is None else change(self.shift)
 
 
 class StagedCache(DynamicCache):
@@ -55,9 +54,9 @@ class StagedCache(DynamicCache):
             )
         return cache
 
-    def _to_stages(self, change, shifts: bool = True) -> None:
+    def _to_stages(self, change) -> None:
         for stage in self.stages:
-            stage.apply(change, shifts)
+            stage.apply(change)
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
         super().reorder_cache(beam_idx)
@@ -87,8 +86,8 @@ class StagedCache(DynamicCache):
             )
         for layer in self.layers:
             layer.crop(tokens_to_remove)
-        if tokens_to_remove:
-            self._to_stages(lambda x: x[:, :tokens_to_remove], shifts=False)
+        for stage in self.stages if tokens_to_remove else ():
+            stage.mask = None if stage.mask is None else stage.mask[:, :tokens_to_remove]
 
     def reset(self):
         super().reset()

@@ -31,7 +31,7 @@ from .config import Compression, ConfigError, Row
 from .flops import model_flops
 from .provenance import commit, machine, versions, write_text
 from .random_weights import random_model, weight_bytes
-from .registry import ModelSpec, get_model
+from .registry import ModelSpec, get_model, spec_of
 from .timing import Moment, free_memory, in_turns, median_interval, now, peak_memory
 
 EXAMPLES = """examples:
@@ -139,7 +139,7 @@ class Bench:
             output, _ = self.prefill()
         head = 2 * output.logits.shape[0] * self.text.hidden_size * self.text.vocab_size
         tables = [table for layer in output.past_key_values.layers for table in (layer.keys, layer.values)]
-        return (counter.get_total_flops() - head) // 2, sum(table.numel() * table.element_size() for table in tables)
+        return (counter.get_total_flops() - head) // 2, sum(table.nbytes for table in tables)
 
     def between_layers(self) -> float:
         """Seconds from the end of each compression layer to the start of the next layer, summed; the median of a few runs."""
@@ -373,12 +373,7 @@ def _load(path: str, dtype, device, attention: str):
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention).to(device).eval()
     except (OSError, ImportError, ValueError) as error:
         raise ValueError(f"the checkpoint {path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    text = model.config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return model, ModelSpec(
-        name=type(model).__name__, layers=text.num_hidden_layers, hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size, kv_size=head * text.num_key_value_heads, visual_tokens=(), checkpoint=path,
-    )
+    return model, spec_of(model.config.get_text_config(), type(model).__name__)
 
 
 def report(args) -> dict:

@@ -33,6 +33,16 @@ def position_axes(decoder) -> int:
     return 3 if hasattr(decoder.rotary_emb, "mrope_section") else 1
 
 
+def check_fits(decoder, compression: Compression) -> None:
+    """Raises ValueError for a layer that the decoder does not have, and for positions that cannot be renumbered."""
+    compression.check_layers(decoder.config.num_hidden_layers)
+    if compression.positions == "compact" and position_axes(decoder) > 1:
+        raise ValueError(
+            f"positions: compact cannot renumber the multi-axis positions of {type(decoder).__name__};"
+            " add `positions: original`"
+        )
+
+
 class Passage:
     """The stages of one forward call, whether it is a prefill (with visual tokens or without) or a decoding step.
 
@@ -67,12 +77,7 @@ class Passage:
             self._masks = self._make_masks(range(layers), inputs_embeds, attention_mask, self._text_positions)
             return
 
-        self.compression.check_layers(layers)
-        if self.compression.positions == "compact" and position_axes(decoder) > 1:
-            raise ValueError(
-                "positions: compact cannot renumber the multi-axis positions of this model; add `positions: original` to the"
-                " compression"
-            )
+        check_fits(decoder, self.compression)
         hybrid.enable(decoder.config)
         starts = [0, *(layer + 1 for layer in self.compression.layers)]
         used_before = past > 0 and not isinstance(cache, StagedCache)

@@ -33,6 +33,15 @@ class ModelSpec:
     note: str = ""
 
 
+def spec_of(config, name: str) -> ModelSpec:
+    """The sizes of a Hugging Face text configuration; visual tokens and checkpoint are left empty."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelSpec(
+        name=name, layers=config.num_hidden_layers, hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size, kv_size=head * config.num_key_value_heads, visual_tokens=(), checkpoint="",
+    )
+
+
 def load_models() -> dict[str, ModelSpec]:
     """Every model of models.yaml by name, in the file's order."""
     return dict(_models())

@@ -3,12 +3,35 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for several machines (torchrun); HOSTFILE for DeepSpeed's launcher instead
 #   COMPRESSION   a YAML file of configs/: train with that compression
 #   ATTENTION     sdpa (default), flash_attention_2 or eager
+#   VISION_TOWER  (default: CLIP ViT-L/14 at 336 pixels); REPORT_TO (default: none)
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$root/scripts/env.sh" train
 
 launch() {
     local gpus="${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
-    local more=(--attn_implementation "${ATTENTION:-sdpa}")
+    local more=(
+        --attn_implementation "${ATTENTION:-sdpa}"
+        --vision_tower "${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
+        --mm_projector_type mlp2x_gelu
+        --mm_vision_select_layer -2
+        --mm_use_im_start_end False
+        --mm_use_im_patch_token False
+        --bf16 True
+        --tf32 True
+        --num_train_epochs 1
+        --gradient_accumulation_steps 1
+        --save_strategy steps
+        --save_total_limit 1
+        --weight_decay 0.
+        --warmup_ratio 0.03
+        --lr_scheduler_type cosine
+        --logging_steps 1
+        --model_max_length 2048
+        --gradient_checkpointing True
+        --dataloader_num_workers 4
+        --lazy_preprocess True
+        --report_to "${REPORT_TO:-none}"
+    )
     if [ -n "${COMPRESSION:-}" ]; then more+=(--compression "$COMPRESSION"); fi
     if [ -n "${HOSTFILE:-}" ]; then
         exec deepspeed --hostfile "$HOSTFILE" "$root/llava/train/train.py" "${more[@]}" "$@"

@@ -16,12 +16,12 @@ from libra import Compression
 from libra.cli import Parser
 from libra.config import Row
 from libra.methods import METHODS
+from libra.provenance import REPOSITORY
 from libra.registry import get_model
 
 from . import overlay
 from .session import Loaded, Session, add_model_options, load_model
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 EMBEDDED = REPOSITORY / "mini" / "checkpoint"
 OWN = "my own, set below"
 EXAMPLES = """example:
