@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.profiler import record_function
 
-from .layout import Layout, ordinals
+from .layout import Layout, ordinals, take
 from .merge import MERGERS, NOWHERE, Matches, group_softmax, merge_groups
 from .select import SELECTORS, Candidates
 
@@ -79,30 +80,32 @@ def compress_layout(
         score_rows: (B, N), which of its row's attention rows scored a token; None where there is one a row.
         keys: (B,) integers that pseudo-random selection draws from; None for zeros.
     """
-    importance = importance.detach().float().masked_fill(~layout.valid, 0.0)
-    mean = importance_means(importance, layout.valid, score_rows)
-    keys = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device) if keys is None else keys
-    is_target = SELECTORS[c.select](Candidates(hidden, importance, mean, layout, keys), c)
-    targets = ordinals(is_target, layout.targets)
+    with record_function("libra.select"):
+        importance = importance.detach().float().masked_fill(~layout.valid, 0.0)
+        mean = importance_means(importance, layout.valid, score_rows)
+        keys = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device) if keys is None else keys
+        is_target = SELECTORS[c.select](Candidates(hidden, importance, mean, layout, keys), c)
+        targets = ordinals(is_target, layout.targets)
 
     # Where every α is 0 the quotient is 0/0: equal logits, hence uniform weights.
     pull = torch.nan_to_num(importance / (mean if c.eta == "mean" else c.eta), nan=0.0)
     matches = Matches(hidden, pull, is_target, targets, layout)
-    groups, logits = MERGERS[c.merge](matches, c)
-    groups = groups.masked_fill(~layout.valid, NOWHERE)
-    token_weights = group_softmax(logits, groups, layout.targets + 1)
-
-    mask = layout.target_valid
-    compensated = [False] * len(hidden)
-    if c.merge not in NEVER_COMPENSATE:
-        has_one = (groups == matches.compensation).any(1)
-        compensated = has_one.tolist()  # the step's one device synchronisation: it decides a shape
-        if any(compensated):
-            mask = torch.cat([mask, has_one[:, None]], 1)
-    if c.merge == "drop":
-        tokens = hidden.gather(1, targets[..., None].expand(-1, -1, hidden.shape[-1]))
-    else:
-        tokens = merge_groups(hidden, groups, token_weights, layout.targets + 1)[:, : mask.shape[1]]
+    with record_function("libra.similarity"):
+        groups, logits = MERGERS[c.merge](matches, c)
+    with record_function("libra.merge"):
+        groups = groups.masked_fill(~layout.valid, NOWHERE)
+        token_weights = group_softmax(logits, groups, layout.targets + 1)
+        mask = layout.target_valid
+        compensated = [False] * len(hidden)
+        if c.merge not in NEVER_COMPENSATE:
+            has_one = (groups == matches.compensation).any(1)
+            compensated = has_one.tolist()  # the step's one device synchronisation: it decides a shape
+            if any(compensated):
+                mask = torch.cat([mask, has_one[:, None]], 1)
+        if c.merge == "drop":
+            tokens = take(hidden, targets)
+        else:
+            tokens = merge_groups(hidden, groups, token_weights, layout.targets + 1)[:, : mask.shape[1]]
     similarity = matches.nearest[0] if "nearest" in vars(matches) else None  # a cached property: there if a merger used it
     return Compressed(tokens, mask, targets, groups, token_weights, importance, similarity, compensated, layout)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import wraps
 
 import torch
+from torch.profiler import record_function
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -40,9 +41,10 @@ class Probe:
 
     @torch.no_grad()
     def read(self, query, key, scaling, sliding_window=None) -> None:
-        if self.past_keys is not None:
-            key = torch.cat([self.past_keys, key], 2)
-        self.attention = score_row(query, key, self.rows, scaling, self.key_mask, sliding_window)
+        with record_function("libra.score"):
+            if self.past_keys is not None:
+                key = torch.cat([self.past_keys, key], 2)
+            self.attention = score_row(query, key, self.rows, scaling, self.key_mask, sliding_window)
         if self.only:
             raise Answered
 

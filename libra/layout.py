@@ -112,3 +112,38 @@ class Layout:
 def ordinals(chosen: torch.Tensor, count: int) -> torch.Tensor:
     """(B, N) bool to the ascending numbers of the chosen places, (B, count); a row with fewer goes on with others."""
     return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+
+
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows ``index`` (B, K) of ``x`` (B or 1, S, …): (B, K, …). Whole rows are copied, which gather does number by number."""
+    flat = index
+    if len(x) == len(index) > 1:
+        flat = index + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.reshape(-1, *x.shape[2:]).index_select(0, flat.flatten()).view(*index.shape, *x.shape[2:])
+
+
+def repack(
+    keep: torch.Tensor, behind: torch.Tensor, extra: torch.Tensor, shift: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move the columns that stay together, ``shift`` columns from the left, with room for an extra column behind one of them.
+
+    Args:
+        keep: (B, S) bool.
+        behind: (B, 1), the column that the extra one follows, whether it stays itself or not.
+        extra: (B, 1), 1 in a row with an extra column, otherwise 0.
+        shift: (B, 1).
+        width: of the new rows, S'.
+
+    Returns:
+        source (B, S'): the old column of each new one; of the extra one ``behind``; of one that stays empty its own number.
+        place (B, S): the new column of each old one; of one that goes the last new column before it, which may be -1.
+    """
+    batch, length = keep.shape
+    columns = torch.arange(length, device=keep.device)
+    rank = keep.cumsum(1)
+    place = rank - 1 + shift + extra * (columns > behind)
+    # A padded column stays the column it is, so that a step that removes nothing changes nothing.
+    source = torch.arange(width + 1, device=keep.device).clamp(max=length - 1).repeat(batch, 1)
+    source = source.scatter(1, torch.where(keep, place, width), columns.expand(batch, -1))
+    gap = torch.where(extra > 0, rank.gather(1, behind) + shift, width)
+    return source.scatter(1, gap, behind)[:, :width].contiguous(), place

@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
-from .layout import Layout, ordinals
+from .layout import Layout, ordinals, take
+from .similarity import most_similar
 
 if TYPE_CHECKING:
     from .config import Compression
@@ -49,7 +49,8 @@ class Matches:
     def nearest(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Eq. 5: each token's highest cosine similarity to a target of its span, and that target's slot, both (B, N).
 
-        Float32; ties go to the first target; a target is nearest to itself, at similarity 1. Only targets × the rest is built.
+        Float32; ties go to the first target; a target is nearest to itself, at similarity 1. Only targets × the rest is built,
+        a piece of it at a time.
         """
         layout, hidden = self.layout, self.hidden.detach()
         similarity = torch.ones_like(self.pull)
@@ -58,17 +59,11 @@ class Matches:
         if rest_count == 0:
             return similarity, slot
         rest = ordinals(layout.valid & ~self.is_target, rest_count)
-        unit_targets, unit_rest = (
-            F.normalize(hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])).float(), dim=-1)
-            for index in (self.targets, rest)
-        )
-        scores = unit_targets @ unit_rest.transpose(1, 2)  # (B, T, N - T)
-        if not layout.one_span:
-            same = layout.span.gather(1, self.targets)[:, :, None] == layout.span.gather(1, rest)[:, None, :]
-            scores = scores.masked_fill(~same, -torch.inf)
-        if min(layout.target_counts) != layout.targets:
-            scores = scores.masked_fill(~layout.target_valid[:, :, None], -torch.inf)
-        best, best_slot = scores.max(1)
+        groups = None
+        if not layout.one_span or min(layout.target_counts) != layout.targets:
+            span, target_span = (layout.span.gather(1, index) for index in (rest, self.targets))
+            groups = span, target_span.masked_fill(~layout.target_valid, -1)
+        best, best_slot = most_similar(take(hidden, rest), take(hidden, self.targets), groups)
         # A shorter row's list of non-targets runs on into targets and padding: those keep what they have.
         real = (layout.valid & ~self.is_target).gather(1, rest)
         best = torch.where(real, best, similarity.gather(1, rest))

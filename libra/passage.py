@@ -9,6 +9,7 @@ Both drivers (``llava``'s decoder and :func:`libra.attach`) run the same loop::
 """
 
 import torch
+from torch.profiler import record_function
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from . import hybrid
@@ -200,10 +201,12 @@ class Passage:
             hidden, shortened, step = self.stream.compress(hidden, self._probe.attention[:, :, -hidden.shape[1] :])
             if self.recorder is not None:
                 self.recorder.add(layer, step, spans)
-            self._rotary = tuple(shortened.gather(table) for table in self._rotary)
-            self._positions = shortened.gather(self._positions, dim=-1)
-            self._new_mask = shortened.mask
-        self._enter(self._number + 1, hidden)
+            with record_function("libra.gather"):
+                self._rotary = tuple(shortened.gather(table) for table in self._rotary)
+                self._positions = shortened.gather(self._positions, dim=-1)
+                self._new_mask = shortened.mask
+        with record_function("libra.gather"):
+            self._enter(self._number + 1, hidden)
         return hidden
 
     def _score_with(self, layer: int, hidden: torch.Tensor) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from .layout import Layout
+from .similarity import most_similar
 
 if TYPE_CHECKING:
     from .config import Compression
@@ -82,14 +82,11 @@ def topk(candidates: Candidates, c: "Compression") -> torch.Tensor:
 def information(candidates: Candidates, c: "Compression") -> torch.Tensor:
     """Turbo's information degree E = redundancy − λ · α / mean(α); the tokens with the lowest E are targets.
 
-    Redundancy is a token's highest cosine similarity to another token of its span. The only selector that builds N × N.
+    Redundancy is a token's highest cosine similarity to another token of its span. It alone compares all with all.
     """
-    layout = candidates.layout
-    unit = F.normalize(candidates.hidden.detach().float(), dim=-1)
-    similarity = unit @ unit.transpose(1, 2)
-    itself = torch.eye(layout.tokens, dtype=torch.bool, device=unit.device)
-    other = (layout.span[:, :, None] == layout.span[:, None, :]) & ~itself
-    redundancy = similarity.masked_fill(~other, -torch.inf).amax(-1)
+    layout, hidden = candidates.layout, candidates.hidden.detach()
+    spans = layout.span.masked_fill(~layout.valid, -1)
+    redundancy, _ = most_similar(hidden, hidden, (spans, spans), itself=False)
     relative = torch.nan_to_num(candidates.importance / candidates.importance_mean, nan=1.0)
     return top_of_span(c.information_weight * relative - redundancy, layout)
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from torch.profiler import record_function
 
 from .compress import Compressed, compress_layout
 from .config import Compression
-from .layout import Layout, on_device, ordinals
+from .layout import Layout, on_device, ordinals, repack, take
 
 IGNORE_INDEX = -100
 
@@ -21,8 +22,7 @@ class Shortened:
     def gather(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Take the new columns of ``x`` along ``dim`` 1 (B, S, …) or the last (…, B or 1, S)."""
         if dim == 1:
-            index = self.source.view(*self.source.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
-            return x.expand(len(index), *x.shape[1:]).gather(1, index)
+            return take(x, self.source)
         shape = (*x.shape[:-2], *self.source.shape)
         return x.expand(*shape[:-1], x.shape[-1]).gather(-1, self.source.expand(shape))
 
@@ -46,11 +46,12 @@ class VisualTokenStream:
     def __init__(self, compression: Compression, visual, mask=None, labels=None, score_columns=None, keys=None):
         self.compression, self.labels, self.keys = compression, labels, keys
         self.mask = None if mask is None else mask.bool()
-        begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-        self.spans = begins.cumsum(1) * visual  # (B, S): 0 for text and padding, k for the row's k-th span
         self.counts: list[list[int]] = []  # visual tokens of each row, stage by stage, without compensation tokens
         self.compensated: list[list[bool]] = []  # which rows got a compensation token at each compression layer
-        self._survey(score_columns)
+        with record_function("libra.layout"):
+            begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+            self.spans = begins.cumsum(1) * visual  # (B, S): 0 for text and padding, k for the row's k-th span
+            self._survey(score_columns)
 
     def _survey(self, score_columns) -> None:
         """Bring the batch's layout to the host once: after it every shape is known but for compensation tokens."""
@@ -150,45 +151,39 @@ class VisualTokenStream:
             the new hidden states (B, S', D), how their columns come from the old ones, and the compression step itself.
         """
         device = hidden.device
-        # A row without visual tokens takes part with one column that is put back untouched.
-        spans = [row or [1] for row in self.span_lengths]
-        layout = Layout.build(spans, self.compression.ratio, self.compression.rounding, device)
-        columns = self._columns(layout.tokens)
-        importance, owner = self._importance(attention, columns, layout)
-        visual = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+        with record_function("libra.layout"):
+            # A row without visual tokens takes part with one column that is put back untouched.
+            spans = [row or [1] for row in self.span_lengths]
+            layout = Layout.build(spans, self.compression.ratio, self.compression.rounding, device)
+            columns = self._columns(layout.tokens)
+            importance, owner = self._importance(attention, columns, layout)
+        with record_function("libra.gather"):
+            visual = take(hidden, columns)
         step = compress_layout(visual, importance, self.compression, layout, owner, self.keys)
-        shortened, place = self._shorten(columns, step)
-        new_hidden = shortened.gather(hidden)
-        if self.compression.merge != "drop":
-            new_hidden = self._put(new_hidden, step, place)
+        with record_function("libra.gather"):
+            shortened, place = self._shorten(columns, step)
+            new_hidden = shortened.gather(hidden)
+            if self.compression.merge != "drop":
+                self._put(new_hidden, step, place)
         return new_hidden, shortened, step
 
     def _shorten(self, columns: torch.Tensor, step: Compressed) -> tuple[Shortened, torch.Tensor]:
         """Drop the non-target columns, make room for compensation tokens, move everything that is kept per column."""
-        batch, length = self.spans.shape
         device = self.spans.device
         layout = step.layout
         removed = [n - k for n, k in zip(layout.lengths, layout.target_counts)]
         lengths = [n - r + bool(c) for n, r, c in zip(self.row_lengths, removed, step.compensated)]
         width = max(lengths)
         extra = on_device([int(c) for c in step.compensated], device)[:, None]
-        seeing = on_device([bool(row) for row in self.span_lengths], device)[:, None]
 
         keep = torch.ones_like(self.spans, dtype=torch.bool) if self.mask is None else self.mask.clone()
         chosen = torch.zeros_like(layout.valid).scatter(1, step.targets, layout.target_valid)
         current = keep.gather(1, columns)
         keep = keep.scatter(1, columns, torch.where(layout.valid, chosen & current, current))
         last_visual = columns.gather(1, on_device([[n - 1] for n in layout.lengths], device))
-
-        rank = keep.cumsum(1)
         shift = on_device([width - n if self.pads_left else 0 for n in lengths], device)[:, None]
-        after = torch.arange(length, device=device) > last_visual
-        place = rank - 1 + shift + extra * after  # where a kept column goes; for a dropped one, the last kept before it
-        # A padded column stays the column it is, so that a step that removes nothing changes nothing.
-        source = torch.arange(width + 1, device=device).clamp(max=length - 1).repeat(batch, 1)
-        source = source.scatter(1, torch.where(keep, place, width), torch.arange(length, device=device).expand(batch, -1))
-        compensation = torch.where(extra > 0, rank.gather(1, last_visual) + shift, width)
-        source = source.scatter(1, compensation, last_visual)[:, :width].contiguous()
+        source, place = repack(keep, last_visual, extra, shift, width)
+        compensation = torch.where(extra > 0, place.gather(1, last_visual) + 1, width)
 
         new_columns = torch.arange(width, device=device)
         ends = on_device(lengths, device)[:, None]
@@ -207,13 +202,25 @@ class VisualTokenStream:
         self.span_lengths = [list(k) if n else [] for k, n in zip(layout.keeps, self.span_lengths)]
         self.counts.append([sum(row) for row in self.span_lengths])
         self.compensated.append(step.compensated)
-        slots = place.gather(1, columns.gather(1, step.targets)).masked_fill(~seeing, width)
+        slots = place.gather(1, columns.gather(1, step.targets))
         if any(step.compensated):
             slots = torch.cat([slots, compensation], 1)
-        return shortened, slots.masked_fill(~step.mask, width)
+        return shortened, slots
 
-    @staticmethod
-    def _put(hidden: torch.Tensor, step: Compressed, place: torch.Tensor) -> torch.Tensor:
-        """Write the merged tokens (B, T[+1], D) into their columns ``place`` (B, T[+1]); a slot with column S' is empty."""
-        roomy = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
-        return roomy.scatter(1, place[..., None].expand(-1, -1, hidden.shape[-1]), step.tokens)[:, :-1]
+    def _put(self, hidden: torch.Tensor, step: Compressed, place: torch.Tensor) -> None:
+        """Write the merged tokens (B, T[+1], D) into their columns ``place`` (B, T[+1]) of the new ``hidden`` (B, S', D)."""
+        batch, length, width = hidden.shape
+        slots, targets = place.shape[1], step.layout.targets
+        flat = place + torch.arange(batch, device=place.device)[:, None] * length
+        tokens = step.tokens.reshape(-1, width)
+        # The slots that rows fill, by what the host knows; a row without visual tokens keeps its one column as it is.
+        filled = [
+            row * slots + slot
+            for row, (count, one_more) in enumerate(zip(step.layout.target_counts, step.compensated))
+            for slot in (*range(count if self.span_lengths[row] else 0), *[targets] * one_more)
+        ]
+        if len(filled) < batch * slots:
+            filled = on_device(filled, hidden.device, torch.long)
+            hidden.view(-1, width).index_copy_(0, flat.flatten()[filled], tokens[filled])
+        else:
+            hidden.view(-1, width).index_copy_(0, flat.flatten(), tokens)
