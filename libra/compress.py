@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from .select import SELECTORS, Candidates
 if TYPE_CHECKING:
     from .config import Compression
 
-NEVER_COMPENSATE = {"drop", "average", "igm-pos"}  # known without asking the device
+NEVER_COMPENSATE = {"drop", "average", "igm-pos"}  # no room need be left for one
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Compressed:
         token_weights: (B, N) float32, each token's weight in its slot.
         importance: (B, N) float32, the α the choice was made by; 0 for padding.
         similarity: (B, N) float32, s^max of eq. 5; None where the merge does not ask for it.
-        compensated: for each row, whether it has a compensation token.
         layout: the spans that went in and the targets kept of each.
+        has_compensation: (B,) bool, which rows have a compensation token; None where the merge makes none.
     """
 
     tokens: torch.Tensor
@@ -40,8 +41,20 @@ class Compressed:
     token_weights: torch.Tensor
     importance: torch.Tensor
     similarity: torch.Tensor | None
-    compensated: list[bool]
     layout: Layout
+    has_compensation: torch.Tensor | None
+
+    @cached_property
+    def compensated(self) -> list[bool]:
+        """For each row, whether it has a compensation token; asking waits for the device."""
+        return [False] * len(self.tokens) if self.has_compensation is None else self.has_compensation.tolist()
+
+    def trimmed(self) -> "Compressed":
+        """Without the compensation tokens' slot where no row fills it."""
+        if self.has_compensation is None or any(self.compensated):
+            return self
+        slots = self.layout.targets
+        return replace(self, tokens=self.tokens[:, :slots], mask=self.mask[:, :slots], has_compensation=None)
 
     @property
     def weights(self) -> torch.Tensor:
@@ -74,7 +87,7 @@ def compress_layout(
     score_rows: torch.Tensor | None = None,
     keys: torch.Tensor | None = None,
 ) -> Compressed:
-    """:func:`compress` for a ready :class:`Layout`.
+    """:func:`compress` for a ready :class:`Layout`, without waiting for the device: the outcome is not trimmed.
 
     Args:
         score_rows: (B, N), which of its row's attention rows scored a token; None where there is one a row.
@@ -95,19 +108,16 @@ def compress_layout(
     with record_function("libra.merge"):
         groups = groups.masked_fill(~layout.valid, NOWHERE)
         token_weights = group_softmax(logits, groups, layout.targets + 1)
-        mask = layout.target_valid
-        compensated = [False] * len(hidden)
-        if c.merge not in NEVER_COMPENSATE:
+        mask, slots, has_one = layout.target_valid, layout.targets, None
+        if c.merge not in NEVER_COMPENSATE and layout.target_counts != layout.lengths:
             has_one = (groups == matches.compensation).any(1)
-            compensated = has_one.tolist()  # the step's one device synchronisation: it decides a shape
-            if any(compensated):
-                mask = torch.cat([mask, has_one[:, None]], 1)
+            mask, slots = torch.cat([mask, has_one[:, None]], 1), slots + 1
         if c.merge == "drop":
             tokens = take(hidden, targets)
         else:
-            tokens = merge_groups(hidden, groups, token_weights, layout.targets + 1)[:, : mask.shape[1]]
+            tokens = merge_groups(hidden, groups, token_weights, slots)
     similarity = matches.nearest[0] if "nearest" in vars(matches) else None  # a cached property: there if a merger used it
-    return Compressed(tokens, mask, targets, groups, token_weights, importance, similarity, compensated, layout)
+    return Compressed(tokens, mask, targets, groups, token_weights, importance, similarity, layout, has_one)
 
 
 def compress(
@@ -144,7 +154,7 @@ def compress(
         raise ValueError(f"every row needs 1 to {count} visual tokens and no empty span, but the spans are {spans}")
     layout = Layout.build(spans, c.ratio, c.rounding, hidden.device)
     longest = layout.tokens
-    step = compress_layout(hidden[:, :longest], importance[:, :longest], c, layout)
+    step = compress_layout(hidden[:, :longest], importance[:, :longest], c, layout).trimmed()
     if longest == count:
         return step
     pad = (0, count - longest)  # what is told per token is as long as what came in

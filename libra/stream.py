@@ -161,66 +161,69 @@ class VisualTokenStream:
             visual = take(hidden, columns)
         step = compress_layout(visual, importance, self.compression, layout, owner, self.keys)
         with record_function("libra.gather"):
-            shortened, place = self._shorten(columns, step)
-            new_hidden = shortened.gather(hidden)
-            if self.compression.merge != "drop":
-                self._put(new_hidden, step, place)
+            new_hidden, shortened = self._shorten(hidden, columns, step)
         return new_hidden, shortened, step
 
-    def _shorten(self, columns: torch.Tensor, step: Compressed) -> tuple[Shortened, torch.Tensor]:
-        """Drop the non-target columns, make room for compensation tokens, move everything that is kept per column."""
-        device = self.spans.device
-        layout = step.layout
-        removed = [n - k for n, k in zip(layout.lengths, layout.target_counts)]
-        lengths = [n - r + bool(c) for n, r, c in zip(self.row_lengths, removed, step.compensated)]
-        width = max(lengths)
-        extra = on_device([int(c) for c in step.compensated], device)[:, None]
+    def _shorten(self, hidden: torch.Tensor, columns: torch.Tensor, step: Compressed) -> tuple[torch.Tensor, Shortened]:
+        """Drop the non-target columns, make room for compensation tokens, move everything that is kept per column.
+
+        Whether a row has a compensation token is the device's knowledge. All work is queued with room for one, and only then
+        comes the one question that waits for the device; the answer cuts off columns that every row leaves empty.
+        """
+        device, layout = self.spans.device, step.layout
+        room = step.has_compensation is not None
+        kept = [n - before + after for n, before, after in zip(self.row_lengths, layout.lengths, layout.target_counts)]
+        width = max(kept) + room
+        extra = step.has_compensation[:, None].long() if room else torch.zeros(len(kept), 1, dtype=torch.long, device=device)
+        ends = on_device(kept, device)[:, None] + extra
 
         keep = torch.ones_like(self.spans, dtype=torch.bool) if self.mask is None else self.mask.clone()
         chosen = torch.zeros_like(layout.valid).scatter(1, step.targets, layout.target_valid)
         current = keep.gather(1, columns)
         keep = keep.scatter(1, columns, torch.where(layout.valid, chosen & current, current))
         last_visual = columns.gather(1, on_device([[n - 1] for n in layout.lengths], device))
-        shift = on_device([width - n if self.pads_left else 0 for n in lengths], device)[:, None]
+        shift = width - ends if self.pads_left else torch.zeros_like(ends)
         source, place = repack(keep, last_visual, extra, shift, width)
-        compensation = torch.where(extra > 0, place.gather(1, last_visual) + 1, width)
+        # A row without one sends the slot of the compensation token to a column that it leaves empty.
+        compensation = torch.where(extra > 0, place.gather(1, last_visual) + 1, 0 if self.pads_left else width - 1)
+        new_hidden = take(hidden, source)
+        if self.compression.merge != "drop":
+            slots = place.gather(1, columns.gather(1, step.targets))
+            self._put(new_hidden, step, torch.cat([slots, compensation], 1) if room else slots)
 
         new_columns = torch.arange(width, device=device)
-        ends = on_device(lengths, device)[:, None]
         mask = new_columns >= width - ends if self.pads_left else new_columns < ends
-        if min(lengths) == width:
-            mask = None
-        shortened = Shortened(source, mask)
-        is_compensation = new_columns == compensation
-        spans = shortened.gather(self.spans).masked_fill(is_compensation, 0)
-        self.spans = spans if mask is None else spans.masked_fill(~mask, 0)
-        if self.labels is not None:
-            labels = shortened.gather(self.labels).masked_fill(is_compensation, IGNORE_INDEX)
-            self.labels = labels if mask is None else labels.masked_fill(~mask, IGNORE_INDEX)
-        self.queries = place.gather(1, self.queries).clamp(min=0)
-        self.mask, self.row_lengths = mask, lengths
+        nobody = ~mask if not room else ~mask | (new_columns == compensation)
+        spans = take(self.spans, source).masked_fill(nobody, 0)
+        labels = None if self.labels is None else take(self.labels, source).masked_fill(nobody, IGNORE_INDEX)
+        queries = place.gather(1, self.queries).clamp(min=0)
+
+        lengths = [n + c for n, c in zip(kept, step.compensated)]  # the step's one device synchronisation
+        if spare := width - max(lengths):
+            cut = slice(spare, None) if self.pads_left else slice(-spare)
+            new_hidden, source, mask, spans = (x[:, cut] for x in (new_hidden, source, mask, spans))
+            labels = None if labels is None else labels[:, cut]
+            queries = queries - spare if self.pads_left else queries
+        self.mask = None if min(lengths) == max(lengths) else mask
+        self.spans, self.labels, self.queries, self.row_lengths = spans, labels, queries, lengths
         self.span_lengths = [list(k) if n else [] for k, n in zip(layout.keeps, self.span_lengths)]
         self.counts.append([sum(row) for row in self.span_lengths])
         self.compensated.append(step.compensated)
-        slots = place.gather(1, columns.gather(1, step.targets))
-        if any(step.compensated):
-            slots = torch.cat([slots, compensation], 1)
-        return shortened, slots
+        return new_hidden, Shortened(source, self.mask)
 
     def _put(self, hidden: torch.Tensor, step: Compressed, place: torch.Tensor) -> None:
         """Write the merged tokens (B, T[+1], D) into their columns ``place`` (B, T[+1]) of the new ``hidden`` (B, S', D)."""
         batch, length, width = hidden.shape
         slots, targets = place.shape[1], step.layout.targets
-        flat = place + torch.arange(batch, device=place.device)[:, None] * length
+        flat = (place + torch.arange(batch, device=place.device)[:, None] * length).flatten()
         tokens = step.tokens.reshape(-1, width)
-        # The slots that rows fill, by what the host knows; a row without visual tokens keeps its one column as it is.
+        # Of the slots that rows fill as far as the host knows; a row without visual tokens keeps its one column as it is.
         filled = [
             row * slots + slot
-            for row, (count, one_more) in enumerate(zip(step.layout.target_counts, step.compensated))
-            for slot in (*range(count if self.span_lengths[row] else 0), *[targets] * one_more)
+            for row, (count, spans) in enumerate(zip(step.layout.target_counts, self.span_lengths)) if spans
+            for slot in (*range(count), *range(targets, slots))
         ]
         if len(filled) < batch * slots:
-            filled = on_device(filled, hidden.device, torch.long)
-            hidden.view(-1, width).index_copy_(0, flat.flatten()[filled], tokens[filled])
-        else:
-            hidden.view(-1, width).index_copy_(0, flat.flatten(), tokens)
+            chosen = on_device(filled, hidden.device, torch.long)
+            flat, tokens = flat[chosen], tokens[chosen]
+        hidden.view(-1, width).index_copy_(0, flat, tokens)
