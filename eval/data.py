@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-from libra.cli import Parser
+from libra.cli import Parser, names
 
 from .formats import text_table
 from .suites import PAPER_TASKS, TABLES, TASKS, Task, get_table, get_task, row_files
@@ -85,14 +85,14 @@ def listing(tasks: list[str]) -> tuple[list[str], str]:
     for name in tasks:
         readers.setdefault(DATA[name], []).append(name)
     lines, offline = [], ""
-    for data, names in readers.items():
+    for data, asking in readers.items():
         licence, count = data.licence, "not known offline"
         if not offline:  # asking once more would only take time
             try:
                 licence, count = inspect(data)
             except ConnectionError as error:
                 offline = str(error)
-        lines.append([data.page, ", ".join(names), ", ".join(data.folders) or "all of it", count, licence])
+        lines.append([data.page, ", ".join(asking), ", ".join(data.folders) or "all of it", count, licence])
     return text_table(["data set", "for", "files", "size", "licence"], lines), offline
 
 
@@ -114,15 +114,11 @@ def cause(error: BaseException) -> str:
     return re.sub(r" object at 0x[0-9a-f]+", "", f"{type(error).__name__}: {lines[0]}")
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in (part.strip() for part in text.split(",")) if name]
-
-
 def parser() -> Parser:
     parser = Parser(prog="python -m eval.data", description="List the paper's data sets, and download them.", epilog=EXAMPLES)
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--table", choices=[name for name, table in TABLES.items() if table.suites], help="all that it reads")
-    chosen.add_argument("--tasks", type=_names, metavar="A,B", help="only these, such as gqa,mme")
+    chosen.add_argument("--tasks", type=names, metavar="A,B", help="only these, such as gqa,mme")
     parser.add_argument("--yes", action="store_true", help="download, with these licences and sizes accepted")
     return parser
 

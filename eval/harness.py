@@ -47,7 +47,7 @@ class Harness:
 
         from .samples import SampleLog
 
-        task, model = get_task(cell.task), self._model(cell)
+        task, model = get_task(cell.task), self.load(cell)
         with SampleLog(cell.samples_path(Path(self.settings.output))) as log:
             if cell.turns:
                 from .turns import InTurns, timing
@@ -82,7 +82,8 @@ class Harness:
             mend = f"python -m eval.data --tasks {task.name} --yes downloads it"
             raise ValueError(f"the data of task {task.name} cannot be loaded ({cause(error)}); {mend}") from error
 
-    def _model(self, cell: Cell):
+    def load(self, cell: Cell):
+        """The model of a cell's checkpoint; the one that is there already where it is the same."""
         from .lmms_libra import LibraModel
 
         if self.checkpoint != cell.checkpoint:

@@ -1,6 +1,5 @@
 """Fill a table's cells, and go on where an earlier run stopped: python -m eval.run --table 1"""
 
-import argparse
 import fcntl
 import json
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from libra.cli import Parser
+from libra.cli import Parser, names, whole_from
 from libra.provenance import commit, cores, machine, versions, write_text
 from libra.shadow import warn_if_llava_is_another
 
@@ -99,32 +98,23 @@ def fill(
     return failed, list(unwritten.values())
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in (part.strip() for part in text.split(",")) if name]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number; give 1 or more")
-    return int(text)
-
-
 def parser() -> Parser:
+    whole = whole_from(1)
     parser = Parser(prog="python -m eval.run", description="Fill a table's cells; finished ones are kept.", epilog=EXAMPLES)
     parser.add_argument("--table", choices=list(TABLES), required=True, help="the paper's table, or the arena")
     parser.add_argument("--suite", choices=list(SUITES), default="mini", help="which model's rows (default %(default)s)")
-    parser.add_argument("--rows", type=_names, metavar="A,B", help="only these rows, such as vanilla,r50")
-    parser.add_argument("--tasks", type=_names, metavar="A,B", help="only these tasks, such as reading,color")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N samples of a task (to try things out)")
+    parser.add_argument("--rows", type=names, metavar="A,B", help="only these rows, such as vanilla,r50")
+    parser.add_argument("--tasks", type=names, metavar="A,B", help="only these tasks, such as reading,color")
+    parser.add_argument("--limit", type=whole, metavar="N", help="only the first N samples of a task (to try things out)")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be computed, at what FLOPs and how long")
-    parser.add_argument("--batch-size", type=_positive, metavar="N", help="samples a forward call (default: 32 mini, 8 others)")
+    parser.add_argument("--batch-size", type=whole, metavar="N", help="samples a forward call (default: 32 mini, 8 others)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="results folder (default results/tableN)")
     parser.add_argument("--benchmark", type=Path, default=Path("results/benchmark"), metavar="DIR",
                         help="the embedded benchmark, written where it is missing (default %(default)s)")
-    parser.add_argument("--processes", type=_positive, metavar="N",
+    parser.add_argument("--processes", type=whole, metavar="N",
                         help="workers, each with one cell at a time (default: one a GPU; on a CPU 2, of two cores or more)")
     parser.add_argument("--checkpoint", metavar="DIR", help="weights to use instead of the registry's")
-    parser.add_argument("--device", type=_names, metavar="A,B",
+    parser.add_argument("--device", type=names, metavar="A,B",
                         help="such as cpu, cuda:0 or cuda:0,cuda:1; workers take them in turn (default: all GPUs, else cpu)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--publish", action="store_true", help="copy the finished table to docs/results/")

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -17,3 +18,25 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def names(text: str) -> list[str]:
+    """An argparse type: names with commas between them."""
+    return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+def whole_from(least: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from ``least`` up."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} up")
+        return int(text)
+
+    return parse
+
+
+def wholes_from(least: int) -> Callable[[str], tuple[int, ...]]:
+    """An argparse type: whole numbers from ``least`` up, with commas between them."""
+    whole = whole_from(least)
+    return lambda text: tuple(whole(part.strip()) for part in text.split(","))
