@@ -105,7 +105,7 @@ def test_finished_cells_need_no_worker_and_a_broken_one_is_one_sentence(tmp_path
 @pytest.mark.parametrize("arguments, sentence", [
     (["--rows", "r50,r51"], "error: row r51 is unknown"),
     (["--tasks", "colour"], "error: task colour is not a task"),
-    (["--limit", "0"], "error: argument --limit: 0 is not a number"),
+    (["--limit", "0"], "error: argument --limit: 0 is not a whole number"),
     (["--checkpoint", "mini/nowhere"], "error: checkpoint mini/nowhere is missing"),
     (["--suite", "qwen2vl7b"], "error: suite qwen2vl7b is not in table 1; use one of mini, llava7b"),
     (["--suite", "llava7b"], "error: checkpoint liuhaotian/llava-v1.5-7b is not in the local cache"),
