@@ -11,8 +11,9 @@ from .checkpoints import REPOSITORY
 CODE = ("libra/**/*", "llava/**/*", "eval/tasks/*", "eval/lmms_libra.py", "eval/models_*.py")
 BESIDE = {  # no part in an answer
     *(("llava", part) for part in ("train", "serve", "convert", "eval")),
+    ("libra", "latency"),
     *(("libra", f"{part}.py") for part in (
-        "cli", "drawing", "figures", "flops", "latency", "provenance", "random_weights", "shadow", "timing", "units",
+        "cli", "drawing", "figures", "flops", "provenance", "random_weights", "shadow", "timing", "units",
     )),
 }
 PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "numpy")

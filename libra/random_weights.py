@@ -12,6 +12,11 @@ from .registry import ModelSpec
 PERIOD = 1_000_003  # a prime, so that a matrix whose rows are cut out of a block this long has no two equal rows
 HEAD = 128  # head size of every model of the registry but the embedded one, for which it makes one head of four
 VOCABULARY = 256  # measuring needs few token ids, and a large head would be timed with the decoder
+CLIP_L_336 = dict(  # the vision tower of the LLaVA models, CLIP ViT-L/14 at 336 pixels: 576 patches
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14,
+    projection_dim=768,
+)
+NO_TOWER = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14, patch_size=14)
 
 
 class RandomWeights:
@@ -43,11 +48,12 @@ class RandomWeights:
 
 
 def random_model(
-    spec: ModelSpec, layers: int, dtype: torch.dtype, device="cpu", attention: str = "sdpa"
+    spec: ModelSpec, layers: int, dtype: torch.dtype, device="cpu", attention: str = "sdpa", tower: dict | None = None
 ) -> LlavaForConditionalGeneration:
     """A Hugging Face LLaVA with the first ``layers`` layers of a model's true sizes, in evaluation mode.
 
-    It is the decoder alone: vision tower and projector are empty, and the vocabulary has :data:`VOCABULARY` tokens.
+    The vocabulary has :data:`VOCABULARY` tokens. ``tower``: the sizes of a CLIP vision tower; without them the model is the
+    decoder alone, and vision tower and projector are empty.
 
     Raises:
         ValueError: if the attention implementation is not there.
@@ -58,18 +64,23 @@ def random_model(
         num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=VOCABULARY, max_position_embeddings=32768,
         pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )
-    smallest = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14,
-                                patch_size=14)
-    config = LlavaConfig(text_config=text, vision_config=smallest, image_token_id=VOCABULARY - 1, image_seq_length=1)
+    config = LlavaConfig(
+        text_config=text, vision_config=CLIPVisionConfig(**(tower or NO_TOWER)), image_token_id=VOCABULARY - 1,
+        image_seq_length=1,
+    )
     try:
         with torch.device("meta"):
             model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
     except ImportError as error:
         raise ValueError(f"attention {attention} is not installed: {str(error).splitlines()[0]}") from error
-    model.model.vision_tower, model.model.multi_modal_projector = nn.Identity(), nn.Identity()
+    if tower is None:
+        model.model.vision_tower, model.model.multi_modal_projector = nn.Identity(), nn.Identity()
     model.to_empty(device=device)
     decoder = model.model.language_model
     decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)  # its tables are no weights
+    for name, numbers in model.named_buffers():
+        if name.endswith("position_ids"):  # the tower's
+            numbers.copy_(torch.arange(numbers.shape[-1]))
     RandomWeights(dtype, device).fill_all(model.named_parameters())
     return model.eval()
 

@@ -1,16 +1,18 @@
-"""Two things timed against each other: in turns within one run, so that a busy minute of the machine hits both."""
+"""Things timed against each other: in turns within one run, so that a busy minute of the machine hits all."""
 
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+Mode = TypeVar("Mode")
 
 
 class Moment(NamedTuple):
@@ -30,11 +32,11 @@ def now(device: torch.device) -> Moment:
     return Moment(perf_counter(), process_time())
 
 
-def in_turns(pairs: int) -> Iterator[tuple[int, bool]]:
-    """(pair, second?) for runs in turns; the pairs alternate which comes first, so that a slow drift favours neither."""
+def in_turns(pairs: int, modes: Sequence[Mode] = (False, True)) -> Iterator[tuple[int, Mode]]:
+    """(pair, mode) for runs in turns; every other pair goes backwards, so that a slow drift favours no mode."""
     for pair in range(pairs):
-        for second in (False, True) if pair % 2 == 0 else (True, False):
-            yield pair, second
+        for mode in modes if pair % 2 == 0 else modes[::-1]:
+            yield pair, mode
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,16 @@ from statistics import median
 
 import pytest
 import torch
+from PIL import Image
 from tiny import hf_model
+from transformers import CLIPVisionConfig
 
 from libra.config import Compression, ConfigError, Row
 from libra.flops import model_flops
 from libra.latency import Bench, Prompt, main, measure, scale_layers
+from libra.latency.vision import TOWERS, tower_of, views_of
 from libra.provenance import write_text
-from libra.random_weights import RandomWeights, random_model, weight_bytes
+from libra.random_weights import CLIP_L_336, RandomWeights, random_model, weight_bytes
 from libra.registry import ModelSpec, get_model
 from libra.timing import in_turns, median_interval, peak_memory
 
@@ -76,6 +79,7 @@ def test_turns_alternate():
     turns = list(in_turns(4))
     assert Counter(turns) == Counter(product(range(4), (False, True)))
     assert [second for _, second in turns] == [False, True, True, False] * 2
+    assert list(in_turns(2, "abc")) == [(0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a")]
 
 
 def test_peak_memory_sees_what_is_gone_again():
@@ -113,8 +117,10 @@ def test_counted_operations_and_bytes(attention, batch, compression):
     ratios = [pair["compressed"]["wall"] / pair["vanilla"]["wall"] for pair in prefill["pairs"]]
     assert prefill["ratio"]["median"] == median(ratios)
     assert 0 < prefill["cpu_time"]["vanilla_seconds"] < 1.5 * torch.get_num_threads() * prefill["vanilla_seconds"]
-    assert 0 < prefill["between_layers_seconds"] < prefill["compressed_seconds"]
     assert prefill["ratio_over_flops_ratio"] == prefill["ratio"]["median"] / flops["formula"]["ratio"]
+    visual = [model_flops(SPEC, counts) for counts in (tokens, [64] * SPEC.layers)]
+    assert flops["visual"]["ratio"] == visual[0] / visual[1]
+    assert prefill["ratio_over_visual_flops_ratio"] == prefill["ratio"]["median"] / flops["visual"]["ratio"]
     assert data["decode"]["vanilla_seconds"] > 0 and data["decode"]["compressed_seconds"] > 0
 
 
@@ -149,9 +155,9 @@ def test_true_width_is_within_one_percent_of_the_formula(row):
     spec = get_model(row.model)
     compression = scale_layers(row.compression, spec.layers, 8)
     bench = Bench(random_model(spec, 8, torch.bfloat16), compression, Prompt(visual=576))
-    counted, _ = bench.count(True)
+    counted = bench.count(True)
     rows = [[64 + n[0] for n in bench.stats["visual_tokens"]]]
-    assert 1 <= counted / model_flops(spec, *rows) <= 1.01
+    assert 1 <= counted.operations / model_flops(spec, *rows) <= 1.01
 
 
 def command(*more: str) -> list[str]:
@@ -186,7 +192,7 @@ def test_command_measures_a_checkpoint(capsys, tmp_path):
     (["--random-weights", "--layers", "2"], "have no places of their own in 2 layers"),
     (["--random-weights", "--layers", "0"], "0 is not a whole number from 1 up"),
     (["--random-weights", "--compression-layers", "3,99"], "layers: 99 is out of range"),
-    (["--random-weights", "--compression-layers", "a"], "a is not a list of layers"),
+    (["--random-weights", "--compression-layers", "a"], "a is not a whole number from 0 up"),
     (["--random-weights", "--attn", "nonsense"], "nonsense"),
     (["--random-weights", "--device", "nonsense"], "--device: nonsense is no device"),
     (["--random-weights", "--json", "{folder}"], "is a folder"),
@@ -194,6 +200,17 @@ def test_command_measures_a_checkpoint(capsys, tmp_path):
     (["--checkpoint", "{folder}"], "cannot be loaded"),
     (["--checkpoint", "{folder}", "--layers", "3"], "--layers cuts a model of random weights"),
     (["--random-weights", "--config", "{configs}/mini/vanilla.yaml"], "vanilla.yaml: this row compresses nothing"),
+    (["--random-weights", "--config", "{configs}/table7/qwen2vl7b_fastv.yaml"], "give a number with --visual-tokens"),
+    (["--random-weights", "--visual-tokens", "20,40"], "--visual-tokens takes one number, and a list only with --grow"),
+    (["--random-weights", "--batch", "1,x"], "x is not a whole number from 1 up"),
+    (["--random-weights", "--vision"], "the size of mini's vision tower is not known here"),
+    (["--random-weights", "--peer"], "FastV prunes at one layer and this compression has 3"),
+    (["--random-weights", "--plot", "{folder}/a.pdf"], "is no picture's name; give a file that ends in .png"),
+    (["--random-weights", "--grow"], "name a folder with --output"),
+    (["--random-weights", "--grow", "--output", "{folder}/g", "--peer"], "--peer does not go with --grow"),
+    (["--random-weights", "--grow", "--output", "{folder}/g", "--visual-tokens", "20", "--max-tokens", "9"], "--max-tokens"),
+    (["--random-weights", "--output", "{folder}/g"], "--output is the folder of --grow"),
+    (["--random-weights", "--update"], "--update rewrites the figures of --check"),
 ])
 def test_what_cannot_be_measured_is_one_sentence(arguments, words, capsys, tmp_path):
     arguments = [word.format(folder=tmp_path, configs=ROOT / "configs") for word in arguments]
@@ -205,11 +222,64 @@ def test_what_cannot_be_measured_is_one_sentence(arguments, words, capsys, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_row_is_needed(capsys):
+    with pytest.raises(SystemExit):
+        main(["--random-weights"])
+    assert capsys.readouterr().err == "error: the argument --config is required\n"
+
+
 def test_a_model_larger_than_memory_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr("libra.latency.free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr("libra.latency.command.free_memory", lambda device: 1_000_000)
     with pytest.raises(SystemExit):
         main(command("--random-weights"))
     assert "12 layers take 9.63 MB and 1.00 MB are free; take fewer --layers" in capsys.readouterr().err
+
+
+TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
+
+
+def test_a_random_tower_sees_every_patch_in_its_place():
+    model = random_model(SPEC, 2, torch.float32, tower=TOWER)
+    tower = model.model.vision_tower
+    numbers = dict(tower.named_buffers())
+    assert all(ids.tolist() == [list(range(17))] for name, ids in numbers.items() if name.endswith("position_ids")) and numbers
+    with torch.inference_mode():
+        features = model.get_image_features(pixel_values=torch.zeros(2, 3, 56, 56)).pooler_output
+    assert [tuple(rows.shape) for rows in features] == [(16, SPEC.hidden_size)] * 2
+    assert features[0].isfinite().all() and torch.equal(features[0], features[1])
+    assert len(features[0].unique(dim=0)) == 16  # an empty picture's patches differ by their place alone
+
+
+def test_pictures_of_a_prompt():
+    config = CLIPVisionConfig(**CLIP_L_336)
+    for name, visual, views in (
+        ("llava-1.5-7b", 576, 1), ("llava-1.5-7b", 2880, 5), ("llava-1.5-7b", 577, 2), ("llava-next-8b", 2267, 5),
+        ("llava-next-8b", 576, 1),
+    ):
+        assert views_of(get_model(name), config, visual) == views
+    assert tower_of(get_model("llava-next-8b")) is CLIP_L_336
+    with pytest.raises(ConfigError, match="qwen2-vl-7b"):
+        tower_of(get_model("qwen2-vl-7b"))
+
+
+def test_command_times_the_vision_tower_too(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(TOWERS, "mini", TOWER)
+    file, picture = tmp_path / "a.json", tmp_path / "a.png"
+    options = ["--random-weights", "--layers", "4", "--visual-tokens", "40", "--pairs", "2", "--batch", "2", "--vision"]
+    assert main(command(*options, "--json", str(file), "--plot", str(picture), "--decode", "1")) == 0
+    out, data = capsys.readouterr().out, json.loads(file.read_text(encoding="utf-8"))
+    assert data["vision"]["views"] == 2 * 3 and "vision, 6 picture(s)" in out and "vision and prefill" in out
+    for mode in ("vanilla", "compressed"):
+        parts = data["vision"][f"{mode}_seconds"], data["prefill"][f"{mode}_seconds"]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(data["vision_and_prefill"][f"{mode}_seconds"], rel=1e-9)
+    assert Image.open(picture).format == "PNG" and {path.name for path in tmp_path.iterdir()} == {"a.json", "a.png"}
+
+
+def test_a_checkpoint_brings_its_own_tower(capsys, tmp_path):
+    hf_model(4).save_pretrained(tmp_path / "hf")
+    options = ["--checkpoint", str(tmp_path / "hf"), "--visual-tokens", "20", "--pairs", "1", "--compression-layers", "1"]
+    assert main(command(*options, "--vision")) == 0
+    assert "vision, 2 picture(s)" in capsys.readouterr().out
 
 
 def test_help_has_examples(capsys):

@@ -22,12 +22,12 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from libra import Compression, schedule, units
-from libra.cli import Parser
+from libra.cli import Parser, whole_from
 from libra.config import ConfigError, Row
 from libra.flops import model_flops
-from libra.latency import scale_layers, whole_from
+from libra.latency import scale_layers
 from libra.provenance import REPOSITORY, commit, machine, versions, write_text
-from libra.random_weights import HEAD, RandomWeights, weight_bytes
+from libra.random_weights import CLIP_L_336, HEAD, RandomWeights, weight_bytes
 from libra.registry import ModelSpec, get_model
 from libra.timing import Moment, free_memory, in_turns, median_interval, now, peak_memory
 
@@ -43,10 +43,6 @@ EXAMPLES = """examples:
 MODELS = ("llava-1.5-7b", "llava-1.5-13b")
 VOCABULARY = 32000
 SHARD = 2_000_000_000  # bytes
-CLIP_L_336 = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14,
-    projection_dim=768,
-)
 TOKENIZER = REPOSITORY / "mini" / "checkpoint"  # any will do: the prompt is made of ids
 DTYPE = torch.bfloat16
 

@@ -1,0 +1,5 @@
+"""python -m libra.latency"""
+
+from .command import main
+
+raise SystemExit(main())

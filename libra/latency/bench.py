@@ -1,0 +1,169 @@
+"""One model on one prompt: a prefill, plain or compressed, timed or counted."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+from transformers.utils import ModelOutput
+
+from ..attach import attach
+from ..config import Compression, ConfigError
+from ..timing import Moment, now
+from .memory import LiveBytes, Step, watch_compression, watch_layer
+
+
+def scale_layers(c: Compression, of: int, layers: int) -> Compression:
+    """A compression of a model of ``of`` layers for a slice of ``layers``, each step at the same fraction of the depth.
+
+    A step behind layer L leaves (L+1)/of of the depth on the longer sequence: 7, 15, 23 of 32 become 1, 3, 5 of 8.
+
+    Raises:
+        ConfigError: where two steps would fall on one layer, or one before the first.
+    """
+    scaled = [round((layer + 1) * layers / of) - 1 for layer in c.layers]
+    if len(set(scaled)) < len(scaled) or min(scaled, default=0) < 0:
+        raise ConfigError(
+            f"layers: {list(c.layers)} of {of} have no places of their own in {layers} layers;"
+            " take more --layers, or name them with --compression-layers"
+        )
+    return replace(c, layers=tuple(scaled))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``batch`` rows of one length: half of the text, one image of ``visual`` tokens, the other half of the text."""
+
+    visual: int
+    text: int = 64
+    batch: int = 1
+
+    def places(self) -> torch.Tensor:
+        """(B, S) bool, True at the visual tokens."""
+        places = torch.zeros(self.batch, self.text + self.visual, dtype=torch.bool)
+        places[:, self.text // 2 : self.text // 2 + self.visual] = True
+        return places
+
+
+class Run(NamedTuple):
+    """Seconds of one prefill, of a decoding step behind it, and of the vision tower before it; None for what was not run."""
+
+    prefill: Moment
+    token: float | None = None
+    vision: Moment | None = None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one prefill takes, counted and not timed.
+
+    Attributes:
+        operations: multiply-accumulates of the decoder stack.
+        cache: bytes of its KV cache.
+        layer: peak bytes of the first compression layer's own forward, in the plain model; 0 in the compressed one.
+        steps: bytes of each compression step, none in the plain model.
+    """
+
+    operations: int
+    cache: int
+    layer: int
+    steps: tuple[Step, ...]
+
+
+class Bench:
+    """A Hugging Face LLaVA, plain and compressed, on random text with random features in the image's place.
+
+    Args:
+        model: what :func:`libra.attach` supports, in evaluation mode.
+        compression: for this very model, with layers.
+        views: pictures a row for the vision tower, whose features go nowhere; 0 leaves it out.
+    """
+
+    def __init__(self, model, compression: Compression, prompt: Prompt, views: int = 0):
+        self.model, self.compression, self.prompt, self.views = model, compression, prompt, views
+        self.text = model.config.get_text_config()
+        embed, draw = model.get_input_embeddings(), torch.Generator().manual_seed(0)
+        self.device = embed.weight.device
+        self.places = prompt.places().to(self.device)
+        ids = torch.randint(1, self.text.vocab_size, self.places.shape, generator=draw)
+        features = torch.randn(prompt.batch * prompt.visual, embed.weight.shape[1], generator=draw)
+        with torch.no_grad():
+            self.embeds = embed(ids.to(self.device))  # (B, S, D)
+            self.embeds[self.places] = features.to(embed.weight) * embed.weight.std()
+        if views:
+            size = model.config.vision_config.image_size
+            self.pixels = torch.randn(prompt.batch * views, 3, size, size, generator=draw).to(embed.weight)
+        self.stats: dict | None = None  # of the last compressed prefill
+
+    @contextmanager
+    def mode(self, compressed: bool):
+        """A block in which the model is the compressed one, or the plain one."""
+        if not compressed:
+            yield
+            return
+        with attach(self.model, self.compression) as handle:
+            handle.mark_visual_tokens(self.places)
+            yield
+            self.stats = handle.stats
+
+    def prefill(self) -> tuple[ModelOutput, Moment]:
+        """One prefill, the only one of a :meth:`mode` block: its output and its seconds."""
+        with torch.inference_mode():
+            start = now(self.device)
+            output = self._call(self.new_cache(), inputs_embeds=self.embeds)
+            return output, now(self.device).since(start)
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.text)
+
+    def _call(self, cache, **given):
+        return self.model(past_key_values=cache, use_cache=True, logits_to_keep=1, **given)
+
+    @torch.inference_mode()
+    def decode(self, output, steps: int) -> float:
+        """Seconds a decoding step, greedy, after a prefill."""
+        start = now(self.device)
+        for _ in range(steps):
+            output = self._call(output.past_key_values, input_ids=output.logits[:, -1:].argmax(-1))
+        return now(self.device).since(start).wall / steps
+
+    @torch.inference_mode()
+    def see(self) -> Moment:
+        """Seconds of the vision tower and the projector on the prompt's pictures."""
+        start = now(self.device)
+        self.model.get_image_features(pixel_values=self.pixels)
+        return now(self.device).since(start)
+
+    def run(self, compressed: bool, steps: int = 0) -> Run:
+        """One answer's way: vision where the bench has pictures, prefill, ``steps`` decoding steps."""
+        vision = self.see() if self.views else None
+        with self.mode(compressed):
+            output, seconds = self.prefill()
+            return Run(seconds, self.decode(output, steps) if steps else None, vision)
+
+    def count(self, compressed: bool) -> Counted:
+        """One prefill, counted operation by operation."""
+        flops = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops} if _CPU_ATTENTION else {})
+        meter, decoder = LiveBytes(self.device), self.model.get_decoder()
+        watch = watch_compression if compressed else watch_layer
+        # Not in inference mode, where torch hands composite operations over whole, with all that they allocate inside.
+        with torch.no_grad(), self.mode(compressed), meter, watch(meter, decoder, self.compression.layers) as seen, flops:
+            output = self._call(self.new_cache(), inputs_embeds=self.embeds)
+        head = 2 * output.logits.shape[0] * self.text.hidden_size * self.text.vocab_size
+        tables = [table for layer in output.past_key_values.layers for table in (layer.keys, layer.values)]
+        return Counted(
+            (flops.get_total_flops() - head) // 2, sum(table.nbytes for table in tables),
+            layer=0 if compressed else seen[0].peak, steps=tuple(seen) if compressed else (),
+        )
+
+
+# Not every version of torch counts the attention that runs on a CPU.
+_CPU_ATTENTION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    """Of scores and values, for every query, seen by the causal mask or not; the arguments are shapes (B, H, N, D)."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])

@@ -1,0 +1,170 @@
+"""All figures of one bench: vanilla, compressed and peers in turns, then what is counted, then compression's parts."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from statistics import median
+
+from tqdm import tqdm
+
+from .. import schedule
+from ..flops import model_flops
+from ..registry import ModelSpec
+from ..timing import in_turns, median_interval, peak_memory
+from .bench import Bench, Counted, Run
+from .parts import profile_parts
+from .peer import EAGER, MIXED, Peer, check_peer
+
+PROFILED = 3  # compressed prefills that are seen part by part
+MODES = ("vanilla", "compressed")
+
+
+def measure(
+    bench: Bench, spec: ModelSpec, pairs: int, steps: int = 0, peer: bool = False, progress: bool = True,
+    bar: tqdm | None = None,
+) -> dict:
+    """All figures, see the package's conventions.
+
+    Args:
+        steps: decoding steps to time behind each prefill, 0 for none.
+        peer: also time FastV as plain transformers runs it, in both variants.
+        bar: counts the prefills, :func:`prefills` of them; None for one of its own.
+
+    Raises:
+        ConfigError: with ``peer``, where it is no match for the bench's compression or model.
+    """
+    ways = {
+        "vanilla": lambda: bench.run(False, steps),
+        "compressed": lambda: bench.run(True, steps),
+    }
+    if peer:
+        check_peer(bench.model.get_decoder(), bench.compression)
+        ways |= {variant: Peer(bench, variant).run for variant in (EAGER, MIXED)}
+    own = bar is None
+    bar = tqdm(total=prefills(pairs, len(ways)), unit=" prefills", disable=not progress) if own else bar
+    try:
+        memory = {}
+        for name, run in ways.items():
+            bar.set_postfix_str("warming up")
+            memory[name] = peak_memory(run, bench.device)
+            bar.update()
+        runs: list[dict[str, Run]] = [{} for _ in range(pairs)]
+        for pair, name in in_turns(pairs, list(ways)):
+            bar.set_postfix_str("timing")
+            runs[pair][name] = ways[name]()
+            bar.update()
+        counted = {}
+        for name in MODES:
+            bar.set_postfix_str("counting")
+            counted[name] = bench.count(name == "compressed")
+            bar.update()
+        bar.set_postfix_str("profiling")
+        parts = profile_parts(bench, _profiled(pairs))
+        bar.update(_profiled(pairs))
+    finally:
+        if own:
+            bar.close()
+
+    flops, tokens = _flops(bench, spec, counted)
+    result = {
+        "prefill": _prefill(runs, flops), "parts": parts, "flops": flops, "cache": _cache(bench, spec, counted, tokens),
+        "extra_memory": _extra_memory(counted), "peak_memory": {name: memory[name] for name in MODES},
+        "tokens_per_layer": {
+            "visual": tokens, "measured": bench.stats["visual_tokens"], "text": bench.prompt.text,
+            "compensation_added_behind": bench.stats["compensation_tokens"],
+        },
+    }
+    if bench.views:
+        result["vision"] = {"views": bench.prompt.batch * bench.views, **_compare([
+            {name: run[name].vision.wall for name in MODES} for run in runs
+        ])}
+        result["vision_and_prefill"] = _compare([
+            {name: run[name].vision.wall + run[name].prefill.wall for name in MODES} for run in runs
+        ])
+    if steps:
+        result["decode"] = {"steps": steps, **_compare([{name: run[name].token for name in MODES} for run in runs])}
+    if peer:
+        result["peer"] = {variant: _peer(runs, variant, memory) for variant in (EAGER, MIXED)}
+    return result
+
+
+def prefills(pairs: int, ways: int = 2) -> int:
+    """How many prefills :func:`measure` runs."""
+    return ways * (pairs + 1) + len(MODES) + _profiled(pairs)
+
+
+def _profiled(pairs: int) -> int:
+    return min(PROFILED, pairs)
+
+
+def _interval(runs: Sequence[dict[str, float]], name: str, base: str) -> dict:
+    """The median of the paired ratios and its interval."""
+    return asdict(median_interval([run[name] / run[base] for run in runs]))
+
+
+def _compare(runs: Sequence[dict[str, float]]) -> dict:
+    """Medians of seconds, and their paired ratio."""
+    return {**{f"{name}_seconds": median(run[name] for run in runs) for name in MODES},
+            "ratio": _interval(runs, "compressed", "vanilla")}
+
+
+def _prefill(runs: list[dict[str, Run]], flops: dict) -> dict:
+    wall, cpu = ([{name: run[name].prefill[i] for name in run} for run in runs] for i in (0, 1))
+    compared = _compare(wall)
+    measured = compared["ratio"]["median"]
+    return {
+        "pairs": [{name: run[name].prefill._asdict() for name in run} for run in runs],
+        **compared, "cpu_time": _compare(cpu),
+        "ratio_over_flops_ratio": measured / flops["formula"]["ratio"],
+        "ratio_over_visual_flops_ratio": measured / flops["visual"]["ratio"],
+    }
+
+
+def _peer(runs: list[dict[str, Run]], variant: str, memory: dict[str, int]) -> dict:
+    """One way of FastV, in the same runs: its seconds, this package's over them, and them over the plain model's."""
+    wall, cpu = ([{name: run[name].prefill[i] for name in run} for run in runs] for i in (0, 1))
+    return {
+        "seconds": median(run[variant] for run in wall), "cpu_seconds": median(run[variant] for run in cpu),
+        "compressed_over_peer": _interval(wall, "compressed", variant),
+        "compressed_over_peer_cpu_time": _interval(cpu, "compressed", variant),
+        "peer_over_vanilla": _interval(wall, variant, "vanilla"), "peak_memory": memory[variant],
+    }
+
+
+def _flops(bench: Bench, spec: ModelSpec, counted: dict[str, Counted]) -> tuple[dict, list[int]]:
+    """Operations by the formula, over all tokens and over the visual ones alone, and counted; the layers' visual tokens."""
+    prompt, layers = bench.prompt, bench.text.num_hidden_layers
+    sizes = replace(spec, layers=layers)
+    tokens = schedule.actual(bench.compression, layers, [prompt.visual])
+    visual = {"vanilla": [prompt.visual] * layers, "compressed": tokens}
+
+    def cost(text: int) -> dict:
+        costs = {name: prompt.batch * model_flops(sizes, [text + n for n in visual[name]]) for name in MODES}
+        return {**costs, "ratio": costs["compressed"] / costs["vanilla"]}
+
+    formula, operations = cost(prompt.text), {name: counted[name].operations for name in MODES}
+    return {
+        "formula": formula, "visual": cost(0),
+        "counted": {**operations, "ratio": operations["compressed"] / operations["vanilla"]},
+        "counted_over_formula": {name: operations[name] / formula[name] for name in MODES},
+    }, tokens
+
+
+def _cache(bench: Bench, spec: ModelSpec, counted: dict[str, Counted], tokens: list[int]) -> dict:
+    prompt, stats = bench.prompt, bench.stats["cache"]
+    one_token = 2 * spec.kv_size * bench.embeds.element_size()
+    return {
+        **{name: counted[name].cache for name in MODES},
+        "schedule": one_token * prompt.batch * sum(prompt.text + n for n in tokens),
+        "compensation": stats["compensation"], "padding": stats["padding"],
+    }
+
+
+def _extra_memory(counted: dict[str, Counted]) -> dict:
+    """The peaks of :mod:`libra.latency.memory`: compression's, the largest of its steps, against one plain layer's."""
+    steps, layer = counted["compressed"].steps, counted["vanilla"].layer
+    peak = max(step.whole.peak for step in steps)
+    names = dict.fromkeys(name for step in steps for name in step.parts)
+    return {
+        "compression": peak, "one_layer": layer, "ratio": peak / layer, "steps": [step.whole.peak for step in steps],
+        "parts": {name: max(step.parts[name].peak for step in steps if name in step.parts) for name in names},
+    }

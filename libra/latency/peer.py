@@ -1,0 +1,120 @@
+"""FastV as its users run it in plain transformers: stock decoder layers, one of which hands out its whole attention.
+
+Nothing of this package's engine is used, so that it can be timed against it. The scoring layer attends eagerly, for only so
+does transformers give the N × N attention that ``output_attentions=True`` asks for; FastV's code then takes its mean over the
+heads, the last row of it, the top k visual tokens, and goes on with hidden states, positions and mask indexed by what is kept.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..config import Compression, ConfigError
+from ..passage import attention_kind, position_axes
+from ..schedule import kept
+from ..timing import Moment, now
+from .bench import Bench, Run
+
+EAGER, MIXED = "eager", "mixed"  # eager attention in every layer, as FastV's repository; in the scoring layer alone
+
+
+@contextmanager
+def attending(config, name: str) -> Iterator[None]:
+    """The layers of a configuration attend by another implementation inside the block."""
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def output_attentions(layer) -> Iterator[list[torch.Tensor]]:
+    """What a layer's attention hands out beside its output, (B, H, S, S), as transformers records it."""
+    found = []
+    hook = layer.self_attn.register_forward_hook(lambda module, args, output: found.append(output[1]))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def check_peer(decoder, c: Compression) -> None:
+    """Raises ConfigError where FastV is no match: more than one compression layer, or a decoder that is not the plain loop."""
+    if len(c.layers) != 1:
+        raise ConfigError(
+            f"--peer: FastV prunes at one layer and this compression has {len(c.layers)};"
+            " name one with --compression-layers, or take configs/llava7b_fastv.yaml"
+        )
+    kinds = {attention_kind(decoder.config, layer) for layer in range(decoder.config.num_hidden_layers)}
+    if position_axes(decoder) > 1 or kinds != {"full_attention"}:
+        raise ConfigError(f"--peer: FastV needs plain positions and full attention, and {type(decoder).__name__} has others")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """FastV on a bench's model and prompt, with its compression's one layer, ratio and rounding.
+
+    ``variant``: :data:`EAGER` or :data:`MIXED`.
+    """
+
+    bench: Bench
+    variant: str
+
+    def prefill(self) -> tuple[CausalLMOutputWithPast, Moment]:
+        """The last token's logits (B, 1, V) and the cache, and the seconds."""
+        bench, config = self.bench, self.bench.model.get_decoder().config
+        elsewhere = "eager" if self.variant == EAGER else config._attn_implementation
+        with torch.inference_mode(), attending(config, elsewhere):
+            start = now(bench.device)
+            output = self._prefill(bench.new_cache())
+            return output, now(bench.device).since(start)
+
+    def run(self) -> Run:
+        return Run(self.prefill()[1])
+
+    def _prefill(self, cache) -> CausalLMOutputWithPast:
+        model = self.bench.model
+        decoder, hidden = model.get_decoder(), self.bench.embeds
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        mask, rotary = self._mask(hidden, cache, 0), decoder.rotary_emb(hidden, positions)
+
+        def through(layer: int) -> torch.Tensor:
+            return decoder.layers[layer](
+                hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
+            )
+
+        (scoring,) = self.bench.compression.layers
+        for layer in range(scoring):
+            hidden = through(layer)
+        with attending(decoder.config, "eager"), output_attentions(decoder.layers[scoring]) as attentions:
+            mask = self._mask(hidden, cache, scoring)
+            hidden = through(scoring)
+        columns = self.kept_columns(attentions.pop())
+        hidden = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], columns]
+        mask, rotary = self._mask(hidden, cache, scoring + 1), decoder.rotary_emb(hidden, columns)
+        for layer in range(scoring + 1, len(decoder.layers)):
+            hidden = through(layer)
+        logits = model.get_output_embeddings()(decoder.norm(hidden[:, -1:]))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def kept_columns(self, attention: torch.Tensor) -> torch.Tensor:
+        """The columns that stay (B, S'), ascending: all text and the top k of the visual tokens, by (B, H, S, S)."""
+        c, prompt = self.bench.compression, self.bench.prompt
+        first, count = prompt.text // 2, prompt.visual
+        scores = attention.mean(1)[:, -1]  # (B, S)
+        best = first + scores[:, first : first + count].topk(kept(count, c.ratio, c.rounding)).indices
+        columns = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
+        return torch.cat([columns[:, :first], best, columns[:, first + count :]], 1).sort(1).values
+
+    def _mask(self, hidden: torch.Tensor, cache, layer: int):
+        """What the current attention implementation takes for a causal mask."""
+        # No position ids: transformers takes the gaps between kept tokens for packed sequences.
+        return create_causal_mask(
+            config=self.bench.model.get_decoder().config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache,
+            position_ids=None, layer_idx=layer,
+        )
