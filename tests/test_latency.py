@@ -192,6 +192,10 @@ def test_command_measures_a_checkpoint(capsys, tmp_path):
     (["--random-weights", "--layers", "2"], "have no places of their own in 2 layers"),
     (["--random-weights", "--layers", "0"], "0 is not a whole number from 1 up"),
     (["--random-weights", "--compression-layers", "3,99"], "layers: 99 is out of range"),
+    (["--random-weights", "--images", "0"], "none of the 1 rows has a picture"),
+    (["--random-weights", "--images", "40"], "64 text tokens do not reach around 40 pictures"),
+    (["--random-weights", "--images", "0,1", "--batch", "2", "--compression-layers", "2", "--peer"], "FastV knows one picture a row"),
+    (["--random-weights", "--grow", "--output", "{folder}/g", "--images", "2"], "--images does not go with --grow"),
     (["--random-weights", "--compression-layers", "a"], "a is not a whole number from 0 up"),
     (["--random-weights", "--attn", "nonsense"], "nonsense"),
     (["--random-weights", "--device", "nonsense"], "--device: nonsense is no device"),
@@ -295,3 +299,26 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_text(file, "new")
     assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_rows_with_none_one_and_two_pictures():
+    prompt = Prompt(visual=24, text=8, batch=4, images=(0, 1, 2))
+    assert prompt.pictures == [0, 1, 2, 0] and prompt.length == 56
+    assert prompt.mask().sum(1).tolist() == [8, 32, 56, 8] and prompt.places().sum(1).tolist() == [0, 24, 48, 0]
+    assert not (prompt.places() & (prompt.mask() == 0)).any() and not prompt.places()[:, -1].any()
+    runs = (prompt.places()[2].int().diff() == 1).sum()
+    assert runs == 2  # two pictures, not one long one
+    assert Prompt(24, batch=2, images=(2,)).mask() is None
+
+    bench = Bench(random_model(SPEC, SPEC.layers, torch.float32), LIBRA, prompt)
+    found = measure(bench, SPEC, pairs=1, steps=1, progress=False)
+    tokens = [[n, n, n // 2, n // 2, n // 4] for n in (0, 24, 48, 0)]  # behind layers 1 and 3 of 5
+    assert found["tokens_per_layer"]["measured"] == [list(layer) for layer in zip(*tokens)]
+    rows = [[row[0]] * 5 for row in tokens], tokens
+    whole, short = (sum(model_flops(SPEC, [8 + n for n in row]) for row in kind) for kind in rows)
+    assert found["flops"]["formula"] == {"vanilla": whole, "compressed": short, "ratio": short / whole}
+    padding = found["cache"]["padding_share"]
+    assert padding["vanilla"] == pytest.approx(1 - (8 + 32 + 56 + 8) / (4 * 56))
+    cache = found["cache"]
+    assert cache["compressed"] == cache["schedule"] + cache["compensation"] + cache["padding"]
+    assert 0 < padding["compressed"] == cache["padding"] / cache["compressed"] < padding["vanilla"]

@@ -41,7 +41,8 @@ def test_a_grid_is_measured_once(capsys, tmp_path, monkeypatch):
     assert list(found) == [(20, 1), (20, 2), (40, 1), (40, 2)] and not any(found.pop((40, 2)))
     for (visual, batch), (pairs, *_, measured, flops, over, share, similarity, extra) in found.items():
         cell = json.loads((folder / f"{visual}x{batch}.json").read_text(encoding="utf-8"))
-        assert cell["prompt"] == {"visual": visual, "text": 8, "batch": batch} and cell["versions"] and cell["date"]
+        assert cell["prompt"] == {"visual": visual, "text": 8, "batch": batch, "images": [1]}
+        assert cell["versions"] and cell["date"]
         assert int(pairs) == len(cell["prefill"]["pairs"]) == 2
         assert measured.startswith(f"{cell['prefill']['ratio']['median']:.3f} [") and measured.endswith("50%")
         assert float(flops) == pytest.approx(cell["flops"]["formula"]["ratio"], abs=6e-4)

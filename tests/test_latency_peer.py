@@ -71,11 +71,11 @@ def test_it_is_timed_in_the_same_turns():
 def test_what_fastv_is_no_match_for():
     decoder = hf_model(4).get_decoder()
     with pytest.raises(ConfigError, match="this compression has 2; name one with --compression-layers"):
-        check_peer(decoder, Compression(method="libra", layers=(0, 2)))
-    check_peer(decoder, Compression(method="libra", layers=(2,)))
+        check_peer(decoder, Compression(method="libra", layers=(0, 2)), Prompt(20))
+    check_peer(decoder, Compression(method="libra", layers=(2,)), Prompt(20))
     decoder.config.sliding_window = 16
     with pytest.raises(ConfigError, match="needs plain positions and full attention, and LlamaModel has others"):
-        check_peer(decoder, Compression(method="fastv", layers=(2,)))
+        check_peer(decoder, Compression(method="fastv", layers=(2,)), Prompt(20))
 
 
 def test_command_compares_at_the_same_flops(capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -34,17 +35,53 @@ def scale_layers(c: Compression, of: int, layers: int) -> Compression:
 
 @dataclass(frozen=True)
 class Prompt:
-    """``batch`` rows of one length: half of the text, one image of ``visual`` tokens, the other half of the text."""
+    """``batch`` rows of ``text`` text tokens around pictures of ``visual`` tokens each.
+
+    ``images`` says how many pictures a row has, row after row and over and over: (0, 1, 2) is a batch of all three kinds, whose
+    shorter rows are padded on the left.
+    """
 
     visual: int
     text: int = 64
     batch: int = 1
+    images: tuple[int, ...] = (1,)
+
+    @cached_property
+    def pictures(self) -> list[int]:
+        """Of each row."""
+        return [self.images[row % len(self.images)] for row in range(self.batch)]
+
+    @property
+    def length(self) -> int:
+        """Columns of the batch."""
+        return self.text + max(self.pictures) * self.visual
 
     def places(self) -> torch.Tensor:
-        """(B, S) bool, True at the visual tokens."""
-        places = torch.zeros(self.batch, self.text + self.visual, dtype=torch.bool)
-        places[:, self.text // 2 : self.text // 2 + self.visual] = True
+        """(B, S) bool, True at the visual tokens: half of the text before them, one text token between two pictures."""
+        places = torch.zeros(self.batch, self.length, dtype=torch.bool)
+        for row, count in enumerate(self.pictures):
+            start = self.length - self.text - count * self.visual + self.text // 2
+            for _ in range(count):
+                places[row, start : start + self.visual] = True
+                start += self.visual + 1
         return places
+
+    def mask(self) -> torch.Tensor | None:
+        """(B, S), 0 for padding; None where the rows are of one length."""
+        if len(set(self.pictures)) == 1:
+            return None
+        lengths = torch.tensor([self.text + count * self.visual for count in self.pictures])
+        return (torch.arange(self.length) >= self.length - lengths[:, None]).long()
+
+    def check(self) -> "Prompt":
+        """Itself. Raises ConfigError where no row has a picture, or the text does not reach around them."""
+        if not max(self.pictures):
+            raise ConfigError(f"--images: none of the {self.batch} rows has a picture; give one a 1")
+        if max(self.pictures) > self.text // 2:
+            raise ConfigError(
+                f"{self.text} text tokens do not reach around {max(self.pictures)} pictures; give more --text-tokens"
+            )
+        return self
 
 
 class Run(NamedTuple):
@@ -78,7 +115,7 @@ class Bench:
     Args:
         model: what :func:`libra.attach` supports, in evaluation mode.
         compression: for this very model, with layers.
-        views: pictures a row for the vision tower, whose features go nowhere; 0 leaves it out.
+        views: views of each picture for the vision tower, whose features go nowhere; 0 leaves it out.
     """
 
     def __init__(self, model, compression: Compression, prompt: Prompt, views: int = 0):
@@ -86,15 +123,16 @@ class Bench:
         self.text = model.config.get_text_config()
         embed, draw = model.get_input_embeddings(), torch.Generator().manual_seed(0)
         self.device = embed.weight.device
-        self.places = prompt.places().to(self.device)
+        self.places = prompt.check().places().to(self.device)
+        self.mask = None if prompt.mask() is None else prompt.mask().to(self.device)
         ids = torch.randint(1, self.text.vocab_size, self.places.shape, generator=draw)
-        features = torch.randn(prompt.batch * prompt.visual, embed.weight.shape[1], generator=draw)
+        features = torch.randn(sum(prompt.pictures) * prompt.visual, embed.weight.shape[1], generator=draw)
         with torch.no_grad():
             self.embeds = embed(ids.to(self.device))  # (B, S, D)
             self.embeds[self.places] = features.to(embed.weight) * embed.weight.std()
         if views:
             size = model.config.vision_config.image_size
-            self.pixels = torch.randn(prompt.batch * views, 3, size, size, generator=draw).to(embed.weight)
+            self.pixels = torch.randn(sum(prompt.pictures) * views, 3, size, size, generator=draw).to(embed.weight)
         self.stats: dict | None = None  # of the last compressed prefill
 
     @contextmanager
@@ -112,21 +150,22 @@ class Bench:
         """One prefill, the only one of a :meth:`mode` block: its output and its seconds."""
         with torch.inference_mode():
             start = now(self.device)
-            output = self._call(self.new_cache(), inputs_embeds=self.embeds)
+            output = self._call(self.new_cache(), self.mask, inputs_embeds=self.embeds)
             return output, now(self.device).since(start)
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.text)
 
-    def _call(self, cache, **given):
-        return self.model(past_key_values=cache, use_cache=True, logits_to_keep=1, **given)
+    def _call(self, cache, mask, **given):
+        return self.model(past_key_values=cache, attention_mask=mask, use_cache=True, logits_to_keep=1, **given)
 
     @torch.inference_mode()
     def decode(self, output, steps: int) -> float:
         """Seconds a decoding step, greedy, after a prefill."""
-        start = now(self.device)
+        mask, start = self.mask, now(self.device)
         for _ in range(steps):
-            output = self._call(output.past_key_values, input_ids=output.logits[:, -1:].argmax(-1))
+            mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
+            output = self._call(output.past_key_values, mask, input_ids=output.logits[:, -1:].argmax(-1))
         return now(self.device).since(start).wall / steps
 
     @torch.inference_mode()
@@ -150,7 +189,7 @@ class Bench:
         watch = watch_compression if compressed else watch_layer
         # Not in inference mode, where torch hands composite operations over whole, with all that they allocate inside.
         with torch.no_grad(), self.mode(compressed), meter, watch(meter, decoder, self.compression.layers) as seen, flops:
-            output = self._call(self.new_cache(), inputs_embeds=self.embeds)
+            output = self._call(self.new_cache(), self.mask, inputs_embeds=self.embeds)
         head = 2 * output.logits.shape[0] * self.text.hidden_size * self.text.vocab_size
         tables = [table for layer in output.past_key_values.layers for table in (layer.keys, layer.values)]
         return Counted(

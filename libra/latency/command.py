@@ -54,7 +54,9 @@ def parser() -> Parser:
         help="tokens of the image (default: the model's own number); with --grow a list")
     add("--text-tokens", type=whole_from(2), default=64, metavar="N",
         help="half before, half behind the image (default %(default)s)")
-    add("--batch", type=wholes, metavar="N", help="equal rows (default 1); with --grow a list")
+    add("--batch", type=wholes, metavar="N", help="rows (default 1); with --grow a list")
+    add("--images", type=wholes_from(0), default=(1,), metavar="A,B",
+        help="pictures of each row, over and over, such as 0,1,2; shorter rows are padded (default 1)")
     add("--pairs", type=whole, default=9, metavar="N", help="vanilla and compressed, in turns (default %(default)s)")
     add("--decode", type=whole_from(0), default=0, metavar="N", help="also time N decoding steps behind every prefill")
     add("--vision", action="store_true", help="also time the vision tower and the projector, at true size")
@@ -111,8 +113,8 @@ def check_arguments(args) -> None:
         if not args.output:
             raise ValueError("--grow writes a file a cell; name a folder with --output")
         figure_class()  # before anything long: a picture comes in the end
-        for name in ("json", "plot", "peer", "vision", "decode"):
-            if getattr(args, name):
+        for name in ("json", "plot", "peer", "vision", "decode", "images"):
+            if getattr(args, name) != parser().get_default(name):
                 raise ValueError(f"--{name} does not go with --grow, which measures the prefill; leave it out")
         return
     if args.output:
@@ -128,7 +130,7 @@ def check_arguments(args) -> None:
             raise ValueError(f"--plot: {args.plot} is no picture's name; give a file that ends in .png")
 
 
-def build(args, row: Row, registered: ModelSpec, device: torch.device) -> Subject:
+def build(args, row: Row, registered: ModelSpec, prompt: Prompt, device: torch.device) -> Subject:
     """The model and its compression, from the command's arguments. Raises ValueError."""
     dtype = getattr(torch, args.dtype)
     if not row.compression.layers:
@@ -150,7 +152,7 @@ def build(args, row: Row, registered: ModelSpec, device: torch.device) -> Subjec
             raise ConfigError(f"{layers} layers take {units.size(needed)} and {units.size(free)} are free; take fewer --layers")
         model = random_model(spec, layers, dtype, device, args.attn, tower)
     if args.peer:
-        check_peer(model.get_decoder(), c)
+        check_peer(model.get_decoder(), c, prompt)
     return Subject(model, spec, c, registered)
 
 
@@ -193,10 +195,8 @@ def provenance() -> dict:
     return {"versions": versions(PACKAGES), "commit": commit(), "date": now}
 
 
-def report(args, row: Row, subject: Subject, device: torch.device) -> dict:
+def report(args, row: Row, subject: Subject, prompt: Prompt, device: torch.device) -> dict:
     """Measure one prompt. Raises ValueError with one sentence."""
-    visual = args.visual_tokens[0] if args.visual_tokens else sum(subject.registered.visual_tokens)
-    prompt = Prompt(visual, args.text_tokens, args.batch[0] if args.batch else 1)
     bench = subject.bench(prompt, args.vision)
     return {
         **describe(args, row, subject, device), "prompt": asdict(prompt),
@@ -216,7 +216,9 @@ def run(args) -> int:
     device = _device(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    subject = build(args, row, registered, device)
+    visual = args.visual_tokens[0] if args.visual_tokens else sum(registered.visual_tokens)
+    prompt = Prompt(visual, args.text_tokens, args.batch[0] if args.batch else 1, args.images).check()
+    subject = build(args, row, registered, prompt, device)
     if args.grow:
         growth = Growth(
             args.output, args.visual_tokens or VISUAL, args.batch or BATCHES, args.max_tokens, args.text_tokens, args.pairs,
@@ -225,7 +227,7 @@ def run(args) -> int:
         growth.run(subject.bench, subject.spec, provenance)
         print((args.output / "growth.md").read_text(encoding="utf-8"), end="")
         return 0
-    data = report(args, row, subject, device)
+    data = report(args, row, subject, prompt, device)
     if args.json:
         write_text(args.json, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     if args.plot:

@@ -37,7 +37,7 @@ def measure(
         "compressed": lambda: bench.run(True, steps),
     }
     if peer:
-        check_peer(bench.model.get_decoder(), bench.compression)
+        check_peer(bench.model.get_decoder(), bench.compression, bench.prompt)
         ways |= {variant: Peer(bench, variant).run for variant in (EAGER, MIXED)}
     own = bar is None
     bar = tqdm(total=prefills(pairs, len(ways)), unit=" prefills", disable=not progress) if own else bar
@@ -64,17 +64,21 @@ def measure(
         if own:
             bar.close()
 
-    flops, tokens = _flops(bench, spec, counted)
+    prompt = bench.prompt
+    tokens = [
+        schedule.actual(bench.compression, bench.text.num_hidden_layers, [prompt.visual] * count) for count in prompt.pictures
+    ]
+    flops = _flops(bench, spec, counted, tokens)
     result = {
         "prefill": _prefill(runs, flops), "parts": parts, "flops": flops, "cache": _cache(bench, spec, counted, tokens),
         "extra_memory": _extra_memory(counted), "peak_memory": {name: memory[name] for name in MODES},
         "tokens_per_layer": {
-            "visual": tokens, "measured": bench.stats["visual_tokens"], "text": bench.prompt.text,
+            "visual": [max(row) for row in zip(*tokens)], "measured": bench.stats["visual_tokens"], "text": prompt.text,
             "compensation_added_behind": bench.stats["compensation_tokens"],
         },
     }
     if bench.views:
-        result["vision"] = {"views": bench.prompt.batch * bench.views, **_compare([
+        result["vision"] = {"views": sum(prompt.pictures) * bench.views, **_compare([
             {name: run[name].vision.wall for name in MODES} for run in runs
         ])}
         result["vision_and_prefill"] = _compare([
@@ -130,15 +134,13 @@ def _peer(runs: list[dict[str, Run]], variant: str, memory: dict[str, int]) -> d
     }
 
 
-def _flops(bench: Bench, spec: ModelSpec, counted: dict[str, Counted]) -> tuple[dict, list[int]]:
-    """Operations by the formula, over all tokens and over the visual ones alone, and counted; the layers' visual tokens."""
-    prompt, layers = bench.prompt, bench.text.num_hidden_layers
-    sizes = replace(spec, layers=layers)
-    tokens = schedule.actual(bench.compression, layers, [prompt.visual])
-    visual = {"vanilla": [prompt.visual] * layers, "compressed": tokens}
+def _flops(bench: Bench, spec: ModelSpec, counted: dict[str, Counted], tokens: list[list[int]]) -> dict:
+    """Operations by the formula, over all tokens and over the visual ones alone, and counted. ``tokens``: [row][layer]."""
+    prompt, sizes = bench.prompt, replace(spec, layers=bench.text.num_hidden_layers)
+    visual = {"vanilla": [row[:1] * len(row) for row in tokens], "compressed": tokens}
 
     def cost(text: int) -> dict:
-        costs = {name: prompt.batch * model_flops(sizes, [text + n for n in visual[name]]) for name in MODES}
+        costs = {name: sum(model_flops(sizes, [text + n for n in row]) for row in visual[name]) for name in MODES}
         return {**costs, "ratio": costs["compressed"] / costs["vanilla"]}
 
     formula, operations = cost(prompt.text), {name: counted[name].operations for name in MODES}
@@ -146,16 +148,21 @@ def _flops(bench: Bench, spec: ModelSpec, counted: dict[str, Counted]) -> tuple[
         "formula": formula, "visual": cost(0),
         "counted": {**operations, "ratio": operations["compressed"] / operations["vanilla"]},
         "counted_over_formula": {name: operations[name] / formula[name] for name in MODES},
-    }, tokens
+    }
 
 
-def _cache(bench: Bench, spec: ModelSpec, counted: dict[str, Counted], tokens: list[int]) -> dict:
+def _cache(bench: Bench, spec: ModelSpec, counted: dict[str, Counted], tokens: list[list[int]]) -> dict:
+    """Bytes. ``padding_share`` is the share of padding among the columns that the layers compute on and hold."""
     prompt, stats = bench.prompt, bench.stats["cache"]
     one_token = 2 * spec.kv_size * bench.embeds.element_size()
+    held = {name: counted[name].cache for name in MODES}
+    real = sum(prompt.text + count * prompt.visual for count in prompt.pictures)
     return {
-        **{name: counted[name].cache for name in MODES},
-        "schedule": one_token * prompt.batch * sum(prompt.text + n for n in tokens),
+        **held, "schedule": one_token * sum(prompt.text + n for row in tokens for n in row),
         "compensation": stats["compensation"], "padding": stats["padding"],
+        "padding_share": {
+            "vanilla": 1 - real / (prompt.batch * prompt.length), "compressed": stats["padding"] / held["compressed"],
+        },
     }
 
 

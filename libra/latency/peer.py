@@ -17,7 +17,7 @@ from ..config import Compression, ConfigError
 from ..passage import attention_kind, position_axes
 from ..schedule import kept
 from ..timing import Moment, now
-from .bench import Bench, Run
+from .bench import Bench, Prompt, Run
 
 EAGER, MIXED = "eager", "mixed"  # eager attention in every layer, as FastV's repository; in the scoring layer alone
 
@@ -43,13 +43,15 @@ def output_attentions(layer) -> Iterator[list[torch.Tensor]]:
         hook.remove()
 
 
-def check_peer(decoder, c: Compression) -> None:
-    """Raises ConfigError where FastV is no match: more than one compression layer, or a decoder that is not the plain loop."""
+def check_peer(decoder, c: Compression, prompt: Prompt) -> None:
+    """Raises ConfigError where FastV is no match: several layers or pictures, or a decoder that is no plain loop."""
     if len(c.layers) != 1:
         raise ConfigError(
             f"--peer: FastV prunes at one layer and this compression has {len(c.layers)};"
             " name one with --compression-layers, or take configs/llava7b_fastv.yaml"
         )
+    if set(prompt.pictures) != {1}:
+        raise ConfigError("--peer: FastV knows one picture a row; leave --images out")
     kinds = {attention_kind(decoder.config, layer) for layer in range(decoder.config.num_hidden_layers)}
     if position_axes(decoder) > 1 or kinds != {"full_attention"}:
         raise ConfigError(f"--peer: FastV needs plain positions and full attention, and {type(decoder).__name__} has others")

@@ -42,9 +42,10 @@ def table(data: dict) -> str:
     visual = data["tokens_per_layer"]["visual"]
     stages = [n for i, n in enumerate(visual) if i == 0 or n != visual[i - 1]]
     *head, run = heading(data)
+    mixed = f" × {', '.join(map(str, prompt['images']))} …" if prompt["images"] != (1,) else ""
     lines = [
         *head,
-        f"prompt         {prompt['visual']} visual + {prompt['text']} text tokens, batch {prompt['batch']};"
+        f"prompt         {prompt['visual']}{mixed} visual + {prompt['text']} text tokens, batch {prompt['batch']};"
         f" visual tokens {' → '.join(map(str, stages))}",
         f"{run}; {len(prefill['pairs'])} pairs in turns",
         "",
@@ -78,6 +79,8 @@ def table(data: dict) -> str:
         f" {flops['counted_over_formula']['compressed']:.4f} compressed",
         f"compressed KV cache              {units.size(cache['compressed'])} = schedule {units.size(cache['schedule'])}"
         f" + compensation tokens {units.size(cache['compensation'])} + padding {units.size(cache['padding'])}",
+        f"padding                          {cache['padding_share']['vanilla']:.1%} of vanilla's columns,"
+        f" {cache['padding_share']['compressed']:.1%} of the compressed ones",
         f"extra memory of compression      {units.size(data['extra_memory']['compression'])} ="
         f" {data['extra_memory']['ratio']:.2f} × one layer's activations, {units.size(data['extra_memory']['one_layer'])}",
     ]
