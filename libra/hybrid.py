@@ -6,7 +6,6 @@ decoder layer down to it. A :class:`Probe` travels that way to the compression l
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 
 import torch
@@ -24,20 +23,19 @@ class Answered(Exception):
     """Leaves an attention module that was only asked for its queries and keys."""
 
 
-@dataclass
 class Probe:
     """What one compression layer is asked: the attention (B, R, K) of the tokens ``rows`` (B, R) on all K keys.
 
     A fresh object for every layer and pass: gradient checkpointing runs a layer again when later stages are already shorter.
     With ``only`` the attention module is left as soon as the probe is answered; ``past_keys`` (B, H_kv, P, head_dim) then come
-    before the keys of this call.
+    before the keys of this call. No dataclass: FSDP copies those on their way into a layer, and the copy would get the answer.
     """
 
-    rows: torch.Tensor
-    key_mask: torch.Tensor | None
-    attention: torch.Tensor | None = None
-    only: bool = False
-    past_keys: torch.Tensor | None = None
+    def __init__(self, rows: torch.Tensor, key_mask: torch.Tensor | None):
+        self.rows, self.key_mask = rows, key_mask
+        self.attention: torch.Tensor | None = None
+        self.only = False
+        self.past_keys: torch.Tensor | None = None
 
     @torch.no_grad()
     def read(self, query, key, scaling, sliding_window=None) -> None:

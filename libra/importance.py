@@ -2,7 +2,10 @@
 
 import torch
 
+from .fuse import fused
 
+
+@fused
 def score_row(
     query: torch.Tensor,
     key: torch.Tensor,

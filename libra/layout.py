@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 
+from .fuse import fused
 from .schedule import kept
 
 
@@ -57,9 +58,26 @@ class Layout:
         """Whether no row has more than one span."""
         return all(len(row) <= 1 for row in self.spans)
 
-    def _table(self, rows) -> torch.Tensor:
-        width = max((len(row) for row in rows), default=0) + 1  # one column more: what a padded place points to
-        return on_device([[*row, *[0] * (width - len(row))] for row in rows], self.device)
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        """(B, 2): the visual tokens and the target tokens of each row."""
+        return on_device([[*pair] for pair in zip(self.lengths, self.target_counts)], self.device, torch.long).view(-1, 2)
+
+    @cached_property
+    def _spans(self) -> torch.Tensor:
+        """(B, M + 1, 4): of each span its first token, its tokens, its first target and its targets.
+
+        What is no span begins behind the row's last one and has nothing; the last column is what a padded place points to.
+        """
+        width = max(map(len, self.spans), default=0) + 1
+        rows = []
+        for spans, keeps in zip(self.spans, self.keeps):
+            row, first, target = [], 0, 0
+            for n, k in zip(spans, keeps):
+                row.append([first, n, target, k])
+                first, target = first + n, target + k
+            rows.append(row + [[first, 0, target, 0]] * (width - len(row)))
+        return on_device(rows, self.device, torch.long).view(-1, width, 4)
 
     @cached_property
     def valid(self) -> torch.Tensor:
@@ -69,12 +87,12 @@ class Layout:
     @cached_property
     def target_valid(self) -> torch.Tensor:
         """(B, T) bool."""
-        return torch.arange(self.targets, device=self.device) < on_device(self.target_counts, self.device)[:, None]
+        return torch.arange(self.targets, device=self.device) < self._rows[:, 1:]
 
     @cached_property
     def tokens_of_row(self) -> torch.Tensor:
         """(B,): the lengths as a tensor."""
-        return on_device(self.lengths, self.device)
+        return self._rows[:, 0]
 
     @cached_property
     def index(self) -> torch.Tensor:
@@ -84,31 +102,35 @@ class Layout:
     @cached_property
     def span(self) -> torch.Tensor:
         """(B, N): the number of a token's span in its row; padded places get the number behind the last."""
-        ends = self._table(self.spans)[:, :-1].cumsum(1)
+        ends = self._spans[:, :-1, :2].sum(2)
         return torch.searchsorted(ends, self.index.expand(len(self.spans), -1).contiguous(), right=True)
 
-    def _per_token(self, rows) -> torch.Tensor:
-        return self._table(rows).gather(1, self.span)
-
     @cached_property
-    def span_length(self) -> torch.Tensor:
-        return self._per_token(self.spans)
+    def _of_token(self) -> tuple[torch.Tensor, ...]:
+        return take(self._spans, self.span).unbind(-1)
 
-    @cached_property
-    def span_keeps(self) -> torch.Tensor:
-        return self._per_token(self.keeps)
-
-    @cached_property
+    @property
     def first_token(self) -> torch.Tensor:
-        """The number of the first token of a token's span."""
-        return self._per_token([[sum(row[:i]) for i in range(len(row))] for row in self.spans])
+        """(B, N): the number of the first token of a token's span."""
+        return self._of_token[0]
 
-    @cached_property
+    @property
+    def span_length(self) -> torch.Tensor:
+        """(B, N): the tokens of a token's span; 0 for padded places."""
+        return self._of_token[1]
+
+    @property
     def first_target(self) -> torch.Tensor:
-        """The number of the first target of a token's span."""
-        return self._per_token([[sum(row[:i]) for i in range(len(row))] for row in self.keeps])
+        """(B, N): the number of the first target of a token's span."""
+        return self._of_token[2]
+
+    @property
+    def span_keeps(self) -> torch.Tensor:
+        """(B, N): the targets of a token's span; 0 for padded places."""
+        return self._of_token[3]
 
 
+@fused
 def ordinals(chosen: torch.Tensor, count: int) -> torch.Tensor:
     """(B, N) bool to the ascending numbers of the chosen places, (B, count); a row with fewer goes on with others."""
     return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
@@ -122,6 +144,7 @@ def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, *x.shape[2:]).index_select(0, flat.flatten()).view(*index.shape, *x.shape[2:])
 
 
+@fused
 def repack(
     keep: torch.Tensor, behind: torch.Tensor, extra: torch.Tensor, shift: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

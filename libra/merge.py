@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .fuse import fused
 from .layout import Layout, ordinals, take
 from .similarity import most_similar
 
@@ -121,6 +122,7 @@ def igm_neg(matches: Matches, c: "Compression"):
     return torch.where(matches.is_target, matches.own_slot, matches.compensation), matches.pull
 
 
+@fused
 def group_softmax(logits: torch.Tensor, groups: torch.Tensor, slots: int) -> torch.Tensor:
     """Softmax of ``logits`` (B, N) within each of ``slots`` groups; a token whose group is :data:`NOWHERE` gets weight 0."""
     index = torch.where(groups == NOWHERE, slots, groups)
@@ -131,6 +133,7 @@ def group_softmax(logits: torch.Tensor, groups: torch.Tensor, slots: int) -> tor
     return (power / total.gather(1, index)).masked_fill(groups == NOWHERE, 0.0)
 
 
+@fused
 def merge_groups(hidden: torch.Tensor, groups: torch.Tensor, weights: torch.Tensor, slots: int) -> torch.Tensor:
     """Eq. 7, V′ = W V, with W given by its one non-zero a column: (B, N, D) to (B, slots, D), summed in float32."""
     batch, _, width = hidden.shape

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .fuse import fused
 from .layout import Layout
 from .similarity import most_similar
 
@@ -56,17 +57,22 @@ def top_of_span(scores: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 @register_select("intervals")
 def intervals(candidates: Candidates, c: "Compression") -> torch.Tensor:
-    """Position-driven token identification (§3.2): the most important token of each of N_t even intervals.
+    """Position-driven token identification (§3.2): the most important token of each of N_t even intervals."""
+    return best_of_intervals(candidates.importance, candidates.layout)
+
+
+@fused
+def best_of_intervals(importance: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The highest ``importance`` (B, N) of each interval, the first of several. Returns (B, N) bool.
 
     Interval i of a span of n tokens covers [⌊i·n/N_t⌋, ⌊(i+1)·n/N_t⌋), so token j lies in interval ⌊((j+1)·N_t − 1)/n⌋.
     """
-    layout = candidates.layout
     local = layout.index - layout.first_token
     interval = ((local + 1) * layout.span_keeps - 1) // layout.span_length.clamp(min=1) + layout.first_target
     interval = torch.where(layout.valid, interval, layout.targets)  # padded places share one slot behind the others
     batch, slots = len(interval), layout.targets + 1
-    best = candidates.importance.new_full((batch, slots), -torch.inf).scatter_reduce(1, interval, candidates.importance, "amax")
-    is_best = layout.valid & (candidates.importance == best.gather(1, interval))
+    best = importance.new_full((batch, slots), -torch.inf).scatter_reduce(1, interval, importance, "amax")
+    is_best = layout.valid & (importance == best.gather(1, interval))
     place = torch.where(is_best, layout.index, layout.tokens)
     first = place.new_full((batch, slots), layout.tokens).scatter_reduce(1, interval, place, "amin")
     return is_best & (first.gather(1, interval) == layout.index)

@@ -3,9 +3,12 @@
 import torch
 import torch.nn.functional as F
 
+from .fuse import fused
+
 PIECE = 1 << 24  # similarities held at a time: 64 MB
 
 
+@fused
 def most_similar(
     tokens: torch.Tensor,
     others: torch.Tensor,

@@ -181,7 +181,7 @@ class VisualTokenStream:
         chosen = torch.zeros_like(layout.valid).scatter(1, step.targets, layout.target_valid)
         current = keep.gather(1, columns)
         keep = keep.scatter(1, columns, torch.where(layout.valid, chosen & current, current))
-        last_visual = columns.gather(1, on_device([[n - 1] for n in layout.lengths], device))
+        last_visual = columns.gather(1, layout.tokens_of_row[:, None] - 1)
         shift = width - ends if self.pads_left else torch.zeros_like(ends)
         source, place = repack(keep, last_visual, extra, shift, width)
         # A row without one sends the slot of the compensation token to a column that it leaves empty.

@@ -7,6 +7,11 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFL
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for more to pay
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+# Before anything imports Triton: without a GPU its kernels run as Python, for tests/test_kernels.py.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser):
@@ -14,8 +19,6 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    import torch
-
     skips = {}
     if not config.getoption("run_slow"):
         skips["slow"] = pytest.mark.skip(reason="slow: run with --all")
