@@ -1,6 +1,8 @@
 # Source me from a training script: finds Python, and gives `launch MODULE-ARGUMENTS…`.
 #   GPUS     processes on this machine (default: the GPUs there are, else 1)
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for several machines (torchrun); HOSTFILE for DeepSpeed's launcher instead
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for several machines, on each of them (torchrun)
+#   HOSTFILE   for DeepSpeed's launcher instead, on one of them by ssh (MASTER_ADDR: asked by ssh too, if not given);
+#              with NODE_RANK and MASTER_ADDR on each of them, without ssh
 #   COMPRESSION   a YAML file of configs/: train with that compression
 #   ATTENTION     sdpa (default), flash_attention_2 or eager
 #   VISION_TOWER  (default: CLIP ViT-L/14 at 336 pixels); REPORT_TO (default: none)
@@ -33,12 +35,23 @@ launch() {
         --report_to "${REPORT_TO:-none}"
     )
     if [ -n "${COMPRESSION:-}" ]; then more+=(--compression "$COMPRESSION"); fi
-    if [ -n "${HOSTFILE:-}" ]; then
-        exec deepspeed --hostfile "$HOSTFILE" "$root/llava/train/train.py" "${more[@]}" "$@"
-    fi
     local where=(--standalone)
+    if [ -n "${HOSTFILE:-}" ]; then
+        if [ ! -f "$HOSTFILE" ]; then # DeepSpeed would take this machine alone
+            echo "error: there is no file $HOSTFILE; HOSTFILE has a line like 'machine slots=8' for each machine" >&2
+            exit 2
+        fi
+        where=(--hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}")
+        if [ -n "${MASTER_ADDR:-}" ]; then where+=(--master_addr "$MASTER_ADDR"); fi
+        if [ -n "${NODE_RANK:-}" ]; then where+=(--no_ssh --node_rank "$NODE_RANK"); fi
+        exec deepspeed "${where[@]}" "$root/llava/train/train.py" "${more[@]}" "$@"
+    fi
     if [ "${NNODES:-1}" -gt 1 ]; then
-        where=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?}" --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}")
+        if [ -z "${NODE_RANK:-}" ] || [ -z "${MASTER_ADDR:-}" ]; then
+            echo "error: NNODES=$NNODES needs NODE_RANK (this machine's number, from 0) and MASTER_ADDR (number 0's address)" >&2
+            exit 2
+        fi
+        where=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
     fi
     exec python -m torch.distributed.run "${where[@]}" --nproc_per_node "$gpus" -m llava.train.train "${more[@]}" "$@"
 }

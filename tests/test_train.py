@@ -3,9 +3,11 @@
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +29,7 @@ from transformers import (
 from libra import Compression
 from llava.model.builder import load_pretrained_model
 from llava.train import arguments, train
-from llava.train.data import Collator, LazySupervisedDataset, ModalityLengthSampler, VisualTokens
+from llava.train.data import Collator, LazySupervisedDataset, ModalityLengthSampler, VisualTokens, read_samples
 from llava.train.labels import encode, place_images, training_template
 from llava.train.trainer import LlavaTrainer
 from mini import finetune
@@ -163,6 +165,24 @@ def test_visual_tokens_are_counted_as_the_model_counts_them(loaded, tokenizers, 
     assert mine == model.visual_tokens(batch["images"], batch["image_sizes"]) and len(set(mine)) > 1
 
 
+def test_worker_processes_can_be_started_in_any_way(tokenizers):
+    """Where they are not forked, dataset and collator travel to them."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A boat."}]
+    data = dataset([{"image": "image0.png", "conversations": turns}], tokenizers["sp320_legacyFalse"])
+    collator = Collator(0, 512, (-200,), VisualTokens(16, 56))
+    one, other = (collate([given[0]]) for collate, given in ((collator, data), pickle.loads(pickle.dumps((collator, data)))))
+    assert torch.equal(one["input_ids"], other["input_ids"]) and torch.equal(one["images"], other["images"])
+
+
+def test_samples_one_a_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"id": 1}\n\n{"id": 2}\n')
+    assert read_samples(str(path)) == [{"id": 1}, {"id": 2}]
+    path.write_text('{"id": 1}\n{"id": \n')
+    with pytest.raises(ValueError, match="data.jsonl, line 2: no valid JSON"):
+        read_samples(str(path))
+
+
 def test_steps_of_the_sampler_are_of_one_kind():
     lengths = [n if n % 3 else -n for n in range(1, 51)]
     sampler = ModalityLengthSampler(lengths, 4, seed=5)
@@ -229,14 +249,14 @@ def test_answers_do_not_change_which_tokens_stay(loaded, tokenizers, importance)
     assert chosen[0] == chosen[1] and any(map(len, chosen[0]))
 
 
-def scenes(folder: Path, count: int, texts=(), broken=()) -> list[str]:
+def scenes(folder: Path, count: int, texts=(), broken=(), rounds: int = 2) -> list[str]:
     """Write samples about fresh scenes and return the flags that name them; some without an image, some with a damaged one."""
     rng, samples = np.random.default_rng(3), []
     (folder / "images").mkdir(parents=True)
     for i in range(count):
         scene = draw_scene(rng, "train")
         turns = []
-        for question, answer in ask(rng, scene.digits, 2):
+        for question, answer in ask(rng, scene.digits, rounds):
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         sample = {"id": i, "conversations": turns}
         if i not in texts:
@@ -279,6 +299,7 @@ def losses(log) -> list[float]:
 def test_three_steps_resume_and_load(few, compression, tmp_path, capsys):
     """A killed run goes on from its last whole checkpoint and ends where an unbroken one does."""
     flags = [*few, *compression, "--group_by_modality_length", "True", "--gradient_checkpointing", "True"]
+    flags += ["--dataloader_num_workers", "1", "--tf32", str(not torch.cuda.is_available())]
     whole = run(tmp_path / "whole", flags, "--max_steps", 6, "--save_steps", 3)
     assert "1 samples were skipped" in capsys.readouterr().out
     assert whole[-1]["skipped_images"] == 1 and len(losses(whole)) == 6
@@ -308,8 +329,9 @@ def test_accumulated_steps_are_one_large_step(few, compression, tmp_path):
     np.testing.assert_allclose(*([e["grad_norm"] for e in log if "grad_norm" in e] for log in (parts, whole)), rtol=1e-3)
 
 
-def test_first_stage_then_adapters_on_a_plain_language_model(few, compression, tmp_path):
-    """The projector alone on a Llama with a tower; LoRA on top of it; each is loaded as the published checkpoints are."""
+@pytest.fixture
+def base(tmp_path):
+    """A plain Llama."""
     torch.manual_seed(0)
     base, tokenizer = tmp_path / "base", AutoTokenizer.from_pretrained(MINI)
     LlamaForCausalLM(LlamaConfig(
@@ -317,6 +339,11 @@ def test_first_stage_then_adapters_on_a_plain_language_model(few, compression, t
         num_key_value_heads=1, initializer_range=0.2,
     )).save_pretrained(base)
     tokenizer.save_pretrained(base)
+    return base
+
+
+def test_first_stage_then_adapters_on_a_plain_language_model(few, compression, base, tmp_path):
+    """The projector alone on a Llama with a tower; LoRA on top of it; each is loaded as the published checkpoints are."""
     flags = [
         *few, *compression, "--vision_tower", MINI / "vision_tower", "--mm_projector_type", "mlp2x_gelu", "--max_steps", 2,
         "--image_aspect_ratio", "pad", "--bf16", "True",
@@ -401,14 +428,14 @@ def scripts(tmp_path):
     (tmp_path / "env.sh").write_text("""exec() { if [ "$1" = bash ]; then "$@"; else printf '%s\\n' "$@"; fi; }""")
 
     def call(name: str, *flags: str, **variables: str) -> list[str]:
-        env = {**os.environ, "BASH_ENV": str(tmp_path / "env.sh"), "GPUS": "1", **variables}
+        env = {**os.environ, "VIRTUAL_ENV": sys.prefix, "BASH_ENV": str(tmp_path / "env.sh"), "GPUS": "1", **variables}
         command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), *flags]
         return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()
 
     return call
 
 
-def test_scripts_give_the_published_settings(scripts):
+def test_scripts_give_the_published_settings(scripts, tmp_path):
     for name, rate in {"pretrain": 1e-3, "finetune": 2e-5, "finetune_lora": 2e-4}.items():
         words = scripts(name, "--max_steps", "7", COMPRESSION="configs/llava7b_r50.yaml", BATCH="3")
         assert words[:6] == ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
@@ -417,8 +444,14 @@ def test_scripts_give_the_published_settings(scripts):
         assert (given.learning_rate, given.max_steps, given.per_device_train_batch_size) == (rate, 7, 3)
         assert given.compression == "configs/llava7b_r50.yaml" and given.lora_enable == (name == "finetune_lora")
         assert given.tune_mm_mlp_adapter == (name == "pretrain") and name.partition("_")[2] in given.output_dir
-    words = scripts("finetune", HOSTFILE="hosts", ZERO="2")
-    assert words[:3] == ["deepspeed", "--hostfile", "hosts"] and f"{ROOT}/scripts/zero2.json" in words
+    hosts = tmp_path / "hosts"
+    hosts.write_text("machine slots=8\n")
+    words = scripts("finetune", HOSTFILE=str(hosts), ZERO="2")
+    assert words[:3] == ["deepspeed", "--hostfile", str(hosts)] and f"{ROOT}/scripts/zero2.json" in words
+    for wrong, sentence in (({"HOSTFILE": "nowhere"}, "there is no file nowhere"), ({"NNODES": "2"}, "needs NODE_RANK")):
+        with pytest.raises(subprocess.CalledProcessError) as stop:
+            scripts("finetune", **wrong)
+        assert stop.value.returncode == 2 and stop.value.stderr.startswith("error: ") and sentence in stop.value.stderr
     for name in ("zero2", "zero3", "zero3_offload"):
         assert json.loads((ROOT / "scripts" / f"{name}.json").read_text())["zero_optimization"]["stage"] == int(name[4])
 
@@ -473,6 +506,20 @@ WRONG = {
     "layer": ("{method: libra, layers: [40]}", "layers: 40 is out of range: the model has layers 0 to 11"),
     "method": ("{method: fastw, layers: [1]}", "fastv"),
     "tower": (["--vision_tower", str(GOLDEN / "llava15" / "vision_tower")], "has a vision tower already"),
+    "no image": (["--image_folder", str(TEXTS)], "none of the images that .* names first lies in .*, 0.png for one"),
+    "pinpoints": (["--image_aspect_ratio", "anyres", "--image_grid_pinpoints", "wide"], "'wide' is not a list"),
+    "tiles": (["--image_aspect_ratio", "anyres"], "not made of the vision tower's tiles of 96 pixels"),
+    "tower's layer": (["--mm_vision_select_layer", "-9"], "-9 is out of range: the vision tower has 4 layers"),
+    "attention": (["--attn_implementation", "flash"], "invalid choice: 'flash'"),
+    "flash": (["--attn_implementation", "flash_attention_2"], "flash_attention_2 needs a CUDA GPU"),
+    "half": (["--fp16", "True", "--use_cpu", "True"], "on a CPU use --bf16 True"),
+    "evaluation": (["--eval_strategy", "steps"], "nothing is evaluated while training"),
+    "resume": (["--resume_from_checkpoint", "x"], "--resume_from_checkpoint is not needed"),
+    "reports": (["--report_to", "nobody"], "--report_to nobody names no package"),
+    "fsdp": (["--fsdp", "--use_cpu", "True"], "--fsdp shards over the GPUs of a distributed run"),
+    "fsdp's file": (["--fsdp", "--fsdp_config", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+    "output": (["--output_dir", str(MINI / "config.json")], "config.json is no folder that can be written to"),
+    "nothing": (["--tune_mm_mlp_adapter", "True", "--freeze_mm_mlp_adapter", "True"], "leave nothing to train"),
     "reentrant": (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "use_reentrant gives wrong gradients"),
 }
 
@@ -489,10 +536,49 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(case, few, compression, 
         (tmp_path / "data.json").write_text(given)
         flags += ["--data_path", str(tmp_path / "data.json"), "--image_folder", "nowhere"]
         flags += ["--video_folder", str(tmp_path)]
+        (tmp_path / "a.mp4").touch()
     monkeypatch.setattr(train, "build_model", lambda *args: pytest.fail("a model was loaded"))
+    if "needs a CUDA GPU" in sentence:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "out", flags)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("error: ")
     assert re.search(sentence, error), error
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_a_plain_model_that_do_not_fit(few, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "build_model", lambda *args: pytest.fail("a model was loaded"))
+    projector = tmp_path / "mm_projector.bin"
+    torch.save({"model.mm_projector.weight": torch.zeros(3, 128), "model.mm_projector.bias": torch.zeros(32)}, projector)
+    tower = ["--vision_tower", MINI / "vision_tower", "--max_steps", 1]
+    for flags, sentence in (
+        (["--mm_projector_type", "mlp2"], "mm_projector_type 'mlp2' is unknown"),
+        (["--pretrain_mm_mlp_adapter", projector], "mm_projector.bin does not fit this model: 'model.mm_projector.weight'"),
+        (["--mm_projector_type", "mlp2x_gelu", "--pretrain_mm_mlp_adapter", projector], "mm_projector.weight' is missing"),
+    ):
+        with pytest.raises(SystemExit):
+            run(tmp_path / "out", [*few, *tower, *flags], model=base)
+        assert sentence in capsys.readouterr().err
+
+
+def test_embeddings_of_other_tokens_are_refused(few, base, tmp_path, capsys):
+    tower = ["--vision_tower", MINI / "vision_tower", "--mm_use_im_start_end", "True", "--max_steps", 1]
+    run(tmp_path / "first", [*few, *tower, "--tune_mm_mlp_adapter", "True", "--save_strategy", "no"], model=base)
+    with pytest.raises(SystemExit):
+        projector = ["--pretrain_mm_mlp_adapter", tmp_path / "first" / "mm_projector.bin"]
+        run(tmp_path / "out", [*few, *tower, *projector, "--mm_use_im_start_end", "False"], model=base)
+    assert "error: the first stage had other new tokens" in capsys.readouterr().err
+
+
+def test_the_first_process_of_a_machine_speaks(monkeypatch, capsys):
+    """The others wait: a launcher ends everybody when one has ended."""
+    waited = []
+    monkeypatch.setattr(arguments.time, "sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit):
+            arguments.exit_with("it is wrong")
+        assert capsys.readouterr().err == "error: it is wrong\n"
+    assert [said for _, said in waited] == [""]

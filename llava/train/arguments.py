@@ -4,13 +4,19 @@ import difflib
 import importlib.util
 import os
 import sys
+import time
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as BaseArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import ParallelMode
+
+from libra.config import ATTENTIONS
 
 EXAMPLES = """examples:
   python -m llava.train.train --model_name_or_path mini/checkpoint --version mini --data_path data.json --image_folder images \\
@@ -23,8 +29,8 @@ scripts/pretrain.sh, finetune.sh and finetune_lora.sh hold the published setting
 RENAMED = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
 
 
-def _flag(help: str, default=None, **kwargs):
-    return field(default=default, metadata={"help": help, **kwargs})
+def _flag(help: str, default=None, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, **({"choices": choices} if choices else {})})
 
 
 @dataclass
@@ -38,12 +44,12 @@ class ModelArguments:
     freeze_backbone: bool = _flag("do not train the decoder", False)
     mm_projector_type: str | None = _flag("linear, mlp2x_gelu …; a checkpoint's own, else linear")
     mm_vision_select_layer: int | None = _flag("the tower's layer; a checkpoint's own, else -1")
-    mm_vision_select_feature: str | None = _flag("patch or cls_patch; a checkpoint's own, else patch")
+    mm_vision_select_feature: str | None = _flag("a checkpoint's own, else patch", choices=("patch", "cls_patch"))
     mm_patch_merge_type: str | None = _flag("flat, spatial or spatial_unpad; a checkpoint's own, else flat")
     mm_use_im_start_end: bool = _flag("put <im_start> and <im_end> around images", False)
     mm_use_im_patch_token: bool = _flag("add <im_patch> to the vocabulary", False)
     unfreeze_mm_vision_tower: bool = _flag("train the vision tower too", False)
-    attn_implementation: str | None = _flag("sdpa, flash_attention_2 or eager; transformers' choice by default")
+    attn_implementation: str | None = _flag("transformers' choice by default", choices=ATTENTIONS)
 
 
 @dataclass
@@ -70,13 +76,18 @@ class TrainingArguments(BaseArguments):
     mm_vision_tower_lr: float | None = _flag("the vision tower's learning rate, if not learning_rate")
     bits: int = _flag("hold the frozen weights in 4 or 8 bits (needs CUDA, bitsandbytes and LoRA)", 16)
     double_quant: bool = _flag("of 4 bits", True)
-    quant_type: str = _flag("of 4 bits: nf4 or fp4", "nf4")
+    quant_type: str = _flag("of 4 bits", "nf4", choices=("nf4", "fp4"))
     lora_enable: bool = _flag("train LoRA adapters of the decoder's linear layers", False)
     lora_r: int = _flag("rank", 64)
     lora_alpha: int = _flag("scale, over the rank", 16)
     lora_dropout: float = _flag("of the adapters' input", 0.05)
     lora_weight_path: str = _flag("accepted for the published scripts' sake; must stay empty", "")
-    lora_bias: str = _flag("biases to train: none, all or lora_only", "none")
+    lora_bias: str = _flag("biases to train", "none", choices=("none", "all", "lora_only"))
+
+    def __post_init__(self):
+        if not torch.cuda.is_available():
+            self.tf32 = None  # a way of CUDA GPUs; the scripts ask for it wherever they run
+        super().__post_init__()
 
 
 class _Parser(HfArgumentParser):
@@ -88,8 +99,9 @@ class _Parser(HfArgumentParser):
 
 def exit_with(message: str) -> NoReturn:
     """``error: …`` from one process of each machine, and exit status 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)  # a launcher ends all processes when one has ended: that should be the one that speaks
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -118,7 +130,7 @@ def parse(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments,
     try:
         model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         _check(model, data, training)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         exit_with(" ".join(str(error).split()))
     return model, data, training
 
@@ -159,8 +171,11 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
         raise ValueError("--lora_enable trains the decoder and --tune_mm_mlp_adapter the projector alone; choose one")
     if training.lora_enable and model.unfreeze_mm_vision_tower:
         raise ValueError("--unfreeze_mm_vision_tower does not go with --lora_enable; leave one out")
+    if model.tune_mm_mlp_adapter and training.freeze_mm_mlp_adapter:
+        raise ValueError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train; choose one")
     if training.remove_unused_columns:
         raise ValueError("--remove_unused_columns would remove the images; leave it out")
+    _check_of_transformers(model, training)
     # The older name is a deprecated alias of the newer one since transformers 5.20.
     names = [n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if hasattr(training, n)]
     options = dict(next((given for n in names if (given := getattr(training, n))), {}))
@@ -168,3 +183,26 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
         raise ValueError("gradient checkpointing with use_reentrant gives wrong gradients with compression; leave it out")
     for name in names:
         setattr(training, name, options)
+
+
+def _check_of_transformers(model: ModelArguments, training: TrainingArguments) -> None:
+    """What transformers' own flags ask for in vain: it would stop with the weights in memory, or ignore them."""
+    if training.eval_strategy != "no":
+        raise ValueError("nothing is evaluated while training; leave --eval_strategy out and evaluate what --output_dir holds")
+    if training.resume_from_checkpoint:
+        raise ValueError("--resume_from_checkpoint is not needed: a run goes on from the newest checkpoint in --output_dir")
+    if training.fsdp and training.deepspeed:
+        raise ValueError("--fsdp and --deepspeed exclude each other; choose one")
+    if training.fsdp and (training.use_cpu or training.parallel_mode != ParallelMode.DISTRIBUTED):
+        raise ValueError("--fsdp shards over the GPUs of a distributed run; start it with torchrun on GPUs, or leave it out")
+    if training.fp16 and training.use_cpu:
+        raise ValueError("--fp16 True needs a GPU; on a CPU use --bf16 True")
+    if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
+        raise ValueError("--attn_implementation flash_attention_2 needs a CUDA GPU and none is here; leave it out")
+    lacking = set(training.report_to) - set(get_available_reporting_integrations())
+    if lacking:
+        raise ValueError(f"--report_to {min(lacking)} names no package that is installed; install it, or use none")
+    output = Path(training.output_dir)
+    near = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK):
+        raise ValueError(f"--output_dir {output}: {near} is no folder that can be written to; name another")

@@ -19,6 +19,7 @@ from ..video import DEFAULT_VIDEO_TOKEN, process_image, process_video
 from .labels import Turn, encode, place_images
 
 logger = logging.get_logger(__name__)
+LOOKED_FOR = 100  # samples whose files must not all be missing before a training begins
 
 
 def read_samples(path: str) -> list[dict]:
@@ -73,6 +74,16 @@ def check_samples(
             folder = Path(folders.pop(kind))
             if not folder.is_dir():
                 raise ValueError(f"{path} names {kind}s and there is no folder {folder}; give it as --{kind}_folder")
+    for kind, folder in (("image", image_folder), ("video", video_folder)):
+        first = [name for sample in samples[:LOOKED_FOR] for name in _files(sample, kind)]
+        if first and not any((Path(folder) / name).exists() for name in first):
+            raise ValueError(f"none of the {kind}s that {path} names first lies in {folder}, {first[0]} for one;"
+                             f" --{kind}_folder is what their names begin at")
+
+
+def _files(sample: dict, kind: str) -> list[str]:
+    given = sample.get(kind, [])
+    return [given] if isinstance(given, str) else given
 
 
 def _problem(sample, plain: bool) -> str | None:

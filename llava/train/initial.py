@@ -14,8 +14,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from libra import Compression
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from ..mm_utils import _pinpoints
 from ..model.anyres import MERGE_TYPES
-from ..model.checkpoint import MODELS, inspect_checkpoint
+from ..model.checkpoint import MODELS, _expected_weights, inspect_checkpoint
 from ..model.language_model.llava_llama import LlavaLlamaForCausalLM
 from ..model.language_model.llava_mistral import LlavaMistralForCausalLM
 from ..model.language_model.videollama2 import Videollama2MistralForCausalLM
@@ -73,7 +74,10 @@ def find_start(
         if compression is not None:
             compression.check_layers(config.num_hidden_layers)
     _complete(config, model, data, is_llava)
-    projector = None if model.pretrain_mm_mlp_adapter is None else _read_projector(model.pretrain_mm_mlp_adapter)
+    expected = _expected_weights(model_class, config, folder)
+    projector = None
+    if model.pretrain_mm_mlp_adapter is not None:
+        projector = _read_projector(model.pretrain_mm_mlp_adapter, expected)
     processor = CLIPImageProcessor.from_pretrained(config.mm_vision_tower)
     tokenizer.model_max_length, tokenizer.padding_side = training.model_max_length, "right"
     if tokenizer.pad_token is None:
@@ -129,19 +133,37 @@ def _complete(config: PreTrainedConfig, model: ModelArguments, data: DataArgumen
     config.image_aspect_ratio = data.image_aspect_ratio or getattr(config, "image_aspect_ratio", None) or "square"
     if config.image_aspect_ratio not in ("square", "pad", "anyres"):
         raise ValueError(f"--image_aspect_ratio {config.image_aspect_ratio} is unknown; use square, pad or anyres")
+    tower = CLIPVisionConfig.from_pretrained(config.mm_vision_tower)
+    if not -tower.num_hidden_layers - 1 <= config.mm_vision_select_layer <= tower.num_hidden_layers:
+        raise ValueError(
+            f"--mm_vision_select_layer {config.mm_vision_select_layer} is out of range: the vision tower has"
+            f" {tower.num_hidden_layers} layers"
+        )
     if data.image_grid_pinpoints or config.image_aspect_ratio == "anyres":
         own = data.image_grid_pinpoints or getattr(config, "image_grid_pinpoints", None) or ANYRES
         config.image_grid_pinpoints = own
+        if any(edge % tower.image_size for resolution in _pinpoints(own) for edge in resolution):
+            raise ValueError(
+                f"image_grid_pinpoints {own} are not made of the vision tower's tiles of {tower.image_size} pixels; give"
+                " multiples of that as --image_grid_pinpoints"
+            )
     if data.num_frames or not hasattr(config, "num_frames"):
         config.num_frames = data.num_frames or NUM_FRAMES
     config.mm_use_im_start_end = model.mm_use_im_start_end or getattr(config, "mm_use_im_start_end", False)
     config.mm_use_im_patch_token = model.mm_use_im_patch_token or getattr(config, "mm_use_im_patch_token", False)
 
 
-def _read_projector(path: str) -> dict[str, torch.Tensor]:
+def _read_projector(path: str, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}; --pretrain_mm_mlp_adapter is the mm_projector.bin of the first stage")
-    return read_additions(Path(path))
+    values = read_additions(Path(path))
+    # Embeddings are in it where the first stage trained new tokens, which this model gets later.
+    wrong = [name for name, value in values.items() if "embed_tokens" not in name and (
+        name not in expected or expected[name].shape != value.shape)]
+    wrong += [name for name in expected if "mm_projector" in name and name not in values]
+    if wrong:
+        raise ValueError(f"{path} does not fit this model: {wrong[0]!r} is missing on one side or has another shape")
+    return values
 
 
 def build_model(start: Start, model: ModelArguments, training: TrainingArguments):
@@ -180,7 +202,7 @@ def build_model(start: Start, model: ModelArguments, training: TrainingArguments
         llava = prepare_model_for_kbit_training(llava, use_gradient_checkpointing=training.gradient_checkpointing)
     _add_tokens(llava, start)
     if start.projector is not None:
-        _load_weights(llava, start.projector, model.pretrain_mm_mlp_adapter)
+        _load_weights(llava, start.projector)
     whole = _add_adapters(llava, training) if training.lora_enable else llava
     _choose_trainable(llava, model, training)
     if not training.deepspeed:
@@ -223,16 +245,13 @@ def _whole(parameters: list[nn.Parameter]):
     return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=0)
 
 
-def _load_weights(llava, values: dict[str, torch.Tensor], path: str) -> None:
+def _load_weights(llava, values: dict[str, torch.Tensor]) -> None:
     own = dict(llava.named_parameters())
-    with _whole([own[name] for name in values if name in own]):
-        wrong = [name for name, value in values.items() if name not in own or own[name].shape != value.shape]
-        wrong += [name for name in own if "mm_projector" in name and name not in values]
-        if wrong:
-            raise ValueError(f"{path} does not fit this model: {wrong[0]!r} is missing on one side or has another shape")
-        with torch.no_grad():
-            for name, value in values.items():
-                own[name].copy_(value)
+    with _whole([own[name] for name in values]), torch.no_grad():
+        for name, value in values.items():
+            if own[name].shape != value.shape:  # embeddings, which were not checked before
+                raise ValueError(f"the first stage had other new tokens ({name!r} has another shape); give the flags it had")
+            own[name].copy_(value)
 
 
 def _add_adapters(llava, training: TrainingArguments):
@@ -245,7 +264,7 @@ def _add_adapters(llava, training: TrainingArguments):
     wrapped = get_peft_model(llava, LoraConfig(
         r=training.lora_r, lora_alpha=training.lora_alpha, lora_dropout=training.lora_dropout, bias=training.lora_bias,
         target_modules=sorted({name.rpartition(".")[2] for name in layers} - {"lm_head"}), task_type="CAUSAL_LM",
-    ))
+    ), autocast_adapter_dtype=not training.deepspeed)  # ZeRO-3 wants one dtype for all that is trained
     decoder.vision_tower = tower
     return wrapped
 

@@ -29,8 +29,8 @@ def prepare(
     """
     template = training_template(model.version)
     compression = None if model.compression is None else Compression.from_yaml(model.compression)
-    if compression is not None and compression.score_layer == "next" and is_deepspeed_zero3_enabled():
-        raise ValueError("score_layer: next runs a layer out of turn, which ZeRO-3 cannot follow; use ZeRO-2")
+    if compression is not None and compression.score_layer == "next" and (is_deepspeed_zero3_enabled() or training.fsdp):
+        raise ValueError("score_layer: next runs a layer out of turn, which ZeRO-3 and FSDP cannot follow; use ZeRO-2")
     samples, videos = read_samples(data.data_path), data.video_folder or data.image_folder
     check_samples(samples, data.data_path, template, data.image_folder, videos)
     start = find_start(model, data, training, compression)
@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         start, dataset, compression = prepare(model_args, data_args, args)
         set_seed(args.seed)  # a new projector begins alike in every process
         model = build_model(start, model_args, args)
-    except ValueError as error:
-        exit_with(str(error))
+    except (ValueError, ImportError) as error:
+        exit_with(" ".join(str(error).split()))
     llava = model.get_base_model() if args.lora_enable else model
     llava.set_compression(compression)
     trainer = LlavaTrainer(
