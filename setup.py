@@ -47,6 +47,8 @@ if __name__ == "__main__":
         install_requires=CORE,
         extras_require=EXTRAS,
         packages=find_packages(include=[f"{name}{rest}" for name in ("libra", "llava", "eval", "mini") for rest in ("", ".*")]),
-        package_data={"": ["*.yaml"], "libra.latency": ["expected.json"], "eval": ["tasks/**/*.yaml"], "mini": ["checkpoint/**"]},
+        package_data={
+            "": ["*.yaml"], "libra.latency": ["expected.json"], "eval": ["tasks/**/*.yaml"], "mini": ["checkpoint/**"],
+        },
         entry_points={"lmms_eval.models": ["libra = eval.plugin:manifest"]},
     )

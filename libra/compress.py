@@ -63,22 +63,6 @@ class Compressed:
         return (self.groups[:, None, :] == slots[None, :, None]) * self.token_weights[:, None, :]
 
 
-def importance_means(importance: torch.Tensor, valid: torch.Tensor, score_rows: torch.Tensor | None) -> torch.Tensor:
-    """Mean importance over the visual tokens that share a score row, (B, N); without ``score_rows`` all of a row's tokens do.
-
-    ``importance`` (B, N) is 0 where ``valid`` (B, N) is False.
-    """
-    if score_rows is None:
-        mean = importance.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
-        return mean.expand_as(importance)
-    groups = torch.where(valid, score_rows, NOWHERE)
-    index = groups + 1
-    size = importance.shape[1] + 1  # no more score rows than tokens
-    total = importance.new_zeros((len(index), size)).scatter_add(1, index, importance)
-    count = importance.new_zeros((len(index), size)).scatter_add(1, index, valid.to(importance.dtype))
-    return (total / count.clamp(min=1)).gather(1, index)
-
-
 def compress_layout(
     hidden: torch.Tensor,
     importance: torch.Tensor,
@@ -95,26 +79,22 @@ def compress_layout(
     """
     with record_function("libra.select"):
         importance = importance.detach().float().masked_fill(~layout.valid, 0.0)
-        mean = importance_means(importance, layout.valid, score_rows)
-        keys = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device) if keys is None else keys
-        is_target = SELECTORS[c.select](Candidates(hidden, importance, mean, layout, keys), c)
+        candidates = Candidates(hidden, importance, layout, score_rows, keys)
+        is_target = SELECTORS[c.select](candidates, c)
         targets = ordinals(is_target, layout.targets)
-
-    # Where every α is 0 the quotient is 0/0: equal logits, hence uniform weights.
-    pull = torch.nan_to_num(importance / (mean if c.eta == "mean" else c.eta), nan=0.0)
-    matches = Matches(hidden, pull, is_target, targets, layout)
+    matches = Matches(candidates, None if c.eta == "mean" else c.eta, is_target, targets)
     with record_function("libra.similarity"):
         groups, logits = MERGERS[c.merge](matches, c)
     with record_function("libra.merge"):
         groups = groups.masked_fill(~layout.valid, NOWHERE)
-        token_weights = group_softmax(logits, groups, layout.targets + 1)
         mask, slots, has_one = layout.target_valid, layout.targets, None
-        if c.merge not in NEVER_COMPENSATE and layout.target_counts != layout.lengths:
-            has_one = (groups == matches.compensation).any(1)
-            mask, slots = torch.cat([mask, has_one[:, None]], 1), slots + 1
         if c.merge == "drop":
-            tokens = take(hidden, targets)
+            token_weights, tokens = is_target.float(), take(hidden, targets)
         else:
+            token_weights = group_softmax(logits, groups, slots + 1)
+            if c.merge not in NEVER_COMPENSATE and layout.target_counts != layout.lengths:
+                has_one = (groups == matches.compensation).any(1)
+                mask, slots = torch.cat([mask, has_one[:, None]], 1), slots + 1
             tokens = merge_groups(hidden, groups, token_weights, slots)
     similarity = matches.nearest[0] if "nearest" in vars(matches) else None  # a cached property: there if a merger used it
     return Compressed(tokens, mask, targets, groups, token_weights, importance, similarity, layout, has_one)

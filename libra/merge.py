@@ -12,6 +12,7 @@ import torch
 
 from .fuse import fused
 from .layout import Layout, ordinals, take
+from .select import Candidates
 from .similarity import most_similar
 
 if TYPE_CHECKING:
@@ -24,15 +25,31 @@ NOWHERE = -1  # the group of a dropped token
 class Matches:
     """What a merger may look at.
 
-    ``hidden`` (B, N, D), ``pull`` (B, N) float32 = α/η, ``is_target`` (B, N) bool, ``targets`` (B, T) their numbers, and the
-    ``layout`` of the spans.
+    ``candidates`` the choice was made from; ``eta``, by which importance is divided, None for its mean; ``is_target`` (B, N)
+    bool; ``targets`` (B, T), their numbers.
     """
 
-    hidden: torch.Tensor
-    pull: torch.Tensor
+    candidates: Candidates
+    eta: float | None
     is_target: torch.Tensor
     targets: torch.Tensor
-    layout: Layout
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """(B, N, D)."""
+        return self.candidates.hidden
+
+    @property
+    def layout(self) -> Layout:
+        """Of the spans."""
+        return self.candidates.layout
+
+    @cached_property
+    def pull(self) -> torch.Tensor:
+        """(B, N) float32, α/η."""
+        eta = self.candidates.importance_mean if self.eta is None else self.eta
+        # Where every α is 0 the quotient is 0/0: equal logits, hence uniform weights.
+        return torch.nan_to_num(self.candidates.importance / eta, nan=0.0)
 
     @property
     def compensation(self) -> int:
@@ -54,7 +71,7 @@ class Matches:
         a piece of it at a time.
         """
         layout, hidden = self.layout, self.hidden.detach()
-        similarity = torch.ones_like(self.pull)
+        similarity = torch.ones_like(self.candidates.importance)
         slot = self.own_slot.clamp(min=0)
         rest_count = max((n - t for n, t in zip(layout.lengths, layout.target_counts)), default=0)
         if rest_count == 0:
@@ -93,13 +110,13 @@ def register_merge(name: str) -> Callable[[Merger], Merger]:
 @register_merge("drop")
 def drop(matches: Matches, c: "Compression"):
     """Pruning: targets stay as they are, the rest is gone (FastV)."""
-    return matches.own_slot, torch.zeros_like(matches.pull)
+    return matches.own_slot, torch.zeros_like(matches.candidates.importance)
 
 
 @register_merge("average")
 def average(matches: Matches, c: "Compression"):
     """Every token joins its most similar target; a group's plain mean (Turbo)."""
-    return matches.nearest[1], torch.zeros_like(matches.pull)
+    return matches.nearest[1], torch.zeros_like(matches.candidates.importance)
 
 
 @register_merge("igm")

@@ -5,6 +5,7 @@ A selector takes what the compression layer knows and returns (B, N) bool with e
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,17 +20,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a selector may look at: hidden states (B, N, D), importance (B, N) float32 and the layout of the spans.
+    """What a selector may look at: hidden states (B, N, D), importance (B, N) float32 (0 for padding), the layout of the spans.
 
-    ``importance_mean`` is (B, N): the mean importance of the tokens that share a token's score row. ``keys`` is (B,), a number
-    per row from which pseudo-random choices are drawn.
+    ``score_rows`` (B, N) says which attention row of its row scored a token; None where there is one. ``keys`` (B,) has
+    a number per row from which pseudo-random choices are drawn; None for zeros.
     """
 
     hidden: torch.Tensor
     importance: torch.Tensor
-    importance_mean: torch.Tensor
     layout: Layout
-    keys: torch.Tensor
+    score_rows: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+
+    @cached_property
+    def importance_mean(self) -> torch.Tensor:
+        """(B, N) or (B, 1): the mean importance of the visual tokens that share a token's score row."""
+        importance, valid = self.importance, self.layout.valid
+        if self.score_rows is None:
+            return importance.sum(1, keepdim=True) / self.layout.tokens_of_row[:, None].clamp(min=1)
+        index = torch.where(valid, self.score_rows + 1, 0)
+        empty = importance.new_zeros((len(index), importance.shape[1] + 1))  # no more score rows than tokens
+        total = empty.scatter_add(1, index, importance)
+        count = empty.scatter_add(1, index, valid.to(importance.dtype))
+        return (total / count.clamp(min=1)).gather(1, index)
 
 
 Selector = Callable[[Candidates, "Compression"], torch.Tensor]
@@ -101,7 +114,9 @@ def information(candidates: Candidates, c: "Compression") -> torch.Tensor:
 def random(candidates: Candidates, c: "Compression") -> torch.Tensor:
     """A pseudo-random choice that depends on seed, row key and place alone: the same in any batch, on any device."""
     layout = candidates.layout
-    state = candidates.keys[:, None] * 1_000_003 + c.seed * 7_919 + layout.index + layout.tokens_of_row[:, None] * 104_729
+    state = c.seed * 7_919 + layout.index + layout.tokens_of_row[:, None] * 104_729
+    if candidates.keys is not None:
+        state = state + candidates.keys[:, None] * 1_000_003
     for _ in range(3):
         state = state * 6_364_136_223_846_793_005 + 1_442_695_040_888_963_407  # wraps modulo 2^64
         state = state ^ ((state >> 29) & 0x7FFFFFFFF)

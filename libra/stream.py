@@ -119,7 +119,8 @@ class VisualTokenStream:
                 weights[b][g][r] = share
         device = self.spans.device
         self.queries = on_device(columns, device, torch.long).view(len(flat), width)
-        self._query_weights = on_device(weights, device).view(len(flat), groups, width)
+        alone = groups == width == 1 and all(flat)  # the one query is the one score row
+        self._query_weights = None if alone else on_device(weights, device).view(len(flat), groups, width)
 
     @property
     def has_visual_tokens(self) -> bool:
@@ -131,7 +132,7 @@ class VisualTokenStream:
 
     def _importance(self, attention: torch.Tensor, columns: torch.Tensor, layout: Layout):
         """α of the visual tokens (B, N) from attention (B, R, S), and which score row each token has (B, N) or None for one."""
-        scores = self._query_weights @ attention  # (B, G, S)
+        scores = attention if self._query_weights is None else self._query_weights @ attention  # (B, G, S)
         groups = scores.shape[1]
         if groups == 1:
             return scores[:, 0].gather(1, columns), None
