@@ -98,3 +98,11 @@ def test_a_cell_without_memory_is_a_failed_cell_and_tried_again(capsys, tmp_path
     assert rows(capsys.readouterr().out)[20, 1][:2] == ["", "out of memory"] and not (tmp_path / "growth.png").exists()
     assert grow(tmp_path, "--visual-tokens", "20", "--batch", "1") == 0
     assert rows(capsys.readouterr().out)[20, 1][0] == "2" and (tmp_path / "growth.png").exists()
+
+
+def test_a_larger_cell_of_an_earlier_run_stays_in_the_table(capsys, tmp_path):
+    sizes = ["--visual-tokens", "20,40", "--batch", "1", "--pairs", "1"]
+    assert grow(tmp_path, *sizes) == 0
+    whole = capsys.readouterr().out
+    assert grow(tmp_path, *sizes, "--max-tokens", "20") == 0
+    assert capsys.readouterr().out == whole and all(rows(whole)[(40, 1)])

@@ -44,9 +44,10 @@ class Growth:
     ):
         self.folder, self.visual, self.batches = folder, sorted(set(visual)), sorted(set(batches))
         self.pairs, self.described = pairs, described
-        grid = [Prompt(n, text, batch) for n in self.visual for batch in self.batches if n * batch <= max_tokens]
-        self.prompts = sorted(grid, key=lambda prompt: prompt.batch * prompt.visual)  # the quick ones first
-        if not grid:
+        self.grid = [Prompt(n, text, batch) for n in self.visual for batch in self.batches]
+        small = [prompt for prompt in self.grid if prompt.batch * prompt.visual <= max_tokens]
+        self.prompts = sorted(small, key=lambda prompt: prompt.batch * prompt.visual)  # the quick ones first
+        if not small:
             raise ValueError(f"--max-tokens: no cell has as few as {max_tokens} visual tokens; give more")
 
     def path(self, prompt: Prompt) -> Path:
@@ -77,8 +78,8 @@ class Growth:
         ``finish`` gives what is written into a cell beside its figures: versions, commit, date. A cell that the device has no
         memory for is a failed cell, tried again the next time.
         """
-        cells = {prompt: self.stored(prompt) for prompt in self.prompts}
-        missing = [prompt for prompt, cell in cells.items() if cell is None]
+        cells = {prompt: self.stored(prompt) for prompt in self.grid}  # an earlier run may have had a higher limit
+        missing = [prompt for prompt in self.prompts if cells[prompt] is None]
         total = sum(prefills(pairs_for(prompt, self.pairs)) for prompt in missing)
         with tqdm(total=total, unit=" prefills", disable=not progress) as bar:
             for prompt in missing:
@@ -92,7 +93,7 @@ class Growth:
                 write_text(self.path(prompt), json.dumps(cells[prompt], indent=1, ensure_ascii=False) + "\n")
                 self.write_table(cells)
         self.write_table(cells)
-        measured = {(p.visual, p.batch): cell for p, cell in cells.items() if "failed" not in cell}
+        measured = {(p.visual, p.batch): cell for p, cell in cells.items() if cell and "failed" not in cell}
         if measured:
             growth_picture(measured, self.folder / "growth.png")
 
