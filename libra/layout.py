@@ -136,12 +136,15 @@ def ordinals(chosen: torch.Tensor, count: int) -> torch.Tensor:
     return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
 
+def flat_rows(index: torch.Tensor, length: int) -> torch.Tensor:
+    """Rows ``index`` (B, K) of B tables of ``length`` rows each, numbered through all of them: (B·K,)."""
+    return (index + torch.arange(len(index), device=index.device)[:, None] * length).flatten()
+
+
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows ``index`` (B, K) of ``x`` (B or 1, S, …): (B, K, …). Whole rows are copied, which gather does number by number."""
-    flat = index
-    if len(x) == len(index) > 1:
-        flat = index + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.reshape(-1, *x.shape[2:]).index_select(0, flat.flatten()).view(*index.shape, *x.shape[2:])
+    flat = flat_rows(index, x.shape[1]) if len(x) == len(index) > 1 else index.flatten()
+    return x.reshape(-1, *x.shape[2:]).index_select(0, flat).view(*index.shape, *x.shape[2:])
 
 
 @fused

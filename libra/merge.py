@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .fuse import fused
-from .layout import Layout, ordinals, take
+from .layout import Layout, flat_rows, ordinals, take
 from .select import Candidates
 from .similarity import most_similar
 
@@ -154,8 +154,7 @@ def group_softmax(logits: torch.Tensor, groups: torch.Tensor, slots: int) -> tor
 def merge_groups(hidden: torch.Tensor, groups: torch.Tensor, weights: torch.Tensor, slots: int) -> torch.Tensor:
     """Eq. 7, V′ = W V, with W given by its one non-zero a column: (B, N, D) to (B, slots, D), summed in float32."""
     batch, _, width = hidden.shape
-    index = torch.where(groups == NOWHERE, slots, groups)
-    index = index + torch.arange(batch, device=index.device)[:, None] * (slots + 1)
+    index = flat_rows(torch.where(groups == NOWHERE, slots, groups), slots + 1)
     merged = hidden.new_zeros((batch * (slots + 1), width), dtype=torch.float32)
-    merged = merged.index_add(0, index.flatten(), (hidden.float() * weights[..., None]).flatten(0, 1))
+    merged = merged.index_add(0, index, (hidden.float() * weights[..., None]).flatten(0, 1))
     return merged.view(batch, slots + 1, width)[:, :slots].to(hidden.dtype)

@@ -7,7 +7,7 @@ from torch.profiler import record_function
 
 from .compress import Compressed, compress_layout
 from .config import Compression
-from .layout import Layout, on_device, ordinals, repack, take
+from .layout import Layout, flat_rows, on_device, ordinals, repack, take
 
 IGNORE_INDEX = -100
 
@@ -216,7 +216,7 @@ class VisualTokenStream:
         """Write the merged tokens (B, T[+1], D) into their columns ``place`` (B, T[+1]) of the new ``hidden`` (B, S', D)."""
         batch, length, width = hidden.shape
         slots, targets = place.shape[1], step.layout.targets
-        flat = (place + torch.arange(batch, device=place.device)[:, None] * length).flatten()
+        flat = flat_rows(place, length)
         tokens = step.tokens.reshape(-1, width)
         # Of the slots that rows fill as far as the host knows; a row without visual tokens keeps its one column as it is.
         filled = [

@@ -108,6 +108,11 @@ class Counted:
     layer: int
     steps: tuple[Step, ...]
 
+    @property
+    def peak(self) -> int:
+        """The most bytes that one of the compression steps holds."""
+        return max(step.whole.peak for step in self.steps)
+
 
 class Bench:
     """A Hugging Face LLaVA, plain and compressed, on random text with random features in the image's place.
@@ -124,7 +129,8 @@ class Bench:
         embed, draw = model.get_input_embeddings(), torch.Generator().manual_seed(0)
         self.device = embed.weight.device
         self.places = prompt.check().places().to(self.device)
-        self.mask = None if prompt.mask() is None else prompt.mask().to(self.device)
+        mask = prompt.mask()
+        self.mask = None if mask is None else mask.to(self.device)
         ids = torch.randint(1, self.text.vocab_size, self.places.shape, generator=draw)
         features = torch.randn(sum(prompt.pictures) * prompt.visual, embed.weight.shape[1], generator=draw)
         with torch.no_grad():

@@ -45,8 +45,7 @@ def count(made: dict[str, Bench]) -> dict[str, dict[str, int]]:
     figures["vanilla"] = {"operations": plain.operations, "cache_bytes": plain.cache, "memory_bytes": plain.layer}
     for name, bench in made.items():
         counted = bench.count(True)
-        peak = max(step.whole.peak for step in counted.steps)
-        figures[name] = {"operations": counted.operations, "cache_bytes": counted.cache, "memory_bytes": peak}
+        figures[name] = {"operations": counted.operations, "cache_bytes": counted.cache, "memory_bytes": counted.peak}
     return figures
 
 

@@ -169,7 +169,7 @@ def _cache(bench: Bench, spec: ModelSpec, counted: dict[str, Counted], tokens: l
 def _extra_memory(counted: dict[str, Counted]) -> dict:
     """The peaks of :mod:`libra.latency.memory`: compression's, the largest of its steps, against one plain layer's."""
     steps, layer = counted["compressed"].steps, counted["vanilla"].layer
-    peak = max(step.whole.peak for step in steps)
+    peak = counted["compressed"].peak
     names = dict.fromkeys(name for step in steps for name in step.parts)
     return {
         "compression": peak, "one_layer": layer, "ratio": peak / layer, "steps": [step.whole.peak for step in steps],

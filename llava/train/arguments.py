@@ -98,7 +98,7 @@ class _Parser(HfArgumentParser):
 
 
 def exit_with(message: str) -> NoReturn:
-    """``error: …`` from one process of each machine, and exit status 2."""
+    """``error: …`` and exit status 2; of a machine's processes the first one speaks, and the others give it time to."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)  # a launcher ends all processes when one has ended: that should be the one that speaks
     print(f"error: {message}", file=sys.stderr)
