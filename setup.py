@@ -48,7 +48,7 @@ if __name__ == "__main__":
         extras_require=EXTRAS,
         packages=find_packages(include=[f"{name}{rest}" for name in ("libra", "llava", "eval", "mini") for rest in ("", ".*")]),
         package_data={
-            "": ["*.yaml"], "libra.latency": ["expected.json"], "eval": ["tasks/**/*.yaml"], "mini": ["checkpoint/**"],
+            "": ["*.yaml"], "libra.latency": ["expected.json"], "libra.lmms": ["tasks/*"], "mini": ["checkpoint/**"],
         },
-        entry_points={"lmms_eval.models": ["libra = eval.plugin:manifest"]},
+        entry_points={"lmms_eval.models": ["libra = libra.lmms.plugin:manifest"]},
     )

@@ -1,11 +1,11 @@
 """lmms-eval's own command line with the model ``libra`` known, also from a plain checkout.
 
-    python -m eval --model libra --model_args config=configs/mini/r50.yaml --include_path eval/tasks --tasks mini_reading
+    python -m eval --model libra --model_args config=configs/mini/r50.yaml --include_path libra/lmms/tasks --tasks mini_reading
 """
 
 import sys
 
-from .plugin import register
+from libra.lmms.plugin import register
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from .checkpoints import REPOSITORY
+from libra.provenance import REPOSITORY
 
-CODE = ("libra/**/*", "llava/**/*", "eval/tasks/*", "eval/lmms_libra.py", "eval/models_*.py")
+CODE = ("libra/**/*", "llava/**/*")
 BESIDE = {  # no part in an answer
     *(("llava", part) for part in ("train", "serve", "convert", "eval")),
     ("libra", "latency"),

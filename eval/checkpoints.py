@@ -1,10 +1,10 @@
-"""Where a model's weights are: a folder of this checkout, any other folder, or the model hub."""
+"""Whether a model's weights can be had, and what identifies them."""
 
 import hashlib
 import os
 from pathlib import Path
 
-from libra.provenance import REPOSITORY
+from libra.checkpoints import find_checkpoint
 
 WEIGHTS = (".json", ".safetensors", ".bin", ".model")
 LARGE = 100 << 20  # reading a 13B model twice takes a minute
@@ -14,16 +14,8 @@ class CheckpointError(ValueError):
     """A checkpoint that is neither on the disk nor to be had; the message names it."""
 
 
-def find_checkpoint(name: str) -> str:
-    """The folder of a checkpoint (relative names start at the working directory, then at this checkout), else its hub name."""
-    for folder in (Path(name), REPOSITORY / name):
-        if folder.is_dir():
-            return str(folder.resolve())
-    return name
-
-
 def require_checkpoint(name: str) -> str:
-    """Like :func:`find_checkpoint`; raises CheckpointError where the weights can be had from nowhere."""
+    """Like :func:`libra.checkpoints.find_checkpoint`; raises CheckpointError where the weights can be had from nowhere."""
     found = find_checkpoint(name)
     if os.path.isdir(found):
         if not (Path(found) / "config.json").is_file():

@@ -44,8 +44,7 @@ class Harness:
     def __call__(self, cell: Cell, on_samples: Callable[[int], None]) -> dict:
         """The result of a cell, as :func:`summary` or :func:`eval.turns.timing` makes it; ``on_samples`` hears of samples."""
         from libra.config import Row
-
-        from .samples import SampleLog
+        from libra.lmms.samples import SampleLog
 
         task, model = get_task(cell.task), self.load(cell)
         with SampleLog(cell.samples_path(Path(self.settings.output))) as log:
@@ -84,7 +83,7 @@ class Harness:
 
     def load(self, cell: Cell):
         """The model of a cell's checkpoint; the one that is there already where it is the same."""
-        from .lmms_libra import LibraModel
+        from libra.lmms.lmms_libra import LibraModel
 
         if self.checkpoint != cell.checkpoint:
             self.model = None  # two large models do not fit side by side

@@ -208,7 +208,7 @@ def table_of(output: Path) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from .checkpoints import REPOSITORY
+    from libra.provenance import REPOSITORY
 
     parser = Parser(prog="python -m eval.report", description="Write a table from its cells.", epilog=EXAMPLES)
     parser.add_argument("output", type=Path, help="results folder, such as results/table1")

@@ -12,11 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from libra.cli import Parser, names, whole_from
-from libra.provenance import commit, cores, machine, versions, write_text
+from libra.provenance import REPOSITORY, commit, cores, machine, versions, write_text
 from libra.shadow import warn_if_llava_is_another
 
 from .cells import PACKAGES, Cell, finished_beside
-from .checkpoints import REPOSITORY
 from .harness import Harness, Settings
 from .plan import describe, plan, samples
 from .pool import PoolError, run_cells

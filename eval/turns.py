@@ -6,9 +6,8 @@ import torch
 from lmms_eval.api.model import lmms
 
 from libra.config import Row
-
-from .lmms_libra import LibraModel
-from .samples import SampleLog
+from libra.lmms.lmms_libra import LibraModel
+from libra.lmms.samples import SampleLog
 
 
 class InTurns(lmms):

@@ -18,11 +18,11 @@ from eval.cells import Cell, read_cells, read_json
 from eval.harness import Settings, summary, trace_summary
 from eval.measured import Measured
 from eval.pool import PoolError
-from eval.samples import SampleLog
 from eval.statistics import Figure
 from eval.suites import get_table, get_task, row_files
 from libra.config import Compression, Row
 from libra.flops import cost
+from libra.lmms.samples import SampleLog
 from libra.registry import get_model
 from mini.questions import TYPES
 
@@ -379,7 +379,7 @@ def test_harness_command_line_from_a_plain_checkout(checkpoint, tmp_path):
     arguments = f"config={REPOSITORY}/configs/mini/r50.yaml,pretrained={checkpoint},blind=true,sample_log={tmp_path}/log.jsonl"
     subprocess.run(
         [sys.executable, "-m", "eval", "--model", "libra", "--model_args", arguments, "--tasks", "mini_color", "--limit", "6",
-         "--include_path", str(REPOSITORY / "eval" / "tasks"), "--batch_size", "4", "--device", "cpu",
+         "--include_path", str(REPOSITORY / "libra" / "lmms" / "tasks"), "--batch_size", "4", "--device", "cpu",
          "--output_path", str(tmp_path / "out")],
         cwd=tmp_path, check=True, capture_output=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
@@ -396,7 +396,7 @@ def test_model_batches_text_only_rows_and_refuses_a_task_without_images(checkpoi
 
     from PIL import Image
 
-    from eval.lmms_libra import LibraModel
+    from libra.lmms.lmms_libra import LibraModel
 
     model = LibraModel(str(REPOSITORY / "configs/mini/r50.yaml"), pretrained=str(checkpoint), device="cpu", batch_size="3")
     noise = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), np.uint8)

@@ -21,7 +21,7 @@ def evaluate(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("harness")
     write_benchmark(folder / "benchmark", QUESTIONS)
-    manager = TaskManager(verbosity="ERROR", include_path=str(ROOT / "eval" / "tasks"), include_defaults=False)
+    manager = TaskManager(verbosity="ERROR", include_path=str(ROOT / "libra" / "lmms" / "tasks"), include_defaults=False)
     files = {"data_files": {"test": str(folder / "benchmark" / "reading.parquet")}}
 
     def run(model):
@@ -50,7 +50,7 @@ def stock():
 
 def ours(row: str):
     """Our model in the stock one's dtype: it converts the pixels to float16."""
-    from eval.lmms_libra import LibraModel
+    from libra.lmms.lmms_libra import LibraModel
 
     checkpoint = str(ROOT / "mini" / "checkpoint")
     return LibraModel(str(ROOT / "configs" / "mini" / f"{row}.yaml"), checkpoint, device="cpu", batch_size=1, dtype="float16")

@@ -470,7 +470,7 @@ def test_a_results_folder_tells_its_table(tmp_path):
 
 
 def test_sim_of_a_run_is_the_one_computed_by_hand():
-    from eval.lmms_libra import LibraModel
+    from libra.lmms.lmms_libra import LibraModel
     from libra.stream import VisualTokenStream
     from mini.benchmark import samples_of
 
@@ -522,7 +522,7 @@ def test_sim_of_a_run_is_the_one_computed_by_hand():
 def test_code_hash_leaves_out_what_no_answer_depends_on(monkeypatch, tmp_path):
     from eval import cells
 
-    for name in ("llava/mm_utils.py", "llava/train/x.py", "llava/serve/x.py", "libra/x.py", "eval/tasks/x.yaml"):
+    for name in ("llava/mm_utils.py", "llava/train/x.py", "llava/serve/x.py", "libra/x.py", "libra/lmms/tasks/x.yaml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(cells, "REPOSITORY", tmp_path)
@@ -532,7 +532,7 @@ def test_code_hash_leaves_out_what_no_answer_depends_on(monkeypatch, tmp_path):
         (tmp_path / name).write_text("2")
         return code_hash.__wrapped__() != before
 
-    assert changed("llava/mm_utils.py") and changed("libra/x.py") and changed("eval/tasks/x.yaml")
+    assert changed("llava/mm_utils.py") and changed("libra/x.py") and changed("libra/lmms/tasks/x.yaml")
     assert not changed("llava/train/x.py") and not changed("llava/serve/x.py")
 
 

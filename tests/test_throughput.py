@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from eval import throughput
-from eval.lmms_libra import LibraModel
+from libra.lmms.lmms_libra import LibraModel
 from mini import benchmark
 
 

@@ -1,6 +1,6 @@
 """The lmms-eval model ``libra``: a vision-language model with the compression that a table row's YAML names.
 
-    python -m eval --model libra --model_args config=configs/mini/r50.yaml --include_path eval/tasks --tasks mini_reading
+    python -m eval --model libra --model_args config=configs/mini/r50.yaml --include_path libra/lmms/tasks --tasks mini_reading
 """
 
 import json
@@ -13,12 +13,12 @@ import torch
 from lmms_eval.api.model import lmms
 from PIL import Image
 
+from libra.checkpoints import find_checkpoint
 from libra.config import Row
 from libra.registry import get_model
 from llava.mm_utils import _BROKEN_IMAGE
 from llava.video import load_frames
 
-from .checkpoints import find_checkpoint
 from .models_base import Engine, Sample
 from .samples import SampleLog
 

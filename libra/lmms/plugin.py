@@ -7,7 +7,7 @@ def manifest():
     from libra.shadow import warn_if_llava_is_another
 
     warn_if_llava_is_another()
-    return ModelManifest(model_id="libra", simple_class_path="eval.lmms_libra.LibraModel")
+    return ModelManifest(model_id="libra", simple_class_path="libra.lmms.lmms_libra.LibraModel")
 
 
 def register() -> None:

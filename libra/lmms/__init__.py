@@ -1,0 +1,1 @@
+"""The lmms-eval model ``libra``, its engines and its task files; lmms-eval finds it by the entry point in setup.py."""
