@@ -1,34 +1,50 @@
-"""Packages and version ranges, which scripts/check_env.py reads too. requirements.txt has the exact versions tested."""
+"""Packages and version ranges, which scripts/check_env.py reads too. requirements.txt has the exact versions tested.
+
+A lower bound is the oldest version that was run (docs/versions.md). An upper bound is the next major version, or the first
+minor version that was not run where the major one is 0 or minor ones have broken us; a comment names a reason of its own.
+"""
 
 from pathlib import Path
 
 CORE = [
-    "torch>=2.6",
-    "torchvision>=0.21",
-    "transformers>=5.17",
-    "accelerate>=1.7",
-    "numpy>=1.26",
-    "pillow>=10.0",
-    "pyyaml>=6.0",
-    "requests>=2.32",
+    "torch>=2.6,<2.16",
+    "torchvision>=0.21,<0.30",
+    "transformers>=5.17,<5.24",  # 5.24 renames past_key_values to cache
+    "accelerate>=1.7,<2",
+    "numpy>=1.26,<3",
+    "pillow>=10.0,<14",
+    "pyyaml>=6.0,<7",
+    "requests>=2.32,<3",
     "sentencepiece>=0.2,<0.2.3",  # 0.2.3 needs protobuf 7
-    "protobuf>=4.25",
-    "tqdm>=4.66.3",
+    "protobuf>=4.25,<7",  # lmms-eval 0.7.1 and later pin wandb 0.25.0, which needs protobuf < 7
+    "tqdm>=4.66.3,<5",
 ]
-MINI = ["scikit-learn>=1.4", "easy-vqa>=1.0"]  # the images behind the embedded model and its benchmark
-EVAL = ["lmms-eval>=0.7.3", "datasets>=3.0", "matplotlib>=3.8", *MINI]
-VIDEO = ["timm>=1.0", "av>=12.0"]  # VideoLLaMA-2's connector, and the frames of video files
-LORA = ["peft>=0.17"]
-WEB = ["gradio>=5.0"]
-TRAIN = [*MINI, *LORA, "deepspeed>=0.16", "ninja>=1.11"]
+MINI = ["scikit-learn>=1.4,<2", "easy-vqa>=1.0,<2"]  # the images behind the embedded model and its benchmark
+EVAL = [
+    "lmms-eval>=0.7.3,<0.8",  # its task and evaluator modules change between minor versions
+    "filelock>=3.16,<4",  # lmms-eval 0.7.3 imports filelock._api, which 4 no longer has
+    "datasets>=3.0,<6",
+    "matplotlib>=3.8,<4",
+    *MINI,
+]
+VIDEO = ["timm>=1.0,<2", "av>=12.0,<16"]  # VideoLLaMA-2's connector, and the frames of video files; lmms-eval asks for av < 16
+LORA = ["peft>=0.17,<0.22"]  # still 0.x: a minor version may change anything
+WEB = ["gradio>=5.0,<7", "pillow<13"]  # gradio 6 asks for pillow < 13
+TRAIN = [
+    *MINI,
+    *LORA,
+    'deepspeed>=0.16,<0.20; sys_platform == "linux"',  # 0.x as well, and nothing to install on other systems
+    "ninja>=1.11,<2",  # deepspeed builds its CPU communication with it
+]
+TESTS = ["playwright>=1.45,<2", "pytest>=8.0,<10", "pytest-xdist>=3.5,<4", "hypothesis>=6.100,<7"]
 EXTRAS = {
     "eval": EVAL,
     "train": TRAIN,
     "video": VIDEO,
     "lora": LORA,
     "web": WEB,
-    "flash": ["flash-attn>=2.7"],
-    "test": [*EVAL, *VIDEO, *TRAIN, *WEB, "playwright>=1.45", "pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100"],
+    "flash": ["flash-attn>=2.7,<3"],
+    "test": [*EVAL, *VIDEO, *TRAIN, *WEB, *TESTS],
 }
 
 if __name__ == "__main__":
@@ -43,7 +59,7 @@ if __name__ == "__main__":
         author="The Libra-Merging contributors",
         license="Apache-2.0",
         license_files=["LICENSE", "NOTICE"],
-        python_requires=">=3.10",
+        python_requires=">=3.11",
         install_requires=CORE,
         extras_require=EXTRAS,
         packages=find_packages(include=[f"{name}{rest}" for name in ("libra", "llava", "eval", "mini") for rest in ("", ".*")]),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 def missing(extras: list[str]) -> list[str]:
     """The requirements of the core and the named extras that the installed packages do not meet; nothing is imported."""
-    if sys.version_info < (3, 10):  # noqa: UP036 - whatever python is on PATH runs this
-        return ["python>=3.10"]
+    if sys.version_info < (3, 11):  # noqa: UP036 - whatever python is on PATH runs this
+        return ["python>=3.11"]
     try:
         from packaging.requirements import Requirement
     except ModuleNotFoundError:
@@ -21,6 +21,8 @@ def missing(extras: list[str]) -> list[str]:
     lacking = []
     for line in [*setup["CORE"], *(line for extra in extras for line in setup["EXTRAS"][extra])]:
         requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue  # not for this system
         try:
             met = requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
         except metadata.PackageNotFoundError:

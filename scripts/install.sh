@@ -62,7 +62,7 @@ for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
     fi
 done
 [ -n "$base" ] || fail "requirements.txt needs Python 3.11 to 3.14 and none is on PATH: install one, or activate an environment" \
-    "that has the packages of 'pip install -e .[$extra]' (Python 3.10 will do for that)."
+    "that has the packages of 'pip install -e .[$extra]'."
 
 uv=""
 if uv --version >/dev/null 2>&1; then uv=uv; fi

@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small f
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+pytest_plugins = ["soak"]  # the option --soak
+
 # Before anything imports Triton: without a GPU its kernels run as Python, for tests/test_kernels.py.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -20,7 +22,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     skips = {}
-    if not config.getoption("run_slow"):
+    if not config.getoption("run_slow") and not config.getoption("soak"):
         skips["slow"] = pytest.mark.skip(reason="slow: run with --all")
     if not torch.cuda.is_available():
         skips["gpu"] = pytest.mark.skip(reason="needs a CUDA device")

@@ -15,18 +15,31 @@ from libra.shadow import warn_if_llava_is_another
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
-RANGES = {Requirement(line).name: Requirement(line) for line in [*SETUP["CORE"], *SETUP["EXTRAS"]["test"]]}
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    return dict(line.split("#")[0].strip().split("==") for line in lines if not line.startswith("#"))
+def requirements(lines) -> list[Requirement]:
+    """What each line asks for, without comments, hashes and what is not for this system."""
+    found = (Requirement(line.split(" #")[0].strip(" \\")) for line in lines if re.match(r"\w", line))
+    return [r for r in found if r.marker is None or r.marker.evaluate()]
 
 
-def test_pins_are_the_packages_of_setup_py_within_their_ranges():
-    assert set(pins()) == set(RANGES)
-    for name, version in pins().items():
-        assert version in RANGES[name].specifier, name
+RANGES = requirements([*SETUP["CORE"], *SETUP["EXTRAS"]["test"]])
+LISTED = requirements((ROOT / "requirements.in").read_text().splitlines())
+LOCK = (ROOT / "requirements.txt").read_text()
+LOCKED = {r.name: str(r.specifier).removeprefix("==") for r in requirements(LOCK.splitlines())}
+
+
+def test_the_lock_has_what_setup_py_and_the_short_list_ask_for():
+    assert {r.name for r in LISTED} == {r.name for r in RANGES}
+    for requirement in [*RANGES, *LISTED]:
+        assert LOCKED[requirement.name] in requirement.specifier, requirement
+
+
+def test_every_entry_of_the_lock_has_hashes_and_no_index():
+    entries = re.split(r"\n(?=[\w-])", LOCK.split("\n", 2)[2])
+    assert len(entries) > 150
+    assert [entry.split(" ")[0] for entry in entries if "--hash=sha256:" not in entry] == []
+    assert not re.search(r"^--|://|==[\d.]+(a|b|rc|\.dev|\+)", LOCK, re.M)
 
 
 @pytest.mark.parametrize("extra", ["eval", "train", "test"])
