@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from .config import Compression
+from .media import open_image
 from .provenance import write_text
 from .trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace, StageTrace
 
@@ -122,10 +123,7 @@ def _to_base64(picture: Image.Image) -> str:
 
 
 def _from_base64(text: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"a picture in it is damaged: {error}") from None
+    return open_image(f"data:;base64,{text}", name="in it")
 
 
 class Canvas:

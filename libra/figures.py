@@ -14,6 +14,7 @@ from .attach import attach
 from .cli import Parser
 from .config import Compression
 from .drawing import Block, Record, draw, figure_class, strip
+from .media import COMMAND, open_image
 from .provenance import write_bytes
 
 EXAMPLES = """examples:
@@ -99,13 +100,6 @@ def _load(path: str):
         raise ValueError(f"the model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def _open(path: str) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"--image: {path} cannot be read as an image ({error.strerror or 'unknown format'})") from None
-
-
 def _save(figure, path: Path, dpi: int) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=dpi)
@@ -139,7 +133,7 @@ def _record(args: argparse.Namespace) -> Record:
     missing = [f"--{name}" for name, value in needed.items() if value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing; give a model, an image, a prompt and a configuration, or --from-trace")
-    compression, image = Compression.from_yaml(args.config), _open(args.image)
+    compression, image = Compression.from_yaml(args.config), open_image(args.image, COMMAND)
     if not compression.layers:
         raise ValueError(f"{args.config} compresses nothing; give a configuration with compression layers")
     return trace_image(*_load(args.model), compression, image, args.prompt)

@@ -1,17 +1,15 @@
 """Images to pixels and prompts to token ids, as the published LLaVA checkpoints expect them."""
 
 import ast
-import base64
 import math
-import struct
-from io import BytesIO
 from pathlib import Path
 
-import requests
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import StoppingCriteria
+
+from libra.media import COMMAND, FILES, check_size, open_image, to_rgb
 
 from .constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
@@ -53,11 +51,11 @@ def _pinpoints(grid_pinpoints: str | list) -> list[tuple[int, int]]:
     try:
         points = ast.literal_eval(grid_pinpoints) if isinstance(grid_pinpoints, str) else grid_pinpoints
         points = [(int(width), int(height)) for width, height in points]
-        if not points:
+        if not points or any(min(point) < 1 or math.prod(point) > FILES.pixels for point in points):
             raise ValueError
     except (ValueError, TypeError, SyntaxError):
         raise ValueError(
-            f"image_grid_pinpoints {grid_pinpoints!r} is not a list of [width, height]; correct the checkpoint's config.json"
+            f"image_grid_pinpoints {grid_pinpoints!r} is not a list of [width, height] in pixels; correct config.json"
         ) from None
     return points
 
@@ -98,46 +96,19 @@ def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int] |
     return square
 
 
-_BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what Pillow raises
-
-
-def _decode(data: bytes, name: str) -> Image.Image:
-    try:
-        return Image.open(BytesIO(data)).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"the image {name} is in no known format; give a PNG, JPEG or WebP file") from error
-    except _BROKEN_IMAGE as error:
-        raise ValueError(f"the image {name} is damaged ({error}); give a whole file") from error
-
-
 def load_image(path_or_url: str | Path) -> Image.Image:
-    """An RGB image from a file or an http(s) address.
+    """An upright RGB image from a file, an http(s) address or a data URI (see :func:`libra.media.open_image`).
 
     Raises:
-        ValueError: if it is missing, cannot be fetched, or is not a readable image.
+        ValueError: if it is missing, cannot be fetched, is not a readable image, or is too large.
     """
-    name = str(path_or_url)
-    if name.startswith(("http://", "https://")):
-        try:
-            response = requests.get(name, timeout=30)
-            response.raise_for_status()
-        except requests.RequestException as error:
-            raise ValueError(f"the image {name} cannot be fetched ({error}); check the address, or give a file") from error
-        return _decode(response.content, name)
-    try:
-        data = Path(name).read_bytes()
-    except OSError as error:
-        raise ValueError(f"the image {name} cannot be opened ({error.strerror}); give the path of an image file") from error
-    return _decode(data, name)
+    return open_image(path_or_url, COMMAND)
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
     """An RGB image from base64 text. Raises ValueError where it is none."""
-    try:
-        data = base64.b64decode(image)
-    except ValueError as error:
-        raise ValueError(f"the image in base64 is damaged ({error}); give the whole text") from error
-    return _decode(data, "in base64")
+    text = image.decode("ascii", "replace") if isinstance(image, bytes) else image
+    return open_image(f"data:;base64,{text}", name="in base64")
 
 
 def _pixels(image: Image.Image, processor) -> torch.Tensor:
@@ -159,10 +130,12 @@ def process_images(images: list[Image.Image], image_processor, model_cfg) -> tor
     "pad" pads to a square of the mean colour and None or "square" cuts the middle out: both give (B, 3, H, W). "anyres" gives
     (1 + tiles, 3, H, W) an image, stacked if the shapes agree, else as a list.
 
+    Images are taken as they lie, since the caller knows their sizes; :func:`load_image` turns them upright.
+
     Raises:
-        ValueError: for another ``image_aspect_ratio``.
+        ValueError: for another ``image_aspect_ratio``, and for an image too large or too narrow to be padded or scaled.
     """
-    images = [image.convert("RGB") for image in images]
+    images = [_as_it_lies(image) for image in images]
     aspect = getattr(model_cfg, "image_aspect_ratio", None)
     if aspect == "pad":
         background = tuple(int(mean * 255) for mean in image_processor.image_mean)
@@ -174,6 +147,13 @@ def process_images(images: list[Image.Image], image_processor, model_cfg) -> tor
     else:
         raise ValueError(f"image_aspect_ratio {aspect!r} is unknown; use pad, anyres or square in the checkpoint's config.json")
     return torch.stack(pixels) if len({picture.shape for picture in pixels}) == 1 else pixels
+
+
+def _as_it_lies(image) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        return open_image(image)
+    check_size(image.size, "the image")
+    return to_rgb(image)
 
 
 def _encode(tokenizer, text: str) -> list[int]:

@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
+
+from libra.media import COMMAND, FOLDER_RATE, Video, clip, open_image, picture_files
 
 from .constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from .mm_utils import _encode, load_image, process_images
@@ -17,7 +18,6 @@ DEFAULT_VIDEO_TOKEN = "<video>"
 VIDEO_TOKEN_INDEX = -201
 NUM_FRAMES = 8
 MAX_FRAMES = 32
-FOLDER_RATE = 3  # frames a second that a folder of images stands for
 
 _TOKENS = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
 _PLACEHOLDERS = {DEFAULT_IMAGE_TOKEN: IMAGE_TOKEN_INDEX, DEFAULT_VIDEO_TOKEN: VIDEO_TOKEN_INDEX}
@@ -49,87 +49,37 @@ def frame_sample(duration: int, mode: str = "uniform", num_frames: int | None = 
     raise ValueError(f"frame_sample needs mode 'uniform' and num_frames, or 'fps' and fps; got mode {mode!r}")
 
 
-class _VideoFile:
-    """The frames of a video file, numbered as they are shown."""
-
-    def __init__(self, path: Path):
-        try:
-            import av
-        except ImportError as error:
-            raise ValueError(f"reading a video file needs PyAV ({error}); install it: pip install av") from error
-        self._broken = (av.FFmpegError, EOFError, OSError)
-        self.path = path
-        try:
-            self._container = av.open(str(path))
-            if not self._container.streams.video:
-                raise ValueError(f"the video {path} has no pictures; give a video file")
-            self._stream = self._container.streams.video[0]
-            self._stream.thread_type = "AUTO"
-            # The packets' times, in the order of showing, number the frames without decoding them.
-            packets = [packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard]
-        except self._broken as error:
-            raise ValueError(f"the video {path} cannot be read ({error}); give the path of a whole video file") from error
-        times = [packet.dts if packet.pts is None else packet.pts for packet in packets]
-        self._times = sorted(time for time in times if time is not None)
-        self.rate = self._stream.average_rate or Fraction(25)
-
-    def __len__(self) -> int:
-        return len(self._times)
-
-    def _at(self, time: int) -> Image.Image:
-        """The frame of that time or, where the file ends before it can be decoded, the last one."""
-        frame = None
-        self._container.seek(time, stream=self._stream)  # to the key frame at or before it
-        for frame in self._container.decode(self._stream):
-            if frame.pts is not None and frame.pts >= time:
-                break
-        if frame is None:
-            raise EOFError("it ends too early")
-        return frame.to_image()
-
-    def pick(self, numbers: list[int]) -> list[Image.Image]:
-        """The frames of these numbers."""
-        try:
-            pictures = {number: self._at(self._times[number]) for number in set(numbers)}
-        except self._broken as error:
-            raise ValueError(f"the video {self.path} cannot be decoded ({error}); give a whole video file") from error
-        return [pictures[number] for number in numbers]
-
-
-def _part(count: int, rate: float, start: float | None, end: float | None) -> range:
-    """The numbers of the frames between two times in seconds."""
-    if start is not None and end is not None:
-        start, end = sorted((max(start, 0.0), max(end, 0.0)))
-        end = start + 1 if start == end else end
-    first = 0 if start is None else max(int(start * rate) - 1, 0)
-    last = count - 1 if end is None else min(int(end * rate) - 1, count - 1)
-    return range(first, last + 1)
-
-
 def load_frames(
     video: str | Path, num_frames: int | None = NUM_FRAMES, s: float | None = None, e: float | None = None
 ) -> list[Image.Image]:
-    """Frames of a video file, or of a folder of images in the order of their names.
+    """Frames of a video file, or of a folder's images in the natural order of their names.
 
     Args:
-        num_frames: how many, spread evenly; None for one a second.
+        num_frames: how many, spread evenly; None for one a second, at most ``MAX_FRAMES``.
         s, e: where the part to show begins and ends, in seconds.
 
     Raises:
         ValueError: if it is missing, no video, or has no frame in that part.
     """
-    path = Path(video)
+    path = Path(video).expanduser()
     if path.is_dir():
-        files = sorted(entry for entry in path.iterdir() if entry.is_file())
-        count, rate, pick = len(files), FOLDER_RATE, lambda numbers: [load_image(files[number]) for number in numbers]
+        files, rate = picture_files(path), FOLDER_RATE
+        times = [number / rate for number in range(len(files))]
     else:
-        file = _VideoFile(path)
-        count, rate, pick = len(file), float(file.rate), file.pick
-    part = _part(count, rate, s, e)
+        file = Video(path)
+        times, rate = file.times, file.rate
+    part = clip(times, rate, s, e)
     if not part:
-        raise ValueError(f"the video {video} has no frame in the part asked for (it has {count} in {count / rate:.1f} seconds)")
-    chosen = frame_sample(len(part), "fps", fps=rate) if num_frames is None else frame_sample(len(part), "uniform", num_frames)
-    return pick([part[i] for i in chosen])
+        seconds = len(times) / rate
+        raise ValueError(f"the video {video} has no frame in the part asked for (it has {len(times)} in {seconds:.1f} seconds)")
+    if num_frames is None:
+        chosen = frame_sample(len(part), "fps", fps=rate)[:MAX_FRAMES]
+    else:
+        chosen = frame_sample(len(part), "uniform", num_frames)
+    numbers = [part[i] for i in chosen]
+    if path.is_dir():
+        return [load_image(files[number]) for number in numbers]
+    return file.frames(numbers)
 
 
 def process_video(
@@ -139,9 +89,8 @@ def process_video(
     """Pixels (frames, 3, H, W) of a video; at most ``MAX_FRAMES`` frames.
 
     Args:
-        video: a file or folder (see :func:`load_frames`), or frames: an array (T, H, W, 3) of uint8, or a list of such
-            pictures, of PIL images or of image files. Frames that are given are taken as they are, with black ones behind them
-            where there are fewer than ``num_frames``.
+        video: a file or folder (see :func:`load_frames`), or frames: an array or tensor whose first axis counts them, or a
+            list of whatever :func:`libra.media.open_image` takes. Black ones follow where there are fewer than ``num_frames``.
         processor: the vision tower's.
         aspect_ratio: "pad" to a square of the mean colour; None cuts the middle out, as VideoLLaMA-2's own inference does.
 
@@ -151,22 +100,16 @@ def process_video(
     if isinstance(video, (str, Path)):
         frames = load_frames(video, num_frames, s, e)
     else:
-        frames = [_picture(frame) for frame in video]
+        frames = [open_image(frame, COMMAND) for frame in video]
         if not frames:
             raise ValueError("the list of frames is empty; give at least one")
         frames += [Image.new("RGB", frames[-1].size)] * ((num_frames or 0) - len(frames))
     return process_images(frames[:MAX_FRAMES], processor, SimpleNamespace(image_aspect_ratio=aspect_ratio))
 
 
-def _picture(frame) -> Image.Image:
-    if isinstance(frame, Image.Image):
-        return frame
-    return load_image(frame) if isinstance(frame, (str, Path)) else Image.fromarray(np.asarray(frame))
-
-
 def process_image(image: str | Path | Image.Image, processor, aspect_ratio: str | None = "pad") -> torch.Tensor:
     """Pixels (1, 3, H, W) of one image; ``aspect_ratio`` as for :func:`process_video`."""
-    return process_images([_picture(image)], processor, SimpleNamespace(image_aspect_ratio=aspect_ratio))
+    return process_images([open_image(image, COMMAND)], processor, SimpleNamespace(image_aspect_ratio=aspect_ratio))
 
 
 def prompt_ids(prompt: str, tokenizer, marks: tuple[str, ...] = tuple(_PLACEHOLDERS)) -> list[int]:

@@ -232,7 +232,7 @@ def test_a_trace_file_gives_back_an_equal_record(trace, tmp_path):
     (lambda data: data["trace"]["stages"][0].update(fate=["target"] * 36), "no trace: too many dimensions"),
     (lambda data: data["compression"].update(merge="glue"), "merge: glue is unknown"),
     (lambda data: data["blocks"][0].update(columns=0), "a block needs tokens and columns"),
-    (lambda data: data["blocks"][0].update(picture="AAAA"), "a picture in it is damaged"),
+    (lambda data: data["blocks"][0].update(picture="AAAA"), "the image in it is in no known format"),
     (lambda data: data["blocks"].pop(), "the blocks hold 24 tokens"),
 ])
 def test_a_damaged_trace_file_is_refused_by_name(trace, tmp_path, capsys, change, sentence):
@@ -348,12 +348,12 @@ def test_what_cannot_be_drawn_is_one_sentence(checkpoint, scene, tmp_path, capsy
     assert "leave out --model" in refused(capsys, "--from-trace", "x", *given)
     assert "leave out --save-trace" in refused(capsys, "--from-trace", "x", "--save-trace", "y", "--output", output)
     assert "none.json cannot be read" in refused(capsys, "--from-trace", tmp_path / "none.json", "--output", output)
-    assert "none.png cannot be read as an image (No such file" in refused(
+    assert "none.png cannot be opened (No such file" in refused(
         capsys, *arguments(checkpoint, tmp_path / "none.png", output)
     )
     text = tmp_path / "text.png"
     text.write_text("no picture")
-    assert "text.png cannot be read as an image (unknown format)" in refused(capsys, *arguments(checkpoint, text, output))
+    assert "text.png is in no known format" in refused(capsys, *arguments(checkpoint, text, output))
     vanilla = ROOT / "configs/mini/vanilla.yaml"
     assert "vanilla.yaml compresses nothing" in refused(capsys, *arguments(checkpoint, scene, output, vanilla))
     too_deep = tmp_path / "deep.yaml"

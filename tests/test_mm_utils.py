@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import PIL
 import pytest
-import requests
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from web_server import serving
 
 from llava import mm_utils
 
@@ -38,6 +38,12 @@ def arrays():
 @pytest.fixture(scope="module")
 def images():
     return [Image.open(GOLDEN / f"image{k}.png") for k in range(4)]
+
+
+@pytest.fixture
+def web_server():
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="module", params=[CLIPImageProcessor, CLIPImageProcessorPil], ids=["torchvision", "pillow"])
@@ -152,7 +158,7 @@ def test_keywords_row_by_row_and_without_the_prompt(tokenizers):
     assert criteria(torch.zeros(2, 0, dtype=torch.long), None).tolist() == [False, False]
 
 
-def test_load_image(tmp_path, images, monkeypatch):
+def test_load_image(tmp_path, images):
     assert np.array_equal(mm_utils.load_image(GOLDEN / "image0.png"), images[0])
     data = (GOLDEN / "image0.png").read_bytes()
     assert np.array_equal(mm_utils.load_image_from_base64(base64.b64encode(data).decode()), images[0])
@@ -173,19 +179,10 @@ def test_load_image(tmp_path, images, monkeypatch):
             mm_utils.load_image(path)
 
 
-def test_load_image_from_an_address(images, monkeypatch):
-    class Response:
-        content = (GOLDEN / "image1.png").read_bytes()
-        raise_for_status = staticmethod(lambda: None)
-
-    asked = []
-    monkeypatch.setattr(requests, "get", lambda url, timeout: asked.append(url) or Response())
-    assert np.array_equal(mm_utils.load_image("https://example.org/image.png"), images[1])
-    assert asked == ["https://example.org/image.png"]
-
-    def refuse(url, timeout):
-        raise requests.ConnectionError("refused")
-
-    monkeypatch.setattr(requests, "get", refuse)
-    with pytest.raises(ValueError, match="cannot be fetched"):
-        mm_utils.load_image("http://example.org/image.png")
+def test_load_image_from_an_address(images, web_server):
+    web_server.bodies["/image1.png"] = (GOLDEN / "image1.png").read_bytes()
+    assert np.array_equal(mm_utils.load_image(f"{web_server.address}/image1.png"), images[1])
+    with pytest.raises(ValueError, match="/none.png cannot be fetched: the server answers 404"):
+        mm_utils.load_image(f"{web_server.address}/none.png")
+    with pytest.raises(ValueError, match="image.png cannot be fetched: there is no connection"):
+        mm_utils.load_image("http://127.0.0.1:9/image.png")

@@ -15,8 +15,8 @@ from PIL import Image
 
 from libra.checkpoints import find_checkpoint
 from libra.config import Row
+from libra.media import BROKEN, is_picture, open_image
 from libra.registry import get_model
-from llava.mm_utils import _BROKEN_IMAGE
 from llava.video import load_frames
 
 from .models_base import Engine, Sample
@@ -171,13 +171,12 @@ class LibraModel(lmms):
             self.sample_log.append(fresh)
 
     def _visuals(self, request: _Request) -> list:
-        """The images of a document and the paths of its videos; ValueError for what cannot be read."""
+        """What a document shows: images, and paths of images and videos; ValueError for what cannot be read."""
         try:
-            visuals = request.doc_to_visual(self.task_dict[request.task][request.split][request.doc_id]) or []
-            return [visual.convert("RGB") if isinstance(visual, Image.Image) else visual for visual in visuals]
+            return request.doc_to_visual(self.task_dict[request.task][request.split][request.doc_id]) or []
         except SystemExit as leaving:  # how Video-MME says that a video is not there
             raise ValueError(f"{request.name}: {leaving}") from None
-        except _BROKEN_IMAGE as error:
+        except BROKEN as error:
             kind = type(error).__name__
             raise ValueError(f"{request.name}: its image is damaged ({kind}); download the data set again") from error
 
@@ -188,7 +187,8 @@ class LibraModel(lmms):
             if not isinstance(visual, (Image.Image, str)):
                 raise ValueError(f"{request.name} shows {type(visual).__name__}: the model libra takes images and video files")
             try:
-                one = load_frames(visual, self.engine.frames) if isinstance(visual, str) else visual
+                is_video = isinstance(visual, str) and not is_picture(visual)
+                one = load_frames(visual, self.engine.frames) if is_video else open_image(visual)
             except ValueError as error:
                 raise ValueError(f"{request.name}: {error}") from error
             shown.append(self._blinded(one) if self.blind else one)

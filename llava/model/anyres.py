@@ -25,7 +25,8 @@ def arrange_tiles(
         newline: (D,).
 
     Raises:
-        ValueError: if the tiles are not those of an image of that size.
+        ValueError: if the tiles are not those of an image of that size, or the image is so narrow that none of their tokens
+            would be left.
     """
     base, tiles = tokens[0], tokens[1:]
     if merge == "flat":
@@ -44,5 +45,10 @@ def arrange_tiles(
     plane = grid.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)  # (D, H, W)
     if newline is not None:
         plane = unpad_image(plane, image_size)
+        if not plane.numel():
+            raise ValueError(
+                f"the image is too narrow ({image_size[0]} x {image_size[1]} pixels): none of its tiles' tokens would be left;"
+                " crop it"
+            )
         plane = torch.cat([plane, newline[:, None].expand(-1, plane.shape[1], -1)], 2)
     return torch.cat([base, plane.flatten(1).T])

@@ -13,10 +13,11 @@ from PIL import Image
 from transformers import DynamicCache, StoppingCriteriaList, TextStreamer
 
 from libra import Compression
+from libra.media import COMMAND, open_image, split_names
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from ..conversation import conv_templates, conversation_name
-from ..mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, load_image, process_images, tokenizer_image_token
+from ..mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token
 from ..video import DEFAULT_VIDEO_TOKEN, VIDEO_TOKEN_INDEX, ChatConversation, process_image, process_video, prompt_ids
 
 
@@ -206,12 +207,11 @@ class Session:
         compression = Compression.from_yaml(compression) if compression else None
 
         def names(option: str) -> list[str]:
-            given = getattr(args, option, None)
-            return [name.strip() for name in given.split(getattr(args, "sep", ","))] if given else []
+            return split_names(getattr(args, option, None) or "", getattr(args, "sep", ","))
 
-        images, videos = [load_image(name) for name in names("image_file")], names("video_file")
+        images, videos = [open_image(name, COMMAND) for name in names("image_file")], names("video_file")
         for video in videos:
-            if not Path(video).exists():
+            if not Path(video).expanduser().exists():
                 raise ValueError(f"the video {video} does not exist; give the path of a video file or of a folder of frames")
         loaded = load_model(args, compression)
         session = cls(**vars(loaded), images=images, reprefill=getattr(args, "reprefill", False))
@@ -232,7 +232,8 @@ class Session:
         self._counts: list[list[int]] = []  # visual tokens of each layer, of each prefill in the cache
 
     def show(self, picture: str | Path | Image.Image, modal: str = "image") -> Picture:
-        """Add an image (or its file or address), or the file or folder of a "video", to the next question.
+        """Add an image (anything that :func:`libra.media.open_image` takes), or the file or folder of a "video", to the next
+        question.
 
         Raises:
             ValueError: for what cannot be read, and for a video where the checkpoint takes images only.
@@ -241,7 +242,7 @@ class Session:
             raise ValueError("this checkpoint takes images; videos are for VideoLLaMA-2 checkpoints")
         processor, config = self.image_processor, self.model.config
         if modal == "image":
-            image = picture if isinstance(picture, Image.Image) else load_image(picture)
+            image = open_image(picture, COMMAND)
             size, mark = image.size, DEFAULT_IMAGE_TOKEN
             if self._sees_videos:
                 pixels = process_image(image, processor, aspect_ratio=None)  # as VideoLLaMA-2's own inference does
