@@ -1,12 +1,12 @@
 """A table's pictures: accuracy against FLOPs, and what the traces of the runs tell."""
 
-import os
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 
 from libra.config import Compression
+from libra.files import replacing
 
 from .measured import Measured
 from .suites import BLIND, section_of
@@ -23,12 +23,8 @@ def _figure(width: float, height: float, panels: int = 1):
 
 
 def _save(figure, path: Path) -> None:
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as work:
         figure.savefig(work, dpi=150, format="png", metadata={"Software": None})
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def method_of(c: Compression) -> str:

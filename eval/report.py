@@ -2,14 +2,12 @@
 
 import csv
 import io
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from libra.cli import Parser
-from libra.provenance import write_text
+from libra.files import write_bytes, write_text
 
 from . import blocks, plots
 from .cells import read_cells, read_json
@@ -187,11 +185,8 @@ def write_report(output: Path, table: Table, publish: Path | None = None, unwrit
     for suffix, content in (("md", text), ("csv", csv_text([mini, *others])), ("tex", "\n".join(map(latex, grids)))):
         _store(problems, output / f"{stem}.{suffix}", lambda path, content=content: write_text(path, content))
     if publish is not None:
-        publish.mkdir(parents=True, exist_ok=True)
         for name in (f"{stem}.md", f"{stem}.csv", f"{stem}.tex", *drawn):
-            work = publish / f".{name}.{os.getpid()}.tmp"
-            shutil.copyfile(output / name, work)
-            os.replace(work, publish / name)
+            write_bytes(publish / name, (output / name).read_bytes())
     return text + "".join(f"\n{problem}\n" for problem in problems)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from libra.cli import Parser, names, whole_from
-from libra.provenance import REPOSITORY, commit, cores, machine, versions, write_text
+from libra.files import write_text
+from libra.provenance import REPOSITORY, commit, cores, machine, versions
 from libra.shadow import warn_if_llava_is_another
 
 from .cells import PACKAGES, Cell, finished_beside

@@ -13,7 +13,8 @@ from statistics import median
 from tqdm import tqdm
 
 from libra.cli import Parser, names, whole_from, wholes_from
-from libra.provenance import commit, cores, machine, versions, write_text
+from libra.files import write_text
+from libra.provenance import commit, cores, machine, versions
 
 from .cells import PACKAGES
 from .formats import text_table

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from .config import Compression
+from .files import write_text
 from .media import open_image
-from .provenance import write_text
 from .trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace, StageTrace
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from .attach import attach
 from .cli import Parser
 from .config import Compression
 from .drawing import Block, Record, draw, figure_class, strip
+from .files import write_bytes
 from .media import COMMAND, open_image
-from .provenance import write_bytes
 
 EXAMPLES = """examples:
   python -m libra.figures --model llava-hf/llava-1.5-7b-hf --image street.jpg --prompt "How many cars are there?" \\

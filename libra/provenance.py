@@ -1,4 +1,4 @@
-"""Where a measurement comes from: machine, versions, commit. And how its file is written: whole or not at all."""
+"""Where a measurement comes from: machine, versions, commit."""
 
 import os
 import platform
@@ -50,19 +50,3 @@ def commit() -> str:
 def _git(*arguments: str) -> str:
     run = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True)
     return run.stdout.strip()
-
-
-def write_text(path: Path, text: str) -> None:
-    """:func:`write_bytes` in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file at once: it is the old one or the whole new one, whatever happens. Makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        work.write_bytes(content)
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)

@@ -7,8 +7,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from libra.files import new_folder
 
 from .questions import EASY_VQA, SCENE_TYPES, TYPES, easy_vqa, easy_vqa_image
 from .scenes import Scene, draw_scene
@@ -134,11 +134,7 @@ def write_benchmark(folder: Path, count: int = QUESTIONS) -> dict:
         raise ValueError(f"{folder} is a file: name a folder for the benchmark")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise ValueError(f"{folder} holds other files and no {MANIFEST}: name an empty or a new folder for the benchmark")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    with new_folder(folder) as work:
         types = {}
         for kind in TYPES:
             samples = samples_of(kind, count)
@@ -152,11 +148,6 @@ def write_benchmark(folder: Path, count: int = QUESTIONS) -> dict:
         sha256 = hashlib.sha256("".join(types[kind]["content_sha256"] for kind in TYPES).encode()).hexdigest()
         manifest = {"format": FORMAT, "seed": SEED, "questions": count, "sha256": sha256, "types": types}
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return manifest
 
 

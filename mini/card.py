@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from libra.files import replacing, write_text
+
 
 def draw(log: dict[str, list[dict]], path: Path) -> None:
     """One panel a stage: loss against minutes, logarithmic."""
@@ -19,7 +21,8 @@ def draw(log: dict[str, list[dict]], path: Path) -> None:
         panel.plot(*zip(*points), linewidth=1.2)
         panel.set(title=titles[stage], xlabel="minutes", ylabel="training loss", yscale="log")
         panel.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as work:
+        figure.savefig(work, dpi=110, format="png")
 
 
 def one_clock(entries: list[dict]) -> list[dict]:
@@ -42,7 +45,7 @@ def main() -> None:
     log = json.loads(options.log.read_text())
     kept = {stage: one_clock(entries) for stage, entries in log.items()}
     draw(kept, options.output / "curve.png")
-    (options.output / "training_log.json").write_text(json.dumps(kept) + "\n")
+    write_text(options.output / "training_log.json", json.dumps(kept) + "\n")
     for stage, entries in kept.items():
         last = entries[-1]
         print(f"{stage}: {last['step']} steps, {last['seconds'] / 60:.0f} minutes, last loss {last['loss']:.3f}")

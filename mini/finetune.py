@@ -23,8 +23,9 @@ from tqdm import tqdm
 from libra import Compression
 from libra.cli import Parser
 from libra.config import Row
+from libra.files import write_text
 from libra.flops import layer_flops
-from libra.provenance import REPOSITORY, commit, cores, machine, versions, write_text
+from libra.provenance import REPOSITORY, commit, cores, machine, versions
 from libra.schedule import actual
 from libra.timing import in_turns, median_interval, now, peak_memory
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM

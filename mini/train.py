@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from libra.files import write_text
 from llava.constants import IGNORE_INDEX
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.train.shared_prefix import NAME as SHARED_PREFIX
@@ -160,7 +161,7 @@ def main() -> None:
         images = SceneLabels(options.stage1_steps * 2 * options.batch * processes, options.seed, tower.image_processor)
         log = run_stage(TowerWithLabels(tower), images, stage1)
         if stage1.should_save:
-            history.write_text(json.dumps({"stage1": log}))
+            write_text(history, json.dumps({"stage1": log}))
             tower.image_processor.save_pretrained(trained_tower)
             tower.vision_tower.save_pretrained(trained_tower)
     if processes > 1:
@@ -176,7 +177,7 @@ def main() -> None:
     log = run_stage(module, texts, stage2, [FadeAuxiliaryLoss()])
     if stage2.should_save:
         logs = json.loads(history.read_text()) if history.exists() else {}
-        history.write_text(json.dumps({**logs, "stage2": log}))
+        write_text(history, json.dumps({**logs, "stage2": log}))
         save_llava(llava.half(), tokenizer, options.output)
 
 

@@ -13,10 +13,10 @@ from tiny import hf_model
 from transformers import CLIPVisionConfig
 
 from libra.config import Compression, ConfigError, Row
+from libra.files import write_text
 from libra.flops import model_flops
 from libra.latency import Bench, Prompt, main, measure, scale_layers
 from libra.latency.vision import TOWERS, tower_of, views_of
-from libra.provenance import write_text
 from libra.random_weights import CLIP_L_336, RandomWeights, random_model, weight_bytes
 from libra.registry import ModelSpec, get_model
 from libra.timing import in_turns, median_interval, peak_memory

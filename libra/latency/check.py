@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from ..config import Compression
-from ..provenance import machine, versions, write_text
+from ..files import write_text
+from ..provenance import machine, versions
 from ..random_weights import random_model
 from ..registry import ModelSpec
 from ..timing import in_turns

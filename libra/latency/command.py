@@ -12,7 +12,8 @@ from .. import units
 from ..cli import Parser, whole_from, wholes_from
 from ..config import Compression, ConfigError, Row
 from ..drawing import figure_class
-from ..provenance import commit, machine, versions, write_text
+from ..files import write_text
+from ..provenance import commit, machine, versions
 from ..random_weights import random_model, weight_bytes
 from ..registry import ModelSpec, get_model, spec_of
 from ..timing import free_memory

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from .. import units
-from ..provenance import write_text
+from ..files import write_text
 from .bench import Bench, Prompt
 from .paired import measure, prefills
 from .plots import growth_picture

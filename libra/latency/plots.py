@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..drawing import figure_class
-from ..provenance import write_bytes
+from ..files import write_bytes
 from .parts import PARTS
 from .text import PEERS
 

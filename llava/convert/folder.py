@@ -1,11 +1,11 @@
 """A new folder that comes into being whole or not at all, and the small files of a checkpoint."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from libra.files import new_folder
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 
@@ -30,11 +30,5 @@ def staged(destination: Path) -> Iterator[Path]:
         raise ValueError(f"{destination} exists; give the name of a folder that does not, or remove it")
     if not destination.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {destination.absolute().parent} to write to; make it first")
-    stage = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-    stage.mkdir()
-    try:
+    with new_folder(destination) as stage:
         yield stage
-        os.replace(stage, destination)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise

@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,9 +23,10 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from libra import Compression, schedule, units
 from libra.cli import Parser, whole_from
 from libra.config import ConfigError, Row
+from libra.files import new_folder, write_text
 from libra.flops import model_flops
 from libra.latency import scale_layers
-from libra.provenance import REPOSITORY, commit, machine, versions, write_text
+from libra.provenance import REPOSITORY, commit, machine, versions
 from libra.random_weights import CLIP_L_336, HEAD, RandomWeights, weight_bytes
 from libra.registry import ModelSpec, get_model
 from libra.timing import Moment, free_memory, in_turns, median_interval, now, peak_memory
@@ -73,9 +73,7 @@ def write_checkpoint(folder: Path, spec: ModelSpec, layers: int, vision: dict, s
     Raises:
         ValueError: if the disk has not enough room; nothing is left behind then or after an interruption.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as work:
         weights = RandomWeights(DTYPE)
         with torch.device("meta"):
             tower = CLIPVisionModel._from_config(CLIPVisionConfig(**vision), dtype=DTYPE)
@@ -107,10 +105,6 @@ def write_checkpoint(folder: Path, spec: ModelSpec, layers: int, vision: dict, s
             shutil.copy(TOKENIZER / name, work)
         config.mm_vision_tower = "vision_tower"
         config.save_pretrained(work)
-        work.chmod(0o755)  # a temporary folder is its owner's alone
-        os.replace(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return total
 
 
