@@ -1,1 +1,5 @@
-"""Tables: the lmms-eval plug-in model, task files, a resumable runner and the report."""
+"""Tables: a resumable runner and the report; the lmms-eval model and the task files are in libra/lmms."""
+
+from libra.cli import only_commands
+
+only_commands("eval", "", "data", "report", "run", "throughput")

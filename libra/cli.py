@@ -20,6 +20,20 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def only_commands(package: str, *commands: str) -> None:
+    """Called by a package when it is imported: end ``python -m package.module`` where that module is not a command of it.
+
+    Python would run such a module and say nothing. Exit status 2 with a sentence; nothing happens in an ordinary import.
+    """
+    if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv[:-1]:  # so it reads only while Python looks for the module to run
+        return
+    asked = sys.orig_argv[sys.orig_argv.index("-m") + 1]
+    known = [f"{package}.{command}" if command else package for command in commands]
+    if asked.split(".")[0] == package and asked.removesuffix(".__main__") not in known:
+        print(f"error: {asked} is not a command; use python -m {' | '.join(known)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def names(text: str) -> list[str]:
     """An argparse type: names with commas between them."""
     return [name for name in (part.strip() for part in text.split(",")) if name]

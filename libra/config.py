@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from .methods import DEFAULTS, METHODS
+from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS
+from .names import spelled
 
 IMPORTANCES = ("last", "mean")
 SCORE_LAYERS = ("same", "next")
@@ -21,6 +22,8 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 
 _CHOICES = {
     "method": tuple(METHODS),
+    "select": SELECTORS,
+    "merge": MERGERS,
     "importance": IMPORTANCES,
     "score_layer": SCORE_LAYERS,
     "positions": POSITIONS,
@@ -71,13 +74,13 @@ class Compression:
 
     def __post_init__(self):
         if self.method is not None:
-            _choice("method", self.method)
+            object.__setattr__(self, "method", _choice("method", self.method))
         given = {key for key in DEFAULTS if getattr(self, key) is not None}
         for key, value in _expand(self.method).items():
             if key not in given:
                 object.__setattr__(self, key, value)
         for key in ("select", "merge", "importance", "score_layer", "positions", "rounding"):
-            _choice(key, getattr(self, key))
+            object.__setattr__(self, key, _choice(key, getattr(self, key)))
         for key, value in (
             ("layers", _layers(self.layers)),
             ("ratio", _ratio(self.ratio)),
@@ -194,8 +197,7 @@ class Row:
             for key in ("model", "name", "title"):
                 if key in mapping and (not isinstance(mapping[key], str) or not mapping[key]):
                     raise ConfigError(f"{key}: {_show(mapping[key])} is not a name; write a text")
-            attention = mapping.get("attention", cls.attention)
-            _choice("attention", attention)
+            attention = _choice("attention", mapping.get("attention", cls.attention))
             tasks, paper = mapping.get("tasks", []), mapping.get("paper", {})
             if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
                 raise ConfigError(f"tasks: {_show(tasks)} is not a list of task names; write for example [gqa, mme]")
@@ -294,13 +296,13 @@ def _keys(what: str, mapping: Mapping[Any, Any], known: tuple[str, ...]) -> None
         raise ConfigError(f"{_show(key)}: is no key of {what};{hint} the keys are {', '.join(known)}")
 
 
-def _choice(key: str, value: Any) -> None:
-    # The registries are asked each time, for users add to them; they import this module, hence not at the top.
-    from . import merge, select
-
-    known = {"select": select.SELECTORS, "merge": merge.MERGERS}.get(key) or _CHOICES[key]
-    if not isinstance(value, str) or value not in known:
+def _choice(key: str, value: Any) -> str:
+    """The value in its own spelling. Raises ConfigError for an unknown one."""
+    known = _CHOICES[key]
+    name = spelled(value, known)
+    if name is None:
         raise ConfigError(f"{key}: {_show(value)} is unknown;{did_you_mean(str(value), known)} use one of {', '.join(known)}")
+    return name
 
 
 def _is_whole(value: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from .fuse import fused
 from .layout import Layout, flat_rows, ordinals, take
+from .methods import MERGERS
 from .select import Candidates
 from .similarity import most_similar
 
@@ -90,7 +91,6 @@ class Matches:
 
 
 Merger = Callable[[Matches, "Compression"], tuple[torch.Tensor, torch.Tensor]]
-MERGERS: dict[str, Merger] = {}
 
 
 def register_merge(name: str) -> Callable[[Merger], Merger]:

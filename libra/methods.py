@@ -3,10 +3,17 @@
 The layers and the ratio are the row's own (`configs/`); a key written beside `method` overrides the one set here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 # What a compression without a method is: the paper's own choice, read as docs/method.md says.
 DEFAULTS = {"select": "intervals", "merge": "igm", "score_layer": "same", "positions": "original", "rounding": "round"}
+
+
+# Who selects and who merges, by name. The names are here so that a configuration is checked without torch; select.py and
+# merge.py put the functions in, and libra.register_select and libra.register_merge add a user's own.
+SELECTORS: dict[str, Callable | None] = dict.fromkeys(("intervals", "topk", "information", "random"))
+MERGERS: dict[str, Callable | None] = dict.fromkeys(("drop", "average", "igm", "igm-pos", "igm-neg"))
 
 
 @dataclass(frozen=True)

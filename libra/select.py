@@ -12,6 +12,7 @@ import torch
 
 from .fuse import fused
 from .layout import Layout
+from .methods import SELECTORS
 from .similarity import most_similar
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ class Candidates:
 
 
 Selector = Callable[[Candidates, "Compression"], torch.Tensor]
-SELECTORS: dict[str, Selector] = {}
 
 
 def register_select(name: str) -> Callable[[Selector], Selector]:

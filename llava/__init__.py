@@ -1,10 +1,9 @@
 """LLaVA rewritten for libra-merging: the original's public names, prompts and checkpoints, with visual-token compression."""
 
+from libra.cli import only_commands
+from libra.lazy import lazily
 
-def __getattr__(name: str):
-    # As in the original, but only when asked for: `import llava.constants` need not load torch.
-    if name == "LlavaLlamaForCausalLM":
-        from .model.language_model.llava_llama import LlavaLlamaForCausalLM
+# As in the original, but only when asked for: `import llava.constants` need not load torch.
+__getattr__ = lazily(__name__, {"LlavaLlamaForCausalLM": "model.language_model.llava_llama"})
 
-        return LlavaLlamaForCausalLM
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+only_commands("llava", "convert", "eval.run_llava", "eval.true_size", "serve.cli", "serve.web", "train.train")

@@ -36,7 +36,7 @@ def find(dotted: str):
                 raise
             continue
         for part in parts[end:]:
-            value = inspect.getattr_static(value, part)
+            value = (getattr if inspect.ismodule(value) else inspect.getattr_static)(value, part)
         return value
     raise AttributeError(dotted)
 

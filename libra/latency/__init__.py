@@ -10,8 +10,10 @@ which the counted operations contain. Seconds are the wall clock's; on a machine
 time beside them says more. Bytes are of the KV cache of the whole batch after the prefill.
 """
 
-from .bench import Bench, Prompt, scale_layers
-from .command import main
-from .paired import measure
+from ..lazy import lazily
 
 __all__ = ["Bench", "Prompt", "main", "measure", "scale_layers"]
+
+__getattr__ = lazily(__name__, {
+    "Bench": "bench", "Prompt": "bench", "main": "arguments", "measure": "paired", "scale_layers": "bench",
+})

@@ -1,5 +1,5 @@
 """python -m libra.latency"""
 
-from .command import main
+from .arguments import main
 
 raise SystemExit(main())

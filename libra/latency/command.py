@@ -1,4 +1,4 @@
-"""The command line: what to measure, on which model, and where the figures go."""
+"""What the command's arguments ask for: what to measure, on which model, and where the figures go."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -9,79 +9,23 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from .. import units
-from ..cli import Parser, whole_from, wholes_from
 from ..config import Compression, ConfigError, Row
-from ..drawing import figure_class
 from ..files import write_text
 from ..provenance import commit, machine, versions
 from ..random_weights import random_model, weight_bytes
 from ..registry import ModelSpec, get_model, spec_of
 from ..timing import free_memory
+from .arguments import BATCHES, VISUAL
 from .bench import Bench, Prompt, scale_layers
 from .check import check
-from .growth import BATCHES, MAX_TOKENS, VISUAL, Growth
+from .growth import Growth
 from .paired import measure
 from .peer import check_peer
 from .plots import picture
 from .text import table
 from .vision import tower_of, views_of
 
-EXAMPLES = """examples:
-  python -m libra.latency --config configs/llava7b_r50.yaml --random-weights --layers 8
-  python -m libra.latency --config configs/llava7b_fastv.yaml --random-weights --layers 8 --peer --plot fastv.png
-  python -m libra.latency --config configs/llava7b_r50.yaml --random-weights --layers 8 --vision --decode 16
-  python -m libra.latency --config configs/llava7b_r67.yaml --checkpoint path/to/llava-1.5-7b-hf --json latency.json
-  python -m libra.latency --config configs/llava7b_r50.yaml --random-weights --layers 8 --grow --output growth
-  python -m libra.latency --check"""
-
-DTYPES = ("float32", "float16", "bfloat16")
 PACKAGES = ("torch", "transformers", "numpy")
-
-
-def parser() -> Parser:
-    parser = Parser(
-        prog="python -m libra.latency", epilog=EXAMPLES,
-        description="Prefill of the decoder, compressed against plain, in turns, beside what the FLOPs promise.",
-    )
-    add, whole, wholes = parser.add_argument, whole_from(1), wholes_from(1)
-    add("--config", metavar="FILE", help="a row's YAML file, from configs/")
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--random-weights", action="store_true", help="the row's model at its true width with random weights")
-    weights.add_argument("--checkpoint", metavar="DIR", help="a model in Hugging Face's format that libra.attach supports")
-    add("--layers", type=whole, metavar="N",
-        help="with --random-weights: only N layers; the row's compression layers move to the same fraction of the depth")
-    add("--compression-layers", type=wholes_from(0), metavar="A,B", help="compress after these layers instead of the row's")
-    add("--visual-tokens", type=wholes, metavar="N",
-        help="tokens of the image (default: the model's own number); with --grow a list")
-    add("--text-tokens", type=whole_from(2), default=64, metavar="N",
-        help="half before, half behind the image (default %(default)s)")
-    add("--batch", type=wholes, metavar="N", help="rows (default 1); with --grow a list")
-    add("--images", type=wholes_from(0), default=(1,), metavar="A,B",
-        help="pictures of each row, over and over, such as 0,1,2; shorter rows are padded (default 1)")
-    add("--pairs", type=whole, default=9, metavar="N", help="vanilla and compressed, in turns (default %(default)s)")
-    add("--decode", type=whole_from(0), default=0, metavar="N", help="also time N decoding steps behind every prefill")
-    add("--vision", action="store_true", help="also time the vision tower and the projector, at true size")
-    add("--peer", action="store_true",
-        help="also time FastV as plain transformers runs it, with output_attentions, at the row's one layer and ratio")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="(default %(default)s)")
-    add("--attn", default="sdpa", help="attention: sdpa, eager, flash_attention_2 (default %(default)s)")
-    add("--device", help="such as cpu or cuda:0 (default: the GPU where there is one)")
-    add("--threads", type=whole, metavar="N", help="CPU threads (default: torch's own choice)")
-    add("--json", type=Path, metavar="FILE", help="also write everything there")
-    add("--plot", type=Path, metavar="FILE", help="also draw it, as PNG")
-    grow = parser.add_argument_group("how cost grows")
-    grow.add_argument("--grow", action="store_true",
-                      help=f"visual tokens {', '.join(map(str, VISUAL))} × batch {', '.join(map(str, BATCHES))}, one file"
-                      " a cell; a run that was stopped goes on")
-    grow.add_argument("--output", type=Path, metavar="DIR", help="with --grow: where cells, growth.md and growth.png go")
-    grow.add_argument("--max-tokens", type=whole, default=MAX_TOKENS, metavar="N",
-                      help="with --grow: leave cells with more visual tokens in all their rows empty (default %(default)s)")
-    guard = parser.add_argument_group("regression guard")
-    guard.add_argument("--check", action="store_true",
-                       help="compare a small slice's operations, bytes and time ratios with the committed ones; exit status 1"
-                       " if they deviate")
-    guard.add_argument("--update", action="store_true", help="with --check: write this machine's figures instead")
-    return parser
 
 
 @dataclass(frozen=True)
@@ -96,39 +40,6 @@ class Subject:
     def bench(self, prompt: Prompt, vision: bool = False) -> Bench:
         views = views_of(self.registered, self.model.config.vision_config, prompt.visual) if vision else 0
         return Bench(self.model, self.compression, prompt, views)
-
-
-def check_arguments(args) -> None:
-    """Raises ValueError for what does not go together."""
-    if args.update and not args.check:
-        raise ValueError("--update rewrites the figures of --check; give both")
-    if args.check:
-        return
-    if not args.config:
-        raise ValueError("the argument --config is required")
-    if not args.random_weights and not args.checkpoint:
-        raise ValueError("one of the arguments --random-weights --checkpoint is required")
-    if args.layers and not args.random_weights:
-        raise ConfigError("--layers cuts a model of random weights; leave it out, or use --random-weights")
-    if args.grow:
-        if not args.output:
-            raise ValueError("--grow writes a file a cell; name a folder with --output")
-        figure_class()  # before anything long: a picture comes in the end
-        for name in ("json", "plot", "peer", "vision", "decode", "images"):
-            if getattr(args, name) != parser().get_default(name):
-                raise ValueError(f"--{name} does not go with --grow, which measures the prefill; leave it out")
-        return
-    if args.output:
-        raise ValueError("--output is the folder of --grow; give both, or --json for one file")
-    for name in ("visual_tokens", "batch"):
-        if len(getattr(args, name) or ()) > 1:
-            raise ValueError(f"--{name.replace('_', '-')} takes one number, and a list only with --grow")
-    if args.json and args.json.is_dir():
-        raise ValueError(f"--json: {args.json} is a folder; give a file's name")
-    if args.plot:
-        figure_class()
-        if args.plot.suffix.lower() != ".png" or args.plot.is_dir():
-            raise ValueError(f"--plot: {args.plot} is no picture's name; give a file that ends in .png")
 
 
 def build(args, row: Row, registered: ModelSpec, prompt: Prompt, device: torch.device) -> Subject:
@@ -206,8 +117,14 @@ def report(args, row: Row, subject: Subject, prompt: Prompt, device: torch.devic
 
 
 def run(args) -> int:
-    """What the arguments ask for; 0, or 1 where a check deviates. Raises ValueError with one sentence."""
-    check_arguments(args)
+    """Do what the arguments ask for; 0, or 1 where a check deviates. Raises ValueError with one sentence."""
+    try:
+        return _run(args)
+    except torch.OutOfMemoryError:
+        raise ValueError("the device has not enough memory; take fewer --layers, tokens or rows") from None
+
+
+def _run(args) -> int:
     if args.check:
         return check(args.update)
     row = Row.from_yaml(args.config)
@@ -235,17 +152,3 @@ def run(args) -> int:
         picture(data, args.plot)
     print(table(data))
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 on success, 1 where --check deviates, SystemExit with status 2 after one `error: …` line."""
-    options = parser()
-    args = options.parse_args(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        options.error("stopped" + ("; the finished cells are kept, and the same command goes on" if args.grow else ""))
-    except torch.OutOfMemoryError:
-        options.error("the device has not enough memory; take fewer --layers, tokens or rows")
-    except (ValueError, OSError) as error:
-        options.error(str(error))

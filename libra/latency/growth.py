@@ -15,9 +15,6 @@ from .paired import measure, prefills
 from .plots import growth_picture
 from .text import bounds, heading
 
-VISUAL = (144, 576, 1024, 2880, 4096, 8192, 16384)
-BATCHES = (1, 2, 4, 8, 16, 32)
-MAX_TOKENS = 16384
 EASY = 4096  # visual tokens of a batch up to which a cell gets all its pairs
 FEWEST = 3  # pairs of the largest cells
 SETTINGS = ("model", "layers", "weights", "compression", "dtype", "attention", "machine", "prompt")

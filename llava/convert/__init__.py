@@ -5,6 +5,8 @@
 Tensors are copied byte by byte from file to file, one at a time, so a 7B checkpoint needs little memory.
 """
 
-from .converter import convert
+from libra.lazy import lazily
 
 __all__ = ["convert"]
+
+__getattr__ = lazily(__name__, {"convert": "converter"})

@@ -7,7 +7,6 @@ import warnings
 from libra.cli import Parser
 
 from ..conversation import conv_templates
-from .converter import convert
 
 EXAMPLES = """example:
   python -m llava.convert liuhaotian/llava-v1.5-7b llava-1.5-7b-hf        # to transformers' LlavaForConditionalGeneration
@@ -41,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         help="prompt template to note down; by default the checkpoint's own or, where it names none, by its name",
     )
     args = parser.parse_args(argv)
+    from .converter import convert
+
     warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of settings in old configurations
     try:
         lines = convert(args.source, args.destination, args.to, args.max_shard_size, args.conversation)

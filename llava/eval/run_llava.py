@@ -2,7 +2,7 @@
 
 from libra.cli import Parser
 
-from ..serve.session import Session, add_options, whole_number
+from ..serve.options import add_options, whole_number
 
 EXAMPLES = """example:
   python -m llava.eval.run_llava --model-path mini/checkpoint --image-file photo.png --query "how many digits are there ?"
@@ -22,6 +22,8 @@ def eval_model(args) -> str:
         ValueError: if there is nothing to show, or something of it, a compression file, a template, the query or the
             checkpoint cannot be used.
     """
+    from ..serve.session import Session
+
     if not (getattr(args, "image_file", None) or getattr(args, "video_file", None)):
         raise ValueError("there is nothing to look at; give --image-file or --video-file")
     names = ("temperature", "top_p", "num_beams", "max_new_tokens")

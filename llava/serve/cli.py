@@ -2,10 +2,14 @@
 
 import re
 import sys
+from typing import TYPE_CHECKING
 
 from libra.cli import Parser
 
-from .session import Session, add_options
+from .options import add_options
+
+if TYPE_CHECKING:
+    from .session import Session
 
 EXAMPLES = """example:
   python -m llava.serve.cli --model-path mini/checkpoint --image-file photo.png
@@ -20,7 +24,7 @@ COMMANDS = """/image FILE   show an image (file or http(s) address) with the nex
 (empty line)  end"""
 
 
-def obey(session: Session, line: str) -> None:
+def obey(session: "Session", line: str) -> None:
     """Do what a line that begins with ``/`` says.
 
     Raises:
@@ -39,7 +43,7 @@ def obey(session: Session, line: str) -> None:
         raise ValueError(f"{line} is no command; they are /image FILE, /video FILE, /new and /help")
 
 
-def converse(session: Session, **generation) -> None:
+def converse(session: "Session", **generation) -> None:
     """Read questions and commands from stdin, stream the answers to stdout; an empty line, the end of input or Ctrl-C ends it.
 
     What cannot be asked or shown is answered with ``error: …`` on stderr and forgotten.
@@ -77,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         help="run the whole conversation again for every question, so that compression follows the newest one",
     )
     args = parser.parse_args(argv)
+    from .session import Session
+
     try:
         session = Session.load(args)
     except ValueError as error:
