@@ -4,6 +4,7 @@ A lower bound is the oldest version that was run (docs/versions.md). An upper bo
 minor version that was not run where the major one is 0 or minor ones have broken us; a comment names a reason of its own.
 """
 
+import re
 from pathlib import Path
 
 CORE = [
@@ -47,24 +48,55 @@ EXTRAS = {
     "test": [*EVAL, *VIDEO, *TRAIN, *WEB, *TESTS],
 }
 
+# The address of the project's pages. Empty: it has none, and nothing names one. Every link of the metadata comes from it.
+PROJECT_URL = ""
+HERE = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """``libra.__version__``, read without importing anything."""
+    return re.search(r'^__version__ = "(.+)"$', (HERE / "libra/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+def readme() -> str:
+    """README.md; its links into the repository are absolute where the repository has an address."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\]\((?!https?:|#)", f"]({PROJECT_URL}/blob/main/", text) if PROJECT_URL else text
+
+
 if __name__ == "__main__":
     from setuptools import find_packages, setup
 
+    # Rows and the embedded checkpoint lie at the top of the repository and are copied into the package (libra/shipped.py).
+    shipped = {"libra.configs": "configs", "libra.mini.checkpoint": "mini/checkpoint"}
     setup(
         name="libra-merging",
-        version="0.1.0",
+        version=version(),
         description="Libra-Merging: fewer visual tokens for large vision-language models, with LLaVA and Hugging Face models",
-        long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+        long_description=readme(),
         long_description_content_type="text/markdown",
         author="The Libra-Merging contributors",
+        url=PROJECT_URL or None,
+        project_urls={"Changelog": f"{PROJECT_URL}/blob/main/CHANGELOG.md"} if PROJECT_URL else {},
         license="Apache-2.0",
         license_files=["LICENSE", "NOTICE"],
+        keywords="vision-language models, token compression, token merging, token pruning, LLaVA, inference",
+        classifiers=[
+            "Development Status :: 4 - Beta",
+            "Intended Audience :: Science/Research",
+            "Operating System :: POSIX :: Linux",
+            "Programming Language :: Python :: 3 :: Only",
+            "Topic :: Scientific/Engineering :: Artificial Intelligence",
+            "Typing :: Typed",
+        ],
         python_requires=">=3.11",
         install_requires=CORE,
         extras_require=EXTRAS,
-        packages=find_packages(include=[f"{name}{rest}" for name in ("libra", "llava", "eval", "mini") for rest in ("", ".*")]),
+        packages=[*find_packages(include=("libra", "libra.*", "llava", "llava.*")), *shipped],
+        package_dir=shipped,
         package_data={
-            "": ["*.yaml"], "libra.latency": ["expected.json"], "libra.lmms": ["tasks/*"], "mini": ["checkpoint/**"],
+            "libra": ["py.typed", "models.yaml"], "libra.latency": ["expected.json"], "libra.lmms": ["tasks/*"], "llava": ["py.typed"],
+            "libra.configs": ["**/*.yaml"], "libra.mini.checkpoint": ["**/*"],
         },
         entry_points={"lmms_eval.models": ["libra = libra.lmms.plugin:manifest"]},
     )
