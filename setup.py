@@ -95,7 +95,8 @@ if __name__ == "__main__":
         packages=[*find_packages(include=("libra", "libra.*", "llava", "llava.*")), *shipped],
         package_dir=shipped,
         package_data={
-            "libra": ["py.typed", "models.yaml"], "libra.latency": ["expected.json"], "libra.lmms": ["tasks/*"], "llava": ["py.typed"],
+            "libra": ["py.typed", "models.yaml"], "libra.latency": ["expected.json"], "libra.lmms": ["tasks/*"],
+            "llava": ["py.typed"],
             "libra.configs": ["**/*.yaml"], "libra.mini.checkpoint": ["**/*"],
         },
         entry_points={"lmms_eval.models": ["libra = libra.lmms.plugin:manifest"]},

@@ -12,8 +12,9 @@ CODE = ("libra/**/*", "llava/**/*")
 BESIDE = {  # no part in an answer
     *(("llava", part) for part in ("train", "serve", "convert", "eval")),
     ("libra", "latency"),
+    ("libra", "figures"),
     *(("libra", f"{part}.py") for part in (
-        "cli", "drawing", "figures", "flops", "provenance", "random_weights", "shadow", "timing", "units",
+        "cli", "drawing", "flops", "provenance", "random_weights", "shadow", "timing", "units",
     )),
 }
 PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "numpy")

@@ -15,6 +15,7 @@ from PIL import Image
 import libra
 from libra import drawing, figures
 from libra.drawing import Block, Canvas, Record
+from libra.figures import prefill
 from libra.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, Recorder, RowTrace
 from llava.convert import convert
 
@@ -329,7 +330,7 @@ def test_from_a_model_to_a_figure_and_again_from_its_trace(checkpoint, scene, tm
 
 
 def test_a_model_without_a_chat_template_gets_the_image_before_the_prompt(checkpoint, scene):
-    model, processor = figures._load(str(checkpoint))
+    model, processor = prefill.load(str(checkpoint))
     c, image = libra.Compression.from_yaml(ROOT / "configs/mini/r50.yaml"), Image.open(scene)
     with_template = figures.trace_image(model, processor, c, image, "how many ?")
     processor.chat_template = None
@@ -361,7 +362,7 @@ def test_what_cannot_be_drawn_is_one_sentence(checkpoint, scene, tmp_path, capsy
     assert "layers: 40 is out of range" in refused(capsys, *arguments(checkpoint, scene, output, too_deep))
     for model, why in ((tmp_path / "nothing", ""), (ROOT / "mini/checkpoint", "it is in LLaVA's own format; convert it with")):
         assert f"the model {model} cannot be loaded: {why}" in refused(capsys, *arguments(model, scene, output))
-    monkeypatch.setattr(figures, "_load", lambda path: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(prefill, "load", lambda path: (torch.nn.Linear(1, 1), None))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert refused(capsys, *given) == "error: drawing needs matplotlib; pip install matplotlib"
     assert not output.exists()
@@ -376,6 +377,6 @@ def test_an_unsupported_model_is_refused_by_name(scene, tmp_path, capsys, monkey
             return self
 
     processor = SimpleNamespace(image_token="<image>", chat_template="{}", apply_chat_template=lambda *_, **__: Inputs())
-    monkeypatch.setattr(figures, "_load", lambda path: (OtherForConditionalGeneration(1, 1), processor))
+    monkeypatch.setattr(prefill, "load", lambda path: (OtherForConditionalGeneration(1, 1), processor))
     error = refused(capsys, *arguments("other", scene, tmp_path / "tokens.png"))
     assert "does not support OtherForConditionalGeneration; it supports LlavaForConditionalGeneration" in error

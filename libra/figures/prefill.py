@@ -1,30 +1,16 @@
-"""The paper's Figures 1 and 2 of a real prefill, on its image: python -m libra.figures --model PATH --image FILE …"""
+"""One real prefill, and where its visual tokens lie on the image."""
 
-import argparse
-import io
 from collections.abc import Mapping, Sequence
 from math import isqrt
-from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
-from .attach import attach
-from .cli import Parser
-from .config import Compression
-from .drawing import Block, Record, draw, figure_class, strip
-from .files import write_bytes
-from .media import COMMAND, open_image
+from ..attach import attach
+from ..config import Compression
+from ..drawing import Block, Record, strip
 
-EXAMPLES = """examples:
-  python -m libra.figures --model llava-hf/llava-1.5-7b-hf --image street.jpg --prompt "How many cars are there?" \\
-      --config configs/llava7b_r50.yaml --output tokens.png --save-trace trace.json
-  python -m libra.figures --from-trace trace.json --output tokens.svg
-
-A checkpoint in LLaVA's own format is converted first: python -m llava.convert mini/checkpoint mini-hf"""
-
-FORMATS = (".png", ".svg", ".pdf")
 LONG_SIDE = 1024  # pixels of a picture in a figure or a trace file, at most
 
 
@@ -88,7 +74,7 @@ def trace_image(model, processor, compression: Compression, image: Image.Image, 
     return Record(trace, compression, tuple(blocks_of(inputs, image, trace.spans, processor, model.config)))
 
 
-def _load(path: str):
+def load(path: str):
     """A model and its processor. Raises ValueError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -98,66 +84,3 @@ def _load(path: str):
         return AutoModelForImageTextToText.from_pretrained(path, dtype="auto").to(device).eval(), processor
     except (OSError, ImportError, ValueError, KeyError) as error:
         raise ValueError(f"the model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
-
-
-def _save(figure, path: Path, dpi: int) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=dpi)
-    write_bytes(path, buffer.getvalue())
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m libra.figures", epilog=EXAMPLES,
-        description="Draw on an image which of its visual tokens each compression layer kept and where the others went.",
-    )
-    parser.add_argument("--model", metavar="PATH_OR_HUB", help="a model in Hugging Face's format that libra.attach supports")
-    parser.add_argument("--image", metavar="FILE")
-    parser.add_argument("--prompt", metavar="TEXT", help="the question; the chat template adds the image and the rest")
-    parser.add_argument("--config", metavar="FILE", help="the compression: a row's YAML file or one with its keys alone")
-    parser.add_argument("--from-trace", metavar="FILE", help="draw a trace of --save-trace, without a model")
-    parser.add_argument("--save-trace", metavar="FILE", help="also write the trace, with the picture, as JSON")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=f"the figure: {', '.join(FORMATS)}")
-    parser.add_argument("--dpi", type=int, default=130, help="pixels of an inch, for .png (default %(default)s)")
-    return parser
-
-
-def _record(args: argparse.Namespace) -> Record:
-    """From the arguments. Raises ValueError."""
-    needed = {name: getattr(args, name) for name in ("model", "image", "prompt", "config")}
-    if args.from_trace:
-        given = [name for name in needed if needed[name] is not None]
-        if given or args.save_trace:
-            raise ValueError(f"--from-trace draws a file as it is; leave out --{(given or ['save-trace'])[0]}")
-        return Record.load(args.from_trace)
-    missing = [f"--{name}" for name, value in needed.items() if value is None]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing; give a model, an image, a prompt and a configuration, or --from-trace")
-    compression, image = Compression.from_yaml(args.config), open_image(args.image, COMMAND)
-    if not compression.layers:
-        raise ValueError(f"{args.config} compresses nothing; give a configuration with compression layers")
-    return trace_image(*_load(args.model), compression, image, args.prompt)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 on success, SystemExit with status 2 after one `error: …` line."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        if args.output.suffix.lower() not in FORMATS:
-            raise ValueError(f"--output: {args.output} must end in {', '.join(FORMATS)}")
-        if args.dpi < 1:
-            raise ValueError(f"--dpi: {args.dpi} is no resolution; give for example 130")
-        figure_class()
-        record = _record(args)
-        figure = draw(record)
-        if args.save_trace:
-            record.save(args.save_trace)
-        _save(figure, args.output, args.dpi)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,5 @@
+"""python -m libra.figures"""
+
+from .command import main
+
+raise SystemExit(main())
