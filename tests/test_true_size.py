@@ -12,7 +12,7 @@ from safetensors import safe_open
 from libra.config import Compression, Row
 from libra.flops import model_flops
 from libra.registry import ModelSpec
-from llava.eval import true_size
+from llava.eval import random_llava, true_size
 from llava.model.builder import load_pretrained_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ ROW = Row("llava-1.5-7b", Compression(method="libra", layers=(1, 3), ratio=0.5),
 
 def test_a_checkpoint_is_written_in_shards_and_loads_as_it_is(tmp_path, capsys):
     folder = tmp_path / "new" / "llava-v1.5-random"
-    size = true_size.write_checkpoint(folder, SPEC, 3, TOWER, shard=8_000_000, progress=False)
+    size = random_llava.write_checkpoint(folder, SPEC, 3, TOWER, shard=8_000_000, progress=False)
     assert "writing" in capsys.readouterr().out and [path.name for path in folder.parent.iterdir()] == [folder.name]
     places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     files = sorted(set(places.values()))
@@ -46,21 +46,21 @@ def test_a_checkpoint_is_written_in_shards_and_loads_as_it_is(tmp_path, capsys):
 
 def test_the_report_says_what_ran(tmp_path):
     arguments = dict(vision=TOWER, pairs=2, tokens=4, text=10, device="cpu", progress=False)
-    data = true_size.report(tmp_path / "checkpoint", SPEC, ROW, ROW.compression, 5, **arguments)
+    data = random_llava.report(tmp_path / "checkpoint", SPEC, ROW, ROW.compression, 5, **arguments)
     assert data["tokens_per_layer"] == [16, 16, 8, 8, 4] and data["text_tokens"] == 10
     flops = data["flops"]
     sizes = ModelSpec(**{**vars(SPEC), "layers": 5})
     assert flops["vanilla"] == model_flops(sizes, [26] * 5) and flops["compressed"] == model_flops(sizes, [26, 26, 18, 18, 14])
     assert len(data["pairs"]) == 2 and all(seconds > 0 for pair in data["pairs"] for seconds in pair["compressed"].values())
     assert data["ratio_over_flops_ratio"] == data["prefill_ratio"]["median"] / flops["ratio"]
-    text = true_size.table(data)
+    text = random_llava.table(data)
     assert "5 of 8 layers" in text and "visual tokens 16 → 8 → 4" in text and f"{data['ratio_over_flops_ratio']:.3f}" in text
 
 
 def test_a_full_disk_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
     with pytest.raises(ValueError, match=r"takes 3\d\.\d\d MB and .* has 10.00 MB; take fewer --layers"):
-        true_size.write_checkpoint(tmp_path / "checkpoint", SPEC, 3, TOWER, progress=False)
+        random_llava.write_checkpoint(tmp_path / "checkpoint", SPEC, 3, TOWER, progress=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -81,7 +81,7 @@ def test_what_cannot_run_is_one_sentence(arguments, words, capsys, monkeypatch):
 
 def test_too_little_memory_is_refused(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(true_size, "free_memory", lambda device: 8_000_000_000)
+    monkeypatch.setattr(random_llava, "free_memory", lambda device: 8_000_000_000)
     with pytest.raises(SystemExit):
         true_size.main(["--device", "cpu"])
     assert "memory and 8.00 GB are free; take fewer --layers" in capsys.readouterr().err

@@ -20,7 +20,8 @@ from libra.provenance import REPOSITORY
 from libra.registry import get_model
 
 from . import overlay
-from .session import Loaded, Session, add_model_options, load_model
+from .options import add_model_options
+from .session import Loaded, Session, load_model
 
 EMBEDDED = REPOSITORY / "mini" / "checkpoint"
 OWN = "my own, set below"
