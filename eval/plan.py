@@ -112,7 +112,7 @@ def flops_ratio(model: str, compression: Compression) -> float | None:
     """Nominal FLOPs of the visual tokens relative to vanilla; None where their number depends on the image."""
     spec = get_model(model)
     try:
-        return cost(spec, compression).total / cost(spec, Compression()).total
+        return cost(spec, compression).total / cost(spec, Compression(method="vanilla")).total
     except ConfigError:
         return None
 

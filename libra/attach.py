@@ -13,7 +13,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from . import hybrid
 from .config import Compression
-from .passage import MASKS, Passage, attention_kind, check_fits
+from .passage import MASKS, Passage, attention_kind, fitted
 from .registry import spec_of
 from .trace import Recorder, RowTrace
 
@@ -125,7 +125,7 @@ class Attachment:
         decoder = base.get_submodule(family.decoder)
         if isinstance(decoder, CompressedDecoder):
             raise ValueError("a compression is attached to this model already; detach it first")
-        _check(decoder, compression, base)
+        compression = _check(decoder, compression, base)
         self.compression, self._base, self._decoder = compression, base, decoder
         ids = [getattr(base.config, token, None) for token in family.token_ids]
         self._token_ids = [token for token in ids if token is not None]
@@ -318,15 +318,15 @@ def _become(decoder: torch.nn.Module, new: type) -> None:
             setattr(decoder, name, MethodType(new.forward, decoder))
 
 
-def _check(decoder, compression: Compression, model) -> None:
-    """Refuse what could only go wrong later."""
+def _check(decoder, compression: Compression, model) -> Compression:
+    """Refuse what could only go wrong later. Returns the compression with its layers in this decoder."""
     name, config, own = type(decoder).__name__, decoder.config, vars(decoder)
     if name not in DECODERS:
         raise ValueError(f"libra.attach does not support {name} decoders; it supports {', '.join(DECODERS)}")
     replaced = "forward" in own and getattr(own["forward"], "__func__", None) is not type(decoder).forward
     if replaced and "_old_forward" not in own:
         raise ValueError(f"the forward of this model's {name} was replaced (by torch.compile?); attach first, then replace it")
-    check_fits(decoder, compression)
+    compression = fitted(decoder, compression)
     kinds = {attention_kind(config, layer) for layer in range(config.num_hidden_layers)}
     if kinds - MASKS.keys():
         raise ValueError(f"libra.attach does not support {', '.join(kinds - MASKS.keys())}; it supports {', '.join(MASKS)}")
@@ -336,6 +336,7 @@ def _check(decoder, compression: Compression, model) -> None:
             f"layers: {compression.layers[0]} is too early: {name} adds visual features after its layers 0 to {deep - 1};"
             f" compress after layer {deep - 1} at the earliest"
         )
+    return compression
 
 
 def attach(model: PreTrainedModel, compression: Compression, trace: bool = False) -> Attachment:

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from .sentences import one_line, show
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, `error: …`, with exit status 2; the epilog keeps its line breaks.
@@ -16,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
         raise SystemExit(2)
 
 

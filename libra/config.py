@@ -1,24 +1,25 @@
 """What a compression is, and what a table row's YAML file says. Every field is checked and the wrong one is named."""
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS
+from . import plain_yaml
+from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS, natural_layers
 from .names import spelled
+from .registry import get_model
+from .sentences import ConfigError, did_you_mean, show
 
 IMPORTANCES = ("last", "mean")
 SCORE_LAYERS = ("same", "next")
 POSITIONS = ("original", "compact")
 ROUNDINGS = ("round", "floor", "ceil")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+MOST_LAYERS = 10_000
 
 _CHOICES = {
     "method": tuple(METHODS),
@@ -32,10 +33,6 @@ _CHOICES = {
 }
 
 
-class ConfigError(ValueError):
-    """One sentence that names the key, its value, the file if there is one, and what to write instead."""
-
-
 @dataclass(frozen=True)
 class Compression:
     """How visual tokens are compressed: choose targets × treat the rest × after these layers. Hashable; checked when made.
@@ -45,22 +42,24 @@ class Compression:
     select: who is a target (§3.2): intervals | topk | random | information, or a name of `libra.register_select`.
     merge: what becomes of the rest (§3.3): drop | average | igm | igm-pos (all merge) | igm-neg (none merges), or a name of
         `libra.register_merge`.
-    layers: compress after each of these 0-based layers; kept as a sorted tuple. Empty: nothing is compressed.
+    layers: compress after each of these 0-based layers; kept as a sorted tuple. Empty: nothing is compressed. None: at the
+        method's natural places, which `at_depth` finds once the depth of the model is known; every door of this package does.
     ratio: R, the fraction removed at each of them, in [0, 1); a text like "2/3" is that fraction.
     tau: τ, the similarity above which a token merges (igm only). eta: η of eq. 6's softmax, "mean" (of α) or a positive number.
     importance: α is the attention row of the last prompt token ("last", eq. 4), or the "mean" over the text after the image.
     score_layer: α from the "same" layer's query and keys, or the "next" layer's.
     positions: "original" position ids, or "compact" (renumbered).
     rounding: of (1-R)·N to whole tokens, round | floor | ceil. information_weight: λ of Turbo's information degree.
-    seed: of select random.
+    seed: of select random, below 2^64.
 
-    After construction no field is None. Raises ConfigError for a wrong value and for a key that would have no effect.
+    After construction no field but `method` and `layers` is None. Raises ConfigError for a wrong value and for a key that would
+    have no effect.
     """
 
     method: str | None = None
     select: str | None = None
     merge: str | None = None
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] | None = None
     ratio: float = 0.5
     tau: float = 0.7
     eta: str | float = "mean"
@@ -82,26 +81,28 @@ class Compression:
         for key in ("select", "merge", "importance", "score_layer", "positions", "rounding"):
             object.__setattr__(self, key, _choice(key, getattr(self, key)))
         for key, value in (
-            ("layers", _layers(self.layers)),
+            ("layers", () if self.layers is None and self.method == "vanilla" else _layers(self.layers)),
             ("ratio", _ratio(self.ratio)),
             ("tau", _number("tau", self.tau, lambda v: -1 <= v <= 1, "a number in [-1, 1]")),
             ("eta", _eta(self.eta)),
-            ("information_weight", _number("information_weight", self.information_weight, lambda v: v >= 0, "0 or more")),
-            ("seed", _whole("seed", self.seed)),
+            ("information_weight", _number("information_weight", self.information_weight, _is_weight, "0 to 1e9")),
+            ("seed", _seed(self.seed)),
         ):
             object.__setattr__(self, key, value)
         for key, why in self._without_effect().items():
             if getattr(self, key) != _default(key, self.method):
-                raise ConfigError(f"{key}: {_show(getattr(self, key))} has no effect: {why}; remove {key}")
+                raise ConfigError(f"{key}: {show(getattr(self, key))} has no effect: {why}; remove {key}")
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], source: str = "") -> "Compression":
         """A compression from plain keys, as YAML or `to_dict` gives them. `source` (a file's name) opens every error sentence.
 
-        Stricter than the constructor: `layers` has to be there unless the method is vanilla, and a key that is given but has
-        no effect is an error even at its default value. Raises ConfigError.
+        Stricter than the constructor: a key that is given but has no effect is an error even at its default value. Raises
+        ConfigError.
         """
         try:
+            if not isinstance(mapping, Mapping):
+                raise ConfigError(f"compression: {show(mapping)} is not a mapping; write {{method: …, layers: […]}}")
             _keys("compression", mapping, _NAMES)
             for key, value in mapping.items():
                 if value is None:
@@ -109,9 +110,7 @@ class Compression:
             compression = cls(**mapping)
             for key, why in compression._without_effect().items():
                 if key in mapping and key != "layers":
-                    raise ConfigError(f"{key}: {_show(mapping[key])} has no effect: {why}; remove {key}")
-            if "layers" not in mapping and compression.method != "vanilla":
-                raise ConfigError(_NO_LAYERS)
+                    raise ConfigError(f"{key}: {show(mapping[key])} has no effect: {why}; remove {key}")
         except ConfigError as error:
             raise _at(source, error) from None
         return compression
@@ -122,30 +121,58 @@ class Compression:
 
         Raises ConfigError, also for a missing or malformed file.
         """
-        mapping = _load(path)
+        mapping = plain_yaml.load(path)
         if mapping.keys() & {f.name for f in fields(Row)}:
-            return Row.from_yaml(path).compression
+            return _row(mapping, str(path)).compression
         return _block(mapping, str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The keys that matter, resolved, as plain YAML and JSON values; `from_dict` gives back an equal compression."""
         idle = self._without_effect()
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
-        if "layers" in values:
+        if values.get("layers") is not None:
             values["layers"] = list(self.layers)
+        else:
+            values.pop("layers", None)
         if self.method is None:
             del values["method"]
         return values
 
+    @property
+    def compresses(self) -> bool:
+        """Whether there is any layer to compress after, named or natural."""
+        return self.layers is None or bool(self.layers)
+
+    def at_depth(self, num_layers: int, source: str = "") -> "Compression":
+        """The same for a model of `num_layers` layers: `layers` is a tuple, the method's natural places where none were named.
+
+        Raises ConfigError, opened by `source`, when a compression layer is not among the model's.
+        """
+        if self.layers is not None:
+            self.check_layers(num_layers, source)
+            return self
+        layers = self._natural(num_layers)
+        if not layers:
+            problem = f"layers: a model of {num_layers} layers has no natural place for this method; name the layers"
+            raise _at(source, ConfigError(problem))
+        return replace(self, layers=layers)
+
     def check_layers(self, num_layers: int, source: str = "") -> None:
         """Raises ConfigError when a compression layer is not among a model's `num_layers` layers."""
-        for layer in self.layers:
+        for layer in self.layers or ():
+            problem = ""
             if layer >= num_layers:
-                problem = f"layers: {layer} is out of range: the model has layers 0 to {num_layers - 1}"
-                raise _at(source, ConfigError(problem))
-            if self.score_layer == "next" and layer == num_layers - 1:
-                problem = f"layers: {layer} is the last layer and score_layer: next needs one after it; use a smaller layer"
-                raise _at(source, ConfigError(problem))
+                problem = f"{show(layer)} is out of range: the model has layers 0 to {num_layers - 1}"
+            elif self.score_layer == "next" and layer == num_layers - 1:
+                problem = f"{layer} is the last layer and score_layer: next needs one after it"
+            if problem:
+                natural = self._natural(num_layers)
+                mend = f"use for example {show(natural)}" if natural else "use a smaller layer"
+                raise _at(source, ConfigError(f"layers: {problem}; {mend}"))
+
+    def _natural(self, num_layers: int) -> tuple[int, ...]:
+        last = num_layers - (2 if self.score_layer == "next" else 1)
+        return natural_layers(self.method, num_layers, last)
 
     def _without_effect(self) -> dict[str, str]:
         """Keys that change nothing here, each with the reason."""
@@ -173,7 +200,7 @@ class Row:
 
     model: a name of `libra.registry`; tasks: what it is evaluated on; paper: the paper's figures for it, for comparison only;
     name: the file's stem unless given; path: the file; title: in a table, the name unless given; attention: how the model
-    attends, one of `ATTENTIONS`. The score row is computed beside any of them.
+    attends, one of `ATTENTIONS`. The score row is computed next to any of them.
     """
 
     model: str
@@ -187,79 +214,70 @@ class Row:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Row":
-        """Reads and checks a row's file. Raises ConfigError naming the key and the file."""
-        mapping, source = _load(path), str(path)
-        try:
-            _keys("a row", mapping, ROW_KEYS)
-            for key, example in (("model", "model: llava-1.5-7b"), ("compression", "compression: {method: vanilla}")):
-                if key not in mapping:
-                    raise ConfigError(f"{key}: is missing; a row needs it, for example `{example}`")
-            for key in ("model", "name", "title"):
-                if key in mapping and (not isinstance(mapping[key], str) or not mapping[key]):
-                    raise ConfigError(f"{key}: {_show(mapping[key])} is not a name; write a text")
-            attention = _choice("attention", mapping.get("attention", cls.attention))
-            tasks, paper = mapping.get("tasks", []), mapping.get("paper", {})
-            if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
-                raise ConfigError(f"tasks: {_show(tasks)} is not a list of task names; write for example [gqa, mme]")
-            if len(set(tasks)) < len(tasks):
-                raise ConfigError(f"tasks: {_show(tasks)} names a task twice; name each once")
-            if not isinstance(paper, dict):
-                raise ConfigError(f"paper: {_show(paper)} is not a mapping; write for example {{table: 1, flops: 1.78}}")
-            for key, value in paper.items():
-                if not isinstance(key, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise ConfigError(f"paper: {_show(key)}: {_show(value)} is not a figure; write a name and a number")
-        except ConfigError as error:
-            raise _at(source, error) from None
-        compression = _block(mapping["compression"], source)
-        name = mapping.get("name", Path(path).stem)
-        return cls(mapping["model"], compression, tasks, paper, name, source, mapping.get("title", name), attention)
+        """Reads and checks a row's file; without layers the compression gets the natural places of the row's model.
+
+        Raises ConfigError naming the key and the file.
+        """
+        row = _row(plain_yaml.load(path), str(path))
+        if row.compression.layers is not None:
+            return row
+        return replace(row, compression=row.compression.at_depth(get_model(row.model, row.path).layers, row.path))
 
 
 _NAMES = tuple(f.name for f in fields(Compression))
 ROW_KEYS = ("model", "compression", "tasks", "paper", "name", "title", "attention")
-_NO_LAYERS = "layers: there are none; write for example layers: [7, 15, 23], or method: vanilla to compress nothing"
+_NO_LAYERS = (
+    "layers: there are none; write for example layers: [7, 15, 23], remove the key for the method's natural places, or write"
+    " method: vanilla to compress nothing"
+)
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with a key that is written twice an error instead of the last one winning."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is written twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _load(path: str | Path) -> dict[str, Any]:
-    """A YAML file's top mapping. Raises ConfigError for a missing, unreadable or malformed file."""
-    path = Path(path)
+def _row(mapping: dict[Any, Any], source: str) -> Row:
+    """A row from a file's keys; its compression may still be without layers."""
     try:
-        with open(path, encoding="utf-8") as file:
-            mapping = yaml.load(file, _Loader)  # a SafeLoader: plain values only
-    except FileNotFoundError:
-        beside = [other.name for other in path.parent.glob("*.yaml")]
-        raise ConfigError(f"{path}: there is no such file;{did_you_mean(path.name, beside) or ' check the path'}") from None
-    except yaml.MarkedYAMLError as error:
-        where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise ConfigError(f"{path}: is not valid YAML: {error.problem}{where}; correct that line") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ConfigError(f"{path}: is not a text file in UTF-8; a configuration is a YAML text") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a readable YAML file") from None
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: holds no keys; write a mapping such as `method: libra` with `layers: [7, 15, 23]`")
-    return mapping
+        _keys("a row", mapping, ROW_KEYS)
+        for key, example in (("model", "model: llava-1.5-7b"), ("compression", "compression: {method: vanilla}")):
+            if key not in mapping:
+                raise ConfigError(f"{key}: is missing; a row needs it, for example `{example}`")
+        for key in ("model", "name", "title"):
+            if key in mapping and not _is_name(mapping[key]):
+                raise ConfigError(f"{key}: {show(mapping[key])} is not a name; write a text of one line")
+        attention = _choice("attention", mapping.get("attention", Row.attention))
+        tasks, paper = _tasks(mapping.get("tasks", [])), _paper(mapping.get("paper", {}))
+    except ConfigError as error:
+        raise _at(source, error) from None
+    name = mapping.get("name", Path(source).stem)
+    compression = _block(mapping["compression"], source)
+    return Row(mapping["model"], compression, tasks, paper, name, source, mapping.get("title", name), attention)
+
+
+def _tasks(tasks: Any) -> list[str]:
+    if not isinstance(tasks, list) or not all(map(_is_name, tasks)):
+        raise ConfigError(f"tasks: {show(tasks)} is not a list of task names; write for example [gqa, mme]")
+    if len(set(tasks)) < len(tasks):
+        raise ConfigError(f"tasks: {show(tasks)} names a task twice; name each once")
+    return tasks
+
+
+def _paper(paper: Any) -> dict[str, float]:
+    if not isinstance(paper, dict):
+        raise ConfigError(f"paper: {show(paper)} is not a mapping; write for example {{table: 1, flops: 1.78}}")
+    for key, value in paper.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not _is_name(key) or not number or not abs(value) < 1e15:
+            raise ConfigError(f"paper: {show(key)}: {show(value)} is not a figure; write a name and a number")
+    return paper
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and value.isprintable()
 
 
 def _block(mapping: Any, source: str) -> Compression:
     """A file's compression keys; unlike a dictionary's, its list of layers is not allowed to be empty."""
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{source}: compression: {_show(mapping)} is not a mapping; write {{method: …, layers: […]}}")
     compression = Compression.from_dict(mapping, source)
-    if not compression.layers and compression.method != "vanilla":
-        raise ConfigError(f"{source}: {_NO_LAYERS}")
+    if not compression.compresses and compression.method != "vanilla":
+        raise _at(source, ConfigError(_NO_LAYERS))
     return compression
 
 
@@ -268,22 +286,13 @@ def _expand(method: str | None) -> dict[str, str]:
 
 
 def _default(key: str, method: str | None) -> Any:
+    if method == "vanilla" and key == "layers":
+        return ()
     return _expand(method).get(key, Compression.__dataclass_fields__[key].default)
 
 
 def _at(source: str, error: ConfigError) -> ConfigError:
     return ConfigError(f"{source}: {error}" if source else str(error))
-
-
-def _show(value: Any) -> str:
-    """A value as it stands in a file: text without quotes, as long as it can be told from nothing."""
-    return value if isinstance(value, str) and value.strip() else str(list(value)) if isinstance(value, tuple) else repr(value)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """" did you mean …?" with the known word nearest to a wrong one, or nothing where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" did you mean {near[0]}?" if near else ""
 
 
 def _keys(what: str, mapping: Mapping[Any, Any], known: tuple[str, ...]) -> None:
@@ -292,8 +301,8 @@ def _keys(what: str, mapping: Mapping[Any, Any], known: tuple[str, ...]) -> None
             continue
         if key in _NAMES:
             raise ConfigError(f"{key}: is a key of the compression; move it into the block `compression:`")
-        hint = did_you_mean(str(key), known)
-        raise ConfigError(f"{_show(key)}: is no key of {what};{hint} the keys are {', '.join(known)}")
+        hint = did_you_mean(key, known) if isinstance(key, str) else ""
+        raise ConfigError(f"{show(key)}: is no key of {what};{hint} the keys are {', '.join(known)}")
 
 
 def _choice(key: str, value: Any) -> str:
@@ -301,7 +310,8 @@ def _choice(key: str, value: Any) -> str:
     known = _CHOICES[key]
     name = spelled(value, known)
     if name is None:
-        raise ConfigError(f"{key}: {_show(value)} is unknown;{did_you_mean(str(value), known)} use one of {', '.join(known)}")
+        hint = did_you_mean(value, known) if isinstance(value, str) else ""
+        raise ConfigError(f"{key}: {show(value)} is unknown;{hint} use one of {', '.join(known)}")
     return name
 
 
@@ -314,46 +324,58 @@ def _number(key: str, value: Any, allowed, what: str) -> float:
         # YAML reads 1e-3 as text.
         dotted = isinstance(value, str) and re.fullmatch(r"\s*[-+]?[\d.]+([eE][-+]?\d+)?\s*", value)
         hint = " without quotes, such as 0.001 or 1.0e-3" if dotted else ""
-        raise ConfigError(f"{key}: {_show(value)} is not a number; write {what}{hint}")
-    if not math.isfinite(value) or not allowed(value):
-        raise ConfigError(f"{key}: {_show(value)} is out of range; write {what}")
-    return float(value)
+        raise ConfigError(f"{key}: {show(value)} is not a number; write {what}{hint}")
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of 310 digits
+        number = math.inf
+    if not math.isfinite(number) or not allowed(number):
+        raise ConfigError(f"{key}: {show(value)} is out of range; write {what}")
+    return number
 
 
-def _whole(key: str, value: Any) -> int:
-    if not _is_whole(value) or value < 0:
-        raise ConfigError(f"{key}: {_show(value)} is not a whole number; write 0, 1, 2 …")
+def _is_weight(value: float) -> bool:
+    return 0 <= value <= 1e9
+
+
+def _seed(value: Any) -> int:
+    if not _is_whole(value) or not 0 <= value < 2**64:
+        raise ConfigError(f"seed: {show(value)} is not a whole number from 0 to 2^64 - 1; write 0, 1, 2 …")
     return int(value)
 
 
 def _ratio(value: Any) -> float:
     what = "a number in [0, 1), the fraction removed, such as 0.5 or 2/3"
-    fraction = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", value) if isinstance(value, str) else None
+    fraction = re.fullmatch(r"\s*([0-9]{1,15})\s*/\s*([0-9]{1,15})\s*", value) if isinstance(value, str) else None
     if fraction:
         top, bottom = map(int, fraction.groups())
         if top >= bottom:
-            raise ConfigError(f"ratio: {value} is out of range; write {what}")
+            raise ConfigError(f"ratio: {show(value)} is out of range; write {what}")
         return top / bottom
     return _number("ratio", value, lambda v: 0 <= v < 1, what)
 
 
 def _eta(value: Any) -> str | float:
-    what = 'the word "mean" or a positive number'
+    what = 'the word "mean" or a positive number, 1e-30 to 1e30'
     if isinstance(value, str):
         if value == "mean":
             return value
-        raise ConfigError(f"eta: {_show(value)} is unknown; write {what}")
-    return _number("eta", value, lambda v: v > 0, what)
+        raise ConfigError(f"eta: {show(value)} is unknown; write {what}")
+    return _number("eta", value, lambda v: 1e-30 <= v <= 1e30, what)  # float32 divides by it
 
 
-def _layers(value: Any) -> tuple[int, ...]:
+def _layers(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
     if not isinstance(value, (list, tuple, range)):
-        raise ConfigError(f"layers: {_show(value)} is not a list; write a list of layer numbers such as [7, 15, 23]")
+        raise ConfigError(f"layers: {show(value)} is not a list; write a list of layer numbers such as [7, 15, 23]")
+    if len(value) > MOST_LAYERS:
+        raise ConfigError(f"layers: there are {len(value)}, more than any model has; write a list such as [7, 15, 23]")
     for layer in value:
         if not _is_whole(layer):
-            raise ConfigError(f"layers: {_show(layer)} is not a layer number; write whole numbers such as [7, 15, 23]")
+            raise ConfigError(f"layers: {show(layer)} is not a layer number; write whole numbers such as [7, 15, 23]")
         if layer < 0:
-            raise ConfigError(f"layers: {layer} is out of range; layers are counted from 0")
+            raise ConfigError(f"layers: {show(layer)} is out of range; layers are counted from 0")
     if len(set(value)) < len(value):
-        raise ConfigError(f"layers: {_show(list(value))} names a layer twice; name each layer once")
+        raise ConfigError(f"layers: {show(list(value))} names a layer twice; name each layer once")
     return tuple(sorted(int(layer) for layer in value))

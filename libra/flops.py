@@ -71,7 +71,7 @@ def report(row: Row, visual_tokens: int | None = None) -> dict:
     spec, c = get_model(row.model, row.path), row.compression
     sequences = spec.visual_tokens if visual_tokens is None else (visual_tokens,)
     c.check_layers(spec.layers, row.path)
-    vanilla = cost(spec, Compression(), sequences)
+    vanilla = cost(spec, Compression(method="vanilla"), sequences)
     views = {}
     for view, whole in (("nominal", False), ("actual", True)):
         counted = cost(spec, c, sequences, whole)

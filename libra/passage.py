@@ -34,14 +34,18 @@ def position_axes(decoder) -> int:
     return 3 if hasattr(decoder.rotary_emb, "mrope_section") else 1
 
 
-def check_fits(decoder, compression: Compression) -> None:
-    """Raises ValueError for a layer that the decoder does not have, and for positions that cannot be renumbered."""
-    compression.check_layers(decoder.config.num_hidden_layers)
+def fitted(decoder, compression: Compression) -> Compression:
+    """The compression with its layers in this decoder, the natural ones where none are named.
+
+    Raises ValueError for a layer that the decoder does not have, and for positions that cannot be renumbered.
+    """
+    compression = compression.at_depth(decoder.config.num_hidden_layers)
     if compression.positions == "compact" and position_axes(decoder) > 1:
         raise ValueError(
             f"positions: compact cannot renumber the multi-axis positions of {type(decoder).__name__};"
             " add `positions: original`"
         )
+    return compression
 
 
 class Passage:
@@ -66,7 +70,7 @@ class Passage:
         visual=None, labels=None, score_columns=None, keys=None, trace=False,
     ):
         self.decoder, self.cache = decoder, cache
-        self.compression = compression if compression is not None and compression.layers else None
+        self.compression = None if compression is None or not compression.compresses else fitted(decoder, compression)
         past = 0 if cache is None else cache.get_seq_length()
         self._text_positions, self._positions = self._split(position_ids, past, inputs_embeds)
         self._rotary = decoder.rotary_emb(inputs_embeds, self._positions)
@@ -78,7 +82,6 @@ class Passage:
             self._masks = self._make_masks(range(layers), inputs_embeds, attention_mask, self._text_positions)
             return
 
-        check_fits(decoder, self.compression)
         hybrid.enable(decoder.config)
         starts = [0, *(layer + 1 for layer in self.compression.layers)]
         used_before = past > 0 and not isinstance(cache, StagedCache)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import ConfigError, did_you_mean
+from .sentences import ConfigError, did_you_mean, show
 
 _FILE = Path(__file__).with_name("models.yaml")
 
@@ -53,7 +53,7 @@ def get_model(name: str, source: str = "") -> ModelSpec:
     if name not in models:
         hint = did_you_mean(name, models)
         where = f"{source}: " if source else ""
-        raise ConfigError(f"{where}model: {name} is unknown;{hint} use one of {', '.join(models)}")
+        raise ConfigError(f"{where}model: {show(name)} is unknown;{hint} use one of {', '.join(models)}")
     return models[name]
 
 

@@ -5,27 +5,39 @@ A compression after layer L leaves layers 0..L on the longer sequence; layer L+1
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
 
-from .config import ROUNDINGS, Compression, ConfigError
+from .config import ROUNDINGS, Compression
+from .sentences import ConfigError
 
 
+@lru_cache(maxsize=1 << 12)
 def kept(n: int, ratio: float, rounding: str = "round") -> int:
     """Targets N_t that a span of `n` visual tokens keeps when the fraction `ratio` in [0, 1) is removed (§3.1).
 
-    rounding: "round" (Python's round of (1-R)·N, halves to even) | "floor" | "ceil". At least one token of a span stays;
-    an empty span keeps none. ConfigError for another rounding.
+    rounding: "round" (to the nearest whole number, halves to the even one) | "floor" | "ceil", of (1-R)·N without float error.
+    At least one token of a span stays; an empty span keeps none. ConfigError for another rounding.
     """
-    exact = (1 - ratio) * n
+    exact = (1 - _written(ratio, n)) * n
     if rounding == "round":
         whole = round(exact)
     elif rounding == "floor":
-        # (1 - 0.8) * 10 is 1.9999999999999996: rid the product of its float error before cutting it.
-        whole = math.floor(round(exact, 6))
+        whole = math.floor(exact)
     elif rounding == "ceil":
-        whole = math.ceil(round(exact, 6))
+        whole = math.ceil(exact)
     else:
         raise ConfigError(f"rounding: {rounding} is unknown; use one of {', '.join(ROUNDINGS)}")
     return min(n, max(1, whole))
+
+
+def _written(ratio: float, n: int) -> Fraction:
+    """The fraction that a float was written as, such as 7/10 or 2/3, where it matters for a span of `n` tokens.
+
+    (1-R)·N is whole or half-way between two whole numbers only for an R whose denominator is at most 2·N.
+    """
+    simple = Fraction(ratio).limit_denominator(max(1, 2 * n))
+    return simple if float(simple) == ratio else Fraction(ratio)
 
 
 def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
@@ -33,7 +45,7 @@ def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
 
     ConfigError when the compression names a layer that the model does not have.
     """
-    c.check_layers(num_layers)
+    c = c.at_depth(num_layers)
     return [n * (1 - c.ratio) ** sum(done < layer for done in c.layers) for layer in range(num_layers)]
 
 
@@ -43,7 +55,7 @@ def actual(c: Compression, num_layers: int, spans: Sequence[int]) -> list[int]:
     spans: lengths of one sample's spans. The compensation tokens are not counted (§3.3: their FLOPs are negligible).
     ConfigError when the compression names a layer that the model does not have.
     """
-    c.check_layers(num_layers)
+    c = c.at_depth(num_layers)
     lengths, counts = list(spans), []
     for layer in range(num_layers):
         counts.append(sum(lengths))

@@ -7,6 +7,7 @@ except in a chat that is prefilled with its earlier turns), ``spans`` the length
 """
 
 import math
+from fractions import Fraction
 
 Vector = list[float]
 Matrix = list[list[float]]
@@ -51,8 +52,10 @@ def attention_row(query: Matrix, keys: list[Matrix], scaling: float, visible: li
 
 
 def kept(n: int, ratio: float) -> int:
-    """§3.1 and reading 3: N_t = max(1, round((1 - R) · N))."""
-    return max(1, round((1 - ratio) * n))
+    """§3.1 and reading 3: N_t = max(1, round((1 - R) · N)), of the fraction R that the float stands for."""
+    simple = [Fraction(top, bottom) for bottom in range(1, 2 * n + 1) if (top := round(ratio * bottom)) / bottom == ratio]
+    exact = simple[0] if simple else Fraction(ratio)
+    return max(1, round((1 - exact) * n))
 
 
 def span_of_each(spans: list[int]) -> list[int]:

@@ -67,7 +67,7 @@ class Turn:
 def replayed(model, turns: list[Turn]) -> list[torch.Tensor]:
     """The logits of each turn's answer by one cache-free pass by hand; a turn's images are scored by its own end."""
     embed, parts, prefills, spans, start = model.get_input_embeddings(), [], [], [], 0
-    c = model.compression or Compression()
+    c = model.compression or Compression(method="vanilla")
     for turn in turns:
         if turn.pixels is None:
             embeds, visual = embed(turn.ids)[0], torch.zeros(turn.ids.shape[1], dtype=torch.bool)

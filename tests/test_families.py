@@ -275,7 +275,7 @@ def test_without_compression_and_afterwards_no_bit_differs(family, text, attenti
     model, talks = families.model(family, text, attention), talks_of(family)
     answered = collate(family, talks_of(family, ["t2 v t3 a2", "t4 i t5 a3", "t3 a1"]), "right", labels=True)
     plain, loss = Behaviour.of(model, family, talks), model(**answered).loss
-    with libra.attach(model, Compression()) as handle:
+    with libra.attach(model, Compression(method="vanilla")) as handle:
         assert Behaviour.of(model, family, talks) == plain
         assert torch.equal(model(**answered).loss, loss) and handle.stats is None
     with libra.attach(model, LIBRA):
@@ -548,7 +548,7 @@ def test_flash_attention_gets_no_position_ids_with_gaps(flash_reference, family)
         model.generate(**collate(family, [t]), max_new_tokens=STEPS, **SAID)
     assert len(seen) == 6 * STEPS and all(given == (None, None) for given in seen)
     seen.clear()
-    with libra.attach(model, Compression()):
+    with libra.attach(model, Compression(method="vanilla")):
         assert torch.equal(model(**collate(family, [t])).logits, plain)
     for (one, _), (other, _) in zip(untouched, seen, strict=True):
         assert one is other is None or torch.equal(one, other)

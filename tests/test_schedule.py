@@ -47,7 +47,7 @@ def test_compression_after_layer_l_leaves_l_plus_one_long_layers():
     assert nominal(c, 6, 10) == [10, 10, 5, 5, 2.5, 2.5]
     assert actual(c, 6, [10]) == [10, 10, 5, 5, 2, 2]
     assert actual(Compression(layers=(5,)), 6, [10]) == [10] * 6
-    assert nominal(Compression(), 3, 7) == actual(Compression(), 3, [7]) == [7, 7, 7]
+    assert nominal(Compression(layers=()), 3, 7) == actual(Compression(method="vanilla"), 3, [7]) == [7, 7, 7]
 
 
 def test_spans_are_shortened_each_by_itself():

@@ -71,7 +71,7 @@ def trace_image(model, processor, compression: Compression, image: Image.Image, 
     with attach(model, compression, trace=True) as handle, torch.no_grad():
         model(**inputs)
     trace = handle.trace[0]
-    return Record(trace, compression, tuple(blocks_of(inputs, image, trace.spans, processor, model.config)))
+    return Record(trace, handle.compression, tuple(blocks_of(inputs, image, trace.spans, processor, model.config)))
 
 
 def load(path: str):

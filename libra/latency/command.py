@@ -45,7 +45,7 @@ class Subject:
 def build(args, row: Row, registered: ModelSpec, prompt: Prompt, device: torch.device) -> Subject:
     """The model and its compression, from the command's arguments. Raises ValueError."""
     dtype = getattr(torch, args.dtype)
-    if not row.compression.layers:
+    if not row.compression.compresses:
         raise ConfigError(f"{row.path}: this row compresses nothing; give a row with compression layers")
     model, spec = None, registered
     if args.checkpoint:

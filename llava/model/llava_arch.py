@@ -64,7 +64,7 @@ class LlavaMetaForCausalLM:
             libra.config.ConfigError: if a compression layer is not a layer of this model.
         """
         if compression is not None:
-            compression.check_layers(self.config.num_hidden_layers)
+            compression = compression.at_depth(self.config.num_hidden_layers)
         self.model.compression, self.model.trace = compression, trace
         self.model.last_stats = self.model.recorder = None
 

@@ -88,7 +88,7 @@ def find_start(
     if model.version != "plain":
         config.conversation = model.version
     if compression is not None:
-        config.trained_with_compression = compression.to_dict()
+        config.trained_with_compression = compression.at_depth(config.num_hidden_layers).to_dict()
     return Start(folder, model_class, config, tokenizer, processor, is_llava, tower_inside, tower_name, projector)
 
 
