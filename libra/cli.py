@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from .sentences import one_line, show
+from .sentences import one_line
 
 
 class Parser(argparse.ArgumentParser):

@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from numbers import Integral
 
 import torch
 from torch.profiler import record_function
 
+from . import merge, select
+from .config import Compression
 from .layout import Layout, ordinals, take
-from .merge import MERGERS, NOWHERE, Matches, group_softmax, merge_groups
-from .select import SELECTORS, Candidates
-
-if TYPE_CHECKING:
-    from .config import Compression
+from .merge import MERGERS, NOWHERE, Matches, check_slots, group_softmax, merge_groups
+from .select import SELECTORS, Candidates, check_targets
 
 NEVER_COMPENSATE = {"drop", "average", "igm-pos"}  # no room need be left for one
 
@@ -66,7 +65,7 @@ class Compressed:
 def compress_layout(
     hidden: torch.Tensor,
     importance: torch.Tensor,
-    c: "Compression",
+    c: Compression,
     layout: Layout,
     score_rows: torch.Tensor | None = None,
     keys: torch.Tensor | None = None,
@@ -81,10 +80,13 @@ def compress_layout(
         importance = importance.detach().float().masked_fill(~layout.valid, 0.0)
         candidates = Candidates(hidden, importance, layout, score_rows, keys)
         is_target = SELECTORS[c.select](candidates, c)
+        if c.select not in select.BUILT_IN:
+            is_target = check_targets(c.select, is_target, layout)
         targets = ordinals(is_target, layout.targets)
     matches = Matches(candidates, None if c.eta == "mean" else c.eta, is_target, targets)
     with record_function("libra.similarity"):
-        groups, logits = MERGERS[c.merge](matches, c)
+        returned = MERGERS[c.merge](matches, c)
+        groups, logits = returned if c.merge in merge.BUILT_IN else check_slots(c.merge, returned, matches)
     with record_function("libra.merge"):
         groups = groups.masked_fill(~layout.valid, NOWHERE)
         mask, slots, has_one = layout.target_valid, layout.targets, None
@@ -103,7 +105,7 @@ def compress_layout(
 def compress(
     hidden: torch.Tensor,
     importance: torch.Tensor,
-    c: "Compression",
+    c: Compression,
     lengths: torch.Tensor | Sequence[int] | None = None,
     spans: Sequence[Sequence[int]] | None = None,
 ) -> Compressed:
@@ -117,23 +119,18 @@ def compress(
         spans: for each row the lengths of its contiguous runs of visual tokens; they sum to its length. One run where None.
 
     Raises:
-        ValueError: if shapes, lengths and spans do not agree, or a row has no visual token.
+        ValueError: if shapes, lengths and spans do not agree, there is no row or a row without visual tokens, hidden states are
+            not floating-point numbers, anything but padding is NaN or infinite, or ``c`` is vanilla, which does nothing.
     """
-    if hidden.ndim != 3 or importance.shape != hidden.shape[:2]:
-        raise ValueError(
-            f"hidden must be (B, N, D) and importance (B, N), but they are {tuple(hidden.shape)} and {tuple(importance.shape)}"
-        )
-    batch, count, _ = hidden.shape
-    if lengths is None:
-        lengths = [count] * batch if spans is None else [sum(row) for row in spans]
-    lengths = [int(n) for n in lengths]
-    spans = [[n] for n in lengths] if spans is None else [list(row) for row in spans]
-    if len(lengths) != batch or len(spans) != batch or [sum(row) for row in spans] != lengths:
-        raise ValueError(f"lengths and spans must describe {batch} rows and agree, but they are {lengths} and {spans}")
-    if min(lengths) < 1 or max(lengths) > count or any(n < 1 for row in spans for n in row):
-        raise ValueError(f"every row needs 1 to {count} visual tokens and no empty span, but the spans are {spans}")
+    if not isinstance(c, Compression) or c.method == "vanilla":
+        raise ValueError("libra.compress needs a libra.Compression that compresses, such as Compression(method='libra')")
+    _check_tensors(hidden, importance)
+    spans = _spans(hidden, lengths, spans)
     layout = Layout.build(spans, c.ratio, c.rounding, hidden.device)
-    longest = layout.tokens
+    for name, finite in (("hidden", hidden.isfinite().all(-1)), ("importance", importance.isfinite())):
+        if not bool((finite[:, : layout.tokens] | ~layout.valid).all()):
+            raise ValueError(f"{name} has NaN or infinite numbers; correct the numbers that come in")
+    longest, count = layout.tokens, hidden.shape[1]
     step = compress_layout(hidden[:, :longest], importance[:, :longest], c, layout).trimmed()
     if longest == count:
         return step
@@ -142,3 +139,38 @@ def compress(
     names = ("token_weights", "importance", "similarity")
     padded = {name: torch.nn.functional.pad(value, pad) for name in names if (value := getattr(step, name)) is not None}
     return replace(step, groups=groups, **padded)
+
+
+def _check_tensors(hidden, importance) -> None:
+    """Raises ValueError unless they are (B, N, D) and (B, N), with numbers that can be merged and compared."""
+    if not isinstance(hidden, torch.Tensor) or not isinstance(importance, torch.Tensor):
+        raise ValueError(f"hidden and importance must be tensors, not {type(hidden).__name__} and {type(importance).__name__}")
+    if hidden.ndim != 3 or importance.shape != hidden.shape[:2] or not hidden.numel():
+        raise ValueError(
+            f"hidden must be (B, N, D) and importance (B, N), none of them 0, but they are {tuple(hidden.shape)} and"
+            f" {tuple(importance.shape)}"
+        )
+    if not hidden.is_floating_point() or importance.is_complex():
+        kinds = f"{hidden.dtype} and {importance.dtype}"
+        raise ValueError(f"hidden must be floating-point numbers and importance real ones, but they are {kinds}")
+
+
+def _spans(hidden: torch.Tensor, lengths, spans) -> list[list[int]]:
+    """The lengths of each row's spans. Raises ValueError where they do not describe ``hidden``."""
+    batch, count, _ = hidden.shape
+    if isinstance(lengths, torch.Tensor):
+        lengths = lengths.tolist()
+    try:
+        spans = None if spans is None else [list(row) for row in spans]
+        if lengths is None:
+            lengths = [count] * batch if spans is None else [sum(row) for row in spans]
+        spans = [[n] for n in lengths] if spans is None else spans
+        agree = len(lengths) == len(spans) == batch and [sum(row) for row in spans] == list(lengths)
+    except TypeError:
+        agree = False
+    if not agree:
+        raise ValueError(f"lengths and spans must describe {batch} rows and agree, but they are {lengths} and {spans}")
+    whole = all(isinstance(n, Integral) and n >= 1 for row in spans for n in row)
+    if not whole or min(lengths) < 1 or max(lengths) > count:
+        raise ValueError(f"every row needs 1 to {count} visual tokens and no empty span, but the spans are {spans}")
+    return [[int(n) for n in row] for row in spans]

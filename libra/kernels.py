@@ -151,6 +151,14 @@ def score_row(
     return attention
 
 
+@triton.jit
+def _cosine(product, length):
+    """A product of a token with a unit vector over the token's length, in [-1, 1]; -inf for nobody stays."""
+    cosine = tl.div_rn(product, length)
+    cosine = tl.where(cosine > 1.0, 1.0, cosine)
+    return tl.where((cosine < -1.0) & (cosine > float("-inf")), -1.0, cosine)
+
+
 @triton.jit(do_not_specialize=["count", "total", "per_split", "splits"])
 def _most_similar(
     tokens, others, token_groups, other_groups, best, place, lengths,
@@ -209,7 +217,7 @@ def _most_similar(
     token_length = tl.maximum(tl.sqrt_rn(tl.sum(squares_here, 1)), 1e-12)
     out = (batch * splits + split) * count + token
     if WHOLE:
-        highest = tl.div_rn(highest, token_length)
+        highest = _cosine(highest, token_length)
     elif split == 0:
         tl.store(lengths + batch * count + token, token_length, mask=is_token)
     tl.store(best + out, highest, mask=is_token)
@@ -230,7 +238,7 @@ def _best_split(part_best, part_place, lengths, best, place, count, splits, TOKE
     chosen = tl.min(tl.where(parts == top[None, :], split[:, None], SPLITS - 1), 0)
     found = tl.load(part_place + (batch * splits + chosen) * count + token, mask=is_token & (chosen < splits), other=0)
     length = tl.load(lengths + batch * count + token, mask=is_token, other=1.0)
-    tl.store(best + batch * count + token, tl.div_rn(top, length), mask=is_token)
+    tl.store(best + batch * count + token, _cosine(top, length), mask=is_token)
     tl.store(place + batch * count + token, found, mask=is_token)
 
 

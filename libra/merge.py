@@ -1,6 +1,7 @@
 """What becomes of the tokens that are no targets (§3.3 and the baselines).
 
-A merger says for each visual token which output slot it goes to and how much it counts there; :func:`apply` does the rest.
+A merger says for each visual token which output slot it goes to and how much it counts there; :mod:`libra.compress` does the
+rest.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from .fuse import fused
 from .layout import Layout, flat_rows, ordinals, take
 from .methods import MERGERS
-from .select import Candidates
+from .select import Candidates, register
 from .similarity import most_similar
 
 if TYPE_CHECKING:
@@ -97,14 +98,40 @@ def register_merge(name: str) -> Callable[[Merger], Merger]:
     """Make a merger usable as ``merge: name`` in every configuration.
 
     It returns, both (B, N): the output slot of each token (:data:`NOWHERE`, a target's slot or ``matches.compensation``) and
-    the logit of its weight there; weights are the softmax of the logits within a slot.
+    the logit of its weight there; weights are the softmax of the logits within a slot. That is checked at every use
+    (:func:`check_slots`). Raises ValueError for a name that is taken.
     """
+    return register(MERGERS, "merge", name)
 
-    def add(function: Merger) -> Merger:
-        MERGERS[name] = function
-        return function
 
-    return add
+def check_slots(name: str, returned, matches: Matches) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots and logits that merger ``name`` returned, if they keep to the contract; this waits for the device.
+
+    Raises:
+        ValueError: unless both are (B, N), every target is in its own slot, every other token nowhere, in the slot of a target
+            of its own span or in the compensation token's, and every logit is finite.
+    """
+    layout = matches.layout
+    shape, own = tuple(layout.valid.shape), matches.own_slot
+    pair = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
+    if not all(isinstance(part, torch.Tensor) and tuple(part.shape) == shape for part in pair):
+        raise ValueError(f"merge {name} has to return two tensors of {shape}: slots, and the logits of the weights in them")
+    slots, logits = pair
+    if slots.dtype != torch.long or not logits.is_floating_point():
+        raise ValueError(f"merge {name} returned {slots.dtype} slots and {logits.dtype} logits; return torch.long and floats")
+    of_own_span = (slots >= layout.first_target) & (slots < layout.first_target + layout.span_keeps)
+    allowed = of_own_span | (slots == NOWHERE) | (slots == matches.compensation)
+    allowed = torch.where(matches.is_target, slots == own, allowed) | ~layout.valid
+    for wrong, problem in (
+        (~allowed, "slot {slot}; a target stays in its own slot, the rest goes to NOWHERE, to a target of its span or to"
+                   " matches.compensation"),
+        (layout.valid & (slots != NOWHERE) & ~logits.isfinite(), "a weight's logit {logit}; give finite numbers"),
+    ):
+        if bool(wrong.any()):
+            row, token = wrong.nonzero()[0].tolist()
+            told = problem.format(slot=int(slots[row, token]), logit=float(logits[row, token]))
+            raise ValueError(f"merge {name} gave token {token} of row {row} {told}")
+    return slots, logits.float()
 
 
 @register_merge("drop")
@@ -139,6 +166,9 @@ def igm_neg(matches: Matches, c: "Compression"):
     return torch.where(matches.is_target, matches.own_slot, matches.compensation), matches.pull
 
 
+BUILT_IN = frozenset(MERGERS)  # tested here, so they are not checked at every use
+
+
 @fused
 def group_softmax(logits: torch.Tensor, groups: torch.Tensor, slots: int) -> torch.Tensor:
     """Softmax of ``logits`` (B, N) within each of ``slots`` groups; a token whose group is :data:`NOWHERE` gets weight 0."""
@@ -152,9 +182,13 @@ def group_softmax(logits: torch.Tensor, groups: torch.Tensor, slots: int) -> tor
 
 @fused
 def merge_groups(hidden: torch.Tensor, groups: torch.Tensor, weights: torch.Tensor, slots: int) -> torch.Tensor:
-    """Eq. 7, V′ = W V, with W given by its one non-zero a column: (B, N, D) to (B, slots, D), summed in float32."""
+    """Eq. 7, V′ = W V, with W given by its one non-zero a column: (B, N, D) to (B, slots, D).
+
+    Summed in float32, and float64 hidden states in float64.
+    """
     batch, _, width = hidden.shape
+    precise = torch.promote_types(hidden.dtype, torch.float32)
     index = flat_rows(torch.where(groups == NOWHERE, slots, groups), slots + 1)
-    merged = hidden.new_zeros((batch * (slots + 1), width), dtype=torch.float32)
-    merged = merged.index_add(0, index, (hidden.float() * weights[..., None]).flatten(0, 1))
+    merged = hidden.new_zeros((batch * (slots + 1), width), dtype=precise)
+    merged = merged.index_add(0, index, (hidden.to(precise) * weights[..., None]).flatten(0, 1))
     return merged.view(batch, slots + 1, width)[:, :slots].to(hidden.dtype)

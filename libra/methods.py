@@ -67,7 +67,7 @@ METHODS = {
 
 
 def natural_layers(method: str | None, num_layers: int, last: int) -> tuple[int, ...]:
-    """Where a method compresses in a model of `num_layers` layers when nobody says: 7, 15, 23 of 32 and 2, 5, 8 of 12 for libra.
+    """Where a method compresses in a model of `num_layers` layers when nobody says, such as libra after 7, 15, 23 of 32.
 
     last: the last layer that may be one of them. Without a method: the paper's quarter points.
     """

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from .fuse import fused
-from .layout import Layout
+from .layout import Layout, take
 from .methods import SELECTORS
-from .similarity import most_similar
+from .sentences import show
+from .similarity import cosine, most_similar
 
 if TYPE_CHECKING:
     from .config import Compression
@@ -50,13 +51,57 @@ Selector = Callable[[Candidates, "Compression"], torch.Tensor]
 
 
 def register_select(name: str) -> Callable[[Selector], Selector]:
-    """Make a selector usable as ``select: name`` in every configuration."""
+    """Make a selector usable as ``select: name`` in every configuration.
 
-    def add(function: Selector) -> Selector:
-        SELECTORS[name] = function
+    What it returns is checked at every use (:func:`check_targets`). Raises ValueError for a name that is taken.
+    """
+    return register(SELECTORS, "select", name)
+
+
+def register(table: dict[str, Callable], what: str, name: str) -> Callable[[Callable], Callable]:
+    """A decorator that puts a function into ``table``. Raises ValueError for what is no name, or another function's name."""
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise ValueError(f'register_{what} takes a name: write @register_{what}("mine") above the function, not {show(name)}')
+
+    def add(function: Callable) -> Callable:
+        # A notebook's cell that is run again defines the same function once more.
+        if table.get(name) is not None and _path(table[name]) != _path(function):
+            raise ValueError(f"{what}: {name} is taken by {_path(table[name])}; choose another name")
+        table[name] = function
         return function
 
     return add
+
+
+def _path(function: Callable) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def check_targets(name: str, is_target, layout: Layout) -> torch.Tensor:
+    """What selector ``name`` returned, if it keeps to the contract; this waits for the device.
+
+    Raises:
+        ValueError: unless it is (B, N) bool with exactly ``layout.keeps`` targets in each span and none outside.
+    """
+    shape = layout.valid.shape
+    if not isinstance(is_target, torch.Tensor) or is_target.dtype != torch.bool or is_target.shape != shape:
+        given = type(is_target).__name__
+        if isinstance(is_target, torch.Tensor):
+            given = f"{tuple(is_target.shape)} {is_target.dtype}"
+        raise ValueError(f"select {name} returned {given}; it has to return {tuple(shape)} bool, True at the targets")
+    is_target = is_target.to(layout.device)
+    width = max(map(len, layout.spans)) + 1  # the last one collects what lies in the padding
+    counts = torch.zeros(len(is_target), width, dtype=torch.long, device=layout.device)
+    for row, found in enumerate(counts.scatter_add_(1, layout.span, is_target.long()).tolist()):
+        wanted = [*layout.keeps[row], *[0] * (width - len(layout.keeps[row]))]
+        wrong = next((i for i in range(width) if found[i] != wanted[i]), None)
+        if wrong is not None:
+            place = f"span {wrong} of row {row}" if wrong < len(layout.keeps[row]) else f"the padding of row {row}"
+            raise ValueError(
+                f"select {name} chose {found[wrong]} targets in {place}, which keeps {wanted[wrong]}; choose exactly"
+                " layout.keeps of each span, as libra.select.top_of_span does"
+            )
+    return is_target
 
 
 def top_of_span(scores: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -105,7 +150,9 @@ def information(candidates: Candidates, c: "Compression") -> torch.Tensor:
     """
     layout, hidden = candidates.layout, candidates.hidden.detach()
     spans = layout.span.masked_fill(~layout.valid, -1)
-    redundancy, _ = most_similar(hidden, hidden, (spans, spans), itself=False)
+    similarity, partner = most_similar(hidden, hidden, (spans, spans), itself=False)
+    # Two tokens that are each other's nearest are equally redundant; rounding must not decide between them.
+    redundancy = torch.where(similarity.isinf(), similarity, cosine(hidden, take(hidden, partner)))
     relative = torch.nan_to_num(candidates.importance / candidates.importance_mean, nan=1.0)
     return top_of_span(c.information_weight * relative - redundancy, layout)
 
@@ -114,10 +161,14 @@ def information(candidates: Candidates, c: "Compression") -> torch.Tensor:
 def random(candidates: Candidates, c: "Compression") -> torch.Tensor:
     """A pseudo-random choice that depends on seed, row key and place alone: the same in any batch, on any device."""
     layout = candidates.layout
-    state = c.seed * 7_919 + layout.index + layout.tokens_of_row[:, None] * 104_729
+    start = (c.seed * 7_919 + 2**63) % 2**64 - 2**63  # as a 64-bit number, which wraps
+    state = start + layout.index + layout.tokens_of_row[:, None] * 104_729
     if candidates.keys is not None:
         state = state + candidates.keys[:, None] * 1_000_003
     for _ in range(3):
         state = state * 6_364_136_223_846_793_005 + 1_442_695_040_888_963_407  # wraps modulo 2^64
         state = state ^ ((state >> 29) & 0x7FFFFFFFF)
     return top_of_span((state & 0xFFFFFF).float(), layout)
+
+
+BUILT_IN = frozenset(SELECTORS)  # tested here, so they are not checked at every use

@@ -20,7 +20,7 @@ def one_line(text: str) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as it stands in a file: text without quotes as long as it can be told from nothing, and never longer than a line."""
+    """A value as it stands in a file, no longer than a line: text without quotes as long as it can be told from nothing."""
     if isinstance(value, str):
         text = value if value.strip() and value.isprintable() else repr(value[:MOST])
     elif isinstance(value, int) and value.bit_length() > 4 * MOST:  # Python refuses to write out very long numbers

@@ -15,20 +15,20 @@ def most_similar(
     groups: tuple[torch.Tensor, torch.Tensor] | None = None,
     itself: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each token the one of the others that is most similar to it; the first of several.
+    """For each token the one of the others that is most similar to it; the first of several that are the same vector.
 
     Args:
         tokens: (B, Q, D).
         others: (B, K, D).
         groups: (B, Q) and (B, K) integers; a token is compared with those of its own group only. None compares all.
-        itself: False where both are the same tokens and none is to be compared with itself.
+        itself: False where both are the same tokens and none is to be compared with itself; of several any may be named then.
 
     Returns:
-        the similarities (B, Q) float32, -inf where a token has nobody to be compared with, and the places (B, Q).
+        the similarities (B, Q) float32 in [-1, 1], -inf where a token has nobody to be compared with, and the places (B, Q).
     """
     batch, count, _ = tokens.shape
     # The tokens' own lengths change nothing in whom they are most similar to.
-    keys = F.normalize(others.float(), dim=-1).transpose(1, 2)  # (B, D, K)
+    keys = F.normalize(others.float(), dim=-1).add(0.0).transpose(1, 2)  # (B, D, K); a zero has no sign after adding 0
     best = torch.empty(batch, count, device=tokens.device)
     place = torch.empty(batch, count, dtype=torch.long, device=tokens.device)
     step = max(1, PIECE // max(1, batch * others.shape[1]))
@@ -44,4 +44,46 @@ def most_similar(
         lengths = torch.linalg.vector_norm(piece, dim=-1).clamp(min=1e-12)
         best[:, start : start + step] = scores.gather(-1, found)[..., 0] / lengths
         place[:, start : start + step] = found[..., 0]
+    best = torch.where(best.isinf(), best, best.clamp(-1, 1))  # rounding makes cosines like 1.0000002
+    if itself:  # a matrix product does not round every column alike, so equal ones may differ in the last bit
+        place = first_equal(keys.transpose(1, 2), None if groups is None else groups[1]).gather(1, place)
     return best, place
+
+
+def first_equal(rows: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, K): for each of ``rows`` (B, K, D), float32, the first one of its group (B, K) that is the same vector.
+
+    Rows are compared by a 64-bit hash of their bits, added up in whole numbers: exact in any order, on any device.
+    """
+    bits = F.pad(rows, (0, rows.shape[-1] % 2)).contiguous().view(torch.int64)  # two numbers each
+    mixed = bits + torch.arange(bits.shape[-1], device=rows.device) * 0x1E3779B97F4A7C15  # wraps modulo 2^64, as all below
+    for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
+        mixed ^= mixed >> 29
+        mixed *= factor
+    mixed ^= mixed >> 32
+    key = mixed.sum(-1)
+    if groups is not None:
+        key = key + groups * 0x1E3779B97F4A7C15
+    order = key.argsort(dim=1, stable=True)
+    ordered = key.gather(1, order)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    place = torch.arange(key.shape[1], device=rows.device).expand_as(key)
+    first = torch.where(begins, place, 0).cummax(1).values  # of each run of equal keys
+    return torch.empty_like(order).scatter_(1, order, order.gather(1, first))
+
+
+def cosine(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity (B, Q) float32 of each of ``tokens`` (B, Q, D) to the one of ``others`` (B, Q, D) in its place.
+
+    Computed in float64, so that pairs which are equally similar come out equal, whatever batch they are in.
+    """
+    batch, count, width = tokens.shape
+    found = torch.empty(batch, count, device=tokens.device)
+    step = max(1, (PIECE >> 3) // max(1, batch * width))
+    for start in range(0, count, step):
+        piece = slice(start, start + step)
+        a, b = tokens[:, piece].double(), others[:, piece].double()
+        lengths = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+        found[:, piece] = ((a * b).sum(-1) / lengths.clamp(min=1e-24)).clamp(-1, 1)
+    return found

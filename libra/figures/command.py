@@ -58,7 +58,7 @@ def _record(args: argparse.Namespace) -> "Record":
     if missing:
         raise ValueError(f"{', '.join(missing)} missing; give a model, an image, a prompt and a configuration, or --from-trace")
     compression = Compression.from_yaml(args.config)
-    if not compression.layers:
+    if not compression.compresses:
         raise ValueError(f"{args.config} compresses nothing; give a configuration with compression layers")
     from ..media import COMMAND, open_image
 
