@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -182,6 +183,26 @@ def tokenizer_image_token(
     extra = 1 if first and first[0] == tokenizer.bos_token_id else 0
     ids = first + [token for piece in rest for token in [image_token_index, *piece[extra:]]]
     return torch.tensor(ids, dtype=torch.long) if return_tensors else ids
+
+
+def special_spellings(tokenizer) -> set[str]:
+    """What a tokenizer takes for one token with a meaning of its own, such as ``</s>``, wherever it stands in a text."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {spelling for spelling in added.union(tokenizer.all_special_tokens) if re.fullmatch(r"\S{2,}", spelling)}
+
+
+def as_text(text: str, tokenizer, spellings: set[str]) -> str:
+    """Somebody else's text with a space inside each of ``spellings``, so that none of them does anything in a prompt.
+
+    Raises:
+        ValueError: where the tokenizer, which may change letters first, finds one all the same.
+    """
+    longest_first = "|".join(re.escape(spelling) for spelling in sorted(spellings, key=len, reverse=True))
+    text = re.sub(longest_first, lambda found: f"{found[0][0]} {found[0][1:]}", text) if spellings else text
+    tokens = set(tokenizer.convert_tokens_to_ids(sorted(spellings))) - {tokenizer.unk_token_id, None}
+    if tokens.intersection(tokenizer(text, add_special_tokens=False).input_ids):
+        raise ValueError(f"the text holds one of {', '.join(sorted(spellings))} in letters that mean the same; leave it out")
+    return text
 
 
 def get_model_name_from_path(model_path: str) -> str:

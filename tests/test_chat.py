@@ -311,5 +311,6 @@ def test_a_mark_in_an_answer_is_no_image_later(loaded, model, monkeypatch):
     words = SimpleNamespace(decode=lambda *args, **kwargs: " an <image> of 3 ")
     with monkeypatch.context() as patch:
         patch.setattr(chat.tokenizer, "decode", words.decode)
-        assert chat.ask("how many ?", max_new_tokens=2).text == "an  of 3"
+        assert chat.ask("how many ?", max_new_tokens=2).text == "an <image> of 3"
+    assert chat.conversation.messages[-1][1] == "an < image> of 3"
     assert chat.ask("and now ?", max_new_tokens=2) is not None

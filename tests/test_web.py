@@ -1,28 +1,32 @@
 """The page: what it computes, what it draws, and the page itself in a headless browser."""
 
 import builtins
+import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import threading
+import time
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import pytest
 import torch
+from page_client import RunningPage
 from PIL import Image
 
 from libra import Compression
 from libra.registry import get_model
+from libra.server import listen
 from libra.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET
 from llava.mm_utils import process_images
 from llava.model.anyres import arrange_tiles
 from llava.model.builder import load_pretrained_model
 from llava.serve import overlay, web
+from llava.serve import page as the_page
 from llava.serve.session import Loaded, Session
+from llava.serve.uploads import Uploads
 
 ROOT = Path(__file__).parents[1]
 MINI = str(ROOT / "mini/checkpoint")
@@ -38,28 +42,28 @@ def loaded():
 
 
 def test_only_rows_of_the_models_sizes_are_offered(loaded):
-    fitting = web.fitting_rows(loaded.model)
+    fitting = the_page.fitting_rows(loaded.model)
     assert {f"mini/{row}.yaml" for row in ("fastv", "r50", "r67", "random", "turbo", "windowed_fastv")} <= set(fitting)
     assert all(name.startswith("mini/") for name in fitting) and len(set(fitting.values())) == len(fitting)
     assert fitting["mini/r50.yaml"] == Compression.from_yaml(ROOT / "configs/mini/r50.yaml")
     spec = get_model("llava-1.5-7b")
     sizes = dict(num_hidden_layers=spec.layers, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size)
-    rows = web.fitting_rows(SimpleNamespace(config=SimpleNamespace(**sizes)))
+    rows = the_page.fitting_rows(SimpleNamespace(config=SimpleNamespace(**sizes)))
     assert {f"llava7b_{row}.yaml" for row in ("fastv", "turbo", "r50", "r67")} <= set(rows)
     assert "llava7b_vanilla.yaml" not in rows and not fitting.keys() & rows.keys()
-    assert web.in_words(rows["llava7b_r67.yaml"]) == "libra, 67% after 7, 15, 23"
+    assert the_page.in_words(rows["llava7b_r67.yaml"]) == "libra, 67% after 7, 15, 23"
 
 
 def test_own_compression():
-    assert web.own_compression("fastv", "3, 1 2", 0.25) == Compression(method="fastv", layers=(1, 2, 3), ratio=0.25)
+    assert the_page.own_compression("fastv", "3, 1 2", 0.25) == Compression(method="fastv", layers=(1, 2, 3), ratio=0.25)
     for layers, message in (("one", "'one' are not numbers"), (" ", "there are no layers"), ("-1", "layers")):
         with pytest.raises(ValueError, match=message):
-            web.own_compression("fastv", layers, 0.5)
+            the_page.own_compression("fastv", layers, 0.5)
 
 
 def test_two_answers_with_times_and_drawings(loaded):
     image, compression = Image.open(PICTURE), Compression(method="libra", layers=(2, 5), ratio=0.5)
-    vanilla, short = (web.answer(loaded, image, "how many digits are there ?", c, 8) for c in (None, compression))
+    vanilla, short = (the_page.answer(loaded, image, "how many digits are there ?", c, 8) for c in (None, compression))
     assert vanilla.visual_tokens == [256] * 12 and short.visual_tokens == [256] * 3 + [128] * 3 + [64] * 6
     assert vanilla.drawings == [] and [note for _, note in short.drawings] == [
         "after layer 2: 128 tokens left", "after layer 5: 64 tokens left"
@@ -68,7 +72,7 @@ def test_two_answers_with_times_and_drawings(loaded):
         assert 0 < run.first_token <= run.seconds
         loaded.model.set_compression(c)
         assert run.answer == Session(**vars(loaded), images=[image]).ask("how many digits are there ?", max_new_tokens=8).text
-    text = web.table(vanilla, short)
+    text = the_page.table(vanilla, short)
     assert "| visual tokens, stage by stage | 256 | 256 → 128 → 64 |" in text
     assert "| visual tokens of an average layer | 256 | 128 |" in text and f"| {short.first_token:.3f} |" in text
 
@@ -144,7 +148,8 @@ def test_boxes_are_as_many_as_the_model_has_tokens(loaded):
         boxes = overlay.token_boxes(size, model)
         assert [sum(map(len, boxes))] == model.visual_tokens(pixels, [size])
         assert torch.isnan(boxes[1]).any()  # newlines
-    run = web.answer(Loaded(*next_model, "llava_llama_3"), Image.new("RGB", (100, 60)), "What?", Compression(layers=[1]), 2)
+    small = Image.new("RGB", (100, 60))
+    run = the_page.answer(Loaded(*next_model, "llava_llama_3"), small, "What?", Compression(layers=[1]), 2)
     assert [drawing.size for drawing, _ in run.drawings] == [(2 * 480 + 8, 288)]  # the whole image and its tiles
     assert overlay.token_boxes((10, 10), SimpleNamespace(placeholders=(-200, -201))) is None
 
@@ -169,14 +174,13 @@ def test_a_stage_is_drawn_by_fate():
 
 
 def test_an_address_that_cannot_be_used_is_refused():
-    with web.listen("127.0.0.1", 0) as server:
+    with listen("127.0.0.1", 0) as server:
         port = server.getsockname()[1]
         with pytest.raises(ValueError, match=f"127.0.0.1:{port} cannot be used .* choose another --port"):
-            web.listen("127.0.0.1", port)
+            listen("127.0.0.1", port)
     for host, port in (("127.0.0.1", 99999), ("256.0.0.1", 0)):
         with pytest.raises(ValueError, match="cannot be used"):
-            web.listen(host, port)
-    assert [web.is_local(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "10.0.0.7")] == [True] * 3 + [False] * 2
+            listen(host, port)
 
 
 def test_without_gradio_a_sentence_says_what_to_install(monkeypatch, capsys):
@@ -188,7 +192,6 @@ def test_without_gradio_a_sentence_says_what_to_install(monkeypatch, capsys):
         return imported(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
         web.main(["--device", "cpu"])
     assert stop.value.code == 2
@@ -197,32 +200,34 @@ def test_without_gradio_a_sentence_says_what_to_install(monkeypatch, capsys):
     )
 
 
+def test_uploads_go_by_age_and_size_and_examples_stay(tmp_path):
+    (tmp_path / "example.png").write_bytes(b"e" * 100)
+    uploads = Uploads(tmp_path, seconds=60, size=1000)
+    uploads.keep()
+    for age, name in enumerate(("new", "used", "old", "older")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(b"a" * 400)
+        os.utime(tmp_path / name / "a.png", (time.time() - 20 * age,) * 2)
+    assert uploads.read(str(tmp_path / "used/a.png")) == b"a" * 400  # which makes it the newest
+    uploads.sweep()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["example.png", "new", "used"]
+    os.utime(tmp_path / "new/a.png", (time.time() - 100,) * 2)
+    uploads.sweep()
+    with pytest.raises(ValueError, match="the image is gone, 1 minutes after its last use; upload it again"):
+        uploads.read(str(tmp_path / "new/a.png"))
+
+
 def find_browser() -> str | None:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     return next(filter(None, map(shutil.which, names)), None)
 
 
-@pytest.fixture
-def server(tmp_path):
-    """The address of the page on a free port; it ends quietly and leaves no files."""
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The running page. In the end it is asked a question and told to stop before it has answered."""
     pytest.importorskip("gradio")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "llava.serve.web", "--port", "0", "--device", "cpu"]
-    with open(tmp_path / "errors.txt", "w") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-        watchdog = threading.Timer(240, process.kill)
-        watchdog.start()
-        line = process.stdout.readline()
-        found = re.match(r"open (http://127\.0\.0\.1:\d+) in a browser", line)
-        try:
-            assert found, (tmp_path / "errors.txt").read_text()
-            yield found[1]
-        finally:
-            process.terminate()
-            process.communicate()
-            watchdog.cancel()
-    assert process.returncode == 0 and not list(tmp_path.glob("libra-web-*"))
-    assert "Traceback" not in (tmp_path / "errors.txt").read_text()
+    with RunningPage(tmp_path_factory.mktemp("page")) as running:
+        yield running
 
 
 def listening_at(port: int) -> set[str]:
@@ -231,42 +236,149 @@ def listening_at(port: int) -> set[str]:
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
 
 
-def test_the_page_in_a_browser(server):
+def test_a1_nothing_but_an_upload_is_read(page):
+    """By path, by address, by reference, in any field and by any route."""
+    upload = page.upload(PICTURE.read_bytes())
+    assert page.ask({"path": upload})["data"][0].isdigit()
+    secret = page.folder / "secret.png"
+    shutil.copy(PICTURE, secret)
+    link = Path(upload).with_name("link.png")
+    link.symlink_to(secret)
+    wanted = (
+        "/etc/passwd", str(secret), "~/.ssh/id_rsa", "secret.png", f"{Path(upload).parent}/../../secret.png", str(link),
+        f"file://{secret}", f"{page.url}/config", "http://example.org/a.png", "\0", "", "a" * 5000,
+    )
+    for path in wanted:
+        for extra in ({}, {"is_stream": True}, {"url": f"{page.url}/gradio_api/file={upload}"}):
+            file = {"path": path, "meta": {"_type": "gradio.FileData"}, **extra}
+            assert page.join([file, "what ?", "mini/r50.yaml", "libra", "2", 0.5])[0] == 403, path
+        for field in range(1, 6):
+            values = [{"path": upload}, "what ?", "mini/r50.yaml", "libra", "2", 0.5]
+            values[field] = [{"deep": file}]
+            assert page.join(values)[0] == 403
+        for route in ("file=", "proxy=", "stream/", "file/"):
+            assert page.get(f"/gradio_api/{route}{quote(path)}")[0] in (400, 404), path
+    body = json.dumps({"data": [{"path": upload}, "what ?", "mini/r50.yaml", "libra", "2", 0.5], "fn_index": page.ask_index})
+    for route in ("call/ask", "api/ask", "run/ask", "call/v2/ask", "component_server", "process_recording", "vibe-code/"):
+        assert page.post(f"/gradio_api/{route}", body)[0] == 404
+    assert page.post("/gradio_api/run/predict", body)[0] == 404  # past the queue
+    for number in ("dev/reload", "monitoring", "runs", "docs", "openapi.json", "gradio_api/openapi.json", "gradio_api/token"):
+        assert page.get(f"/{number}")[0] == 404
+    assert page.get(f"/gradio_api/file={upload}") == (200, PICTURE.read_bytes())
+    said = " ".join(page.refusals)
+    assert str(page.folder) not in said and str(ROOT) not in said and "Traceback" not in said and len(page.refusals) > 50
+    copies = [path for path in page.folder.rglob("*") if path.is_file() and b"root:" in path.read_bytes()]
+    assert copies == [] and "Traceback" not in page.log()
+
+
+def test_a1_foreign_hosts_and_origins_are_refused(page):
+    for host in ("evil.example", "127.evil.example", "localhost.evil.example", f"evil.example:{page.port}", "127.0.0.1@evil"):
+        assert page.get("/config", Host=host)[0] == 400, host
+    for host in ("127.0.0.1", f"localhost:{page.port}", f"LOCALHOST:{page.port}", f"[::1]:{page.port}"):
+        assert page.get("/config", Host=host)[0] == 200, host
+    own = f"127.0.0.1:{page.port}"
+    body = json.dumps({"data": [], "session_hash": "x", "fn_index": 99})
+    for origin in ("http://evil.example", "null", f"http://{own}.evil.example", "http://127.0.0.1:1", f"http://localhost:{page.port}"):
+        assert page.post("/gradio_api/queue/join", body, Origin=origin)[0] == 403, origin
+    assert page.post("/gradio_api/queue/join", body, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
+    assert page.post("/gradio_api/reset", json.dumps({"event_id": "x"}), Origin=f"http://{own}")[0] == 200
+
+
+def test_a1_uploads_have_a_limit(page):
+    for chunked in (False, True):
+        assert page.upload(b"x" * (21 * 2**20), chunked=chunked, refused=True) == 413
+    assert page.post("/gradio_api/queue/join", json.dumps({"data": ["x" * 300_000]}))[0] == 413
+    assert not [path for path in page.folder.rglob("*") if path.is_file() and path.stat().st_size > 2**20]
+
+
+def test_d4_a_mistake_is_one_sentence_and_earlier_answers_stand(page):
+    def said(field: int, *values):
+        """The sentence at a field; the answers are left as they were."""
+        *answers, image, question, compression = page.ask(*values)["data"]
+        assert all(one == {"__type__": "update"} for one in answers)
+        beside = [image, question, compression]
+        assert [one["visible"] for one in beside] == [place == field for place in range(3)]
+        return beside[field]["value"]
+
+    good = {"path": page.upload(PICTURE.read_bytes())}
+    text = {"path": page.upload(b"no image", "notes <b>.png"), "orig_name": "notes <b>.png"}
+    assert said(0, text) == "the image notes &lt;b&gt;.png is in no known format; give a PNG, JPEG or WebP file"
+    large = BytesIO()
+    Image.new("1", (1, 20000)).save(large, "PNG")
+    assert "too narrow (1 × 20000 pixels" in said(0, {"path": page.upload(large.getvalue())})
+    assert said(0, None) == said(0, {"url": "data:image/png;base64,AAAA"}) == "give an image"
+    assert said(1, good, " ") == said(1, good, 5) == said(1, good, {"a": 1}) == "write a question"
+    assert "the model takes" in said(1, good, "what is it ? " * 2000)
+    for choice in ("none", None, ["mini/r50.yaml"], "../../etc/passwd"):
+        assert said(2, good, "what ?", choice) == "choose a compression from the list"
+    for own in (("libra", "one", 0.5), ("libra", "99", 0.5), ("glue", "2", 0.5), ("libra", 2, 0.5), ("libra", "2", [])):
+        assert said(2, good, "what ?", the_page.OWN, *own)
+    log = page.log()
+    assert "Traceback" not in log and "Error" not in log
+
+
+def test_e7_a_typed_special_token_is_text(page):
+    upload = page.upload(PICTURE.read_bytes())
+    for question in ("what </s> is <image> it ?", "<s> <image-placeholder> </s></s> what digit ?"):
+        assert isinstance(page.ask({"path": upload}, question)["data"][0], str)  # not a sentence about places for images
+
+
+def test_the_page_in_a_browser(page):
     """Upload, ask, two answers with times, the drawings; a wrong setting is a message; nothing but the server is asked."""
     sync_api = pytest.importorskip("playwright.sync_api")
     browser_path = find_browser()
     if browser_path is None:
         pytest.skip("there is no chromium here")
     if Path("/proc/net/tcp").exists():
-        assert listening_at(int(server.rsplit(":")[-1])) == {"0100007F"}
+        assert listening_at(page.port) == {"0100007F"}
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1366, "height": 768})
-        page.set_default_timeout(20_000)
-        asked, refused = [], []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: refused.append(message.text))
-        page.goto(server)
-        page.get_by_text("read all the digits in order .").wait_for()  # an example
-        ask = page.get_by_role("button", name="Ask", exact=True)
+        tab = browser.new_page(viewport={"width": 1366, "height": 768})
+        tab.set_default_timeout(30_000)
+        asked, refused, statuses = [], [], set()
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("response", lambda response: statuses.add(response.status))
+        tab.on("console", lambda message: refused.append(message.text))
+        tab.goto(page.url)
+        tab.get_by_text("read all the digits in order .").wait_for()  # an example
+        ask = tab.get_by_role("button", name="Ask", exact=True)
         ask.click()
-        page.get_by_text("give an image and a question").first.wait_for()
+        tab.get_by_text("give an image").first.wait_for()
 
-        page.set_input_files("input[type=file]", str(PICTURE))
-        page.get_by_role("button", name="Remove Image").or_(page.get_by_label("Remove Image")).first.wait_for()
-        page.get_by_label("Question").first.fill("how many digits are there ?")
+        tab.set_input_files("input[type=file]", str(PICTURE))
+        tab.get_by_role("button", name="Remove Image").or_(tab.get_by_label("Remove Image")).first.wait_for()
+        tab.get_by_label("Question").first.fill("how many digits are there ?")
         ask.click()
-        page.get_by_text("256 → 128 → 64 → 32").wait_for()
+        tab.get_by_text("256 → 128 → 64 → 32").wait_for()
+        assert tab.get_by_text("give an image").count() == 0 or not tab.get_by_text("give an image").first.is_visible()
         for label in ("Vanilla", "Compressed"):
-            assert re.fullmatch(r"\d+", page.get_by_label(label, exact=True).input_value())
-        seconds = page.locator("tr", has_text="seconds to the first token").locator("td").all_inner_texts()
+            assert re.fullmatch(r"\d+", tab.get_by_label(label, exact=True).input_value())
+        seconds = tab.locator("tr", has_text="seconds to the first token").locator("td").all_inner_texts()
         assert all(0 < float(cell) < 60 for cell in seconds[1:]) and len(seconds) == 3
-        drawn = page.get_by_text("after layer 8: 32 tokens left")
+        drawn = tab.get_by_text("after layer 8: 32 tokens left")
         drawn.first.wait_for()
-        page.wait_for_function(
+        tab.wait_for_function(
             "[...document.images].filter(i => Math.max(i.naturalWidth, i.naturalHeight) == 480).length >= 3"
         )
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # fits a laptop's screen
+        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # fits a laptop's screen
+        tab.get_by_label("Question").first.fill(" ")
+        ask.click()
+        tab.get_by_text("write a question").wait_for()
+        assert tab.get_by_text("256 → 128 → 64 → 32").is_visible()  # the answers stand
+        tab.get_by_text("read all the digits in order .").click()
+        tab.wait_for_function("document.querySelector('textarea').value.startsWith('read all')")
         browser.close()
-    assert len(asked) > 10 and all(url.startswith((f"{server}/", "data:", "blob:")) for url in asked)
+    assert len(asked) > 10 and all(url.startswith((f"{page.url}/", "data:", "blob:")) for url in asked)
+    assert statuses <= {200, 206, 304}  # no route that the page needs is closed
     assert not [text for text in refused if "Content Security Policy" in text]  # nothing else was even tried
+
+
+def test_e8_the_page_ends_in_time_and_leaves_nothing(page):
+    """The last one of this file: it ends the page, in the middle of an answer."""
+    upload = page.upload(PICTURE.read_bytes())
+    assert page.join([{"path": upload}, "what ?", "mini/r50.yaml", "libra", "2", 0.5])[0] == 200
+    start = time.monotonic()
+    page.process.terminate()
+    assert page.process.wait(30) == 0
+    assert time.monotonic() - start < 5
+    assert not list(page.folder.glob("libra-web-*")) and "Traceback" not in page.log()

@@ -16,8 +16,17 @@ from libra.media import COMMAND, open_image, split_names
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from ..conversation import conv_templates, conversation_name
-from ..mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token
+from ..mm_utils import (
+    KeywordsStoppingCriteria,
+    as_text,
+    get_model_name_from_path,
+    process_images,
+    special_spellings,
+    tokenizer_image_token,
+)
 from ..video import DEFAULT_VIDEO_TOKEN, VIDEO_TOKEN_INDEX, ChatConversation, process_image, process_video, prompt_ids
+
+PLACES = (DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, IMAGE_PLACEHOLDER)
 
 
 @dataclass
@@ -132,6 +141,8 @@ class Session:
         conversation: name of the template; None for the tokenizer's own chat template (VideoLLaMA-2).
         images: shown with the first question; :meth:`show` adds more at any time.
         reprefill: run the whole conversation again for every question, so that compression follows the newest one.
+        typed_places: whether ``<image>``, ``<video>`` and ``<image-placeholder>`` in a question are places for what is shown.
+            Where the question comes from somebody else they are text. Other special tokens are always text.
 
     Raises:
         ValueError: for images that the checkpoint's configuration cannot take.
@@ -139,9 +150,11 @@ class Session:
 
     def __init__(
         self, tokenizer, model, image_processor, context_length: int, conversation: str | None,
-        images: list[Image.Image] = (), reprefill: bool = False,
+        images: list[Image.Image] = (), reprefill: bool = False, typed_places: bool = True,
     ):
         self.tokenizer, self.model, self.image_processor, self.reprefill = tokenizer, model, image_processor, reprefill
+        self._spellings = special_spellings(tokenizer) | set(PLACES)
+        self._typed = self._spellings - set(PLACES) if typed_places else self._spellings
         self._template = ChatConversation(tokenizer) if conversation is None else conv_templates[conversation]
         self._sees_videos = VIDEO_TOKEN_INDEX in model.placeholders
         # A checkpoint's tokenizer_model_max_length where it counts visual tokens too, else what the decoder can tell apart.
@@ -270,11 +283,12 @@ class Session:
         """Put a question in the light of the conversation so far; ``stream`` prints the answer as it comes (not with beams).
 
         Raises:
-            ValueError: if the question's places for images do not fit, or the conversation is too long for the model.
+            ValueError: if the question's places for images do not fit, it hides a special token, or the conversation is too
+                long for the model.
                 The conversation then stays as it was.
         """
         turn = self.conversation.copy()
-        turn.append_message(turn.roles[0], self._with_places(question))
+        turn.append_message(turn.roles[0], self._with_places(as_text(question, self.tokenizer, self._typed)))
         turn.append_message(turn.roles[1], None)
         ids = self._token_ids(turn)
         length = self._columns(ids)
@@ -320,9 +334,7 @@ class Session:
             )
         text = self.tokenizer.decode(new[0], skip_special_tokens=True).strip()
         text = text.removesuffix(stop).strip() if stop else text
-        for mark in self._marks(text):  # in the next prompt it would stand for an image
-            text = text.replace(mark, "")
-        turn.messages[-1][1] = text
+        turn.messages[-1][1] = as_text(text, self.tokenizer, self._spellings)
         self.conversation, self._shown = turn, len(self.pictures)
         first = streamer.first_token_at - start if streamer else None
         return Answer(text, first, end - start, reread=go_on and not held)
