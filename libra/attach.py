@@ -6,16 +6,22 @@ from dataclasses import dataclass, field
 from types import MethodType
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from . import hybrid
 from .config import Compression
 from .passage import MASKS, Passage, attention_kind, fitted
 from .registry import spec_of
 from .trace import Recorder, RowTrace
+from .transformers_api import (
+    BaseModelOutputWithPast,
+    DynamicCache,
+    PreTrainedModel,
+    cache_argument,
+    cache_given,
+    capture_outputs,
+    merge_with_config_defaults,
+    take_cache,
+)
 
 
 @dataclass(frozen=True)
@@ -77,26 +83,25 @@ class CompressedDecoder:
     @merge_with_config_defaults
     @capture_outputs
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
+        self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None,
         visual_pos_masks=None, deepstack_visual_embeds=None, **kwargs,
     ):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = take_cache(cache, kwargs)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         call = _CALL.get()
         told = call.inputs if call is not None and call.decoder is self else {}
-        passage = Passage(
-            self, self.compression, hidden, attention_mask, position_ids, past_key_values, **told, trace=self.trace
-        )
+        passage = Passage(self, self.compression, hidden, attention_mask, position_ids, cache, **told, trace=self.trace)
         deep = () if deepstack_visual_embeds is None else deepstack_visual_embeds  # Qwen3-VL's, before any compression
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            hidden = layer(hidden, **passage.inputs(i), past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+            hidden = layer(hidden, **passage.inputs(i), use_cache=use_cache, **kwargs)
             if i < len(deep):
                 hidden = self._deepstack_process(hidden, visual_pos_masks, deep[i])
             hidden = passage.compress(i, hidden)
         if passage.stream is not None:
             call.stats, call.recorder, call.labels = passage.stats(), passage.recorder, passage.labels
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **cache_argument(cache))
 
 
 def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -159,7 +164,7 @@ class Attachment:
         call = Call(self._decoder, kwargs.pop("labels", None), outer=_CALL.get())
         tried = kwargs.get("logits_to_keep", 0)
         # Assisted generation puts its first guesses behind the prompt; they have no say in what is kept.
-        if isinstance(tried, int) and tried > 1 and kwargs.get("past_key_values") is not None and call.labels is None:
+        if isinstance(tried, int) and tried > 1 and cache_given(kwargs) is not None and call.labels is None:
             call.score_offset = tried - 1
         _CALL.set(call)
         return (), kwargs
@@ -203,7 +208,7 @@ class Attachment:
     def _survey(self, call: Call, kwargs: dict) -> dict:
         """What the passage is told: columns of visual tokens, labels, who scores, and a number made of the row's own text."""
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = cache_given(kwargs), kwargs.get("attention_mask")
         length = (embeds if ids is None else ids).shape[1]
         if length == 1 and cache is not None and cache.get_seq_length():
             return {"visual": None}  # a decoding step; the model itself may say a placeholder's id

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
+
+from .transformers_api import CACHE, DynamicCache, empty_layers
 
 
 @dataclass
@@ -45,7 +46,7 @@ class StagedCache(DynamicCache):
         elif not isinstance(cache, cls):
             raise ValueError(
                 f"compression needs a DynamicCache, whose layers can differ in length, but got {type(cache).__name__};"
-                " leave cache_implementation and past_key_values unset"
+                f" leave cache_implementation and {CACHE} unset"
             )
         elif [stage.first_layer for stage in cache.stages] != first_layers:
             raise ValueError(
@@ -90,6 +91,6 @@ class StagedCache(DynamicCache):
             stage.mask = None if stage.mask is None else stage.mask[:, :tokens_to_remove]
 
     def reset(self):
-        super().reset()
+        empty_layers(self)
         self.compressed_until = 0
         self.stages = [Stage(stage.first_layer) for stage in self.stages]

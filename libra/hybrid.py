@@ -10,11 +10,14 @@ from functools import wraps
 
 import torch
 from torch.profiler import record_function
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .importance import score_row
+from .transformers_api import (
+    ALL_ATTENTION_FUNCTIONS,
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionInterface,
+    AttentionMaskInterface,
+)
 
 HYBRID_EAGER = "hybrid_eager"
 
@@ -99,7 +102,7 @@ def next_layer_attention(layer, hidden: torch.Tensor, position_embeddings, probe
         with torch.no_grad():
             layer.self_attn(
                 hidden_states=layer.input_layernorm(hidden), position_embeddings=position_embeddings, attention_mask=None,
-                past_key_values=None, score_probe=probe,
+                score_probe=probe,
             )
     except Answered:
         pass

@@ -10,13 +10,13 @@ Both drivers (``llava``'s decoder and :func:`libra.attach`) run the same loop::
 
 import torch
 from torch.profiler import record_function
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from . import hybrid
 from .cache import Stage, StagedCache
 from .config import Compression
 from .stream import VisualTokenStream
 from .trace import Recorder
+from .transformers_api import cache_argument, create_causal_mask, create_sliding_window_causal_mask
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -126,8 +126,8 @@ class Passage:
             first.setdefault(attention_kind(config, layer), layer)
         return {
             kind: MASKS[kind](
-                config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=self.cache, position_ids=position_ids,
-                layer_idx=layer,
+                config=config, inputs_embeds=hidden, attention_mask=mask, position_ids=position_ids, layer_idx=layer,
+                **cache_argument(self.cache),
             )
             for kind, layer in first.items()
         }
@@ -181,9 +181,9 @@ class Passage:
         return self._first - behind + (valid.cumsum(1) - 1).clamp(min=0)
 
     def inputs(self, layer: int) -> dict:
-        """Keyword arguments of decoder layer ``layer``: mask, positions and, at a compression layer, the probe."""
+        """Keyword arguments of decoder layer ``layer``: mask, positions, cache and, at a compression layer, the probe."""
         mask = self._masks[attention_kind(self.decoder.config, layer)]
-        given = {"attention_mask": mask, "position_embeddings": self._rotary}
+        given = {"attention_mask": mask, "position_embeddings": self._rotary, **cache_argument(self.cache)}
         if self.compression is None:
             return {**given, "position_ids": self._text_positions}
         self._probe = None

@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, MistralMode
 
 import libra
 from libra import Compression, hybrid
+from libra.transformers_api import cache_argument, cache_of
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 LIBRA = Compression(method="libra", layers=(1, 3), ratio=0.5, tau=0.9)
@@ -259,7 +260,7 @@ def test_a_second_turn_on_the_same_cache(model):
     cache = DynamicCache()
     with libra.attach(model, LIBRA):
         for turn in (first, second):
-            out = model(turn["ids"][None], pixel_values=torch.stack(turn["pixels"]), past_key_values=cache, use_cache=True)
+            out = model(turn["ids"][None], pixel_values=torch.stack(turn["pixels"]), **cache_argument(cache), use_cache=True)
     torch.testing.assert_close(out.logits[0, -1], want, **CLOSE)
 
 
@@ -363,9 +364,9 @@ def test_calls_that_cannot_work_are_refused(model):
 def test_a_placeholder_that_the_model_says_itself_is_text(model, name):
     """A decoding step brings no visual tokens."""
     with libra.attach(model, CHOICES[name]) as handle:
-        cache = model(**collate(TALKS[:1]), use_cache=True).past_key_values
+        cache = cache_of(model(**collate(TALKS[:1]), use_cache=True))
         stats = handle.stats
-        logits = model(input_ids=torch.tensor([[tiny.IMAGE]]), past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=torch.tensor([[tiny.IMAGE]]), **cache_argument(cache), use_cache=True).logits
         assert logits.shape[1] == 1 and handle.stats == stats
 
 

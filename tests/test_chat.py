@@ -1,4 +1,4 @@
-"""Conversations on one cache: ``generate(past_key_values=…)`` and ``llava.serve.session`` on the embedded model."""
+"""Conversations on one cache: ``generate(cache=…)`` and ``llava.serve.session`` on the embedded model."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,10 +123,10 @@ def test_images_may_come_after_text(loaded, model, name):
     padded = torch.nn.functional.pad(turns[0].ids, (2, 0))
     cache = DynamicCache()
     turns[1].ask(model, cache)
-    got = model.generate(padded, attention_mask=(padded > 0).long(), past_key_values=cache, do_sample=False, max_new_tokens=3)
+    got = model.generate(padded, attention_mask=(padded > 0).long(), cache=cache, do_sample=False, max_new_tokens=3)
     cache = DynamicCache()
     turns[1].ask(model, cache)
-    assert torch.equal(got, model.generate(turns[0].ids, past_key_values=cache, do_sample=False, max_new_tokens=3))
+    assert torch.equal(got, model.generate(turns[0].ids, cache=cache, do_sample=False, max_new_tokens=3))
 
 
 def test_what_a_later_turn_cannot_be(loaded, model):

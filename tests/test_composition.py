@@ -32,6 +32,7 @@ from transformers.cache_utils import DynamicLayer
 
 import libra
 from libra import Compression
+from libra.transformers_api import cache_argument, cache_of
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 LIBRA = Compression(method="libra", layers=(1, 3), tau=0.6)
@@ -154,7 +155,7 @@ def test_a_second_turn_of_text(family):
         stats = handle.stats
         ids = torch.cat([first.sequences, torch.tensor([[5, 6, 7, 8]])], 1)
         again = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values, max_new_tokens=3, **SAID,
+            input_ids=ids, attention_mask=torch.ones_like(ids), **cache_argument(cache_of(first)), max_new_tokens=3, **SAID,
             return_dict_in_generate=True, output_logits=True,
         )
         assert handle.stats == stats
@@ -172,11 +173,11 @@ def test_a_second_turn_with_another_picture(family):
     whole = families.Talk(*(torch.cat(parts) for parts in ((first.ids, second.ids), (first.labels, second.labels))), [])
     cache = DynamicCache(config=model.config.get_text_config())
     with libra.attach(model, LIBRA) as handle:
-        model(**collate(family, [first]), past_key_values=cache, use_cache=True)
+        model(**collate(family, [first]), **cache_argument(cache), use_cache=True)
         counts = handle.stats["visual_tokens"]
         given = {**collate(family, [second]), **collate(family, [whole])}
         out = model.generate(
-            **given, past_key_values=cache, max_new_tokens=3, **SAID, return_dict_in_generate=True, output_logits=True
+            **given, **cache_argument(cache), max_new_tokens=3, **SAID, return_dict_in_generate=True, output_logits=True
         )
         assert handle.stats["visual_tokens"] == counts and handle.stats["cache"]["earlier"] > 0
 
@@ -286,7 +287,7 @@ def test_other_caches_are_refused(make):
     cache = make(model.config.text_config)
     with libra.attach(model, LIBRA):
         with pytest.raises(ValueError, match=f"needs a DynamicCache, .* got {type(cache).__name__};"):
-            model(**given, past_key_values=cache, use_cache=True)
+            model(**given, **cache_argument(cache), use_cache=True)
         with pytest.raises(ValueError, match="needs a DynamicCache"):
             model.generate(**given, max_new_tokens=2, cache_implementation="static")
         model(**given)

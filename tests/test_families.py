@@ -16,6 +16,7 @@ import libra
 from libra import Compression
 from libra.stream import VisualTokenStream
 from libra.trace import COMPENSATION
+from libra.transformers_api import cache_argument, cache_of
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 LAYERS = (1, 3)
@@ -258,7 +259,7 @@ class Behaviour:
             given["position_ids"] = mask.sum(1, keepdim=True) - 1
             if family.startswith("Qwen"):
                 given["position_ids"] = given["position_ids"].expand(3, -1, -1)
-            logits.append(model(**given, past_key_values=out.past_key_values, use_cache=True).logits)
+            logits.append(model(**given, **cache_argument(cache_of(out)), use_cache=True).logits)
         options = dict(max_new_tokens=STEPS, do_sample=False)
         return cls(logits, [model.generate(**left, **options), model.generate(**left, **options, num_beams=2)])
 

@@ -6,6 +6,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from libra import Compression, hybrid
+from libra.transformers_api import cache_argument, cache_of
 
 LAYER = 2
 ROWS = [tiny.row("t3 v12 t4 v8 t3", 1), tiny.row("t2 v20 t6", 2), tiny.row("v5 t2 v7 t9", 3)]
@@ -112,9 +113,9 @@ def test_a_later_turn_is_scored_on_all_keys_and_reads_its_own_columns():
     model, twin = same_weights("sdpa")
     first, second = ROWS[1], ROWS[0]
     model.set_compression(Compression(select="topk", merge="drop", layers=(LAYER,), ratio=0.0))
-    cache = model(**tiny.alone(first), use_cache=True).past_key_values
+    cache = cache_of(model(**tiny.alone(first), use_cache=True))
     with tiny.watched() as steps:
-        model(**tiny.alone(second), past_key_values=cache)
+        model(**tiny.alone(second), **cache_argument(cache))
     joined = tiny.Row(torch.cat([first.embeds, second.embeds]), torch.cat([first.visual, second.visual]), first.labels)
     attentions = twin(**tiny.alone(joined), output_attentions=True).attentions[LAYER].mean(1)
     torch.testing.assert_close(steps[0].attention[0, 0], attentions[0, -1, len(first) :], atol=1e-5, rtol=0)

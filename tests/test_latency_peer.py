@@ -12,6 +12,7 @@ from libra.config import Compression, ConfigError
 from libra.latency import Bench, Prompt, main, measure
 from libra.latency.peer import EAGER, MIXED, Peer, check_peer
 from libra.registry import spec_of
+from libra.transformers_api import cache_argument, cache_of
 
 
 def bench(layer: int, ratio, batch: int = 1, text: str = "llama", attention: str = "sdpa", **keys) -> Bench:
@@ -32,14 +33,14 @@ def test_it_keeps_what_our_fastv_keeps_and_answers_the_same(variant, layer, rati
     output, _ = Peer(made, variant).prefill()
     with libra.attach(made.model, made.compression, trace=True) as handle, torch.inference_mode():
         handle.mark_visual_tokens(made.places)
-        ours = made.model(inputs_embeds=made.embeds, past_key_values=made.new_cache(), use_cache=True, logits_to_keep=1)
+        ours = made.model(inputs_embeds=made.embeds, **cache_argument(made.new_cache()), use_cache=True, logits_to_keep=1)
         traces = handle.trace
     (columns,) = kept
     for row, trace in zip(columns.tolist(), traces, strict=True):
         places = [6 + n for n in sorted(int(n) for n in trace.kept(0))]
         assert row == [*range(6), *places, *range(46, 53)] and len(places) == round(40 * (1 - made.compression.ratio))
     torch.testing.assert_close(output.logits, ours.logits, atol=1e-5, rtol=1e-5)
-    for theirs, own in zip(output.past_key_values.layers, ours.past_key_values.layers, strict=True):
+    for theirs, own in zip(cache_of(output).layers, cache_of(ours).layers, strict=True):
         torch.testing.assert_close(theirs.keys, own.keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(theirs.values, own.values, atol=1e-5, rtol=1e-5)
 

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from libra import Compression
+from libra.transformers_api import cache_of
 from llava.model.builder import load_pretrained_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -184,7 +185,7 @@ def test_fastv(model, fastv, case, k):
     torch.testing.assert_close(out.logits[:, -1], want["last_logits"], **CLOSE)
     if "logits" in want:
         torch.testing.assert_close(out.logits, want["logits"], **CLOSE)
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_of(out).layers]
     full = given["inputs_embeds"].shape[1]
     assert lengths == [full if n == 2 * full else n for n in want["cache_lengths_prefill"].tolist()]
 
@@ -209,7 +210,7 @@ def test_pyramiddrop(model, fastv, pyramiddrop, name, layers, ratio):
         torch.testing.assert_close(step.scores(), want[f"stage{stage}.scores"].float(), atol=1e-6, rtol=1e-4)
         assert kept == want[f"stage{stage}.kept_original"].tolist()
     torch.testing.assert_close(out.logits, want["logits"], **CLOSE)
-    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == want["cache_lengths"].tolist()
+    assert [layer.keys.shape[2] for layer in cache_of(out).layers] == want["cache_lengths"].tolist()
 
     answer = tiny.generate(model, given, tokens=16, return_dict_in_generate=True, output_logits=True)
     assert torch.equal(answer.sequences, want["generated"].reshape(1, -1))

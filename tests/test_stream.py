@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from libra import Compression
 from libra.schedule import actual
 from libra.stream import VisualTokenStream
+from libra.transformers_api import cache_argument, cache_of
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 SELECTS = ("intervals", "topk", "random", "information")
@@ -90,12 +91,12 @@ def test_without_compression_layers_it_is_transformers_llama_bit_for_bit(attenti
             step["attention_mask"] = torch.cat([given["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
             step["position_ids"] = given["position_ids"][:, -1:] + 1
         for _ in range(2):
-            ours, want = (m(**step, past_key_values=o.past_key_values) for m, o in ((model, ours), (theirs, want)))
+            ours, want = (m(**step, **cache_argument(cache_of(o))) for m, o in ((model, ours), (theirs, want)))
             assert torch.equal(ours.logits, want.logits)
             if padding:
                 step["attention_mask"] = torch.nn.functional.pad(step["attention_mask"], (0, 1), value=1)
                 step["position_ids"] = step["position_ids"] + 1
-    assert type(ours.past_key_values) is DynamicCache
+    assert type(cache_of(ours)) is DynamicCache
 
 
 @both_sides
@@ -196,7 +197,7 @@ def test_what_the_layers_are_given(model, batch):
         prefill, seen[:] = list(seen), []
         mask = None if batch == "one row" else torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
         if batch != "right":
-            model(input_ids=torch.full((len(out.logits), 1), 5), attention_mask=mask, past_key_values=out.past_key_values)
+            model(input_ids=torch.full((len(out.logits), 1), 5), attention_mask=mask, **cache_argument(cache_of(out)))
     finally:
         for hook in hooks:
             hook.remove()
@@ -321,7 +322,7 @@ class Chat:
         if self.padded:
             given["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]
             given["attention_mask"] = self.mask
-        return self.model(**given, past_key_values=self.cache, use_cache=True).logits
+        return self.model(**given, **cache_argument(self.cache), use_cache=True).logits
 
     def turn(self, rows):
         batch = tiny.collate(rows, "left")
@@ -493,13 +494,13 @@ def test_caches_that_cannot_work_are_refused(model):
     given = tiny.alone(ragged()[0])
     model.set_compression(c)
     with pytest.raises(ValueError, match="needs a DynamicCache, .* got StaticCache"):
-        model(**given, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+        model(**given, **cache_argument(StaticCache(config=model.config, max_cache_len=64)))
     with pytest.raises(ValueError, match="needs a DynamicCache, .* got StaticCache"):
         tiny.generate(model, given, cache_implementation="static")
-    cache = model(**given, use_cache=True).past_key_values
+    cache = cache_of(model(**given, use_cache=True))
     model.set_compression(Compression(method="libra", layers=(2,)))
     with pytest.raises(ValueError, match=r"filled with compression after layers \[1, 3\], not \[2\]"):
-        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[5]]), **cache_argument(cache))
 
 
 @torch.no_grad()

@@ -5,11 +5,12 @@ from math import isqrt
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..attach import attach
 from ..config import Compression
 from ..drawing import Block, Record, strip
+from ..transformers_api import PreTrainedConfig
 
 LONG_SIDE = 1024  # pixels of a picture in a figure or a trace file, at most
 

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
-from transformers.utils import ModelOutput
 
 from ..attach import attach
 from ..config import Compression, ConfigError
 from ..timing import Moment, now
+from ..transformers_api import DynamicCache, ModelOutput, cache_argument, cache_of
 from .memory import LiveBytes, Step, watch_compression, watch_layer
 
 
@@ -163,7 +162,7 @@ class Bench:
         return DynamicCache(config=self.text)
 
     def _call(self, cache, mask, **given):
-        return self.model(past_key_values=cache, attention_mask=mask, use_cache=True, logits_to_keep=1, **given)
+        return self.model(**cache_argument(cache), attention_mask=mask, use_cache=True, logits_to_keep=1, **given)
 
     @torch.inference_mode()
     def decode(self, output, steps: int) -> float:
@@ -171,7 +170,7 @@ class Bench:
         mask, start = self.mask, now(self.device)
         for _ in range(steps):
             mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
-            output = self._call(output.past_key_values, mask, input_ids=output.logits[:, -1:].argmax(-1))
+            output = self._call(cache_of(output), mask, input_ids=output.logits[:, -1:].argmax(-1))
         return now(self.device).since(start).wall / steps
 
     @torch.inference_mode()
@@ -197,7 +196,7 @@ class Bench:
         with torch.no_grad(), self.mode(compressed), meter, watch(meter, decoder, self.compression.layers) as seen, flops:
             output = self._call(self.new_cache(), self.mask, inputs_embeds=self.embeds)
         head = 2 * output.logits.shape[0] * self.text.hidden_size * self.text.vocab_size
-        tables = [table for layer in output.past_key_values.layers for table in (layer.keys, layer.values)]
+        tables = [table for layer in cache_of(output).layers for table in (layer.keys, layer.values)]
         return Counted(
             (flops.get_total_flops() - head) // 2, sum(table.nbytes for table in tables),
             layer=0 if compressed else seen[0].peak, steps=tuple(seen) if compressed else (),

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..config import Compression, ConfigError
 from ..passage import attention_kind, position_axes
 from ..schedule import kept
 from ..timing import Moment, now
+from ..transformers_api import CausalLMOutputWithPast, cache_argument, create_causal_mask
 from .bench import Bench, Prompt, Run
 
 EAGER, MIXED = "eager", "mixed"  # eager attention in every layer, as FastV's repository; in the scoring layer alone
@@ -87,7 +86,7 @@ class Peer:
 
         def through(layer: int) -> torch.Tensor:
             return decoder.layers[layer](
-                hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
+                hidden, attention_mask=mask, position_embeddings=rotary, **cache_argument(cache), use_cache=True
             )
 
         (scoring,) = self.bench.compression.layers
@@ -102,7 +101,7 @@ class Peer:
         for layer in range(scoring + 1, len(decoder.layers)):
             hidden = through(layer)
         logits = model.get_output_embeddings()(decoder.norm(hidden[:, -1:]))
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, **cache_argument(cache))
 
     def kept_columns(self, attention: torch.Tensor) -> torch.Tensor:
         """The columns that stay (B, S'), ascending: all text and the top k of the visual tokens, by (B, H, S, S)."""
@@ -117,6 +116,6 @@ class Peer:
         """What the current attention implementation takes for a causal mask."""
         # No position ids: transformers takes the gaps between kept tokens for packed sequences.
         return create_causal_mask(
-            config=self.bench.model.get_decoder().config, inputs_embeds=hidden, attention_mask=None, past_key_values=cache,
-            position_ids=None, layer_idx=layer,
+            config=self.bench.model.get_decoder().config, inputs_embeds=hidden, attention_mask=None, position_ids=None,
+            layer_idx=layer, **cache_argument(cache),
         )

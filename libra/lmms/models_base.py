@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from libra.config import Row
+from libra.transformers_api import cache_of
 
 FRAMES = 8  # of a video, where the model itself has no number
 MAX_NEW_TOKENS = 1024  # what the harness's own LLaVA model takes where a task says nothing
@@ -68,7 +69,7 @@ class Engine(ABC):
         inputs = self._inputs(samples)
         output = self.model.generate(**inputs, **options, return_dict_in_generate=True)
         texts = self.tokenizer.batch_decode(self._ids(output.sequences, inputs), skip_special_tokens=True)
-        return [cut(text, stops) for text in texts], self._facts(samples, output.past_key_values)
+        return [cut(text, stops) for text in texts], self._facts(samples, cache_of(output))
 
     def _ends(self) -> list[int] | None:
         """The ids that end an answer: the checkpoint's own, and ``stop`` where it is a token."""

@@ -3,12 +3,13 @@
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import libra
 from libra.attach import FAMILIES
 from libra.config import Row
+from libra.transformers_api import PreTrainedConfig
 
 from .models_base import Engine, Sample
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerBase
 
 from libra import Compression
+from libra.transformers_api import PreTrainedConfig
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from . import lora, weights

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from libra import Compression
 from libra.trace import RowTrace
+from libra.transformers_api import cache_argument, one_cache
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from .anyres import MERGE_TYPES, arrange_tiles
@@ -222,7 +223,9 @@ class LlavaMetaForCausalLM:
         return None, position_ids, mask, past_key_values, spliced.embeds, spliced.labels
 
     @torch.no_grad()
-    def generate(self, inputs=None, images=None, image_sizes=None, attention_mask=None, past_key_values=None, **kwargs):
+    def generate(
+        self, inputs=None, images=None, image_sizes=None, attention_mask=None, past_key_values=None, cache=None, **kwargs
+    ):
         """Answer a batch of prompts; returns the new token ids alone.
 
         Args:
@@ -231,25 +234,28 @@ class LlavaMetaForCausalLM:
                 row has an image.
             image_sizes: (width, height) of each image in pixels, for models that cut images into tiles.
             attention_mask: (B, S), 0 for padding.
-            past_key_values: a ``DynamicCache`` to keep a conversation in. In a later turn it holds the turns before, and
-                ``inputs``, ``images`` and ``attention_mask`` are the new turn's alone. What was compressed stays as it is;
-                the new images' visual tokens are compressed by the new turn's last token. One conversation at a time.
+            past_key_values, cache: by either name, a ``DynamicCache`` to keep a conversation in. In a later turn it holds the
+                turns before, and ``inputs``, ``images`` and ``attention_mask`` are only the new turn's. What was compressed
+                stays as it is; the new images' visual tokens are compressed by the new turn's last token. One conversation at
+                a time.
             kwargs: transformers' generation arguments.
 
         Raises:
             ValueError: without token ids, for an image token without its image, with compression on and no image (but in a
-                conversation, whose images may come later), or for a later turn of several rows, beams or sequences.
+                conversation, whose images may come later), for a later turn of several rows, beams or sequences, or for two
+                caches.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None or "inputs_embeds" in kwargs:
             raise ValueError("generate needs token ids: embeddings do not tell which columns are visual tokens")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = one_cache(past_key_values, cache)
+        past = 0 if cache is None else cache.get_seq_length()
         if past:
             self._check_later_turn(inputs, kwargs)
         if images is None:
             if bool(self._held_places(inputs).any()):
                 raise ValueError("the prompt has an image token but no image was given; pass images=")
-            if past_key_values is None and self.compression is not None and self.compression.layers:
+            if cache is None and self.compression is not None and self.compression.layers:
                 raise ValueError("compression is on but there is no image to compress; pass images, or switch it off")
             if past and attention_mask is not None:
                 inputs, attention_mask = inputs[:, attention_mask[0].bool()], None
@@ -262,8 +268,8 @@ class LlavaMetaForCausalLM:
             )
         if past:  # the cache's tokens and the new ones, none of them padding
             kwargs["attention_mask"] = inputs.new_ones(1, past + kwargs["inputs_embeds"].shape[1])
-        if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
+        if cache is not None:
+            kwargs.update(cache_argument(cache))
         return super().generate(**kwargs)
 
     def _check_later_turn(self, inputs: torch.Tensor, options: dict) -> None:

@@ -316,7 +316,7 @@ class Session:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
         try:
             new = self.model.generate(
-                prompt, **given, past_key_values=self._cache, num_beams=num_beams, max_new_tokens=max_new_tokens,
+                prompt, **given, cache=self._cache, num_beams=num_beams, max_new_tokens=max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id, stopping_criteria=StoppingCriteriaList(criteria), streamer=streamer,
                 **sampling,
             )

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, CLIPImageProcessor, CLIPVisionConfig, PreTrainedConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, CLIPImageProcessor, CLIPVisionConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from libra import Compression
+from libra.transformers_api import PreTrainedConfig
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from ..mm_utils import _pinpoints

@@ -4,14 +4,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from libra import Compression
 from libra.passage import Passage
 from libra.trace import Recorder
+from libra.transformers_api import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    DynamicCache,
+    PreTrainedModel,
+    cache_argument,
+    cache_of,
+    can_return_tuple,
+    capture_outputs,
+    merge_with_config_defaults,
+    one_cache,
+)
 
 from ..llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
@@ -35,23 +43,24 @@ class LlavaDecoder(LlavaMetaModel):
     @capture_outputs
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
-        visual_mask=None, labels=None, score_columns=None, sample_keys=None, **kwargs,
+        visual_mask=None, labels=None, score_columns=None, sample_keys=None, cache=None, **kwargs,
     ) -> DecoderOutput:
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = one_cache(past_key_values, cache)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         passage = Passage(
-            self, self.compression, hidden, attention_mask, position_ids, past_key_values,
-            visual_mask, labels, score_columns, sample_keys, self.trace,
+            self, self.compression, hidden, attention_mask, position_ids, cache, visual_mask, labels, score_columns,
+            sample_keys, self.trace,
         )
         for i, layer in enumerate(self.layers):
-            hidden = layer(hidden, **passage.inputs(i), past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+            hidden = layer(hidden, **passage.inputs(i), use_cache=use_cache, **kwargs)
             hidden = passage.compress(i, hidden)  # after a compression layer the sequence is shorter
 
         if passage.stream is not None:
             self.last_stats, self.recorder, labels = passage.stats(), passage.recorder, passage.labels
-        return DecoderOutput(last_hidden_state=self.norm(hidden), past_key_values=past_key_values, labels=labels)
+        return DecoderOutput(last_hidden_state=self.norm(hidden), labels=labels, **cache_argument(cache))
 
 
 class LlavaCausalLM(LlavaMetaForCausalLM):
@@ -74,7 +83,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None,
         use_cache=None, images=None, image_sizes=None, visual_mask=None, score_columns=None, sample_keys=None, logits_to_keep=0,
-        **kwargs,
+        cache=None, **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits and, with ``labels``, the loss.
 
@@ -94,9 +103,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             input_ids, inputs_embeds, visual_mask = None, spliced.embeds, spliced.visual
             attention_mask, labels, sample_keys = spliced.mask, spliced.labels, spliced.keys
         output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, visual_mask=visual_mask, labels=labels,
-            score_columns=score_columns, sample_keys=sample_keys, **kwargs,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            cache=one_cache(past_key_values, cache), inputs_embeds=inputs_embeds, use_cache=use_cache,
+            visual_mask=visual_mask, labels=labels, score_columns=score_columns, sample_keys=sample_keys, **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
@@ -104,6 +113,6 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=output.labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values,
+            loss=loss, logits=logits, **cache_argument(cache_of(output)),
             hidden_states=output.hidden_states, attentions=output.attentions,
         )

@@ -1,0 +1,95 @@
+"""The installed transformers, in one language.
+
+What differs between the versions in :data:`RANGE` is known in this module only, and what is used of
+transformers' internals is imported from here. Everything else says ``cache``, as transformers does since 5.24.
+Before, the keyword and the field of outputs were ``past_key_values``. 5.24 still takes that name, with a warning,
+and ignores it where both names are given.
+
+Importing this module raises ImportError, in one sentence, where transformers is missing or not in :data:`RANGE`.
+"""
+
+import inspect
+
+from packaging.specifiers import SpecifierSet
+
+RANGE = ">=5.17,<5.25"  # setup.py has the same; docs/versions.md says which versions were tested
+
+
+def _check_version() -> None:
+    wanted = f"transformers{RANGE}"
+    try:
+        from transformers import __version__ as installed
+    except ModuleNotFoundError:
+        raise ImportError(f"libra needs {wanted}, which is not installed; run: pip install '{wanted}'") from None
+    if not SpecifierSet(RANGE).contains(installed, prereleases=True):
+        raise ImportError(f"libra needs {wanted}, but {installed} is installed; run: pip install '{wanted}'")
+
+
+_check_version()  # before the imports that another version may not have
+
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel  # noqa: E402
+from transformers.masking_utils import (  # noqa: E402
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from transformers.utils import ModelOutput  # noqa: E402
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults  # noqa: E402
+from transformers.utils.output_capturing import capture_outputs  # noqa: E402
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "AttentionInterface", "AttentionMaskInterface",
+    "BaseModelOutputWithPast", "CACHE", "Cache", "CausalLMOutputWithPast", "DynamicCache", "ModelOutput",
+    "PreTrainedConfig", "PreTrainedModel", "RANGE", "cache_argument", "cache_given", "cache_of", "can_return_tuple",
+    "capture_outputs", "create_causal_mask", "create_sliding_window_causal_mask", "empty_layers",
+    "merge_with_config_defaults", "one_cache", "take_cache",
+]
+
+FORMER = "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else FORMER
+
+
+def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
+    """The keyword argument by which transformers' models, layers, ``generate``, masks and outputs take a cache."""
+    return {CACHE: cache}
+
+
+def cache_given(arguments: dict) -> Cache | None:
+    """Of a call of a transformers model, by its keyword arguments: the cache that the model will use."""
+    return arguments[CACHE] if CACHE in arguments else arguments.get(FORMER)
+
+
+def cache_of(output: ModelOutput) -> Cache | None:
+    """The cache in the output of a model or of ``generate``."""
+    return getattr(output, CACHE)
+
+
+def empty_layers(cache: DynamicCache) -> None:
+    """Remove all that a cache's layers hold. Before 5.19 their own ``reset`` sets it to zero and keeps its length."""
+    for layer in cache.layers:
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+        layer.reset()
+
+
+def one_cache(first: Cache | None, second: Cache | None) -> Cache | None:
+    """The cache of a call of ours that takes it by two names.
+
+    Raises:
+        ValueError: for two different ones.
+    """
+    if first is not None and second is not None and first is not second:
+        raise ValueError(f"two caches were given, as `{FORMER}` and as `cache`; give one of them")
+    return second if first is None else first
+
+
+def take_cache(cache: Cache | None, arguments: dict) -> Cache | None:
+    """The cache of a call whose parameter is called ``cache``; the former name is taken out of its other ``arguments``.
+
+    Raises:
+        ValueError: for two different ones.
+    """
+    return one_cache(arguments.pop(FORMER, None), cache)
