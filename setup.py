@@ -10,7 +10,7 @@ from pathlib import Path
 CORE = [
     "torch>=2.6,<2.16",
     "torchvision>=0.21,<0.30",
-    "transformers>=5.17,<5.24",  # 5.24 renames past_key_values to cache
+    "transformers>=5.17,<5.25",  # as libra/transformers_api.py: minor versions rename what we call, as 5.24 did the cache
     "accelerate>=1.7,<2",
     "numpy>=1.26,<3",
     "pillow>=10.0,<14",
