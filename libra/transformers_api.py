@@ -11,11 +11,12 @@ Importing this module raises ImportError, in one sentence, where transformers is
 import inspect
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 RANGE = ">=5.17,<5.25"  # setup.py has the same; docs/versions.md says which versions were tested
 
 
-def _check_version() -> None:
+def _accepted_version() -> str:
     wanted = f"transformers{RANGE}"
     try:
         from transformers import __version__ as installed
@@ -23,9 +24,10 @@ def _check_version() -> None:
         raise ImportError(f"libra needs {wanted}, which is not installed; run: pip install '{wanted}'") from None
     if not SpecifierSet(RANGE).contains(installed, prereleases=True):
         raise ImportError(f"libra needs {wanted}, but {installed} is installed; run: pip install '{wanted}'")
+    return installed
 
 
-_check_version()  # before the imports that another version may not have
+_INSTALLED = _accepted_version()  # before the imports that another version may not have
 
 from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel  # noqa: E402
 from transformers.masking_utils import (  # noqa: E402
@@ -44,7 +46,7 @@ __all__ = [
     "ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "AttentionInterface", "AttentionMaskInterface",
     "BaseModelOutputWithPast", "CACHE", "Cache", "CausalLMOutputWithPast", "DynamicCache", "ModelOutput",
     "PreTrainedConfig", "PreTrainedModel", "RANGE", "cache_argument", "cache_given", "cache_of", "can_return_tuple",
-    "capture_outputs", "create_causal_mask", "create_sliding_window_causal_mask", "empty_layers",
+    "capture_outputs", "check_guesses", "create_causal_mask", "create_sliding_window_causal_mask", "empty_layers",
     "merge_with_config_defaults", "one_cache", "take_cache",
 ]
 
@@ -73,6 +75,21 @@ def empty_layers(cache: DynamicCache) -> None:
         layer.keys = layer.values = None
         layer.is_initialized = False
         layer.reset()
+
+
+def check_guesses(options: dict) -> None:
+    """Of the options of ``generate`` from embeddings.
+
+    Raises:
+        ValueError: for assisted generation before 5.18, whose first answer loses the prompt's embeddings.
+    """
+    config = options.get("generation_config")
+    lookup = options.get("prompt_lookup_num_tokens") or getattr(config, "prompt_lookup_num_tokens", None)
+    if (lookup or options.get("assistant_model") is not None) and Version(_INSTALLED) < Version("5.18"):
+        raise ValueError(
+            f"assisted generation from embeddings gives wrong tokens with transformers {_INSTALLED}; take 5.18 or newer,"
+            " or leave out assistant_model and prompt_lookup_num_tokens"
+        )
 
 
 def one_cache(first: Cache | None, second: Cache | None) -> Cache | None:

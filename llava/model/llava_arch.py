@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from libra import Compression
 from libra.trace import RowTrace
-from libra.transformers_api import cache_argument, one_cache
+from libra.transformers_api import cache_argument, check_guesses, one_cache
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from .anyres import MERGE_TYPES, arrange_tiles
@@ -242,12 +242,13 @@ class LlavaMetaForCausalLM:
 
         Raises:
             ValueError: without token ids, for an image token without its image, with compression on and no image (but in a
-                conversation, whose images may come later), for a later turn of several rows, beams or sequences, or for two
-                caches.
+                conversation, whose images may come later), for a later turn of several rows, beams or sequences, for two
+                caches, or for assisted generation with transformers 5.17, which gives wrong tokens.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None or "inputs_embeds" in kwargs:
             raise ValueError("generate needs token ids: embeddings do not tell which columns are visual tokens")
+        check_guesses(kwargs)
         cache = one_cache(past_key_values, cache)
         past = 0 if cache is None else cache.get_seq_length()
         if past:
