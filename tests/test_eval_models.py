@@ -254,7 +254,7 @@ def test_a_video_that_is_not_one_is_named(tmp_path):
     (tmp_path / "film.mp4").write_text("no film")
     with pytest.raises(ValueError, match="^task t, document 0: the video .*film.mp4 cannot be read"):
         ask(model, [("what digit ?", [str(tmp_path / "film.mp4")])])
-    with pytest.raises(ValueError, match="^task t, document 0 shows bytes: the model libra takes images and video files"):
+    with pytest.raises(ValueError, match="^task t, document 0: it shows bytes: the model libra takes images and video files"):
         ask(model, [("what digit ?", [b"sound"])])
 
 

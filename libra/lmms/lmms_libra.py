@@ -59,6 +59,19 @@ def load_engine(path: str, conversation: str | None, device: str, dtype: torch.d
     return Llava(path, conversation, device, dtype)
 
 
+def open_visual(visual, frames: int) -> Image.Image | list[Image.Image]:
+    """An image, or a video's frames, of what a task shows: an image, or the path of an image, a video or a folder of frames.
+
+    Raises:
+        ValueError: for what cannot be shown.
+    """
+    if not isinstance(visual, (Image.Image, str)):
+        raise ValueError(f"it shows {type(visual).__name__}: the model libra takes images and video files")
+    if isinstance(visual, str) and not is_picture(visual):
+        return load_frames(visual, frames)
+    return open_image(visual)
+
+
 class LibraModel(lmms):
     """``--model libra``. Greedy or sampled generation in batches; no log-likelihoods, one round.
 
@@ -184,11 +197,8 @@ class LibraModel(lmms):
         """What the model is asked; ValueError for what it cannot be shown."""
         shown = []
         for visual in self._visuals(request):
-            if not isinstance(visual, (Image.Image, str)):
-                raise ValueError(f"{request.name} shows {type(visual).__name__}: the model libra takes images and video files")
             try:
-                is_video = isinstance(visual, str) and not is_picture(visual)
-                one = load_frames(visual, self.engine.frames) if is_video else open_image(visual)
+                one = open_visual(visual, self.engine.frames)
             except ValueError as error:
                 raise ValueError(f"{request.name}: {error}") from error
             shown.append(self._blinded(one) if self.blind else one)

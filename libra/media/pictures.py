@@ -17,12 +17,15 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AV
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, Image.DecompressionBombError)
 
 
-def note(text: str) -> None:
+Say = Callable[[str, str], None]
+
+
+def note(what: str, remark: str) -> None:
     """One line on stderr."""
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {what} {remark}", file=sys.stderr)
 
 
-def open_image(source, limits: Limits = FILES, *, name: str | None = None, say: Callable[[str], None] = note) -> Image.Image:
+def open_image(source, limits: Limits = FILES, *, name: str | None = None, say: Say = note) -> Image.Image:
     """A picture as every model here sees it: upright by its EXIF orientation, 8 bits a channel, RGB.
 
     Transparency is dropped as ``convert("RGB")`` does, an animation is its first frame; both are said. 16 bits are scaled to
@@ -33,7 +36,7 @@ def open_image(source, limits: Limits = FILES, *, name: str | None = None, say: 
             an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1 to 4 channels.
         limits: what is let in.
         name: of the picture in messages; by default its source.
-        say: is given what was dropped, in a sentence.
+        say: is given the picture's name and what was dropped, the two parts of a sentence.
 
     Returns:
         An RGB image; a PIL image that is already one is returned itself.
@@ -77,7 +80,7 @@ def check_size(size: tuple[int, int], what: str, limits: Limits = FILES) -> None
         )
 
 
-def to_rgb(image: Image.Image, what: str = "the image", say: Callable[[str], None] = note) -> Image.Image:
+def to_rgb(image: Image.Image, what: str = "the image", say: Say = note) -> Image.Image:
     """A picture of any of Pillow's modes in RGB; itself where it is already that.
 
     Raises:
@@ -93,7 +96,7 @@ def to_rgb(image: Image.Image, what: str = "the image", say: Callable[[str], Non
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
-            say(f"{what} is transparent in places; the colours stored there are taken, without a background")
+            say(what, "is transparent in places; the colours stored there are taken, without a background")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -160,7 +163,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image) if turned else image
 
 
-def _decode(data: bytes, what: str, limits: Limits, say: Callable[[str], None]) -> Image.Image:
+def _decode(data: bytes, what: str, limits: Limits, say: Say) -> Image.Image:
     """The first picture of a file's bytes."""
     Image.init()
     try:
@@ -174,7 +177,7 @@ def _decode(data: bytes, what: str, limits: Limits, say: Callable[[str], None]) 
         raise ValueError(f"{what} is damaged ({error}); give a whole file") from error
     image = _load(image, what, limits)
     if several:
-        say(f"{what} has several frames; the first one is taken")
+        say(what, "has several frames; the first one is taken")
     return image
 
 

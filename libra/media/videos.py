@@ -13,6 +13,7 @@ from .sources import FILES, Limits, open_file, short_name
 
 # FFmpeg's names. Left out are playlists (HLS, concat), which name other files and addresses.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,flv,ogg,asf,gif,mxf,nut,dv,rm"
+_ROUNDING = 0.001  # seconds, to which some formats round a frame's time
 # Where FFmpeg's display matrix puts the picture's axes (a, b, c, d) to what turns the picture so; without an entry it stays.
 _TURNS = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT, (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
@@ -103,15 +104,18 @@ def _axes(frame) -> tuple[int, ...]:
 def clip(times: Sequence[float], rate: float, start: float | None, end: float | None) -> range:
     """The numbers of the frames between two times in seconds, by the frames' own times.
 
-    Each end is the last frame whose showing is over by then, as VideoLLaMA-2 takes a clip at a steady rate. Where both ends
-    are the same it lasts a second.
+    Each end is the last frame that has been shown by then, for a period of the rate or until the next one came. At a steady
+    rate that is VideoLLaMA-2's rule, ``int(seconds * rate) - 1``. Where both ends are the same a clip lasts a second.
     """
     if start is not None and end is not None:
         start, end = sorted((max(start, 0.0), max(end, 0.0)))
         end = start + 1 if start == end else end
-    over = [*times[1:], times[-1] + 1 / rate] if times else []
-    first = 0 if start is None else max(bisect_right(over, start + 1e-6) - 1, 0)
-    last = len(times) - 1 if end is None else bisect_right(over, end + 1e-6) - 1
-    if start is not None and times and start > over[-1]:
+    shown_by = [min(time + 1 / rate, next_one) for time, next_one in zip(times, [*times[1:], float("inf")])]
+    first, last = 0, len(times) - 1
+    if start is not None:
+        first = max(bisect_right(shown_by, start + _ROUNDING) - 1, 0)
+    if end is not None:
+        last = bisect_right(shown_by, end + _ROUNDING) - 1
+    if start is not None and times and start > shown_by[-1] + _ROUNDING:
         return range(0)
     return range(first, last + 1)

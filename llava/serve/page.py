@@ -192,9 +192,13 @@ class Asker:
         if not isinstance(picture, dict) or not isinstance(picture.get("path"), str):
             raise Mistake("image", "give an image")
         name, notes = picture.get("orig_name"), []
+
+        def say(what: str, remark: str) -> None:
+            notes.append(f"{what} {remark}")
+
         try:
             data = self.uploads.read(picture["path"])
-            image = open_image(data, SERVED, name=name if isinstance(name, str) else "uploaded", say=notes.append)
+            image = open_image(data, SERVED, name=name if isinstance(name, str) else "uploaded", say=say)
         except ValueError as error:
             raise Mistake("image", str(error)) from error
         return image, "; ".join(notes)

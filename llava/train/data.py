@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers.utils import logging
 
+from libra.media import FILES, open_image
+
 from ..constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from ..conversation import Conversation, SeparatorStyle
-from ..mm_utils import load_image, process_images
+from ..mm_utils import process_images
 from ..model.anyres import arrange_tiles
 from ..video import DEFAULT_VIDEO_TOKEN, process_image, process_video
 from .labels import Turn, encode, place_images
@@ -133,6 +135,8 @@ class LazySupervisedDataset(Dataset):
         pictures: ``image_aspect_ratio`` and ``image_grid_pinpoints``.
         num_frames: of a video, for a model that takes videos, whose pixels are pairs; None for other models.
         limit: the tokenizer's ``model_max_length``.
+        visual_tokens: of the model, where images may be so narrow that none are left.
+        said: remarks about images that were made.
     """
 
     samples: list[dict]
@@ -145,6 +149,8 @@ class LazySupervisedDataset(Dataset):
     limit: int
     num_frames: int | None = None
     start_end: bool = False
+    visual_tokens: "VisualTokens | None" = None
+    said: set[str] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -177,11 +183,21 @@ class LazySupervisedDataset(Dataset):
         }
 
     def _image(self, name: str):
-        image, aspect = load_image(Path(self.image_folder) / name), self.pictures.image_aspect_ratio
+        image = open_image(Path(self.image_folder) / name, FILES, say=self._say_once)
+        aspect = self.pictures.image_aspect_ratio
         if self.num_frames is not None:
             return (process_image(image, self.image_processor, aspect), "image"), image.size
         pixels = process_images([image], self.image_processor, self.pictures)[0]
-        return pixels, (max(image.size),) * 2 if aspect == "pad" else image.size
+        size = (max(image.size),) * 2 if aspect == "pad" else image.size
+        if self.visual_tokens is not None:
+            self.visual_tokens(pixels, size)  # refuses an image without any
+        return pixels, size
+
+    def _say_once(self, what: str, remark: str) -> None:
+        """A data set may have a million transparent images."""
+        if remark not in self.said:
+            self.said.add(remark)
+            logger.warning(f"{what} {remark} (said once)")
 
     def _video(self, name: str):
         aspect = self.pictures.image_aspect_ratio

@@ -67,9 +67,10 @@ def main(argv: list[str] | None = None) -> None:
         exit_with(" ".join(str(error).split()))
     llava = model.get_base_model() if args.lora_enable else model
     llava.set_compression(compression)
+    collator = make_collator(llava, start.tokenizer, args.model_max_length)
+    dataset.visual_tokens = collator.visual_tokens
     trainer = LlavaTrainer(
-        model=model, args=args, train_dataset=dataset, processing_class=start.tokenizer,
-        data_collator=make_collator(llava, start.tokenizer, args.model_max_length),
+        model=model, args=args, train_dataset=dataset, processing_class=start.tokenizer, data_collator=collator,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     counts = trainer.total_counts()
