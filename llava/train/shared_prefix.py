@@ -6,8 +6,8 @@ whole row, because scores between two texts are never computed.
 """
 
 import torch
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+
+from libra.transformers_api import AttentionInterface, AttentionMaskInterface
 
 NAME = "shared_prefix"
 
