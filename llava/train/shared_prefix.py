@@ -1,8 +1,8 @@
 """Attention for training many short texts on one image: all see the image, none sees another.
 
-A row is ``[prefix | text 1 | text 2 | …]`` with texts of one fixed length. The prefix is causal; a text attends to the whole
-prefix and, causally, to itself, exactly as if it stood alone behind the prefix. Cheaper than the equal block mask over the
-whole row, because scores between two texts are never computed.
+A row is ``[prefix | slot 1 | slot 2 | …]`` with slots of one fixed length, each of one text or of several. The prefix is
+causal; a text attends to the whole prefix and, causally, to itself, exactly as if it stood alone behind the prefix. Cheaper
+than the equal block mask over the whole row, because scores between two slots are never computed.
 """
 
 import torch
@@ -12,8 +12,13 @@ from libra.transformers_api import AttentionInterface, AttentionMaskInterface
 NAME = "shared_prefix"
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling, text_length: int, prefix_length: int, **kwargs):
-    """Query, key and value (B, H, prefix_length + n · text_length, D) to the output (B, same length, H, D)."""
+def shared_prefix_attention(
+    module, query, key, value, attention_mask, scaling, text_length: int, prefix_length: int, text_ids=None, **kwargs
+):
+    """Query, key and value (B, H, prefix_length + n · text_length, D) to the output (B, same length, H, D).
+
+    ``text_ids`` (B, n, text_length): where several texts share a slot, which of them a token belongs to.
+    """
     batch, heads, length, width = query.shape
     texts = (length - prefix_length) // text_length
 
@@ -32,6 +37,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
 
     to_prefix = (q1.flatten(2, 3) @ k0.transpose(-1, -2)).view(batch, heads, texts, text_length, prefix_length)
     future = torch.ones(text_length, text_length, dtype=torch.bool, device=query.device).triu(1)
+    if text_ids is not None:
+        future = (future | (text_ids[..., :, None] != text_ids[..., None, :]))[:, None]
     to_self = (q1 @ k1.transpose(-1, -2)).masked_fill(future, float("-inf"))
     weights = torch.cat([to_prefix, to_self], -1).softmax(-1)
     w0, w1 = weights.split([prefix_length, text_length], -1)
