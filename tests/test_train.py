@@ -28,7 +28,7 @@ from transformers import (
 
 from libra import Compression
 from llava.model.builder import load_pretrained_model
-from llava.train import arguments, train
+from llava.train import arguments, recipe, train
 from llava.train.data import Collator, LazySupervisedDataset, ModalityLengthSampler, VisualTokens, read_samples
 from llava.train.labels import encode, place_images, training_template
 from llava.train.trainer import LlavaTrainer
@@ -211,7 +211,7 @@ def test_golden_loss_and_gradients_as_the_trainer_takes_them(data, tmp_path, che
     model = load_pretrained_model(str(TINY), None, "llava", device="cpu")[1].train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    args = train.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", gradient_accumulation_steps=2)
+    args = arguments.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", gradient_accumulation_steps=2)
     trainer = LlavaTrainer(model=model, args=args, train_dataset=[0])
     given = prompt(data, "b", labels=True)
     halves = [{name: value[rows] for name, value in given.items()} for rows in (slice(0, 1), slice(1, 3))]
@@ -457,10 +457,14 @@ def test_scripts_give_the_published_settings(scripts, tmp_path):
 
 
 def test_help_shows_an_example(capsys):
+    train.main(["--help"])
+    short = capsys.readouterr().out
+    assert "--compression configs/mini/r50.yaml" in short and "--lora_enable" in short and "--adam_beta2" not in short
     with pytest.raises(SystemExit) as stop:
-        arguments.parse(["--help"])
-    shown = capsys.readouterr().out
-    assert stop.value.code == 0 and "--compression configs/mini/r50.yaml" in shown and "--lora_enable" in shown
+        train.main(["--help-all"])
+    long = capsys.readouterr().out
+    assert stop.value.code == 0 and "--compression configs/mini/r50.yaml" in long and "--adam_beta2" in long
+    assert all(f"--{name} " in long for name in re.findall(r"^  --(\w+)", short, re.MULTILINE))
 
 
 def test_table_e_is_written_from_its_numbers(tmp_path, monkeypatch):
@@ -537,7 +541,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(case, few, compression, 
         flags += ["--data_path", str(tmp_path / "data.json"), "--image_folder", "nowhere"]
         flags += ["--video_folder", str(tmp_path)]
         (tmp_path / "a.mp4").touch()
-    monkeypatch.setattr(train, "build_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(recipe, "build_model", lambda *args: pytest.fail("a model was loaded"))
     if "needs a CUDA GPU" in sentence:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
@@ -549,7 +553,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(case, few, compression, 
 
 
 def test_parts_of_a_plain_model_that_do_not_fit(few, base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "build_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(recipe, "build_model", lambda *args: pytest.fail("a model was loaded"))
     projector = tmp_path / "mm_projector.bin"
     torch.save({"model.mm_projector.weight": torch.zeros(3, 128), "model.mm_projector.bias": torch.zeros(32)}, projector)
     tower = ["--vision_tower", MINI / "vision_tower", "--max_steps", 1]

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["llava.train.train", "deepspeed"])
+CONTEXT.set_forkserver_preload(["llava.train.recipe", "deepspeed"])
 
 
 def free_port() -> str:

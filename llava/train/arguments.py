@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,74 +16,14 @@ from transformers import TrainingArguments as BaseArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import ParallelMode
 
-from libra.config import ATTENTIONS
-
-EXAMPLES = """examples:
-  python -m llava.train.train --model_name_or_path mini/checkpoint --version mini --data_path data.json --image_folder images \\
-      --compression configs/mini/r50.yaml --output_dir runs/try --max_steps 20
-  deepspeed llava/train/train.py --deepspeed scripts/zero3.json --model_name_or_path lmsys/vicuna-7b-v1.5 \\
-      --vision_tower openai/clip-vit-large-patch14-336 --data_path llava_v1_5_mix665k.json --image_folder playground/data …
-scripts/pretrain.sh, finetune.sh and finetune_lora.sh hold the published settings."""
+from .flags import EXAMPLES, DataArguments, ModelArguments, OwnTrainingArguments
 
 # Flags of the published scripts that transformers 5 calls otherwise.
 RENAMED = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
 
 
-def _flag(help: str, default=None, choices: tuple | None = None):
-    return field(default=default, metadata={"help": help, **({"choices": choices} if choices else {})})
-
-
 @dataclass
-class ModelArguments:
-    model_name_or_path: str | None = _flag("LLaVA checkpoint to go on from, or a plain Llama or Mistral (with vision_tower)")
-    version: str = _flag("conversation template of the training texts, or 'chat' for the tokenizer's own", "v1")
-    compression: str | None = _flag("YAML file whose compression is on while training (configs/…)")
-    vision_tower: str | None = _flag("CLIP folder or hub name, for a plain language model")
-    pretrain_mm_mlp_adapter: str | None = _flag("mm_projector.bin of the first stage")
-    tune_mm_mlp_adapter: bool = _flag("train the projector alone (first stage)", False)
-    freeze_backbone: bool = _flag("do not train the decoder", False)
-    mm_projector_type: str | None = _flag("linear, mlp2x_gelu …; a checkpoint's own, else linear")
-    mm_vision_select_layer: int | None = _flag("the tower's layer; a checkpoint's own, else -1")
-    mm_vision_select_feature: str | None = _flag("a checkpoint's own, else patch", choices=("patch", "cls_patch"))
-    mm_patch_merge_type: str | None = _flag("flat, spatial or spatial_unpad; a checkpoint's own, else flat")
-    mm_use_im_start_end: bool = _flag("put <im_start> and <im_end> around images", False)
-    mm_use_im_patch_token: bool = _flag("add <im_patch> to the vocabulary", False)
-    unfreeze_mm_vision_tower: bool = _flag("train the vision tower too", False)
-    attn_implementation: str | None = _flag("transformers' choice by default", choices=ATTENTIONS)
-
-
-@dataclass
-class DataArguments:
-    data_path: str | None = _flag("JSON list of samples, or .jsonl with one a line")
-    image_folder: str = _flag("where the samples' images lie", ".")
-    video_folder: str | None = _flag("where their videos lie (default: image_folder)")
-    lazy_preprocess: bool = _flag("accepted for the published scripts' sake: samples are always read when needed", True)
-    is_multimodal: bool = _flag("accepted for the published scripts' sake: images decide it", True)
-    image_aspect_ratio: str | None = _flag("square, pad or anyres; a checkpoint's own, else square")
-    image_grid_pinpoints: str | None = _flag("resolutions of anyres, a list of [width, height]")
-    num_frames: int | None = _flag("frames of a video; a checkpoint's own, else 8")
-
-
-@dataclass
-class TrainingArguments(BaseArguments):
-    output_dir: str | None = _flag("folder for checkpoints and the finished model")
-    cache_dir: str | None = _flag("where downloads from the hub go")
-    remove_unused_columns: bool = _flag("transformers' own; has to stay False here", False)
-    freeze_mm_mlp_adapter: bool = _flag("do not train the projector", False)
-    model_max_length: int = _flag("text and visual tokens of a sample; what is behind is cut", 512)
-    group_by_modality_length: bool = _flag("fill batches with samples of like length, with or without images", False)
-    mm_projector_lr: float | None = _flag("the projector's learning rate, if not learning_rate")
-    mm_vision_tower_lr: float | None = _flag("the vision tower's learning rate, if not learning_rate")
-    bits: int = _flag("hold the frozen weights in 4 or 8 bits (needs CUDA, bitsandbytes and LoRA)", 16)
-    double_quant: bool = _flag("of 4 bits", True)
-    quant_type: str = _flag("of 4 bits", "nf4", choices=("nf4", "fp4"))
-    lora_enable: bool = _flag("train LoRA adapters of the decoder's linear layers", False)
-    lora_r: int = _flag("rank", 64)
-    lora_alpha: int = _flag("scale, over the rank", 16)
-    lora_dropout: float = _flag("of the adapters' input", 0.05)
-    lora_weight_path: str = _flag("accepted for the published scripts' sake; must stay empty", "")
-    lora_bias: str = _flag("biases to train", "none", choices=("none", "all", "lora_only"))
-
+class TrainingArguments(OwnTrainingArguments, BaseArguments):
     def __post_init__(self):
         if not torch.cuda.is_available():
             self.tf32 = None  # a way of CUDA GPUs; the scripts ask for it wherever they run
@@ -106,17 +46,19 @@ def exit_with(message: str) -> NoReturn:
 
 
 def make_parser() -> HfArgumentParser:
-    return _Parser(
+    parser = _Parser(
         (ModelArguments, DataArguments, TrainingArguments), prog="python -m llava.train.train", epilog=EXAMPLES,
         description="Train a LLaVA model, with its visual tokens compressed or without.", allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter, add_help=False,
     )
+    parser.add_argument("--help-all", action="help", help="this text; --help leaves transformers' own flags out")
+    return parser
 
 
-def parse(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Read the command line; an unknown flag, a missing one or a contradiction ends the program with a sentence."""
     argv = [RENAMED.get(name, name) + equals + value for name, equals, value in
-            (word.partition("=") if word.startswith("--") else (word, "", "") for word in argv or sys.argv[1:])]
+            (word.partition("=") if word.startswith("--") else (word, "", "") for word in argv)]
     parser = make_parser()
     if not torch.accelerator.is_available():
         _prepare_cpu(parser, argv)
