@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from libra.checkpoints import find_checkpoint
+from libra.shipped import find_checkpoint
 
 WEIGHTS = (".json", ".safetensors", ".bin", ".model")
 LARGE = 100 << 20  # reading a 13B model twice takes a minute
@@ -15,26 +15,26 @@ class CheckpointError(ValueError):
 
 
 def require_checkpoint(name: str) -> str:
-    """Like :func:`libra.checkpoints.find_checkpoint`; raises CheckpointError where the weights can be had from nowhere."""
+    """Like :func:`libra.shipped.find_checkpoint`; raises CheckpointError where the weights can be had from nowhere."""
     found = find_checkpoint(name)
     if os.path.isdir(found):
         if not (Path(found) / "config.json").is_file():
             raise CheckpointError(f"checkpoint {name} has no config.json: name the folder that save_pretrained wrote")
-        return found
-    if name.startswith("mini/"):
+        return str(Path(found).resolve())
+    if found.startswith("mini/"):
         raise CheckpointError(f"checkpoint {name} is missing: train it with `bash scripts/train_mini.sh`")
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return name
+    if isinstance(try_to_load_from_cache(found, "config.json"), str):
+        return found
     try:
-        HfApi().model_info(name, timeout=10)
+        HfApi().model_info(found, timeout=10)
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise CheckpointError(
-            f"checkpoint {name} is not in the local cache and the model hub does not give it ({type(error).__name__}): "
+            f"checkpoint {found} is not in the local cache and the model hub does not give it ({type(error).__name__}): "
             "connect to the internet, or give a local copy with --checkpoint FOLDER"
         ) from None
-    return name
+    return found
 
 
 def checkpoint_hash(found: str) -> str:

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from . import plain_yaml
+from . import plain_yaml, shipped
 from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS, natural_layers
 from .names import spelled
 from .registry import get_model
@@ -119,12 +119,21 @@ class Compression:
     def from_yaml(cls, path: str | Path) -> "Compression":
         """A compression from a YAML file: its keys alone, or a table row's file, whose `compression:` block is taken.
 
-        Raises ConfigError, also for a missing or malformed file.
+        path: a file, or the name of a shipped row. Raises ConfigError, also for a missing or malformed file.
         """
-        mapping = plain_yaml.load(path)
+        file, source = shipped.find_row(path)
+        mapping = plain_yaml.load(file)
         if mapping.keys() & {f.name for f in fields(Row)}:
-            return _row(mapping, str(path)).compression
-        return _block(mapping, str(path))
+            return _row(mapping, source).compression
+        return _block(mapping, source)
+
+    @classmethod
+    def named(cls, name: str) -> "Compression":
+        """The compression of a row that comes with the package, such as `llava7b_r50` or `mini/r50`: the files of configs/.
+
+        Raises ConfigError for another name.
+        """
+        return cls.from_yaml(shipped.row(name))
 
     def to_dict(self) -> dict[str, Any]:
         """The keys that matter, resolved, as plain YAML and JSON values; `from_dict` gives back an equal compression."""
@@ -216,9 +225,10 @@ class Row:
     def from_yaml(cls, path: str | Path) -> "Row":
         """Reads and checks a row's file; without layers the compression gets the natural places of the row's model.
 
-        Raises ConfigError naming the key and the file.
+        path: a file, or the name of a shipped row. Raises ConfigError naming the key and the file.
         """
-        row = _row(plain_yaml.load(path), str(path))
+        file, source = shipped.find_row(path)
+        row = _row(plain_yaml.load(file), source)
         if row.compression.layers is not None:
             return row
         return replace(row, compression=row.compression.at_depth(get_model(row.model, row.path).layers, row.path))

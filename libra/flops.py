@@ -180,7 +180,7 @@ def _total(flops: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line; 0 on success, SystemExit with status 2 after one `error: …` line."""
     parser = Parser(prog="python -m libra.flops", description="FLOPs of a row's visual tokens.", epilog=EXAMPLES)
-    parser.add_argument("--config", required=True, metavar="FILE", help="a row's YAML file, from configs/")
+    parser.add_argument("--config", required=True, metavar="ROW", help="a row: its name, such as llava7b_r50, or its YAML file")
     parser.add_argument("--visual-tokens", metavar="N", help="count one sequence of N visual tokens, not the model's own")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, numbers unrounded")
     args = parser.parse_args(argv)

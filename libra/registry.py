@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from .names import spelled
 from .sentences import ConfigError, did_you_mean, show
 
 _FILE = Path(__file__).with_name("models.yaml")
@@ -50,11 +51,12 @@ def load_models() -> dict[str, ModelSpec]:
 def get_model(name: str, source: str = "") -> ModelSpec:
     """The model of that name. ConfigError with the list of names for any other; `source` (a file) opens the sentence."""
     models = _models()
-    if name not in models:
+    found = spelled(name, models)
+    if found is None:
         hint = did_you_mean(name, models)
         where = f"{source}: " if source else ""
         raise ConfigError(f"{where}model: {show(name)} is unknown;{hint} use one of {', '.join(models)}")
-    return models[name]
+    return models[found]
 
 
 @cache

@@ -36,7 +36,7 @@ def parser() -> Parser:
     parser.add_argument("--model", metavar="PATH_OR_HUB", help="a model in Hugging Face's format that libra.attach supports")
     parser.add_argument("--image", metavar="FILE")
     parser.add_argument("--prompt", metavar="TEXT", help="the question; the chat template adds the image and the rest")
-    parser.add_argument("--config", metavar="FILE", help="the compression: a row's YAML file or one with its keys alone")
+    parser.add_argument("--config", metavar="ROW", help="a row's name, its YAML file, or one with the compression's keys only")
     parser.add_argument("--from-trace", metavar="FILE", help="draw a trace of --save-trace, without a model")
     parser.add_argument("--save-trace", metavar="FILE", help="also write the trace, with the picture, as JSON")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=f"the figure: {', '.join(FORMATS)}")

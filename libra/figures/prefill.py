@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ..attach import attach
 from ..config import Compression
 from ..drawing import Block, Record, strip
+from ..shipped import find_checkpoint
 from ..transformers_api import PreTrainedConfig
 
 LONG_SIDE = 1024  # pixels of a picture in a figure or a trace file, at most
@@ -78,6 +79,7 @@ def trace_image(model, processor, compression: Compression, image: Image.Image, 
 def load(path: str):
     """A model and its processor. Raises ValueError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = find_checkpoint(path)
     try:
         if "mm_vision_tower" in PreTrainedConfig.get_config_dict(path)[0]:
             raise ValueError("it is in LLaVA's own format; convert it with python -m llava.convert")

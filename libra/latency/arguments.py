@@ -26,7 +26,7 @@ def parser() -> Parser:
         description="Prefill of the decoder, compressed against plain, in turns, beside what the FLOPs promise.",
     )
     add, whole, wholes = parser.add_argument, whole_from(1), wholes_from(1)
-    add("--config", metavar="FILE", help="a row's YAML file, from configs/")
+    add("--config", metavar="ROW", help="a row: its name, such as llava7b_r50, or its YAML file")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--random-weights", action="store_true", help="the row's model at its true width with random weights")
     weights.add_argument("--checkpoint", metavar="DIR", help="a model in Hugging Face's format that libra.attach supports")

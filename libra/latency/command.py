@@ -14,6 +14,7 @@ from ..files import write_text
 from ..provenance import commit, machine, versions
 from ..random_weights import random_model, weight_bytes
 from ..registry import ModelSpec, get_model, spec_of
+from ..shipped import find_checkpoint
 from ..timing import free_memory
 from .arguments import BATCHES, VISUAL
 from .bench import Bench, Prompt, scale_layers
@@ -70,6 +71,7 @@ def build(args, row: Row, registered: ModelSpec, prompt: Prompt, device: torch.d
 
 def _load(path: str, dtype, device, attention: str):
     """A checkpoint's model and its sizes. Raises ValueError where it cannot be loaded."""
+    path = find_checkpoint(path)
     if not Path(path).is_dir():
         raise ValueError(f"the checkpoint {path} is no folder; give a model's folder in Hugging Face's format")
     try:

@@ -13,10 +13,10 @@ import torch
 from lmms_eval.api.model import lmms
 from PIL import Image
 
-from libra.checkpoints import find_checkpoint
 from libra.config import Row
 from libra.media import BROKEN, is_picture, open_image
 from libra.registry import get_model
+from libra.shipped import find_checkpoint
 from llava.video import load_frames
 
 from .models_base import Engine, Sample

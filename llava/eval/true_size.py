@@ -18,7 +18,7 @@ def parser() -> Parser:
         description="LLaVA-1.5 of true size with random weights: written, loaded, one image, compressed against vanilla.",
     )
     add, positive = parser.add_argument, whole_from(1)
-    add("--config", default="configs/llava7b_r50.yaml", metavar="FILE", help="the row to measure (default %(default)s)")
+    add("--config", default="llava7b_r50", metavar="ROW", help="the row to measure, its name or file (default %(default)s)")
     add("--layers", type=positive, metavar="N", help="only N layers; the row's compression layers move to the same depth")
     add("--pairs", type=positive, default=3, metavar="N", help="vanilla and compressed, in turns (default %(default)s)")
     add("--new-tokens", type=whole_from(2), default=8, metavar="N", help="tokens to generate (default %(default)s)")

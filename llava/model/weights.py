@@ -15,6 +15,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
+from libra.shipped import find_checkpoint
+
 # A single file or shards with an index, in the order in which transformers looks for them.
 WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -57,7 +59,8 @@ def _shards(index: Path) -> list[str]:
 
 
 def local_folder(name: str, **hub) -> Path:
-    """The folder of a model: ``name`` itself, or where the hub's files of this name are, downloaded unless they are there.
+    """The folder of a model: what :func:`libra.shipped.find_checkpoint` finds, or where the hub's files of this name are,
+    downloaded unless they are there.
 
     Args:
         hub: arguments of ``snapshot_download``, such as ``revision``, ``cache_dir`` and ``token``.
@@ -65,6 +68,7 @@ def local_folder(name: str, **hub) -> Path:
     Raises:
         ValueError: if there is no such folder and the hub has no such model or is out of reach.
     """
+    name = find_checkpoint(name)
     if Path(name).is_dir():
         return Path(name)
     try:

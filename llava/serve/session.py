@@ -13,6 +13,7 @@ from transformers import DynamicCache, StoppingCriteriaList, TextStreamer
 
 from libra import Compression
 from libra.media import COMMAND, open_image, split_names
+from libra.shipped import find_checkpoint
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from ..conversation import conv_templates, conversation_name
@@ -59,9 +60,10 @@ def load_model(args, compression: Compression | None = None) -> Loaded:
 
     from ..model.builder import load_pretrained_model
 
-    model_name = get_model_name_from_path(args.model_path)
+    path = find_checkpoint(args.model_path)
+    model_name = get_model_name_from_path(path)
     loaded = load_pretrained_model(
-        args.model_path, getattr(args, "model_base", None), model_name,
+        path, getattr(args, "model_base", None), model_name,
         load_8bit="8bit" in quantised, load_4bit="4bit" in quantised, device=device, compression=compression,
     )
     model = loaded[1]

@@ -24,7 +24,7 @@ def flag(help: str, default=None, choices: tuple | None = None):
 class ModelArguments:
     model_name_or_path: str | None = flag("LLaVA checkpoint to go on from, or a plain Llama or Mistral (with vision_tower)")
     version: str = flag("conversation template of the training texts, or 'chat' for the tokenizer's own", "v1")
-    compression: str | None = flag("YAML file whose compression is on while training (configs/…)")
+    compression: str | None = flag("row or YAML file whose compression is on while training, such as llava7b_r50")
     vision_tower: str | None = flag("CLIP folder or hub name, for a plain language model")
     pretrain_mm_mlp_adapter: str | None = flag("mm_projector.bin of the first stage")
     tune_mm_mlp_adapter: bool = flag("train the projector alone (first stage)", False)

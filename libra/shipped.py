@@ -1,0 +1,76 @@
+"""What comes with the package, by name: table rows (`llava7b_r50`, `mini/table3/libra_r50`) and the embedded model (`mini`).
+
+In the repository they lie in `configs/` and `mini/checkpoint/`; setup.py copies them into the package.
+"""
+
+from functools import cache
+from pathlib import Path
+
+from .names import spelled
+from .provenance import REPOSITORY
+from .registry import load_models
+from .sentences import ConfigError, did_you_mean, show
+
+_PACKAGE = Path(__file__).resolve().parent
+_EMBEDDED = "mini/checkpoint"  # the embedded model's folder, as models.yaml names it
+
+
+def _folder(inside: str, above: str) -> Path:
+    """A folder of the installed package, else the repository's."""
+    return _PACKAGE / inside if (_PACKAGE / inside).is_dir() else REPOSITORY / above
+
+
+@cache
+def rows() -> dict[str, Path]:
+    """Name → file of every shipped row. The name is the path below configs/, without .yaml."""
+    folder = _folder("configs", "configs")
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def row(name: str) -> Path:
+    """The file of a shipped row. Raises ConfigError for another name."""
+    found = spelled(name, rows())
+    if found is None:
+        hint = did_you_mean(str(name), rows()) or f" the names are {', '.join(list(rows())[:3])} …, the files of configs/"
+        raise ConfigError(f"{show(name)} is not the name of a row;{hint}")
+    return rows()[found]
+
+
+def find_row(given: str | Path) -> tuple[Path, str]:
+    """The file that a user means, and what to call it: a path, else the name of a shipped row, which may also be written as
+    `configs/NAME.yaml`. Raises ConfigError where there is neither.
+    """
+    path = Path(given)
+    try:
+        if path.exists():
+            return path, str(given)
+    except (OSError, ValueError):  # a name too long, or with a zero byte: whoever opens it says so
+        return path, str(given)
+    name = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
+    found = spelled(name, rows())
+    if found is None:
+        beside = [other.name for other in path.parent.glob("*.yaml")]
+        hint = did_you_mean(path.name, beside) or did_you_mean(name, rows()) or " check the path"
+        raise ConfigError(f"{path}: there is no such file, and no row of that name;{hint}")
+    return rows()[found], found
+
+
+def find_checkpoint(given: str | Path) -> str:
+    """The folder or the hub name that a user means by a folder, a hub name or a model's name in models.yaml, such as `mini`.
+
+    A folder that is there comes first; relative ones start at the working directory, then at the repository. Raises
+    ConfigError for a name that nearly is a model's.
+    """
+    name, models = str(given), load_models()
+    model = spelled(name, models)
+    if model is not None and not (Path(name) / "config.json").is_file():
+        name = models[model].checkpoint
+    if Path(name).is_dir():
+        return name
+    folder = _folder("mini/checkpoint", _EMBEDDED) if name == _EMBEDDED else REPOSITORY / name
+    if folder.is_dir():
+        return str(folder)
+    hint = "" if "/" in name else did_you_mean(name, models)
+    if hint:
+        raise ConfigError(f"{show(name)} is neither a folder nor a model's name;{hint}")
+    return name
