@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from libra.shipped import find_checkpoint
+from libra.checkpoints import find_checkpoint
 
 WEIGHTS = (".json", ".safetensors", ".bin", ".model")
 LARGE = 100 << 20  # reading a 13B model twice takes a minute
@@ -15,7 +15,7 @@ class CheckpointError(ValueError):
 
 
 def require_checkpoint(name: str) -> str:
-    """Like :func:`libra.shipped.find_checkpoint`; raises CheckpointError where the weights can be had from nowhere."""
+    """Like :func:`libra.checkpoints.find_checkpoint`; raises CheckpointError where the weights can be had from nowhere."""
     found = find_checkpoint(name)
     if os.path.isdir(found):
         if not (Path(found) / "config.json").is_file():

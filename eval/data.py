@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from libra.cli import Parser, names
+from libra.lmms import TASKS
 
 from .formats import text_table
-from .suites import PAPER_TASKS, TABLES, TASKS, Task, get_table, get_task, row_files
+from .suites import PAPER_TASKS, TABLES, Task, get_table, get_task, row_files
 
 EXAMPLES = """examples:
   python -m eval.data --table 1            what Table 1 reads: data sets, licences, sizes; downloads nothing

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from libra.lmms import TASKS
+
 from .cells import Cell
 from .checkpoints import CheckpointError
-from .suites import TASKS, Task, get_task
+from .suites import Task, get_task
 
 
 @dataclass(frozen=True)

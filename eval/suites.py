@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from libra.lmms import TASKS
 from libra.provenance import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
-TASKS = REPOSITORY / "libra/lmms/tasks"
 BLIND = "blind"  # the row that is not a file: vanilla on grey images
 BLIND_TITLE = "vanilla, grey images (blind)"
 NOT_AVERAGED = {"mme"}  # the paper's Avg leaves it out

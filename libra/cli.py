@@ -30,7 +30,7 @@ def only_commands(package: str, *commands: str) -> None:
     if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv[:-1]:  # so it reads only while Python looks for the module to run
         return
     asked = sys.orig_argv[sys.orig_argv.index("-m") + 1]
-    known = [f"{package}.{command}" if command else package for command in commands]
+    known = [f"{package}.{command}" for command in commands]
     if asked.split(".")[0] == package and asked.removesuffix(".__main__") not in known:
         print(f"error: {asked} is not a command; use python -m {' | '.join(known)}", file=sys.stderr)
         raise SystemExit(2)

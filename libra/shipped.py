@@ -8,11 +8,9 @@ from pathlib import Path
 
 from .names import spelled
 from .provenance import REPOSITORY
-from .registry import load_models
 from .sentences import ConfigError, did_you_mean, show
 
 _PACKAGE = Path(__file__).resolve().parent
-_EMBEDDED = "mini/checkpoint"  # the embedded model's folder, as models.yaml names it
 
 
 def _folder(inside: str, above: str) -> Path:
@@ -20,11 +18,14 @@ def _folder(inside: str, above: str) -> Path:
     return _PACKAGE / inside if (_PACKAGE / inside).is_dir() else REPOSITORY / above
 
 
+CONFIGS = _folder("configs", "configs")
+EMBEDDED = _folder("mini/checkpoint", "mini/checkpoint")
+
+
 @cache
 def rows() -> dict[str, Path]:
     """Name → file of every shipped row. The name is the path below configs/, without .yaml."""
-    folder = _folder("configs", "configs")
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in sorted(CONFIGS.rglob("*.yaml"))}
 
 
 def row(name: str) -> Path:
@@ -53,24 +54,3 @@ def find_row(given: str | Path) -> tuple[Path, str]:
         hint = did_you_mean(path.name, beside) or did_you_mean(name, rows()) or " check the path"
         raise ConfigError(f"{path}: there is no such file, and no row of that name;{hint}")
     return rows()[found], found
-
-
-def find_checkpoint(given: str | Path) -> str:
-    """The folder or the hub name that a user means by a folder, a hub name or a model's name in models.yaml, such as `mini`.
-
-    A folder that is there comes first; relative ones start at the working directory, then at the repository. Raises
-    ConfigError for a name that nearly is a model's.
-    """
-    name, models = str(given), load_models()
-    model = spelled(name, models)
-    if model is not None and not (Path(name) / "config.json").is_file():
-        name = models[model].checkpoint
-    if Path(name).is_dir():
-        return name
-    folder = _folder("mini/checkpoint", _EMBEDDED) if name == _EMBEDDED else REPOSITORY / name
-    if folder.is_dir():
-        return str(folder)
-    hint = "" if "/" in name else did_you_mean(name, models)
-    if hint:
-        raise ConfigError(f"{show(name)} is neither a folder nor a model's name;{hint}")
-    return name

@@ -379,8 +379,8 @@ def test_harness_command_line_from_a_plain_checkout(checkpoint, tmp_path):
     write_benchmark(tmp_path / "results" / "benchmark", 6)
     arguments = f"config={REPOSITORY}/configs/mini/r50.yaml,pretrained={checkpoint},blind=true,sample_log={tmp_path}/log.jsonl"
     subprocess.run(
-        [sys.executable, "-m", "eval", "--model", "libra", "--model_args", arguments, "--tasks", "mini_color", "--limit", "6",
-         "--include_path", str(REPOSITORY / "libra" / "lmms" / "tasks"), "--batch_size", "4", "--device", "cpu",
+        [sys.executable, "-m", "libra.lmms", "--model_args", arguments, "--tasks", "mini_color", "--limit", "6",
+         "--batch_size", "4", "--device", "cpu",
          "--output_path", str(tmp_path / "out")],
         cwd=tmp_path, check=True, capture_output=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},

@@ -7,9 +7,9 @@ import pytest
 
 import libra
 from libra import flops, shipped
+from libra.checkpoints import find_checkpoint
 from libra.config import ConfigError, Row
 from libra.registry import get_model
-from libra.shipped import find_checkpoint
 from llava.model.weights import local_folder
 
 ROOT = Path(__file__).resolve().parents[1]

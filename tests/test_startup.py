@@ -49,7 +49,8 @@ def run(*words: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_every_help_comes_in_a_moment_and_says_how_to_call_it(tmp_path):
-    answer = run("-c", f"LARGE = {LARGE!r}\n{HELP}", *commands(), cwd=tmp_path)
+    asked = [command for command in commands() if not command.startswith("mini.")]
+    answer = run("-c", f"LARGE = {LARGE!r}\n{HELP}", *asked, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     for command, (text, seconds, large) in json.loads(answer.stdout).items():
         assert text.startswith(f"usage: python -m {command} "), command

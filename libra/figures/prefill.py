@@ -8,9 +8,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..attach import attach
+from ..checkpoints import find_checkpoint
 from ..config import Compression
 from ..drawing import Block, Record, strip
-from ..shipped import find_checkpoint
 from ..transformers_api import PreTrainedConfig
 
 LONG_SIDE = 1024  # pixels of a picture in a figure or a trace file, at most

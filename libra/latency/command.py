@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from .. import units
+from ..checkpoints import find_checkpoint
 from ..config import Compression, ConfigError, Row
 from ..files import write_text
 from ..provenance import commit, machine, versions
 from ..random_weights import random_model, weight_bytes
 from ..registry import ModelSpec, get_model, spec_of
-from ..shipped import find_checkpoint
 from ..timing import free_memory
 from .arguments import BATCHES, VISUAL
 from .bench import Bench, Prompt, scale_layers

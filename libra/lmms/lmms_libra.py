@@ -1,6 +1,6 @@
 """The lmms-eval model ``libra``: a vision-language model with the compression that a table row's YAML names.
 
-    python -m eval --model libra --model_args config=configs/mini/r50.yaml --include_path libra/lmms/tasks --tasks mini_reading
+    python -m libra.lmms --model_args config=mini/r50 --tasks mini_reading
 """
 
 import json
@@ -13,10 +13,10 @@ import torch
 from lmms_eval.api.model import lmms
 from PIL import Image
 
+from libra.checkpoints import find_checkpoint
 from libra.config import Row
 from libra.media import BROKEN, is_picture, open_image
 from libra.registry import get_model
-from libra.shipped import find_checkpoint
 from llava.video import load_frames
 
 from .models_base import Engine, Sample

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from libra.shipped import find_checkpoint
+from libra.checkpoints import find_checkpoint
 
 # A single file or shards with an index, in the order in which transformers looks for them.
 WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
@@ -59,7 +59,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def local_folder(name: str, **hub) -> Path:
-    """The folder of a model: what :func:`libra.shipped.find_checkpoint` finds, or where the hub's files of this name are,
+    """The folder of a model: what :func:`libra.checkpoints.find_checkpoint` finds, or where the hub's files of this name are,
     downloaded unless they are there.
 
     Args:

@@ -13,9 +13,9 @@ from libra import Compression
 from libra.config import Row
 from libra.media import SERVED, open_image
 from libra.methods import METHODS
-from libra.provenance import REPOSITORY
 from libra.registry import get_model
 from libra.server import guarded
+from libra.shipped import CONFIGS
 
 from . import overlay
 from .session import Loaded, Session
@@ -50,7 +50,7 @@ class Outcome:
     drawings: list[tuple[Image.Image, str]]
 
 
-def fitting_rows(model, folder: Path = REPOSITORY / "configs") -> dict[str, Compression]:
+def fitting_rows(model, folder: Path = CONFIGS) -> dict[str, Compression]:
     """The compressions of the table rows in a folder, and one folder deeper, that are made for a model of this one's sizes, by
     their files' names; each once."""
     fitting = {}

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import DynamicCache, StoppingCriteriaList, TextStreamer
 
 from libra import Compression
+from libra.checkpoints import find_checkpoint
 from libra.media import COMMAND, open_image, split_names
-from libra.shipped import find_checkpoint
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from ..conversation import conv_templates, conversation_name

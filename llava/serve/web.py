@@ -7,12 +7,10 @@ import tempfile
 from pathlib import Path
 
 from libra.cli import Parser, whole_from
-from libra.provenance import REPOSITORY
 from libra.server import ends_in_time, is_local, listen, names_of, serve
 
 from .options import add_model_options
 
-EMBEDDED = REPOSITORY / "mini" / "checkpoint"
 SWEEP_SECONDS = 30
 EXAMPLES = """example:
   python -m llava.serve.web
@@ -26,7 +24,7 @@ def _parser() -> Parser:
         prog="python -m llava.serve.web", description="Compare answers with and without compression in a browser.",
         epilog=EXAMPLES,
     )
-    add_model_options(parser, model_path=os.path.relpath(EMBEDDED))
+    add_model_options(parser, model_path="mini")
     parser.set_defaults(max_new_tokens=128)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)")

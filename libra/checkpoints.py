@@ -1,0 +1,30 @@
+"""Where a model's weights are: the embedded model's folder, any other folder, or the model hub."""
+
+from pathlib import Path
+
+from .names import spelled
+from .provenance import REPOSITORY
+from .registry import load_models
+from .sentences import ConfigError, did_you_mean, show
+from .shipped import EMBEDDED
+
+
+def find_checkpoint(given: str | Path) -> str:
+    """The folder or the hub name that a user means by a folder, a hub name or a model's name in models.yaml, such as `mini`.
+
+    A folder that is there comes first; relative ones start at the working directory, then at the repository. Raises
+    ConfigError for a name that nearly is a model's.
+    """
+    name, models = str(given), load_models()
+    model = spelled(name, models)
+    if model is not None and not (Path(name) / "config.json").is_file():
+        name = models[model].checkpoint
+    if Path(name).is_dir():
+        return name
+    folder = EMBEDDED if name == models["mini"].checkpoint else REPOSITORY / name
+    if folder.is_dir():
+        return str(folder)
+    hint = "" if "/" in name else did_you_mean(name, models)
+    if hint:
+        raise ConfigError(f"{show(name)} is neither a folder nor a model's name;{hint}")
+    return name
