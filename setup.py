@@ -22,8 +22,8 @@ CORE = [
 ]
 MINI = ["scikit-learn>=1.4,<2", "easy-vqa>=1.0,<2"]  # the images behind the embedded model and its benchmark
 EVAL = [
-    "lmms-eval>=0.7.3,<0.8",  # its task and evaluator modules change between minor versions
     "filelock>=3.16,<4",  # lmms-eval 0.7.3 imports filelock._api, which 4 no longer has
+    "lmms-eval>=0.7.3,<0.8",  # its task and evaluator modules change between minor versions
     "datasets>=3.0,<6",
     "matplotlib>=3.8,<4",
     *MINI,

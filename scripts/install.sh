@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# bash scripts/install.sh [EXTRA]: print the path of a Python that has the packages of setup.py's core and of EXTRA (default: test).
-# The active environment (VIRTUAL_ENV, conda, or the python on PATH) if it has them; otherwise .venv, made from requirements.txt.
+# bash scripts/install.sh [--new] [EXTRA]: print the path of a Python that can run the project with setup.py's EXTRA (default: test).
+# The active environment (VIRTUAL_ENV, conda, or the python on PATH) if it passes scripts/check_env.py; otherwise .venv, made from
+# requirements.txt. --new: .venv in any case.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-root="$PWD" extra="${1:-test}" venv="$PWD/.venv"
+root="$PWD" venv="$PWD/.venv" log="$PWD/.venv.log"
+new=""
+if [ "${1:-}" = --new ]; then new=yes && shift; fi
+extra="${1:-test}"
 stamp="$venv/libra-requirements" # empty while an install is under way, then the checksum of what was installed
 pins="$(cksum <requirements.txt)"
 
@@ -17,14 +21,19 @@ eval | train | test) ;;
 *) fail "there is no extra '$extra': use eval, train or test." ;;
 esac
 
-ready() { [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$pins" ]; }
+# check PYTHON: whether it can run the project; answer is its path, or why not.
+check() { answer="$("$1" "$root/scripts/check_env.py" "$extra")"; }
 
-finish() {
-    printf '%s\n' "$1"
+installed() { [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$pins" ]; }
+
+# Ends the script: .venv was made from requirements.txt, so only something that lies over its packages makes it fail.
+use_venv() {
+    check "$venv/bin/python" || fail "$answer: take what lies over .venv's packages off PYTHONPATH, or delete .venv and run again."
+    printf '%s\n' "$answer"
     exit 0
 }
 
-active=""
+active="" refused=""
 if [ -n "${VIRTUAL_ENV:-}" ]; then
     active="$VIRTUAL_ENV/bin/python"
 elif [ -n "${CONDA_PREFIX:-}" ]; then
@@ -32,27 +41,29 @@ elif [ -n "${CONDA_PREFIX:-}" ]; then
 else
     active="$(command -v python || command -v python3 || true)"
 fi
-lacking=""
-if [ -x "$active" ] && [ "$active" != "$venv/bin/python" ]; then
-    if answer="$("$active" "$root/scripts/check_env.py" "$extra" 2>&1)"; then
-        finish "$answer"
+if [ -z "$new" ] && [ "$active" != "$venv/bin/python" ] && "$active" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
+    if check "$active"; then
+        printf '%s\n' "$answer"
+        exit 0
     fi
-    lacking="${answer##*$'\n'}"
+    refused="$answer"
+    # A bare python on PATH is no news; an environment that was activated, or has everything and fails, is.
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [[ "$refused" != *" lacks "* ]]; then
+        printf '%s: using .venv instead.\n' "$refused" >&2
+    fi
 fi
 
-if ready; then finish "$venv/bin/python"; fi
+if installed; then use_venv; fi
 
 exec 9>"$root/.venv.lock"
 if command -v flock >/dev/null && ! flock -n 9; then
     echo "Another call is making .venv; waiting for it." >&2
     flock 9
 fi
-if ready; then finish "$venv/bin/python"; fi # another call has just made it
+if installed; then use_venv; fi # another call has just made it
 
-# An environment that somebody else made at this place and that has the packages.
-if [ -x "$venv/bin/python" ] && [ ! -f "$stamp" ] && "$venv/bin/python" "$root/scripts/check_env.py" "$extra" >/dev/null 2>&1; then
-    finish "$venv/bin/python"
-fi
+# An environment that somebody else made at this place and that works.
+if [ -x "$venv/bin/python" ] && [ ! -f "$stamp" ] && check "$venv/bin/python"; then use_venv; fi
 
 base=""
 for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do
@@ -66,9 +77,7 @@ done
 
 uv=""
 if uv --version >/dev/null 2>&1; then uv=uv; fi
-log="$root/.venv.log"
-: >"$log"
-[ -z "$lacking" ] || printf '%s\n' "$lacking" >>"$log"
+printf '%s\n' "${refused:-}" >"$log"
 printf 'Installing requirements.txt into .venv (once; several GB, some minutes) … ' >&2
 start=$SECONDS
 
@@ -90,13 +99,17 @@ elif [ -f "$stamp" ]; then
     : >"$stamp"
 fi
 
+# The second try is for networks whose certificates only the system knows.
+with_uv() {
+    "$1" pip install -q --python "$venv/bin/python" -r requirements.txt ||
+        UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1 "$1" pip install -q --python "$venv/bin/python" -r requirements.txt
+}
+
 install() {
     local python="$venv/bin/python"
-    if [ -n "$uv" ] && "$uv" pip install -q --python "$python" -r requirements.txt; then return 0; fi
+    if [ -n "$uv" ] && with_uv "$uv"; then return 0; fi
     "$python" -m pip --version || "$python" -m ensurepip || return 1
-    if [ -z "$uv" ] && "$python" -m pip install -q --retries 1 uv; then
-        if "$venv/bin/uv" pip install -q --python "$python" -r requirements.txt; then return 0; fi
-    fi
+    if [ -z "$uv" ] && "$python" -m pip install -q --retries 1 uv && with_uv "$venv/bin/uv"; then return 0; fi
     # pip's own settings may know more about this network (an index, a certificate) than uv's.
     "$python" -m pip install -q --retries 1 -r requirements.txt
 }
@@ -111,4 +124,4 @@ if ! install >>"$log" 2>&1; then
 fi
 printf '%s' "$pins" >"$stamp"
 printf 'done in %d s\n' "$((SECONDS - start))" >&2
-finish "$venv/bin/python"
+use_venv

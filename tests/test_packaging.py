@@ -3,13 +3,17 @@
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from libra.shadow import warn_if_llava_is_another
 
@@ -42,20 +46,121 @@ def test_every_entry_of_the_lock_has_hashes_and_no_index():
     assert not re.search(r"^--|://|==[\d.]+(a|b|rc|\.dev|\+)", LOCK, re.M)
 
 
-@pytest.mark.parametrize("extra", ["eval", "train", "test"])
-def test_this_environment_has_what_setup_py_asks_for(extra):
-    answer = subprocess.run([sys.executable, ROOT / "scripts/check_env.py", extra], capture_output=True, text=True)
+SEEDS = {"pip", "setuptools", "uv", "wheel"}  # what makes an environment
+
+
+def installed() -> dict[str, metadata.Distribution]:
+    return {canonicalize_name(found.metadata["Name"]): found for found in metadata.distributions() if found.metadata["Name"]}
+
+
+def test_a_fresh_environment_is_the_lock():
+    if not (Path(sys.prefix) / "libra-requirements").exists():
+        pytest.skip("this environment was not made from requirements.txt by scripts/install.sh")
+    found = {name: one.version for name, one in installed().items() if name not in SEEDS}
+    assert found == {name: version for name, version in LOCKED.items() if name not in SEEDS}
+
+
+def test_the_locked_packages_have_what_they_ask_for():
+    """`pip check`, of the packages of the lock."""
+    found = installed()
+    for name in LOCKED:
+        for line in found[name].requires or ():
+            asked = Requirement(line)
+            if asked.marker is None or asked.marker.evaluate({"extra": ""}):
+                assert found[canonicalize_name(asked.name)].version in asked.specifier, f"{name} asks for {line}"
+
+
+def test_this_environment_is_tried_and_works():
+    """Of the extra `test`, which holds the others; scripts/test.sh has just tried it, and the outcome is remembered."""
+    answer = subprocess.run([sys.executable, ROOT / "scripts/check_env.py", "test"], capture_output=True, text=True)
     assert (answer.returncode, answer.stdout.strip()) == (0, sys.executable), answer.stderr
 
 
-def test_a_package_out_of_range_is_named(tmp_path):
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts/check_env.py").write_text((ROOT / "scripts/check_env.py").read_text())
-    ranges = 'CORE = ["torch>=999", "numpy>=1", "no-such-package"]\nEXTRAS = {"test": ["numpy>=998"]}'
-    (tmp_path / "setup.py").write_text(ranges)
-    answer = subprocess.run([sys.executable, tmp_path / "scripts/check_env.py", "test"], capture_output=True, text=True)
-    assert answer.returncode == 1
-    assert answer.stderr.strip().endswith("lacks torch>=999, no-such-package, numpy>=998")
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A folder with what the set-up reads, and a .venv that has this environment's packages and counts as installed."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "requirements.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
+    [packages] = (folder / ".venv").glob("lib/python*/site-packages")
+    (packages / "all.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    with (folder / "requirements.txt").open() as lock:
+        pins = subprocess.run(["cksum"], stdin=lock, capture_output=True, text=True, check=True).stdout
+    (folder / ".venv/libra-requirements").write_text(pins)
+    return folder
+
+
+def check(folder: Path, *extras: str, **environment: str) -> tuple[int, str]:
+    python = folder / ".venv/bin/python"
+    command = [python, folder / "scripts/check_env.py", *extras]
+    answer = subprocess.run(command, env={"PATH": os.environ["PATH"], **environment}, capture_output=True, text=True)
+    return answer.returncode, answer.stdout.strip().removeprefix(f"{python} ")
+
+
+def test_a_package_that_is_missing_or_too_old_is_named(checkout):
+    core = ["torch>=999", "numpy>=1,<1.1", "no-such-package"]
+    extras = {"test": ["pillow>=998", "not-for-this-system; python_version < '3'"]}
+    (checkout / "setup.py").write_text(f"CORE = {core}\nEXTRAS = {extras}")
+    torch, pillow = metadata.version("torch"), metadata.version("pillow")
+    sentence = f"lacks torch>=999 (it has {torch}), no-such-package, pillow>=998 (it has {pillow})"
+    assert check(checkout, "test") == (1, sentence)
+
+
+def test_an_environment_is_tried_once_and_again_when_it_changes(checkout, tmp_path):
+    trial = checkout / "scripts/try_env.py"
+    good = f"open({str(tmp_path / 'tries')!r}, 'a').write('x')\nprint('all works')\n"
+    tries = tmp_path / "tries"
+    trial.write_text(good)
+    [packages] = (checkout / ".venv").glob("lib/python*/site-packages")
+    for _ in range(2):
+        assert check(checkout)[0] == 0
+    assert tries.read_text() == "x"
+    (packages / "something-1.0.dist-info").mkdir()
+    for _ in range(2):
+        assert check(checkout)[0] == 0
+    assert tries.read_text() == "xx"
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    assert check(checkout, PYTHONPATH=str(shadow))[0] == 0
+    (shadow / "numpy.py").touch()
+    assert check(checkout, PYTHONPATH=str(shadow))[0] == 0
+    assert tries.read_text() == "xxxx"
+
+
+def test_what_failed_is_remembered_too_unless_it_was_killed(checkout, tmp_path):
+    trial = checkout / "scripts/try_env.py"
+    tries = tmp_path / "tries"
+    begin = f"import os, sys\nopen({str(tries)!r}, 'a').write('x')\nprint('import of torch 1', flush=True)\n"
+    (checkout / "setup.py").write_text('CORE = ["numpy>=1,<1.1"]\nEXTRAS = {}')
+    trial.write_text(begin + "sys.exit('ImportError: no')")
+    newer = f"newer than what was run: numpy {metadata.version('numpy')} (setup.py: <1.1)"
+    for _ in range(2):
+        assert check(checkout) == (1, f"fails at import of torch 1: ImportError: no; {newer}")
+    assert tries.read_text() == "x"
+    trial.write_text(begin + "os.kill(os.getpid(), 9)")
+    for _ in range(2):
+        assert check(checkout) == (1, f"fails at import of torch 1: the process died of signal 9; {newer}")
+    assert tries.read_text() == "xxx"
+
+
+def test_a_package_that_lies_over_the_environment_stops_a_table_before_its_first_cell(checkout, tmp_path):
+    """filelock without _api, which lmms-eval imports when it evaluates."""
+    stub = tmp_path / "stub"
+    (stub / "filelock").mkdir(parents=True)
+    (stub / "filelock/__init__.py").write_text("class FileLock: ...\n")
+    environment = {"PATH": os.environ["PATH"], "VIRTUAL_ENV": str(checkout / ".venv"), "PYTHONPATH": str(stub)}
+    answer = subprocess.run(["bash", checkout / "scripts/eval_table1.sh"], env=environment, capture_output=True, text=True)
+    assert answer.returncode == 2
+    trying, error = answer.stderr.splitlines()
+    assert trying.startswith("Trying the installed packages")
+    assert error.startswith(f"error: {checkout}/.venv/bin/python fails at import of filelock")
+    assert error.endswith(
+        f"No module named 'filelock._api'; filelock comes from {stub}/filelock: take what lies over .venv's packages off"
+        " PYTHONPATH, or delete .venv and run again."
+    )
+    assert not (checkout / "results").exists()
 
 
 def test_the_active_environment_is_used_as_it_is(tmp_path):
