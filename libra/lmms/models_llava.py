@@ -41,7 +41,7 @@ class Llava(Engine):
     @property
     def limit(self) -> int:
         """Text and visual tokens of a prompt."""
-        return self.model.length_limit or self.model.config.max_position_embeddings
+        return self.model.context_length
 
     def _fitting_frames(self) -> int:
         pixels, sizes = self._pixels([Image.new("RGB", USUAL_FRAME)])

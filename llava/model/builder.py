@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from libra import Compression
 
 from . import lora
 from .checkpoint import TOWER, inspect_checkpoint
-from .weights import first_line
+from .weights import check_finite, first_line
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
@@ -31,6 +30,8 @@ def load_pretrained_model(
 ):
     """Load tokenizer, model, image processor and context length, as the original's function of this name does.
 
+    The context length is the model's own, ``model.context_length``: text and visual tokens of a prompt.
+
     Whatever the configuration and the headers of the files tell is checked before weights are read.
 
     Args:
@@ -46,7 +47,8 @@ def load_pretrained_model(
             and, for names on the hub, ``cache_dir, force_download, local_files_only, revision, token``.
 
     Raises:
-        ValueError: if the checkpoint is missing, incomplete, damaged or of another type, or its parts do not fit together.
+        ValueError: if the checkpoint is missing, incomplete, damaged or of another type, its parts do not fit together, or a
+            weight is not a finite number.
     """
     if load_8bit and load_4bit:
         raise ValueError("load_8bit and load_4bit exclude each other; choose one")
@@ -69,7 +71,7 @@ def load_pretrained_model(
                 attn_implementation=attn_implementation, output_loading_info=True,
                 ignore_mismatched_sizes=bool(parts.values), **kwargs,  # the values below have the right sizes
             )
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # of transformers, safetensors, a quantiser or the memory
         raise ValueError(f"the checkpoint {model_path} cannot be loaded: {first_line(error)}") from error
     missing = [name for name in info["missing_keys"] if name not in parts.values and not name.startswith(TOWER)]
     if missing:
@@ -85,10 +87,11 @@ def load_pretrained_model(
     if not parts.tower_inside:
         tower.to(device=model.device, dtype=model.dtype)
     model.config.mm_vision_tower = parts.tower_name
+    check_finite(f"the checkpoint {model_path}", model)
     model.eval()
     if compression is not None:
         model.set_compression(compression)
-    return parts.tokenizer, model, tower.image_processor, getattr(parts.config, "max_sequence_length", 2048)
+    return parts.tokenizer, model, tower.image_processor, model.context_length
 
 
 def _fill(model, values: dict[str, torch.Tensor]) -> None:

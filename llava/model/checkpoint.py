@@ -1,26 +1,30 @@
 """What a checkpoint in the original's format is made of, checked before its weights are read."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerBase
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerBase
 
 from libra import Compression
 from libra.transformers_api import PreTrainedConfig
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from . import lora, weights
+from ..mm_utils import _pixels
+from . import lora, settings, weights
 from .language_model.llava_llama import LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralForCausalLM
 from .language_model.videollama2 import Videollama2MistralForCausalLM
-from .weights import Stored, local_folder, read_json, stored_in
+from .weights import Stored, first_line, local_folder, read_json, shortened, stored_as, stored_in
 
 _CLASSES = (LlavaLlamaForCausalLM, LlavaMistralForCausalLM, Videollama2MistralForCausalLM)
 MODELS = {model.config_class.model_type: model for model in _CLASSES}
 TOWER = "model.vision_tower."
+GENERATION = "generation_config.json"
 _REQUIRED = ("mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer")
+_LARGEST_EDGE = 4096  # pixels that an image processor may scale to
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -57,16 +61,18 @@ def inspect_checkpoint(model_path: str, model_base: str | None, compression: Com
     model_class, config = _read_config(folder, base)
     if compression is not None:
         compression.check_layers(config.num_hidden_layers)
-    tower, tower_name = _find_tower(config, folder, hub)
-    tokenizer = _load_tokenizer(base, config)
-
     values = {} if addition is None else weights.read_additions(addition)
-    stored = stored_in(base) | {name: Stored(tuple(value.shape), addition) for name, value in values.items()}
-    expected = _expected_weights(model_class, config, folder)
+    stored = stored_in(base) | {name: stored_as(value, addition) for name, value in values.items()}
+    settings.check_sizes(folder / "config.json", read_json(folder / "config.json"), stored)
+    tower, tower_name, vision = _find_tower(config, folder, stored, hub)
+    tokenizer = _load_tokenizer(base, config)
+    if (base / GENERATION).is_file():
+        settings.check_generation(base / GENERATION, read_json(base / GENERATION))
+    expected = expected_weights(model_class, config, folder)
     tower_inside = any(name.startswith(TOWER) for name in expected) and any(name.startswith(TOWER) for name in stored)
     if not tower_inside:
         expected = {name: value for name, value in expected.items() if not name.startswith(TOWER)}
-        _check_tower(tower)
+        check_tower(tower, vision)
     if getattr(config, "quantization_config", None) is None:  # packed weights have shapes of their own
         weights.check_weights(model_path if model_base is None else f"{model_path} on {model_base}", expected, stored)
     adapter = None
@@ -96,39 +102,51 @@ def _find_addition(folder: Path, model_base: str | None) -> Path | None:
     return addition
 
 
-def _model_type(settings: dict) -> str | None:
+def _model_type(values: dict) -> str | None:
     """The ``model_type`` of a config.json; checkpoints from before transformers had a LLaVA of its own say just ``llava``."""
-    kind = settings.get("model_type")
-    return "llava_llama" if kind == "llava" and "mm_vision_tower" in settings else kind
+    kind = values.get("model_type")
+    kind = kind if isinstance(kind, str) else shortened(repr(kind), 40)
+    return "llava_llama" if kind == "llava" and "mm_vision_tower" in values else kind
 
 
 def _read_config(folder: Path, base: Path) -> tuple[type, PreTrainedConfig]:
     path = folder / "config.json"
-    settings = read_json(path)
-    kind = _model_type(settings)
-    if kind not in MODELS and "vision_config" in settings and "text_config" in settings:
-        raise ValueError(f"{folder} is in Hugging Face's format ({kind}); convert it with python -m llava.convert")
+    values = read_json(path)
+    kind = _model_type(values)
     if kind not in MODELS:
-        raise ValueError(f"{folder} is a {kind!r} checkpoint; the types that load are {', '.join(MODELS)}")
-    lacking = [name for name in _REQUIRED if settings.get(name) is None]
+        raise ValueError(f"{folder} {what_it_is(folder, values)}; the types that load are {', '.join(MODELS)}")
+    lacking = [name for name in _REQUIRED if values.get(name) is None]
     if lacking:
         raise ValueError(f"{path} names no {lacking[0]}, so this is no LLaVA checkpoint")
+    settings.check_vision(path, values)
     model_class = MODELS[kind]
     if base != folder:
-        settings.pop("quantization_config", None)  # of the training; the base model is not packed
+        values.pop("quantization_config", None)  # of the training; the base model is not packed
         families = {parent.model_type for parent in model_class.config_class.mro() if getattr(parent, "model_type", "")}
         other = _model_type(read_json(base / "config.json"))
         if other not in families or (base / lora.CONFIG).is_file():
             what = "a LoRA adapter" if other in families else f"a {other!r} model"
             raise ValueError(f"{base} is {what}, and {folder} goes on one of type {' or '.join(sorted(families))}")
-    try:
-        return model_class, model_class.config_class.from_dict({**settings, "model_type": kind})
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
+    return model_class, settings.read_config(model_class.config_class, path, {**values, "model_type": kind})
 
 
-def _find_tower(config: PreTrainedConfig, folder: Path, hub: dict) -> tuple[Path, str]:
-    """The vision tower's folder, which ``config`` then names, and the name to keep.
+def what_it_is(folder: Path | str, values: dict) -> str:
+    """The end of a sentence on a folder that is not in LLaVA's format: what it is and, where that helps, how to convert it."""
+    kind = _model_type(values)
+    if "text_config" not in values or "vision_config" not in values:
+        return f"is a {kind!r} checkpoint"
+    if kind in ("llava", "llava_next"):
+        return (
+            f"is in Hugging Face's format ({kind}); convert it with python -m llava.convert"
+            f" {folder} {Path(folder).name}-original"
+        )
+    return f"is in Hugging Face's format ({kind}), which libra.attach and eval.run take as it is"
+
+
+def _find_tower(
+    config: PreTrainedConfig, folder: Path, stored: Iterable[str], hub: dict
+) -> tuple[Path, str, CLIPVisionConfig]:
+    """The vision tower's folder, which ``config`` then names, the name to keep, and the tower's configuration.
 
     A relative ``mm_vision_tower`` lies in the checkpoint's folder or beside it; otherwise it is a path or a hub name.
     """
@@ -141,27 +159,62 @@ def _find_tower(config: PreTrainedConfig, folder: Path, hub: dict) -> tuple[Path
             f"the vision tower {name}, which {folder / 'config.json'} names as mm_vision_tower, is neither in this folder nor"
             f" beside it nor on the hub; download it and name its folder there ({error})"
         ) from error
-    kind = read_json(tower / "config.json").get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise ValueError(f"the vision tower {tower} is a {kind!r} model; only CLIP's are supported")
-    read_json(tower / "preprocessor_config.json")
-    width = CLIPVisionConfig.from_pretrained(tower).hidden_size
-    if width != config.mm_hidden_size:
+    vision = read_tower(tower, stored)
+    if vision.hidden_size != config.mm_hidden_size:
         raise ValueError(
-            f"the vision tower {tower} has width {width}, and mm_hidden_size in {folder / 'config.json'} is"
+            f"the vision tower {tower} has width {vision.hidden_size}, and mm_hidden_size in {folder / 'config.json'} is"
             f" {config.mm_hidden_size}; name the tower that the checkpoint was trained with"
         )
+    owner = f"{folder / 'config.json'} cannot be used: mm_vision_select_layer"
+    settings.check_select_layer(config.mm_vision_select_layer, vision.num_hidden_layers, owner)
+    if getattr(config, "image_aspect_ratio", None) == "anyres":
+        settings.check_pinpoints(getattr(config, "image_grid_pinpoints", None), vision.image_size)
     config.mm_vision_tower = str(tower)
-    return tower, str(near or name)
+    return tower, str(near or name), vision
+
+
+def read_tower(folder: Path, stored: Iterable[str] = ()) -> CLIPVisionConfig:
+    """The configuration of a vision tower.
+
+    Args:
+        stored: names of the weights, where they are not in ``folder``.
+
+    Raises:
+        ValueError: if it is not a CLIP, has values that cannot be used, or its image processor does not fit.
+    """
+    vision = settings.tower_config(folder, stored_in(folder) if weights.has_weights(folder) else stored)
+    _check_processor(folder, vision.image_size)
+    return vision
+
+
+def _check_processor(folder: Path, edge: int) -> None:
+    """Try a tower's image processor on a small image: it must give ``edge`` x ``edge`` pixels, all of them numbers."""
+    path = folder / "preprocessor_config.json"
+    read_json(path)
+    try:
+        processor = CLIPImageProcessor.from_pretrained(folder)
+        if not 1 <= processor.size["shortest_edge"] <= _LARGEST_EDGE:
+            raise ValueError(f"it scales images to {shortened(str(processor.size['shortest_edge']), 40)} pixels")
+        shape = processor.crop_size["height"], processor.crop_size["width"]
+        if shape == (edge, edge) and not bool(_pixels(Image.new("RGB", (8, 8)), processor).isfinite().all()):
+            raise ValueError("it makes pixels that are not numbers")
+    except Exception as error:  # a value of a wrong type raises anything
+        raise ValueError(f"{path} cannot be used: {first_line(error)}; download it again") from error
+    if shape != (edge, edge):
+        raise ValueError(
+            f"{path} crops images to {shortened(str(shape), 40)} pixels and the vision tower takes {edge} x {edge}; take both"
+            " from the same checkpoint"
+        )
 
 
 def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise ValueError(f"{folder} has no tokenizer (none of {', '.join(_TOKENIZERS)}); copy it from the language model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        tokenizer.decode(tokenizer("What is this?").input_ids)
     except Exception as error:  # the tokenizers library raises nothing more special
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {weights.first_line(error)}") from error
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
     if getattr(config, "mm_use_im_patch_token", False):
         tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if getattr(config, "mm_use_im_start_end", False):
@@ -175,23 +228,36 @@ def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokeniz
     return tokenizer
 
 
-def _expected_weights(model_class: type, config: PreTrainedConfig, folder: Path) -> dict[str, torch.Tensor]:
-    """The model's weights without their values."""
+def expected_weights(model_class: type, config: PreTrainedConfig, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the model that ``folder``'s configuration describes, without their values.
+
+    Raises:
+        ValueError: if it describes no model that can be built.
+    """
     try:
         with torch.device("meta"):
             expected = model_class(config).state_dict()
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
+        raise ValueError(f"{folder}: {first_line(error)}") from error
+    except Exception as error:  # an unknown activation is a KeyError, no heads a division by zero …
+        raise ValueError(
+            f"{folder / 'config.json'} describes no model that can be built ({type(error).__name__}: {first_line(error)});"
+            " download it again"
+        ) from error
+    if getattr(config, "tie_word_embeddings", False):
+        expected.pop("lm_head.weight", None)
     return expected
 
 
-def _check_tower(folder: Path) -> None:
-    """A folder may hold the vision side alone or a whole CLIP."""
-    with torch.device("meta"):
-        tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(folder))
-    expected = {name.removeprefix("vision_model."): value for name, value in tower.state_dict().items()}
+def check_tower(folder: Path, vision: CLIPVisionConfig) -> None:
+    """See that a vision tower's weights are those of its configuration; a folder may hold a whole CLIP.
+
+    Raises:
+        ValueError: with the weight that is missing or does not fit.
+    """
+    expected = {
+        name.removeprefix("vision_model."): value for name, value in expected_weights(CLIPVisionModel, vision, folder).items()
+    }
     stored = {name.removeprefix("vision_model."): value for name, value in stored_in(folder).items()}
     known = {name: value for name, value in stored.items() if name in expected}
     weights.check_weights(f"the vision tower {folder}", expected, known)

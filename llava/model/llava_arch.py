@@ -52,6 +52,12 @@ class LlavaMetaForCausalLM:
         """Text and visual tokens of a row; what is behind is cut."""
         return getattr(self.config, "tokenizer_model_max_length", None)
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of a prompt with its visual tokens: :attr:`length_limit`, where the decoder has that many positions."""
+        positions = self.config.max_position_embeddings
+        return min(self.length_limit or positions, positions)
+
     def get_model(self):
         return self.model
 
@@ -103,7 +109,9 @@ class LlavaMetaForCausalLM:
         """How many visual tokens :meth:`image_features` makes of each image, counted without running the vision tower."""
 
         def encode(pixels):
-            return torch.empty(len(pixels), self.get_vision_tower().num_patches, self.config.hidden_size, device="meta")
+            tower = self.get_vision_tower()
+            patches = tower.num_patches + (tower.select_feature == "cls_patch")
+            return torch.empty(len(pixels), patches, self.config.hidden_size, device="meta")
 
         return [len(tokens) for tokens in self._features(images, image_sizes, encode)]
 
@@ -242,8 +250,9 @@ class LlavaMetaForCausalLM:
 
         Raises:
             ValueError: without token ids, for an image token without its image, with compression on and no image (but in a
-                conversation, whose images may come later), for a later turn of several rows, beams or sequences, for two
-                caches, or for assisted generation with transformers 5.17, which gives wrong tokens.
+                conversation, whose images may come later), for a prompt longer than :attr:`length_limit`, for a later turn of
+                several rows, beams or sequences, for two caches, or for assisted generation with transformers 5.17, which gives
+                wrong tokens.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None or "inputs_embeds" in kwargs:
@@ -253,6 +262,7 @@ class LlavaMetaForCausalLM:
         past = 0 if cache is None else cache.get_seq_length()
         if past:
             self._check_later_turn(inputs, kwargs)
+        self._check_length(inputs, attention_mask, images, image_sizes, past)
         if images is None:
             if bool(self._held_places(inputs).any()):
                 raise ValueError("the prompt has an image token but no image was given; pass images=")
@@ -272,6 +282,25 @@ class LlavaMetaForCausalLM:
         if cache is not None:
             kwargs.update(cache_argument(cache))
         return super().generate(**kwargs)
+
+    def _check_length(self, inputs, attention_mask, images, image_sizes, past: int) -> None:
+        """Refuse what :meth:`splice` would cut: a question that loses its end gets an answer to something else."""
+        if self.length_limit is None:
+            return
+        held = self._held_places(inputs)
+        mask = torch.ones_like(inputs, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        lengths = (mask & ~held).sum(1) + past
+        if images is not None:
+            counts = iter(self.visual_tokens(images, image_sizes))
+            for row, places in enumerate((mask & held).sum(1).tolist()):
+                tokens = [next(counts, 0) for _ in range(places or 1)]  # a row without places takes an image and ignores it
+                lengths[row] += sum(tokens) if places else 0
+        row = int(lengths.argmax())
+        if lengths[row] > self.length_limit:
+            raise ValueError(
+                f"row {row} of the prompt has {int(lengths[row])} tokens with its visual tokens and the model takes"
+                f" {self.length_limit}; shorten the text or give fewer images"
+            )
 
     def _check_later_turn(self, inputs: torch.Tensor, options: dict) -> None:
         defaults = options.get("generation_config") or self.generation_config

@@ -16,12 +16,16 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from libra.checkpoints import find_checkpoint
+from libra.sentences import one_line
 
 # A single file or shards with an index, in the order in which transformers looks for them.
 WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR = "mm_projector.bin"  # beside a base model: what its multimodal pre-training made
 NON_LORA = "non_lora_trainables.bin"  # beside an adapter: what was trained in full
+_LARGEST_JSON = 64 << 20  # bytes; an index of a very large model has one
+_DEEPEST_JSON = 32  # levels of lists and objects; a configuration has four
+_FLOAT = re.compile(r"b?f(loat)?\d+(_\w+)?", re.IGNORECASE)  # the floating-point types, as safetensors and torch call them
 _SMALL = ("*.json", "*.model", "*.txt", PROJECTOR, NON_LORA, *ADAPTERS)
 # Tables that older versions of transformers wrote and every version computes; a tower that is not the one in use.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|^model\.vision_tower\.")
@@ -31,31 +35,67 @@ class Stored(NamedTuple):
     """A weight as its file describes it."""
 
     shape: tuple[int, ...]
+    dtype: str  # "F32" in a .safetensors file, "float32" in a .bin
     file: Path
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of what an exception says, cut where it repeats a long value."""
+    return shortened((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def shortened(text: str, limit: int = 200) -> str:
+    """A text in one line of at most ``limit`` letters."""
+    text = one_line(text)
+    return text if len(text) <= limit else f"{text[: limit - 2]} …"
 
 
 def read_json(path: Path) -> dict:
-    """Raises ValueError if the file is missing or no JSON object."""
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        ValueError: if the file is missing, too large, nested too deeply or not a JSON object.
+    """
     try:
+        size = path.stat().st_size
+        if not path.is_file() or size > _LARGEST_JSON:
+            raise ValueError(f"{path} is not a file of settings (it has {size:,} bytes); download it again")
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except RecursionError as error:
+        raise _nested(path) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid JSON ({first_line(error)}); download it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object; download it again")
+    level = [values]
+    for _ in range(_DEEPEST_JSON):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, (dict, list))]
+    if level:
+        raise _nested(path)
     return values
 
 
+def _nested(path: Path) -> ValueError:
+    return ValueError(f"{path} is nested more than {_DEEPEST_JSON} levels deep, as no checkpoint's is; download it again")
+
+
 def _shards(index: Path) -> list[str]:
-    places = read_json(index).get("weight_map")
+    """The names of the files in an index. Raises ValueError for an index that is incomplete or leads out of its folder."""
+    content = read_json(index)
+    places = content.get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{index} has no weight_map that says where the weights are; download it again")
-    return sorted(set(places.values()))
+    if not isinstance(content.get("metadata"), dict):
+        raise ValueError(f'{index} has no metadata, without which transformers loads nothing; download it again, or add'
+                         ' "metadata": {} to it')
+    names = sorted(set(places.values()))
+    away = [name for name in names if Path(name).name != name or "\\" in name or "\0" in name]
+    if away:
+        raise ValueError(f"{index} names {away[0]!r}, which is not a file of its own folder; get the checkpoint again")
+    return names
 
 
 def local_folder(name: str, **hub) -> Path:
@@ -150,18 +190,23 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_shapes(path: Path) -> dict[str, Stored]:
-    """Names and shapes in a ``.safetensors`` or ``.bin`` file, without reading the weights.
+    """Names, shapes and types in a ``.safetensors`` or ``.bin`` file, without reading the weights.
 
     Raises:
         ValueError: if the file is damaged, or a pickle of more than tensors.
     """
     if path.suffix == ".bin":
-        return {name: Stored(tuple(value.shape), path) for name, value in read_bin(path).items()}
+        return {name: stored_as(value, path) for name, value in read_bin(path).items()}
     try:
         with safe_open(path, "pt") as file:
-            return {name: Stored(tuple(file.get_slice(name).get_shape()), path) for name in file.keys()}
+            parts = {name: file.get_slice(name) for name in file.keys()}
+            return {name: Stored(tuple(part.get_shape()), part.get_dtype(), path) for name, part in parts.items()}
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
+
+
+def stored_as(value: torch.Tensor, file: Path) -> Stored:
+    return Stored(tuple(value.shape), str(value.dtype).removeprefix("torch."), file)
 
 
 def stored_in(folder: Path) -> dict[str, Stored]:
@@ -193,7 +238,7 @@ def check_weights(owner: str, expected: Mapping[str, torch.Tensor], stored: Mapp
         expected: the model's state dict, on any device.
 
     Raises:
-        ValueError: if weights are missing or have other shapes.
+        ValueError: if weights are missing, have other shapes, or are not floating-point numbers.
     """
     missing = [name for name in expected if name not in stored]
     if missing:
@@ -204,6 +249,31 @@ def check_weights(owner: str, expected: Mapping[str, torch.Tensor], stored: Mapp
                 f"{stored[name].file} holds {name!r} in the shape {stored[name].shape}, and config.json asks for"
                 f" {tuple(value.shape)}; take both from the same checkpoint"
             )
+        check_dtype(name, stored[name])
     unknown = [name for name in stored if name not in expected and not _IGNORED.search(name)]
     if unknown:
         warnings.warn(f"{owner} has {len(unknown)} weights that its model lacks, {unknown[0]!r} among them", stacklevel=2)
+
+
+def check_dtype(name: str, weight: Stored) -> None:
+    """Raises ValueError for a weight that is not of a floating-point type."""
+    if not _FLOAT.fullmatch(weight.dtype):
+        raise ValueError(
+            f"{weight.file} holds {name!r} as {weight.dtype}, and weights are floating-point numbers; get the checkpoint again"
+        )
+
+
+def check_finite(owner: str, model: torch.nn.Module) -> None:
+    """Look through a loaded model's weights; those that are not in memory (device "meta") are left out.
+
+    Raises:
+        ValueError: if one is not a number, or infinite.
+    """
+    for name, value in model.named_parameters():
+        if value.is_meta or not value.is_floating_point() or not value.numel():
+            continue
+        if not all(bool(edge.isfinite()) for edge in value.detach().aminmax()):
+            raise ValueError(
+                f"{owner} holds values in {name!r} that are not numbers or infinite; get the checkpoint again (weights that"
+                " were written in bfloat16 can be too large for float16: load them in bfloat16)"
+            )

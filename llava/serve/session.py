@@ -159,8 +159,7 @@ class Session:
         self._typed = self._spellings - set(PLACES) if typed_places else self._spellings
         self._template = ChatConversation(tokenizer) if conversation is None else conv_templates[conversation]
         self._sees_videos = VIDEO_TOKEN_INDEX in model.placeholders
-        # A checkpoint's tokenizer_model_max_length where it counts visual tokens too, else what the decoder can tell apart.
-        self.limit = model.length_limit or getattr(model.config, "max_position_embeddings", context_length)
+        self.limit = context_length
         self.restart()
         for image in images:
             self.show(image)

@@ -17,7 +17,7 @@ from libra.transformers_api import PreTrainedConfig
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from ..mm_utils import _pinpoints
 from ..model.anyres import MERGE_TYPES
-from ..model.checkpoint import MODELS, _expected_weights, inspect_checkpoint
+from ..model.checkpoint import MODELS, expected_weights, inspect_checkpoint
 from ..model.language_model.llava_llama import LlavaLlamaForCausalLM
 from ..model.language_model.llava_mistral import LlavaMistralForCausalLM
 from ..model.language_model.videollama2 import Videollama2MistralForCausalLM
@@ -75,7 +75,7 @@ def find_start(
         if compression is not None:
             compression.check_layers(config.num_hidden_layers)
     _complete(config, model, data, is_llava)
-    expected = _expected_weights(model_class, config, folder)
+    expected = expected_weights(model_class, config, folder)
     projector = None
     if model.pretrain_mm_mlp_adapter is not None:
         projector = _read_projector(model.pretrain_mm_mlp_adapter, expected)

@@ -1,8 +1,12 @@
 """The CLIP vision tower: pixels in, the features of one hidden layer out."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from ..settings import tower_config
 
 
 class CLIPVisionTower(nn.Module):
@@ -24,9 +28,14 @@ class CLIPVisionTower(nn.Module):
         if not delay_load:
             self.load_model()
         elif getattr(args, "unfreeze_mm_vision_tower", False):
-            self._hold(CLIPVisionModel(CLIPVisionConfig.from_pretrained(vision_tower)))
+            self._hold(CLIPVisionModel(self._read_config()))
         else:
-            self.cfg_only = CLIPVisionConfig.from_pretrained(vision_tower)
+            self.cfg_only = self._read_config()
+
+    def _read_config(self) -> CLIPVisionConfig:
+        """Of a folder, after a look at its values; of a name on the hub, as transformers finds it."""
+        folder = Path(self.vision_tower_name)
+        return tower_config(folder) if folder.is_dir() else CLIPVisionConfig.from_pretrained(self.vision_tower_name)
 
     def load_model(self, device_map=None) -> None:
         """Read image processor and weights from ``vision_tower_name`` (folder or hub name) unless they are there; freeze.
@@ -36,7 +45,7 @@ class CLIPVisionTower(nn.Module):
         """
         if not self.is_loaded:
             tower, info = CLIPVisionModel.from_pretrained(
-                self.vision_tower_name, device_map=device_map, output_loading_info=True
+                self.vision_tower_name, config=self._read_config(), device_map=device_map, output_loading_info=True
             )
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(
