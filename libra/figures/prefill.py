@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from math import isqrt
+from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llava.model import huggingface
 
 from ..attach import attach
 from ..checkpoints import find_checkpoint
@@ -82,8 +85,9 @@ def load(path: str):
     path = find_checkpoint(path)
     try:
         if "mm_vision_tower" in PreTrainedConfig.get_config_dict(path)[0]:
-            raise ValueError("it is in LLaVA's own format; convert it with python -m llava.convert")
+            command = f"python -m llava.convert {path} {Path(path).name}-hf"
+            raise ValueError(f"it is in LLaVA's own format; convert it with {command}")
         processor = AutoProcessor.from_pretrained(path)
-        return AutoModelForImageTextToText.from_pretrained(path, dtype="auto").to(device).eval(), processor
     except (OSError, ImportError, ValueError, KeyError) as error:
         raise ValueError(f"the model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return huggingface.load(AutoModelForImageTextToText, path, dtype="auto").to(device).eval(), processor

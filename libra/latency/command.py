@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from llava.model import huggingface
+
 from .. import units
 from ..checkpoints import find_checkpoint
 from ..config import Compression, ConfigError, Row
@@ -74,10 +76,7 @@ def _load(path: str, dtype, device, attention: str):
     path = find_checkpoint(path)
     if not Path(path).is_dir():
         raise ValueError(f"the checkpoint {path} is no folder; give a model's folder in Hugging Face's format")
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention).to(device).eval()
-    except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"the checkpoint {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    model = huggingface.load(AutoModelForImageTextToText, path, dtype=dtype, attn_implementation=attention).to(device).eval()
     return model, spec_of(model.config.get_text_config(), type(model).__name__)
 
 

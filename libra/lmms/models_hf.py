@@ -10,6 +10,7 @@ import libra
 from libra.attach import FAMILIES
 from libra.config import Row
 from libra.transformers_api import PreTrainedConfig
+from llava.model import huggingface
 
 from .models_base import Engine, Sample
 
@@ -52,7 +53,7 @@ class HuggingFace(Engine):
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model_class = getattr(transformers, class_name)
-        self.model = model_class.from_pretrained(path, dtype=dtype, device_map={"": device}).eval()
+        self.model = huggingface.load(model_class, path, dtype=dtype, device_map={"": device}).eval()
         self.takes_videos = any(name.startswith("video_") for name in FAMILIES[class_name].token_ids)
         self.handle: libra.attach.Attachment | None = None
 

@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoImageProcessor, LlavaConfig, LlavaNextConfig
 
 from ..conversation import conv_templates
+from ..model.settings import check_sizes, read_config
 from ..model.weights import first_line, read_json
 from .check import check_complete
 from .folder import write_json
@@ -38,10 +38,9 @@ def to_original(source: Path, stage: Path, max_shard_size: int, conversation: st
     kind = read_json(source / "config.json").get("model_type")
     if kind not in _CONFIGS:
         raise ValueError(f"{source} is a {kind!r} model; the types that convert are {', '.join(_CONFIGS)}")
-    try:
-        config = _CONFIGS[kind].from_pretrained(source)
-    except (TypeError, KeyError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{source / 'config.json'} cannot be read: {' '.join(str(error).split())}") from error
+    path = source / "config.json"
+    check_sizes(path, read_json(path))
+    config = read_config(_CONFIGS[kind], path, read_json(path))
     _check_expressible(source, config)
     tensors = {
         held_from_hf(key): stored for file in read_folder(source) for key, stored in file.tensors.items() if not is_buffer(key)

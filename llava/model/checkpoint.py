@@ -63,7 +63,7 @@ def inspect_checkpoint(model_path: str, model_base: str | None, compression: Com
         compression.check_layers(config.num_hidden_layers)
     values = {} if addition is None else weights.read_additions(addition)
     stored = stored_in(base) | {name: stored_as(value, addition) for name, value in values.items()}
-    settings.check_sizes(folder / "config.json", read_json(folder / "config.json"), stored)
+    settings.check_depth(folder / "config.json", read_json(folder / "config.json"), stored)
     tower, tower_name, vision = _find_tower(config, folder, stored, hub)
     tokenizer = _load_tokenizer(base, config)
     if (base / GENERATION).is_file():
@@ -119,6 +119,7 @@ def _read_config(folder: Path, base: Path) -> tuple[type, PreTrainedConfig]:
     if lacking:
         raise ValueError(f"{path} names no {lacking[0]}, so this is no LLaVA checkpoint")
     settings.check_vision(path, values)
+    settings.check_sizes(path, values)
     model_class = MODELS[kind]
     if base != folder:
         values.pop("quantization_config", None)  # of the training; the base model is not packed

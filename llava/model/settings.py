@@ -61,7 +61,7 @@ def read_config(config_class: type[PreTrainedConfig], path: Path, values: dict) 
 
 
 def tower_config(folder: Path, names: Iterable[str] = ()) -> CLIPVisionConfig:
-    """The configuration of a CLIP tower, or of the vision side of a whole CLIP; ``names`` as for :func:`check_sizes`.
+    """The configuration of a CLIP tower, or of the vision side of a whole CLIP; ``names`` are those of its weights.
 
     Raises:
         ValueError: for another model, or values that cannot be used.
@@ -72,22 +72,18 @@ def tower_config(folder: Path, names: Iterable[str] = ()) -> CLIPVisionConfig:
         kind = shortened(repr(values.get("model_type")), 60)
         raise ValueError(f"the vision tower {folder} is a {kind} model; only CLIP's are supported")
     own = values.get("vision_config") if isinstance(values.get("vision_config"), dict) else values
-    check_sizes(path, own, names)
+    check_sizes(path, own)
+    check_depth(path, own, names)
     return read_config(CLIPVisionConfig, path, {**own, "model_type": "clip_vision_model"})
 
 
-def check_sizes(path: Path, settings: dict, names: Iterable[str]) -> None:
-    """Look at the sizes in a config.json and in its parts (``text_config``, ``vision_config`` …).
-
-    Args:
-        path: of the file, for the sentence.
-        names: of the weights that belong to it. A configuration with more layers than they have is refused.
+def check_sizes(path: Path, settings: dict) -> None:
+    """Look at the sizes in a config.json and in its parts (``text_config``, ``vision_config`` …); ``path`` is for the sentence.
 
     Raises:
         ValueError: for a size that is not a whole number from 1 up, or that no model has.
     """
-    stored = 1 + max((int(match[1]) for name in names for match in _LAYER.finditer(name)), default=_MOST_LAYERS)
-    for part in (settings, *(part for part in settings.values() if isinstance(part, dict))):
+    for part in _parts(settings):
         for name in _SIZES:
             value = part.get(name)
             if value is None or name in _MAY_BE_PAIRS and isinstance(value, list):
@@ -98,15 +94,24 @@ def check_sizes(path: Path, settings: dict, names: Iterable[str]) -> None:
             value = part.get(name)
             if isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"{path} cannot be used: {name} is {show(value)}, not a number from {low:g} to {high:g}")
-        layers = part.get("num_hidden_layers") or 0
+        heads, width = part.get("num_attention_heads"), part.get("hidden_size")
+        if heads and width and not part.get("head_dim") and width % heads:
+            raise ValueError(f"{path} cannot be used: hidden_size {width} is not a multiple of num_attention_heads {heads}")
+
+
+def check_depth(path: Path, settings: dict, names: Iterable[str]) -> None:
+    """Raises ValueError where a config.json has more layers than the weights of these names: building them takes for ever."""
+    stored = 1 + max((int(match[1]) for name in names for match in _LAYER.finditer(name)), default=_MOST_LAYERS)
+    for layers in (part.get("num_hidden_layers") or 0 for part in _parts(settings)):
         if layers > stored:
             raise ValueError(
                 f"{path} cannot be used: num_hidden_layers is {layers} and the weights have {stored} layers; take both from the"
                 " same checkpoint"
             )
-        heads, width = part.get("num_attention_heads"), part.get("hidden_size")
-        if heads and width and not part.get("head_dim") and width % heads:
-            raise ValueError(f"{path} cannot be used: hidden_size {width} is not a multiple of num_attention_heads {heads}")
+
+
+def _parts(settings: dict) -> list[dict]:
+    return [settings, *(part for part in settings.values() if isinstance(part, dict))]
 
 
 def check_vision(path: Path, settings: dict) -> None:

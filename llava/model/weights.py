@@ -92,7 +92,7 @@ def _shards(index: Path) -> list[str]:
         raise ValueError(f'{index} has no metadata, without which transformers loads nothing; download it again, or add'
                          ' "metadata": {} to it')
     names = sorted(set(places.values()))
-    away = [name for name in names if Path(name).name != name or "\\" in name or "\0" in name]
+    away = [name for name in names if Path(name).name != name or name == ".." or set(name) & {"\\", "\0"}]
     if away:
         raise ValueError(f"{index} names {away[0]!r}, which is not a file of its own folder; get the checkpoint again")
     return names
@@ -255,9 +255,14 @@ def check_weights(owner: str, expected: Mapping[str, torch.Tensor], stored: Mapp
         warnings.warn(f"{owner} has {len(unknown)} weights that its model lacks, {unknown[0]!r} among them", stacklevel=2)
 
 
+def is_float(dtype: str) -> bool:
+    """Whether a type, as safetensors or torch call it, is one of floating-point numbers."""
+    return _FLOAT.fullmatch(dtype) is not None
+
+
 def check_dtype(name: str, weight: Stored) -> None:
     """Raises ValueError for a weight that is not of a floating-point type."""
-    if not _FLOAT.fullmatch(weight.dtype):
+    if not is_float(weight.dtype):
         raise ValueError(
             f"{weight.file} holds {name!r} as {weight.dtype}, and weights are floating-point numbers; get the checkpoint again"
         )
