@@ -495,7 +495,7 @@ def test_damaged_llava_hf(converted, tmp_path):
     save_file(tensors, tmp_path / "hf/model.safetensors")
     refused(tmp_path / "hf", tmp_path / "original", "lacks 1 weights, 'model.multi_modal_projector.linear_2.bias'")
     change_config(tmp_path / "hf", text_config={"model_type": "llama", "hidden_size": "wide"})
-    refused(tmp_path / "hf", tmp_path / "original", "config.json cannot be read: .*hidden_size")
+    refused(tmp_path / "hf", tmp_path / "original", "config.json cannot be used: hidden_size is wide")
     shutil.copytree(converted("mini").folder, tmp_path / "mini")
     (tmp_path / "mini/original/layout.json").write_text("{}")
     refused(tmp_path / "mini", tmp_path / "original", "layout.json is damaged .*remove .*original to convert without it")

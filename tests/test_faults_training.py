@@ -150,3 +150,48 @@ def test_b7_a_prompt_that_would_be_cut_is_refused(checkpoint):
     mask = torch.ones_like(padded)
     mask[0, :20] = 0  # padding does not count
     refused(lambda: model.generate(padded, images=images, attention_mask=mask), "row 1 of the prompt has 53 tokens")
+
+
+# Hugging Face's folders
+
+
+@pytest.fixture
+def converted(checkpoint, tmp_path) -> Path:
+    convert(str(checkpoint), str(tmp_path / "hf"), conversation="v1")
+    return tmp_path / "hf"
+
+
+def spoil(file: Path, name: str, change) -> None:
+    weights = load_file(file)
+    weights[name] = change(weights[name])
+    save_file({key: value for key, value in weights.items() if value is not None}, file, {"format": "pt"})
+
+
+NORM = "language_model.model.norm.weight"
+SPOILT = {
+    "an index": (
+        lambda f: (f / "model.safetensors").rename(f / "x.safetensors") and (f / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": {NORM: "../x.safetensors"}})), "not a file of its own folder"),
+    "layers": (
+        lambda f: rewrite(f / "config.json", text_config={"model_type": "llama", "num_hidden_layers": 900}), "is 900 and the"),
+    "a type": (lambda f: spoil(f / "model.safetensors", NORM, torch.Tensor.bool), f"holds '{NORM}' as BOOL, and weights are"),
+    "infinite": (lambda f: spoil(f / "model.safetensors", NORM, lambda norm: norm / 0), "not numbers or infinite"),
+    "a weight less": (lambda f: spoil(f / "model.safetensors", NORM, lambda norm: None), "lacks 1 weights, .*norm.weight'"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a4_d2_e1_hugging_face_folders(converted, case):
+    """By figures' way of loading, which evaluation and latency share."""
+    from libra.figures.prefill import load as load_for_figures
+
+    change, sentence = SPOILT[case]
+    change(converted)
+    refused(lambda: load_for_figures(str(converted)), sentence)
+
+
+def test_d6_a_folder_in_the_other_format_is_told_how_to_convert_it(converted, checkpoint):
+    from libra.figures.prefill import load as load_for_figures
+
+    refused(lambda: load(converted), rf"python -m llava.convert {converted} hf-original")
+    refused(lambda: load_for_figures(str(checkpoint)), rf"python -m llava.convert {checkpoint} llava-hf")
