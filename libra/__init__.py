@@ -14,17 +14,17 @@ from .cli import only_commands
 from .lazy import lazily
 
 if TYPE_CHECKING:
-    from .attach import attach
+    from .attach import attach, detach
     from .compress import Compressed, compress
     from .config import Compression
     from .merge import register_merge
     from .select import register_select
 
-__all__ = ["Compressed", "Compression", "attach", "compress", "register_merge", "register_select"]
+__all__ = ["Compressed", "Compression", "attach", "compress", "detach", "register_merge", "register_select"]
 __version__ = "0.1.0"
 
 _MODULES = {
-    "attach": "attach", "Compressed": "compress", "compress": "compress", "Compression": "config",
+    "attach": "attach", "detach": "attach", "Compressed": "compress", "compress": "compress", "Compression": "config",
     "register_merge": "merge", "register_select": "select",
 }
 

@@ -1,9 +1,14 @@
 """Compression for stock Hugging Face models: ``with libra.attach(model, compression):`` touches one instance alone."""
 
+import copy
 import inspect
+import pickle
+import sys
+import warnings
+import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import MethodType
+from types import FrameType, MethodType
 
 import torch
 
@@ -13,6 +18,7 @@ from .passage import MASKS, Passage, attention_kind, fitted
 from .registry import spec_of
 from .trace import Recorder, RowTrace
 from .transformers_api import (
+    ASSISTED_GENERATION,
     BaseModelOutputWithPast,
     DynamicCache,
     PreTrainedModel,
@@ -61,8 +67,10 @@ class Call:
     """One forward call on its way from the model's outside to its decoder, and back."""
 
     decoder: torch.nn.Module
+    frame: FrameType  # runs as long as the call
     labels: torch.Tensor | None = None
     score_offset: int = 0  # how far before the last column the scoring token stands
+    marked: torch.Tensor | None = None  # what the user said of this call's visual tokens
     inputs: dict = field(default_factory=dict)  # what the passage is told of the prompt
     stats: dict | None = None  # what came of it, where there was something to compress
     recorder: Recorder | None = None
@@ -70,8 +78,42 @@ class Call:
     whole: bool = True  # False: the model's body was called by itself
 
 
-# Beside the models' own arguments, which some of them also hand to their vision towers; each thread has its own.
+# Next to the models' own arguments, which some of them also hand to their vision towers; each thread has its own.
 _CALL: ContextVar[Call | None] = ContextVar("libra_call", default=None)
+_MARKED: ContextVar[tuple["_Watch", torch.Tensor] | None] = ContextVar("libra_marked", default=None)
+
+
+def _frames():
+    """The frames that are running, from the innermost outwards."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+@torch.compiler.disable
+def _running(decoder: torch.nn.Module) -> Call | None:
+    """The call of ``decoder``'s model that is on its way, if one is.
+
+    torch runs no hook at the end of a call that Ctrl-C interrupts, nor of a compiled one that fails, so such a call is found
+    here: its frame no longer runs.
+    """
+    call = _CALL.get()
+    while call is not None and not any(frame is call.frame for frame in _frames()):
+        call = call.outer
+        _CALL.set(call)
+    return call if call is not None and call.decoder is decoder else None
+
+
+def _caller() -> FrameType:
+    """The frame of torch's that runs a hook of this module, and with it the module that the hook belongs to."""
+    ours = (__name__, "torch._dynamo", "torch._compile")
+    return next(frame for frame in _frames() if not frame.f_globals.get("__name__", "").startswith(ours))
+
+
+def _assisted(model: torch.nn.Module) -> bool:
+    """Whether ``model`` is called by its own assisted generation, which puts its first guesses behind the prompt."""
+    return any(frame.f_code is ASSISTED_GENERATION and frame.f_locals.get("self") is model for frame in _frames())
 
 
 class CompressedDecoder:
@@ -79,6 +121,15 @@ class CompressedDecoder:
 
     compression: Compression
     trace: bool
+    watch: "_Watch"
+
+    def __deepcopy__(self, memo) -> "CompressedDecoder":
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return other
+
+    def __reduce_ex__(self, protocol):
+        raise pickle.PicklingError("a compressed model cannot be pickled: detach first, with the handle or libra.detach(model)")
 
     @merge_with_config_defaults
     @capture_outputs
@@ -90,9 +141,11 @@ class CompressedDecoder:
         cache = take_cache(cache, kwargs)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        call = _CALL.get()
-        told = call.inputs if call is not None and call.decoder is self else {}
-        passage = Passage(self, self.compression, hidden, attention_mask, position_ids, cache, **told, trace=self.trace)
+        call = _running(self)
+        told = {} if call is None else call.inputs
+        passage = Passage(
+            self, self.compression, hidden, attention_mask, position_ids, cache, **told, trace=self.trace, padding_side="left"
+        )
         deep = () if deepstack_visual_embeds is None else deepstack_visual_embeds  # Qwen3-VL's, before any compression
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden = layer(hidden, **passage.inputs(i), use_cache=use_cache, **kwargs)
@@ -114,34 +167,31 @@ def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
     return {**dict(zip(list(parameters)[1:], args)), **kwargs}
 
 
-class Attachment:
-    """A compression on one model; ``detach`` (or leaving the ``with`` block) gives the model back as it was."""
+class _Watch:
+    """The hooks that follow each call of one model, and what came of the last one. An :class:`Attachment` is its handle."""
 
-    def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool = False):
-        if not isinstance(compression, Compression):
-            raise ValueError(f"libra.attach needs a libra.Compression, not {type(compression).__name__}; from_yaml reads files")
-        if hasattr(model, "_orig_mod"):
-            raise ValueError("this is the wrapper of torch.compile; attach to the model in it first, then compile")
-        base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool):
+        base = _base_of(model)
         name = type(base).__name__
         if name not in FAMILIES:
             raise ValueError(f"libra.attach does not support {name}; it supports {', '.join(FAMILIES)}")
         family = FAMILIES[name]
         decoder = base.get_submodule(family.decoder)
         if isinstance(decoder, CompressedDecoder):
-            raise ValueError("a compression is attached to this model already; detach it first")
-        compression = _check(decoder, compression, base)
-        self.compression, self._base, self._decoder = compression, base, decoder
+            raise ValueError(
+                "a compression is attached to this model already; detach it first, with its handle or libra.detach(model)"
+            )
+        self.compression, self.base, self.decoder = _check(decoder, compression, base), base, decoder
+        self.handle: weakref.ref[Attachment] | None = None
+        self.stats: dict | None = None
+        self.recorder: Recorder | None = None
         ids = [getattr(base.config, token, None) for token in family.token_ids]
         self._token_ids = [token for token in ids if token is not None]
         self._plain_class = type(decoder)
-        self._stats: dict | None = None
-        self._recorder: Recorder | None = None
-        self._marked: torch.Tensor | None = None
         # Under the plain class's own name, by which transformers knows how to record hidden states and attentions.
         names = {name: getattr(self._plain_class, name) for name in ("__module__", "__qualname__")}
         _become(decoder, type(self._plain_class.__name__, (CompressedDecoder, self._plain_class), names))
-        decoder.compression, decoder.trace = compression, trace
+        decoder.compression, decoder.trace, decoder.watch = self.compression, trace, self
         body = base.get_submodule(family.body)
         self._hooks = []
         for module in {id(m): m for m in (model, base)}.values():  # peft's forward goes past the base model's hooks
@@ -154,23 +204,51 @@ class Attachment:
             body.register_forward_hook(self._end_body, always_call=True),
         ]
 
+    def detach(self) -> None:
+        """Give the model back as it was; a second call does nothing, whatever was attached since."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, decoder = [], self.decoder
+        _become(decoder, self._plain_class)
+        del decoder.compression, decoder.trace, decoder.watch
+        hybrid.disable(decoder.config)
+
     # --- the model: labels, which become shorter ---
 
+    def _start(self, frame: FrameType, **keys) -> Call:
+        """A new call is on its way; what was marked for it is taken."""
+        if self.handle is not None and self.handle() is None:
+            self.handle = None
+            warnings.warn(
+                "the handle of libra.attach is gone and this model is still compressed; keep the handle, or give the model back"
+                " with libra.detach(model)",
+                stacklevel=2,
+            )
+        marked = _MARKED.get()
+        if marked is not None and marked[0] is self:
+            keys["marked"] = marked[1]
+            _MARKED.set(None)
+        call = Call(self.decoder, frame, outer=_CALL.get(), **keys)
+        _CALL.set(call)
+        return call
+
+    @torch.compiler.disable
     def _begin(self, model, args, kwargs):
         """Take the labels aside, and note how many of the last columns are an answer that is being tried."""
-        if self._running() is not None:
+        if _running(self.decoder) is not None:
             return None
         kwargs = _named(model, args, kwargs)
-        call = Call(self._decoder, kwargs.pop("labels", None), outer=_CALL.get())
+        call = self._start(_caller(), labels=kwargs.pop("labels", None))
         tried = kwargs.get("logits_to_keep", 0)
-        # Assisted generation puts its first guesses behind the prompt; they have no say in what is kept.
-        if isinstance(tried, int) and tried > 1 and cache_given(kwargs) is not None and call.labels is None:
-            call.score_offset = tried - 1
-        _CALL.set(call)
+        if isinstance(tried, int) and tried > 1 and _assisted(self.base):
+            call.score_offset = tried - 1  # the guesses have no say in what is kept
         return (), kwargs
 
+    @torch.compiler.disable
     def _end(self, model, args, kwargs, output):
-        call = self._running()
+        call = _running(self.decoder)
         if call is None:
             return None
         _CALL.set(call.outer)
@@ -181,8 +259,8 @@ class Attachment:
             return None
         logits = output[0] if isinstance(output, tuple) else output.logits
         options = {"num_items_in_batch": kwargs["num_items_in_batch"]} if "num_items_in_batch" in kwargs else {}
-        vocabulary = self._base.config.get_text_config().vocab_size
-        loss = self._base.loss_function(logits=logits, labels=call.labels, vocab_size=vocabulary, **options)
+        vocabulary = self.base.config.get_text_config().vocab_size
+        loss = self.base.loss_function(logits=logits, labels=call.labels, vocab_size=vocabulary, **options)
         if isinstance(output, tuple):
             return (loss, *output)
         output.loss = loss
@@ -190,17 +268,16 @@ class Attachment:
 
     # --- its body: which columns are visual tokens ---
 
+    @torch.compiler.disable
     def _begin_body(self, body, args, kwargs):
         kwargs = _named(body, args, kwargs)
-        call = self._running()
-        if call is None:
-            call = Call(self._decoder, outer=_CALL.get(), whole=False)
-            _CALL.set(call)
+        call = _running(self.decoder) or self._start(_caller(), whole=False)
         call.inputs = self._survey(call, kwargs)
         return (), kwargs
 
+    @torch.compiler.disable
     def _end_body(self, body, args, output):
-        call = self._running()
+        call = _running(self.decoder)
         if call is not None and not call.whole:
             _CALL.set(call.outer)
             self._remember(call)
@@ -212,7 +289,7 @@ class Attachment:
         length = (embeds if ids is None else ids).shape[1]
         if length == 1 and cache is not None and cache.get_seq_length():
             return {"visual": None}  # a decoding step; the model itself may say a placeholder's id
-        visual = self._visual_columns(ids, embeds, kwargs)
+        visual = self._visual_columns(call.marked, ids, embeds, kwargs)
         places = torch.arange(1, length + 1, device=visual.device)
         if mask is not None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
             valid = mask[:, -length:].long()
@@ -231,10 +308,10 @@ class Attachment:
             keys = (ids * places * ~visual)[:, : length - call.score_offset].sum(1)
         return {"visual": visual, "labels": call.labels, "score_columns": columns, "keys": keys}
 
-    def _visual_columns(self, ids, embeds, kwargs: dict) -> torch.Tensor:
+    def _visual_columns(self, marked, ids, embeds, kwargs: dict) -> torch.Tensor:
         """(B, S) bool."""
-        if self._marked is not None:
-            marked, self._marked = self._marked.to((embeds if ids is None else ids).device), None
+        if marked is not None:
+            marked = marked.to((embeds if ids is None else ids).device)
             batch, length = (embeds if ids is None else ids).shape[:2]
             if marked.shape[1] != length or batch % len(marked):
                 raise ValueError(f"the marked visual tokens are {tuple(marked.shape)} but the prompt is {(batch, length)}")
@@ -245,7 +322,7 @@ class Attachment:
         if ids is not None:  # a placeholder that the model said, or that a guess repeats, comes without a picture: text
             return torch.isin(ids, torch.tensor(self._token_ids, device=ids.device)) & pictures
         if pictures:
-            table = self._base.get_input_embeddings()
+            table = self.base.get_input_embeddings()
             placeholders = table(torch.tensor(self._token_ids, device=embeds.device)).to(embeds.dtype)
             return (embeds[:, :, None] == placeholders).all(-1).any(-1)
         raise ValueError(
@@ -257,35 +334,54 @@ class Attachment:
     def _is_packed(position_ids) -> bool:
         return position_ids is not None and position_ids.ndim == 2 and bool((position_ids.diff(dim=1) < 0).any())
 
-    def _running(self) -> Call | None:
-        call = _CALL.get()
-        return call if call is not None and call.decoder is self._decoder else None
-
     def _remember(self, call: Call) -> None:
         if call.stats is not None:
-            self._stats, self._recorder = call.stats, call.recorder
+            self.stats, self.recorder = call.stats, call.recorder
 
-    # --- what the user sees ---
+
+class Attachment:
+    """A compression on one model; ``detach`` (or leaving the ``with`` block) gives the model back as it was.
+
+    The model stays compressed when a handle is dropped, and says so once when it is called next; :func:`detach` gives it back.
+    """
+
+    def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool = False):
+        if not isinstance(compression, Compression):
+            raise ValueError(f"libra.attach needs a libra.Compression, not {type(compression).__name__}; from_yaml reads files")
+        if hasattr(model, "_orig_mod"):
+            raise ValueError("this is the wrapper of torch.compile; attach to the model in it first, then compile")
+        self._hold(_Watch(model, compression, trace))
+
+    def _hold(self, watch: _Watch) -> None:
+        self._watch, self.compression = watch, watch.compression
+        watch.handle = weakref.ref(self)
+
+    def __deepcopy__(self, memo) -> "Attachment":
+        other = memo[id(self)] = object.__new__(type(self))
+        other._hold(copy.deepcopy(self._watch, memo))
+        return other
 
     def mark_visual_tokens(self, mask: torch.Tensor) -> None:
-        """Say for the next call which columns of its ``inputs_embeds`` are visual tokens: (B, S) bool."""
+        """Say for this thread's next call which columns of its ``inputs_embeds`` are visual tokens: (B, S) bool."""
         if mask.ndim != 2:
             raise ValueError(f"the mask of visual tokens must be (batch, tokens), but it is {tuple(mask.shape)}")
-        self._marked = mask.bool()
+        _MARKED.set((self._watch, mask.bool()))
 
     @property
     def stats(self) -> dict | None:
         """Of the last prefill with visual tokens; None before one.
 
-        ``visual_tokens`` and ``compensation_tokens``: [layer][row]; ``flops``: multiply-accumulates of each row's visual tokens
-        by §4.1's formula for the whole tokens of the run; ``flops_ratio``: the same over those of the plain model; ``cache``:
-        bytes of the KV cache after the prefill, ``total`` and what they are for (:meth:`libra.passage.Passage.stats`).
+        ``visual_tokens`` and ``compensation_tokens``: [layer][row]; ``columns``: for each row those of its logits, ``padding``:
+        on which side the others are; ``flops``: multiply-accumulates of each row's visual tokens by §4.1's formula for whole
+        tokens; ``flops_ratio``: the same over those of the plain model; ``cache``: bytes of the KV cache after the
+        prefill, ``total`` and what they are for (:meth:`libra.passage.Passage.stats`).
         """
-        if self._stats is None:
+        watch = self._watch
+        if watch.stats is None:
             return None
         from .flops import model_flops  # here, so that `python -m libra.flops` finds its module not yet imported
 
-        stats, spec = self._stats, spec_of(self._decoder.config, type(self._base).__name__)
+        stats, spec = watch.stats, spec_of(watch.decoder.config, type(watch.base).__name__)
         rows = list(zip(*stats["visual_tokens"]))
         flops = [model_flops(spec, row) for row in rows]
         plain = [model_flops(spec, [row[0]] * len(row)) for row in rows]
@@ -295,18 +391,11 @@ class Attachment:
     @property
     def trace(self) -> list[RowTrace] | None:
         """Of the last prefill with visual tokens, for each row what became of each of them; only with ``trace=True``."""
-        return None if self._recorder is None else self._recorder.rows()
+        return None if self._watch.recorder is None else self._watch.recorder.rows()
 
     def detach(self) -> None:
-        """Give the model back as it was; a second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, decoder = [], self._decoder
-        if not isinstance(decoder, CompressedDecoder) or decoder.compression is not self.compression:
-            return
-        _become(decoder, self._plain_class)
-        del decoder.compression, decoder.trace
-        hybrid.disable(decoder.config)
+        """Give the model back as it was; a second call does nothing, whatever was attached since."""
+        self._watch.detach()
 
     def __enter__(self) -> "Attachment":
         return self
@@ -358,3 +447,17 @@ def attach(model: PreTrainedModel, compression: Compression, trace: bool = False
         ValueError: for a model that is not supported (the sentence lists those that are) or a layer it does not have.
     """
     return Attachment(model, compression, trace)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Give a model back as it was before :func:`attach`, where its handle is not at hand; without a compression do nothing."""
+    base = _base_of(model)
+    family = FAMILIES.get(type(base).__name__)
+    decoder = None if family is None else base.get_submodule(family.decoder)
+    if isinstance(decoder, CompressedDecoder):
+        decoder.watch.detach()
+
+
+def _base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in an adapter of peft, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model

@@ -32,6 +32,7 @@ class StagedCache(DynamicCache):
 
     stages: list[Stage]
     compressed_until = 0  # columns of layer 0 up to the last visual token that was compressed
+    expects_a_call = False  # set by a passage, which gives each layer the mask for its own length
 
     @classmethod
     def adopt(cls, cache, first_layers: list[int]) -> "StagedCache":
@@ -54,6 +55,21 @@ class StagedCache(DynamicCache):
                 f" not {[layer - 1 for layer in first_layers[1:]]}; start with an empty cache"
             )
         return cache
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """Append a layer's new keys and values.
+
+        Raises:
+            ValueError: at the first layer of a call without compression, which takes all layers to hold as many keys.
+        """
+        if layer_idx == 0:
+            if not self.expects_a_call and len({layer.get_seq_length() for layer in self.layers}) > 1:
+                raise ValueError(
+                    f"this KV cache was filled with compression after layers {[s.first_layer - 1 for s in self.stages[1:]]},"
+                    " and now the model is called without it; switch that compression on again or start with an empty cache"
+                )
+            self.expects_a_call = False
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _to_stages(self, change) -> None:
         for stage in self.stages:

@@ -61,20 +61,22 @@ class Passage:
             front, by which the plain model tells packed sequences. None counts on from the cache.
         cache: the KV cache or None.
         visual: (B, S) bool, the columns of visual tokens; None or none: nothing is compressed in this call.
-        labels, score_columns, keys: see :class:`VisualTokenStream`.
+        labels, score_columns, keys, padding_side: see :class:`VisualTokenStream`.
         trace: whether to record what becomes of each visual token.
     """
 
     def __init__(
         self, decoder, compression: Compression | None, inputs_embeds, attention_mask=None, position_ids=None, cache=None,
-        visual=None, labels=None, score_columns=None, keys=None, trace=False,
+        visual=None, labels=None, score_columns=None, keys=None, trace=False, padding_side=None,
     ):
         self.decoder, self.cache = decoder, cache
         self.compression = None if compression is None or not compression.compresses else fitted(decoder, compression)
         past = 0 if cache is None else cache.get_seq_length()
         self._text_positions, self._positions = self._split(position_ids, past, inputs_embeds)
         self._rotary = decoder.rotary_emb(inputs_embeds, self._positions)
-        self._first: torch.Tensor | None = None  # (B, 1), the position of each row's first column, where they are compact
+        # (B, 1), the positions of each row's first and last column, where they are compact: later stages may have lost them.
+        self._first: torch.Tensor | None = None
+        self._last: torch.Tensor | None = None
         self.stream: VisualTokenStream | None = None
         self.recorder: Recorder | None = None
         layers = decoder.config.num_hidden_layers
@@ -86,6 +88,8 @@ class Passage:
         starts = [0, *(layer + 1 for layer in self.compression.layers)]
         used_before = past > 0 and not isinstance(cache, StagedCache)
         self._stages = [Stage(start) for start in starts] if cache is None else StagedCache.adopt(cache, starts).stages
+        if cache is not None:
+            cache.expects_a_call = True
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
             raise ValueError("compression needs a 2D attention mask (batch, tokens): a ready 4D mask cannot be shortened")
         if used_before and attention_mask is not None:
@@ -94,7 +98,9 @@ class Passage:
         self._new_mask = None if attention_mask is None else attention_mask[:, past:].bool()
         self._held: list[tuple[int, list[int], int]] = []  # of each stage: columns, valid tokens of this call, earlier columns
         if visual is not None and bool(visual.any()):
-            self.stream = VisualTokenStream(self.compression, visual, self._new_mask, labels, score_columns, keys)
+            self.stream = VisualTokenStream(
+                self.compression, visual, self._new_mask, labels, score_columns, keys, padding_side
+            )
             self._new_mask = self.stream.mask
             self.recorder = Recorder() if trace else None
             if cache is not None:
@@ -161,14 +167,25 @@ class Passage:
         return torch.cat([ones if mask is None else mask for ones, mask in zip(whole, (stage.mask, self._new_mask))], 1)
 
     def _renumber(self, stage: Stage, hidden: torch.Tensor) -> None:
-        """Compact positions: a stage counts its own columns on from where it stood, and remembers how far it fell behind."""
+        """Compact positions: a stage counts its own columns on from where it stood, and remembers how far it fell behind.
+
+        What comes after the call stands behind the last of these columns, whatever the last columns of the prompt were.
+        """
         positions = self._compact_positions(stage, hidden)
         if self.stream is not None:
-            original = self._positions.expand(len(hidden), -1)
-            valid = torch.ones_like(original, dtype=torch.bool) if self._new_mask is None else self._new_mask
-            last = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1).amax(1, keepdim=True)
-            stage.shift = (original - positions).gather(1, last)
+            if self._last is None:
+                self._last = self._of_valid(self._positions, last=True)
+            stage.shift = self._last - self._of_valid(positions, last=True)
         self._rotary = self.decoder.rotary_emb(hidden, positions)
+
+    def _of_valid(self, positions: torch.Tensor, last: bool) -> torch.Tensor:
+        """(B, 1): the first or the last of the valid columns' ``positions`` (B or 1, S)."""
+        if self._new_mask is None:
+            return positions[:, -1:] if last else positions[:, :1]
+        place = torch.arange(self._new_mask.shape[1], device=positions.device)
+        valid = self._new_mask.bool()
+        column = torch.where(valid, place, -1).amax(1) if last else torch.where(valid, place, len(place)).amin(1)
+        return positions.expand(len(valid), -1).gather(1, column[:, None])
 
     def _compact_positions(self, stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
         original = self._positions.expand(len(hidden), -1)
@@ -176,8 +193,8 @@ class Passage:
         if self.stream is None:
             return original - behind
         valid = torch.ones_like(original) if self._new_mask is None else self._new_mask.long()
-        if self._first is None:  # of the whole call: a later stage may have lost its first columns
-            self._first = original.gather(1, valid.argmax(1, keepdim=True))
+        if self._first is None:
+            self._first = self._of_valid(original, last=False)
         return self._first - behind + (valid.cumsum(1) - 1).clamp(min=0)
 
     def inputs(self, layer: int) -> dict:
@@ -225,10 +242,11 @@ class Passage:
     def stats(self) -> dict:
         """Of a call with visual tokens, once it is through.
 
-        ``visual_tokens`` [layer][row], without compensation tokens; ``compensation_tokens`` [layer][row], added behind that
-        layer; ``cache``: bytes that the KV cache holds after the call (None without one), and how they split up into
-        ``visual``, ``compensation``, ``text`` and ``padding`` columns of this call, the ``earlier`` ones, and the ``window`` of
-        layers that hold their newest columns only.
+        ``visual_tokens`` [layer][row], without compensation tokens; ``compensation_tokens`` [layer][row], added after that
+        layer; ``columns``: for each row those that are left after the last layer, text and all; ``padding``: the side on which
+        such rows are padded, None where none is; ``cache``: bytes that the KV cache holds after the call (None without one),
+        and how they split up into ``visual``, ``compensation``, ``text`` and ``padding`` columns of this call, the ``earlier``
+        ones, and the ``window`` of layers that hold their newest columns only.
         """
         layers = self.decoder.config.num_hidden_layers
         counts, added = self.stream.counts, dict(zip(self.compression.layers, self.stream.compensated))
@@ -236,6 +254,8 @@ class Passage:
         return {
             "visual_tokens": [counts[stage] for stage in stage_of],
             "compensation_tokens": [[int(c) for c in added.get(layer, [])] for layer in range(layers)],
+            "columns": self.stream.row_lengths,
+            "padding": self.stream.padding,
             "cache": None if self.cache is None else self._cache_bytes(stage_of),
         }
 

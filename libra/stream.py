@@ -38,14 +38,19 @@ class VisualTokenStream:
         score_columns: (B,) the column that scores each row's visual tokens. By default the last valid column or, with labels,
             for each span the last column before the first answer that follows it.
         keys: (B,) integers for pseudo-random selection.
+        padding_side: where rows that come without padding get it, should their lengths become unequal: "left", which generation
+            needs, or "right". None: right with labels, left without. Padding that is there keeps its side.
 
     Raises:
         ValueError: if the mask has padding in the middle or on both sides of the batch's rows.
     """
 
-    def __init__(self, compression: Compression, visual, mask=None, labels=None, score_columns=None, keys=None):
+    def __init__(
+        self, compression: Compression, visual, mask=None, labels=None, score_columns=None, keys=None, padding_side=None
+    ):
         self.compression, self.labels, self.keys = compression, labels, keys
         self.mask = None if mask is None else mask.bool()
+        self._side = padding_side or ("left" if labels is None else "right")
         self.counts: list[list[int]] = []  # visual tokens of each row, stage by stage, without compensation tokens
         self.compensated: list[list[bool]] = []  # which rows got a compensation token at each compression layer
         with record_function("libra.layout"):
@@ -91,8 +96,7 @@ class VisualTokenStream:
         padded_right = any(entry[-1] < length - 1 for entry in summary)
         if padded_left and padded_right or any(entry[-3] != entry[-1] - entry[-2] + 1 for entry in summary):
             raise ValueError("the attention mask has padding on both sides or inside a row; pad on one side only")
-        # Rows of equal length may become unequal: for generation the last column has to stay each row's last prompt token.
-        self.pads_left = padded_left or not padded_right and self.labels is None
+        self.pads_left = padded_left or not padded_right and self._side == "left"
         if not (padded_left or padded_right):
             self.mask = None
         self.last_visual = max((end for row in last_visual for end in row), default=-1)
@@ -123,8 +127,9 @@ class VisualTokenStream:
         self._query_weights = None if alone else on_device(weights, device).view(len(flat), groups, width)
 
     @property
-    def has_visual_tokens(self) -> bool:
-        return any(self.counts[-1])
+    def padding(self) -> str | None:
+        """The side on which the rows are padded now; None if no row is."""
+        return None if self.mask is None else "left" if self.pads_left else "right"
 
     def _columns(self, count: int) -> torch.Tensor:
         """(B, count): the columns of each row's visual tokens, ascending; a shorter row goes on with other columns."""

@@ -29,7 +29,14 @@ def _accepted_version() -> str:
 
 _INSTALLED = _accepted_version()  # before the imports that another version may not have
 
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel  # noqa: E402
+from transformers import (  # noqa: E402
+    AttentionInterface,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import (  # noqa: E402
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
@@ -43,14 +50,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs  # noqa: E402
 
 __all__ = [
-    "ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "AttentionInterface", "AttentionMaskInterface",
-    "BaseModelOutputWithPast", "CACHE", "Cache", "CausalLMOutputWithPast", "DynamicCache", "ModelOutput",
-    "PreTrainedConfig", "PreTrainedModel", "RANGE", "cache_argument", "cache_given", "cache_of", "can_return_tuple",
-    "capture_outputs", "check_guesses", "create_causal_mask", "create_sliding_window_causal_mask", "empty_layers",
-    "merge_with_config_defaults", "one_cache", "take_cache",
+    "ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ASSISTED_GENERATION", "AttentionInterface",
+    "AttentionMaskInterface", "BaseModelOutputWithPast", "CACHE", "Cache", "CausalLMOutputWithPast", "DynamicCache",
+    "ModelOutput", "PreTrainedConfig", "PreTrainedModel", "RANGE", "cache_argument", "cache_given", "cache_of",
+    "can_return_tuple", "capture_outputs", "check_guesses", "create_causal_mask", "create_sliding_window_causal_mask",
+    "empty_layers", "merge_with_config_defaults", "one_cache", "take_cache",
 ]
 
 FORMER = "past_key_values"
+ASSISTED_GENERATION = GenerationMixin._assisted_decoding.__code__  # what its frame runs
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else FORMER
 
 

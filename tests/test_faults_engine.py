@@ -1,13 +1,21 @@
 """Faults of the engine and the plug-in, one test an entry: what is right, or the sentence that refuses."""
 
+import copy
 import itertools
+import pickle
 import re
+import threading
+import warnings
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
+import families
+import plain
 import pytest
 import tiny
 import torch
+from transformers import DynamicCache
 
 import libra
 from libra import Compression, kernels
@@ -18,6 +26,8 @@ from libra.methods import METHODS
 from libra.schedule import actual, kept, nominal
 from libra.select import SELECTORS, top_of_span
 from libra.similarity import most_similar
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.model.builder import load_pretrained_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_AND_TRITON = pytest.mark.parametrize(
@@ -30,6 +40,21 @@ def refused(error) -> str:
     text = str(error.value)
     assert text and text.isprintable() and "Traceback" not in text
     return text
+
+
+def prompt(*parts: int, answer: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A row for tiny.hf_model from ids, each tiny.IMAGE an image; the last id is an answer where there are labels."""
+    ids = torch.tensor([[i for part in parts for i in ([part] * (tiny.IMAGE_TOKENS if part == tiny.IMAGE else 1))]])
+    draw = torch.Generator().manual_seed(seed)
+    given = {"input_ids": ids, "pixel_values": torch.randn(parts.count(tiny.IMAGE), 3, 56, 56, generator=draw)}
+    if answer:
+        given["labels"] = torch.where(torch.arange(ids.shape[1]) == ids.shape[1] - 1, ids, -100)
+    return given
+
+
+LIBRA = Compression(method="libra", layers=(1, 3), ratio=0.5, tau=0.9)
+ONE = prompt(5, 7, tiny.IMAGE, 6, 8, 9, answer=True)
+OTHER = prompt(4, tiny.IMAGE, 11, 12, answer=True, seed=1)
 
 
 # --- B 13: layers default to each method's natural places ---
@@ -82,6 +107,168 @@ def test_b13_every_door_finds_the_places(tmp_path):
         assert [tokens for (tokens,) in handle.stats["visual_tokens"]] == [16, 16, 8, 4, 2, 2]
     ours.set_compression(free)
     assert ours.compression.layers == (1, 2, 3)
+
+
+# --- B 10: as many images as places ---
+
+
+@pytest.mark.parametrize("family", families.KINDS)
+@torch.no_grad()
+def test_b10_attach_refuses_more_images_than_places(family):
+    """Surplus in the first row, so that the second one would be answered on the wrong picture."""
+    model = families.model(family)
+    talks = [families.talk(family, "t3 i t4", 1), families.talk(family, "t2 i t3", 2)]
+    more = [families.Talk(talks[0].ids, talks[0].labels, talks[0].given * 2), talks[1]]
+    fewer = [families.Talk(talks[0].ids, talks[0].labels, []), talks[1]]
+    with libra.attach(model, Compression(method="libra", layers=(2,))):
+        model(**families.collate(family, talks))
+        for wrong in (more, fewer):
+            with pytest.raises((ValueError, RuntimeError, IndexError, StopIteration)):
+                model(**families.collate(family, wrong))
+
+
+# --- B 11: a call's state ends with the call, whatever ends it ---
+
+
+@contextmanager
+def interrupted(module: torch.nn.Module, error: BaseException):
+    """``module`` does not return."""
+
+    def stop(*_):
+        raise error
+
+    hook = module.register_forward_pre_hook(stop)
+    try:
+        with pytest.raises(type(error)) as caught:
+            yield caught
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+@pytest.mark.parametrize("where", ["vision_tower", "language_model.layers.2", "lm_head"])
+@torch.no_grad()
+def test_b11_an_interrupted_call_leaves_nothing_behind(where, error):
+    """Neither its labels nor its choice of visual tokens; not even while its traceback is kept, as a notebook does."""
+    model = tiny.hf_model()
+    with libra.attach(model, LIBRA) as handle:
+        plain_loss, plain = model(**ONE).loss, model(input_ids=OTHER["input_ids"], pixel_values=OTHER["pixel_values"])
+        stats = handle.stats
+        for call in (model, model.model):
+            module = model.lm_head if where == "lm_head" else model.model.get_submodule(where)
+            given = {k: v for k, v in ONE.items() if call is model or k != "labels"}
+            if call is model or where != "lm_head":
+                with interrupted(module, error()) as kept:
+                    call(**given)
+                assert kept.value.__traceback__ is not None
+            again = model(input_ids=OTHER["input_ids"], pixel_values=OTHER["pixel_values"])
+            assert again.loss is None and torch.equal(again.logits, plain.logits) and handle.stats == stats
+            body = model.model(input_ids=OTHER["input_ids"], pixel_values=OTHER["pixel_values"]).last_hidden_state
+            assert torch.equal(model.lm_head(body), plain.logits)
+            assert torch.equal(model(**ONE).loss, plain_loss)
+            model(input_ids=OTHER["input_ids"], pixel_values=OTHER["pixel_values"])
+
+
+@torch.no_grad()
+def test_b11_what_was_marked_goes_with_the_call():
+    """Marked visual tokens belong to one call, also to one that fails before it reaches them, and to their own thread."""
+    model = tiny.hf_model()
+    embeds = torch.randn(1, 9, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) > 3)[None] & (torch.arange(9) < 8)[None]
+    with libra.attach(model, LIBRA) as handle:
+        handle.mark_visual_tokens(mask)
+        with interrupted(model.model, KeyboardInterrupt()):
+            model(inputs_embeds=embeds)
+        with pytest.raises(ValueError, match="say it before the call"):
+            model(inputs_embeds=embeds)
+        handle.mark_visual_tokens(mask)
+        failed = []
+
+        def other():
+            try:
+                model(inputs_embeds=embeds)
+            except ValueError as error:
+                failed.append(str(error))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert len(failed) == 1 and "say it before the call" in failed[0]
+        assert model(inputs_embeds=embeds).logits.shape[1] < 9
+
+
+@torch.no_grad()
+def test_b11_threads_do_not_meet():
+    """One thread's labels and images are not another's, while both are on their way."""
+    model, rounds = tiny.hf_model(), 12
+    with libra.attach(model, LIBRA):
+        wanted = [model(**given) for given in (ONE, OTHER)]
+        wrong, gate = [], threading.Barrier(2)
+
+        def work(given, want):
+            for _ in range(rounds):
+                gate.wait(60)
+                got = model(**given)
+                if not torch.equal(got.logits, want.logits) or not torch.equal(got.loss, want.loss):
+                    wrong.append(given)
+
+        threads = [threading.Thread(target=work, args=pair) for pair in zip((ONE, OTHER), wanted)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+# --- B 12: only assisted generation scores by an earlier token ---
+
+
+@pytest.mark.parametrize("keep", [2, 3, 5])
+@torch.no_grad()
+def test_b12_logits_to_keep_does_not_change_who_scores(keep):
+    given = {k: v for k, v in ONE.items() if k != "labels"}
+    model = tiny.hf_model()
+    with libra.attach(model, Compression(method="fastv", layers=(1,), ratio=0.75)):
+        want = model(**given).logits[:, -keep:]
+        for cached in ({}, {"past_key_values": DynamicCache(), "use_cache": True}):
+            torch.testing.assert_close(model(**given, **cached, logits_to_keep=keep).logits, want, atol=1e-5, rtol=1e-4)
+
+
+# --- B 14: compact positions count on from a layer group's cache ---
+
+
+@pytest.mark.parametrize("door", ["attach", "llava"])
+@pytest.mark.parametrize("tail", [0, 1])
+@torch.no_grad()
+def test_b14_compact_positions_after_a_prompt_that_ends_with_visual_tokens(door, tail):
+    """Cached decoding is the cache-free replay, and the keys' positions have no gap."""
+    c, steps = Compression(method="pyramiddrop", layers=(1, 3), ratio=0.6), 4
+    options = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
+    for seed in range(3):  # with another picture another token is the last to stay
+        if door == "attach":
+            model = tiny.hf_model()
+            given = prompt(5, 7, 3, tiny.IMAGE, *[8] * tail, seed=seed)
+            seen = []
+            hook = model.model.language_model.register_forward_pre_hook(
+                lambda module, args, kwargs, seen=seen: seen.append(kwargs["inputs_embeds"][0]), with_kwargs=True
+            )
+            model(**given)
+            hook.remove()
+            embeds, visual = seen[0], given["input_ids"][0] == tiny.IMAGE
+            with libra.attach(model, c):
+                out = model.generate(**given, max_new_tokens=steps, **options)
+            decoder, ids = model.model.language_model, out.sequences[0, -steps:]
+        else:
+            model = tiny.llava_model()
+            model.set_compression(c)
+            row = tiny.row("t3 v16" + (" t1" if tail else ""), seed)
+            embeds, visual = row.embeds, row.visual
+            out = tiny.generate(model, tiny.alone(row), steps, **options)
+            decoder, ids = model.model, out.sequences[0]
+        longer = torch.cat([embeds, model.get_input_embeddings()(ids[:-1])])
+        prefill = plain.Prefill.of(visual, len(visual) - 1, c)
+        want = plain.decode(decoder, model.lm_head, longer, c, [prefill]).logits[-steps:]
+        torch.testing.assert_close(torch.stack(out.logits, 1)[0], want, atol=1e-4, rtol=1e-4)
 
 
 # --- B 15: vanilla, cosines, equal targets, ties ---
@@ -329,3 +516,186 @@ def test_b17_the_docs_know_sparsevlms_lists():
     text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
     said = " ".join(text[text.index("**SparseVLM**") :].split("\n\n")[0].split())
     assert "fixed list" in said and "300, 200, 110" in said and "is not a number of the configuration" not in said
+
+
+# --- D 7: what cannot work is a sentence ---
+
+
+@torch.no_grad()
+def test_d7_a_compressed_cache_without_its_compression():
+    """Through attach and detach, and through llava's switch; an empty or evenly filled cache goes on."""
+    model, follow = tiny.hf_model(), {"input_ids": torch.tensor([[7]]), "use_cache": True}
+    given = {k: v for k, v in ONE.items() if k != "labels"}
+    with libra.attach(model, LIBRA):
+        cache = model(**given, use_cache=True).past_key_values
+        model(**follow, past_key_values=cache)
+        even = model(torch.tensor([[5, 6]]), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"filled with compression after layers \[1, 3\].* start with an empty cache") as error:
+        model(**follow, past_key_values=cache)
+    refused(error)
+    assert model(**follow, past_key_values=even).logits.shape[1] == 1
+    with libra.attach(model, LIBRA):
+        assert model(**follow, past_key_values=cache).logits.shape[1] == 1
+
+    ours, row = tiny.llava_model(), tiny.alone(tiny.row("t3 v12 t4", 1))
+    ours.set_compression(LIBRA)
+    cache = ours(**row, use_cache=True).past_key_values
+    ours.set_compression(None)
+    with pytest.raises(ValueError, match="filled with compression"):
+        ours(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+
+
+def test_d7_an_attached_model_is_not_pickled(tmp_path):
+    model = tiny.hf_model()
+    with libra.attach(model, LIBRA) as handle:
+        for what in (model, model.model.language_model, handle):
+            with pytest.raises(pickle.PicklingError, match="detach first") as error:
+                pickle.dumps(what)
+            refused(error)
+        with pytest.raises(pickle.PicklingError, match="detach first"):
+            torch.save(model, tmp_path / "model.pt")
+        copied = copy.deepcopy(model)
+    pickle.dumps(model)
+    libra.detach(copied)
+    assert type(copied.model.language_model) is type(model.model.language_model)
+
+
+# --- E 2: handles ---
+
+
+@torch.no_grad()
+def test_e2_a_second_detach_of_an_old_handle_leaves_the_new_attachment_alone():
+    model = tiny.hf_model()
+    given = {k: v for k, v in ONE.items() if k != "labels"}
+    before = model(**given).logits
+    old = libra.attach(model, LIBRA)
+    compressed = model(**given).logits
+    old.detach()
+    with libra.attach(model, LIBRA) as new:  # the very same Compression
+        old.detach()
+        assert torch.equal(model(**given).logits, compressed) and new.stats is not None
+        one, handle = copy.deepcopy((model, new))
+        handle.detach()
+        handle.detach()
+        assert torch.equal(model(**given).logits, compressed) and torch.equal(one(**given).logits, before)
+    assert torch.equal(model(**given).logits, before)
+
+
+@torch.no_grad()
+def test_e2_a_dropped_handle_says_so_and_the_model_can_be_given_back():
+    model = tiny.hf_model()
+    given = {k: v for k, v in ONE.items() if k != "labels"}
+    before = model(**given).logits
+    libra.detach(model)  # nothing to do
+    libra.attach(model, LIBRA)
+    with pytest.warns(UserWarning, match=r"handle of libra.attach is gone .* libra\.detach\(model\)"):
+        assert model(**given).logits.shape[1] < before.shape[1]
+    with pytest.raises(ValueError, match=r"attached to this model already; detach it first, .* libra\.detach\(model\)"):
+        libra.attach(model, LIBRA)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**given)  # once is enough
+        libra.detach(model)
+        assert torch.equal(model(**given).logits, before) and not model._forward_hooks
+        with libra.attach(model, LIBRA):
+            model(**given)
+
+
+# --- B 10, D 7, E 4 and D 9 on a llava model that sees images ---
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    """A llava model with its vision tower, of 36 visual tokens an image, and its tokenizer."""
+    tokenizer, model, processor, _ = load_pretrained_model(str(ROOT / "mini" / "checkpoint"), None, "llava", device="cpu")
+    return model, tokenizer, processor
+
+
+def pictures(model, count: int) -> torch.Tensor:
+    edge = model.get_vision_tower().config.image_size
+    return torch.randn(count, 3, edge, edge, generator=torch.Generator().manual_seed(0))
+
+
+PLACE = torch.tensor([[5, 6, IMAGE_TOKEN_INDEX, 7, 8], [5, IMAGE_TOKEN_INDEX, 9, 10, 11]])
+
+
+@torch.no_grad()
+def test_b10_llava_refuses_more_images_than_places(seeing):
+    """In every way a picture can come in: forward, loss, generate, the original's preparation."""
+    model = seeing[0]
+    for compression in (None, LIBRA):
+        model.set_compression(compression)
+        calls = (
+            lambda ids, images: model(ids, images=images),
+            lambda ids, images: model(ids, images=images, labels=ids.clamp(min=0)),
+            lambda ids, images: model.generate(ids, images=images, max_new_tokens=1, pad_token_id=0),
+            lambda ids, images: model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, images),
+        )
+        for call in calls:
+            call(PLACE, pictures(model, 2))
+            for count in (1, 3):
+                with pytest.raises(ValueError, match=f"the prompts need 2 images .* but {count} were given") as error:
+                    call(PLACE, pictures(model, count))
+                refused(error)
+    model.set_compression(None)
+
+
+@torch.no_grad()
+def test_d7_llava_reads_its_prompt_in_one_piece(seeing):
+    model = seeing[0]
+    with pytest.raises(ValueError, match="prefill_chunk_size: a llava model reads its prompt in one piece") as error:
+        model.generate(PLACE, images=pictures(model, 2), prefill_chunk_size=8)
+    refused(error)
+
+
+def between(trace) -> Compression:
+    """A compression whose τ lies between the least similar tokens of two rows, so that one gets a compensation token."""
+    least = [float(row.stages[0].similarity.min()) for row in trace]
+    return Compression(layers=(1,), tau=sum(least) / 2)
+
+
+LOOSE = Compression(layers=(1,), tau=-1)
+LABELS = pytest.mark.parametrize("labelled", [False, True], ids=["plain", "labels"])
+
+
+@LABELS
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_e4_llavas_logits_keep_the_side_of_the_configuration(seeing, side, labelled, monkeypatch):
+    """Rows of one length, of which one gets a compensation token; ``generate`` needs the left."""
+    model = seeing[0]
+    given = {"input_ids": PLACE, "images": pictures(model, 2) * torch.tensor([3.0, 0.01]).view(2, 1, 1, 1)}
+    if labelled:
+        given["labels"] = torch.where(torch.arange(5) == 4, PLACE, -100)
+    monkeypatch.setattr(model.config, "tokenizer_padding_side", side)
+    model.set_compression(LOOSE, trace=True)
+    model(**given)
+    model.set_compression(between(model.compression_trace))
+    logits, stats = model(**given).logits, model.compression_stats
+    assert sorted(stats["compensation_tokens"][1]) == [0, 1] and stats["padding"] == side
+    for b in range(2):
+        alone = model(**{name: value[b : b + 1] for name, value in given.items()}).logits[0]
+        assert len(alone) == stats["columns"][b]
+        torch.testing.assert_close(tiny.own(logits[b], len(alone), side), alone, atol=1e-3, rtol=1e-3)
+    model.generate(PLACE, images=given["images"], max_new_tokens=1, pad_token_id=0)
+    assert model.compression_stats["padding"] in ("left", None)
+    model.set_compression(None)
+
+
+@LABELS
+@torch.no_grad()
+def test_d9_attach_tells_on_which_side_the_logits_are_padded(labelled):
+    """Rows of one length stay right-aligned, with labels and without, as generation needs them."""
+    model, one = tiny.hf_model(), prompt(5, tiny.IMAGE, 6, 8, answer=labelled)
+    given = {name: torch.cat([value, value]) for name, value in one.items()}
+    given["pixel_values"][1] = 0.0
+    with libra.attach(model, LOOSE, trace=True) as handle:
+        model(**given)
+        c = between(handle.trace)
+    with libra.attach(model, c) as handle:
+        logits, stats = model(**given).logits, handle.stats
+        assert sorted(stats["columns"]) == [logits.shape[1] - 1, logits.shape[1]] and stats["padding"] == "left"
+        for b in range(2):
+            alone = model(**{name: value[b : b + 1] for name, value in given.items()}).logits[0]
+            assert handle.stats["padding"] is None and handle.stats["columns"] == [len(alone)] == [stats["columns"][b]]
+            torch.testing.assert_close(logits[b, -len(alone) :], alone, atol=1e-4, rtol=1e-4)

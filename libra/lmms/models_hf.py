@@ -72,6 +72,10 @@ class HuggingFace(Engine):
 
     def _inputs(self, samples: list[Sample]) -> dict:
         shown = [sample.shown if self.takes_videos else sample.images for sample in samples]
+        marks = [m for name in ("image_token", "video_token") if isinstance(m := getattr(self.processor, name, None), str)]
+        for sample in samples:
+            if written := [mark for mark in marks if mark in sample.text]:
+                raise ValueError(f"{sample.name}: its text has {written[0]}, which this model takes for a place of an image")
         prompts = [self._prompt(sample.text, own) for sample, own in zip(samples, shown, strict=True)]
         images = [[one for one in own if isinstance(one, Image.Image)] for own in shown]
         videos = [one for own in shown for one in own if isinstance(one, list)]

@@ -56,8 +56,13 @@ class Llava(Engine):
         return self.model.compression_stats, self.model.compression_trace
 
     def _inputs(self, samples: list[Sample]) -> dict:
-        """Raises ValueError for a prompt that the model would cut."""
+        """Raises ValueError for a prompt that the model would cut, or whose places are not as many as its images."""
         prompts = [self._prompt(sample) for sample in samples]
+        for sample, prompt in zip(samples, prompts):
+            shown = len(sample.shown if self.sees_videos else sample.images)
+            places = sum(token < 0 for token in prompt)
+            if places != shown:
+                raise ValueError(f"{sample.name}: it shows {shown} images and has places for {places} in its text")
         images, sizes = self._videos(samples) if self.sees_videos else self._pixels([i for s in samples for i in s.images])
         if images is not None:
             self._check_lengths(samples, prompts, self.model.visual_tokens(images, sizes))

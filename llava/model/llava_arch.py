@@ -58,6 +58,11 @@ class LlavaMetaForCausalLM:
         positions = self.config.max_position_embeddings
         return min(self.length_limit or positions, positions)
 
+    @property
+    def padding_side(self) -> str:
+        """Where rows are padded outside ``generate``."""
+        return getattr(self.config, "tokenizer_padding_side", "right")
+
     def get_model(self):
         return self.model
 
@@ -161,12 +166,12 @@ class LlavaMetaForCausalLM:
         Rows longer than :attr:`length_limit` are cut.
 
         Raises:
-            ValueError: if there are more places for images than images, or ids that are neither tokens nor placeholders.
+            ValueError: if there are not as many images as places for them, or ids that are neither tokens nor placeholders.
         """
         features = self.image_features(images, image_sizes)
         held = self._held_places(input_ids)
         needed = int(held.sum(1).clamp(min=1).sum())
-        if needed > len(features):
+        if needed != len(features):  # one too many would be shown in the next row's place
             raise ValueError(
                 f"the prompts need {needed} images (one for each image token and one, ignored, for each text-only row)"
                 f" but {len(features)} were given; pass as many as there are image tokens"
@@ -201,7 +206,7 @@ class LlavaMetaForCausalLM:
             rows["labels"].append(torch.cat(goals)[: self.length_limit])
             rows["keys"].append((ids * torch.arange(1, len(ids) + 1, device=ids.device)).sum())
 
-        side = padding_side or getattr(self.config, "tokenizer_padding_side", "right")
+        side = padding_side or self.padding_side
 
         def padded(parts, value):
             return pad_sequence(parts, batch_first=True, padding_value=value, padding_side=side)
@@ -249,15 +254,18 @@ class LlavaMetaForCausalLM:
             kwargs: transformers' generation arguments.
 
         Raises:
-            ValueError: without token ids, for an image token without its image, with compression on and no image (but in a
+            ValueError: without token ids, for more or fewer images than places, with compression on and no image (but in a
                 conversation, whose images may come later), for a prompt longer than :attr:`length_limit`, for a later turn of
-                several rows, beams or sequences, for two caches, or for assisted generation with transformers 5.17, which gives
-                wrong tokens.
+                several rows, beams or sequences, for two caches, where the prompt would be read in pieces, or for assisted
+                generation with transformers 5.17, which gives wrong tokens.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None or "inputs_embeds" in kwargs:
             raise ValueError("generate needs token ids: embeddings do not tell which columns are visual tokens")
         check_guesses(kwargs)
+        settings = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
+            raise ValueError("prefill_chunk_size: a llava model reads its prompt in one piece; leave it out")
         cache = one_cache(past_key_values, cache)
         past = 0 if cache is None else cache.get_seq_length()
         if past:

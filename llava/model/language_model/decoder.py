@@ -43,7 +43,7 @@ class LlavaDecoder(LlavaMetaModel):
     @capture_outputs
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
-        visual_mask=None, labels=None, score_columns=None, sample_keys=None, cache=None, **kwargs,
+        visual_mask=None, labels=None, score_columns=None, sample_keys=None, padding_side=None, cache=None, **kwargs,
     ) -> DecoderOutput:
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = one_cache(past_key_values, cache)
@@ -52,7 +52,7 @@ class LlavaDecoder(LlavaMetaModel):
 
         passage = Passage(
             self, self.compression, hidden, attention_mask, position_ids, cache, visual_mask, labels, score_columns,
-            sample_keys, self.trace,
+            sample_keys, self.trace, padding_side,
         )
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, **passage.inputs(i), use_cache=use_cache, **kwargs)
@@ -96,16 +96,20 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             score_columns: (B,), the column whose attention scores the visual tokens, if not the row's last prompt token.
 
         Returns:
-            logits (B, S', vocabulary) of the columns that are left behind the last compression layer.
+            logits (B, S', vocabulary) of the columns that are left after the last compression layer, padded on the side of the
+            input: with ``images`` that of the configuration's ``tokenizer_padding_side``.
         """
+        padding_side = None
         if inputs_embeds is None and images is not None:
             spliced = self.splice(input_ids, attention_mask, labels, images, image_sizes)
             input_ids, inputs_embeds, visual_mask = None, spliced.embeds, spliced.visual
             attention_mask, labels, sample_keys = spliced.mask, spliced.labels, spliced.keys
+            padding_side = self.padding_side
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             cache=one_cache(past_key_values, cache), inputs_embeds=inputs_embeds, use_cache=use_cache,
-            visual_mask=visual_mask, labels=labels, score_columns=score_columns, sample_keys=sample_keys, **kwargs,
+            visual_mask=visual_mask, labels=labels, score_columns=score_columns, sample_keys=sample_keys,
+            padding_side=padding_side, **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
