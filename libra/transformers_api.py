@@ -5,7 +5,7 @@ transformers' internals is imported from here. Everything else says ``cache``, a
 Before, the keyword and the field of outputs were ``past_key_values``. 5.24 still takes that name, with a warning,
 and ignores it where both names are given.
 
-Importing this module raises ImportError, in one sentence, where transformers is missing or not in :data:`RANGE`.
+Importing this module raises :class:`WrongTransformers` where transformers is missing or not in :data:`RANGE`.
 """
 
 import inspect
@@ -16,14 +16,18 @@ from packaging.version import Version
 RANGE = ">=5.17,<5.25"  # setup.py has the same; docs/versions.md says which versions were tested
 
 
+class WrongTransformers(ImportError, ValueError):
+    """In one sentence; a ValueError too, which every command prints as its one line."""
+
+
 def _accepted_version() -> str:
     wanted = f"transformers{RANGE}"
     try:
         from transformers import __version__ as installed
     except ModuleNotFoundError:
-        raise ImportError(f"libra needs {wanted}, which is not installed; run: pip install '{wanted}'") from None
+        raise WrongTransformers(f"libra needs {wanted}, which is not installed; run: pip install '{wanted}'") from None
     if not SpecifierSet(RANGE).contains(installed, prereleases=True):
-        raise ImportError(f"libra needs {wanted}, but {installed} is installed; run: pip install '{wanted}'")
+        raise WrongTransformers(f"libra needs {wanted}, but {installed} is installed; run: pip install '{wanted}'")
     return installed
 
 
@@ -52,7 +56,8 @@ from transformers.utils.output_capturing import capture_outputs  # noqa: E402
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ASSISTED_GENERATION", "AttentionInterface",
     "AttentionMaskInterface", "BaseModelOutputWithPast", "CACHE", "Cache", "CausalLMOutputWithPast", "DynamicCache",
-    "ModelOutput", "PreTrainedConfig", "PreTrainedModel", "RANGE", "cache_argument", "cache_given", "cache_of",
+    "ModelOutput", "PreTrainedConfig", "PreTrainedModel", "RANGE", "WrongTransformers", "cache_argument", "cache_given",
+    "cache_of",
     "can_return_tuple", "capture_outputs", "check_guesses", "create_causal_mask", "create_sliding_window_causal_mask",
     "empty_layers", "merge_with_config_defaults", "one_cache", "take_cache",
 ]
