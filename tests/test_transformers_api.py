@@ -180,6 +180,8 @@ for version in ("4.57.1", "5.16.4", "5.25.0.dev0", "5.25.0"):
             importlib.import_module(name)
         except ImportError as error:
             print(error)
+from llava.convert.__main__ import main
+main(["source", "destination"])
 """
 
 
@@ -188,7 +190,9 @@ def test_another_version_is_refused_in_one_sentence(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     answer = subprocess.run([sys.executable, "-c", IMPORTS], env=environment, capture_output=True, text=True)
     wanted = f"transformers{RANGE}"
-    assert answer.stdout.splitlines() == [
+    sentences = [
         f"libra needs {wanted}, but {version} is installed; run: pip install '{wanted}'"
-        for version in ("4.57.1", "5.16.4", "5.25.0.dev0", "5.25.0") for _ in range(2)
-    ], answer.stderr
+        for version in ("4.57.1", "5.16.4", "5.25.0.dev0", "5.25.0")
+    ]
+    assert answer.stdout.splitlines() == [sentence for sentence in sentences for _ in range(2)], answer.stderr
+    assert (answer.returncode, answer.stderr) == (2, f"error: {sentences[-1]}\n")  # what a command says

@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None) -> None:
         help="prompt template to note down; by default the checkpoint's own or, where it names none, by its name",
     )
     args = parser.parse_args(argv)
-    from .converter import convert
-
     warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of settings in old configurations
     try:
+        from .converter import convert
+
         lines = convert(args.source, args.destination, args.to, args.max_shard_size, args.conversation)
     except ValueError as error:
         parser.error(str(error))

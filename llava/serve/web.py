@@ -46,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
             import uvicorn  # noqa: F401
         except ImportError as error:
             parser.error(f"the page needs gradio ({error}); install it: pip install gradio")
-        from .page import build_app, build_page, examples, warm_up
-        from .session import load_model
-        from .uploads import Uploads
-
         try:
+            from .page import build_app, build_page, examples, warm_up
+            from .session import load_model
+            from .uploads import Uploads
+
             server = listen(args.host, args.port)
             loaded = load_model(args)
             uploads = Uploads(folder)

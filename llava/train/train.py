@@ -14,8 +14,10 @@ def main(argv: list[str] | None = None) -> None:
     if "-h" in words or "--help" in words:
         print(help_text(), end="")
         return
-    from llava.train.recipe import train
-
+    try:
+        from llava.train.recipe import train
+    except ValueError as error:  # another version of transformers than this needs
+        sys.exit(f"error: {error}")
     train(words)
 
 
