@@ -55,11 +55,11 @@ from transformers.utils.output_capturing import capture_outputs  # noqa: E402
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ASSISTED_GENERATION", "AttentionInterface",
-    "AttentionMaskInterface", "BaseModelOutputWithPast", "CACHE", "Cache", "CausalLMOutputWithPast", "DynamicCache",
-    "ModelOutput", "PreTrainedConfig", "PreTrainedModel", "RANGE", "WrongTransformers", "cache_argument", "cache_given",
-    "cache_of",
-    "can_return_tuple", "capture_outputs", "check_guesses", "create_causal_mask", "create_sliding_window_causal_mask",
-    "empty_layers", "merge_with_config_defaults", "one_cache", "take_cache",
+    "AttentionMaskInterface", "BaseModelOutputWithPast", "CACHE", "Cache", "CausalLMOutputWithPast",
+    "DynamicCache", "ModelOutput", "PreTrainedConfig", "PreTrainedModel", "RANGE", "WrongTransformers",
+    "cache_argument", "cache_given", "cache_of", "can_return_tuple", "capture_outputs", "check_guesses",
+    "create_causal_mask", "create_sliding_window_causal_mask", "empty_layers", "merge_with_config_defaults",
+    "one_cache", "take_cache",
 ]
 
 FORMER = "past_key_values"
