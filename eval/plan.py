@@ -61,7 +61,7 @@ def plan(
                 found[row.model], hashes[row.model], amiss = spec.checkpoint, "", str(error)
     manifest = None
     if suite == "mini":
-        from mini.benchmark import write_benchmark
+        from libra.mini.benchmark import write_benchmark
 
         manifest = write_benchmark(benchmark)
     cells = []

@@ -1,7 +1,9 @@
-"""The embedded model and its benchmark: scenes of handwritten digits, questions about them, training."""
+"""The embedded model's training; the questions that it is measured by are in :mod:`libra.mini`."""
 
 from libra.cli import only_commands
 from libra.shadow import warn_if_llava_is_another
 
-only_commands("mini", "benchmark", "card", "finetune", "train")
+only_commands(
+    "mini", "card", "finetune", "next.attention", "next.benchmark", "next.card", "next.train", "train",
+)
 warn_if_llava_is_another()

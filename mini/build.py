@@ -6,10 +6,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 
+from libra.mini.scenes import IMAGE_SIZE
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
 from .questions import every_word
-from .scenes import IMAGE_SIZE
 
 PATCH = 6
 GRID = IMAGE_SIZE // PATCH  # 16 × 16 = 256 visual tokens

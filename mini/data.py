@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from libra.mini.questions import easy_vqa, easy_vqa_image
+from libra.mini.scenes import draw_scene
 from llava.constants import IGNORE_INDEX
 
 from .build import GRID
-from .questions import ask, easy_vqa, easy_vqa_image
-from .scenes import draw_scene
+from .questions import ask
 
 TEXT_LENGTH = 17  # tokens of the longest question with its answer
 TEXTS_PER_IMAGE = 16

@@ -25,14 +25,15 @@ from libra.cli import Parser
 from libra.config import Row
 from libra.files import write_text
 from libra.flops import layer_flops
+from libra.mini.questions import TYPES, easy_vqa, easy_vqa_image
+from libra.mini.scenes import draw_scene
 from libra.provenance import REPOSITORY, commit, cores, machine, versions
 from libra.schedule import actual
 from libra.timing import in_turns, median_interval, now, peak_memory
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
 from .data import EASY_VQA_SHARE
-from .questions import TYPES, ask, easy_vqa, easy_vqa_image
-from .scenes import draw_scene
+from .questions import ask
 
 START = REPOSITORY / "mini" / "checkpoint"
 CONFIG = REPOSITORY / "configs" / "mini" / "r50.yaml"

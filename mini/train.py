@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from libra.files import write_text
+from libra.mini.scenes import COLOR_NAMES, NO_DIGIT
 from llava.constants import IGNORE_INDEX
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.train.shared_prefix import NAME as SHARED_PREFIX
@@ -24,7 +25,6 @@ from llava.train.trainer import save_llava
 
 from .build import WIDTH, build_model, build_tokenizer, build_vision_tower
 from .data import PREFIX, TEXT_LENGTH, TEXTS_PER_IMAGE, ImageTexts, SceneLabels
-from .scenes import COLOR_NAMES, NO_DIGIT
 
 
 class PatchLabels(nn.Module):

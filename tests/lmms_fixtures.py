@@ -16,8 +16,8 @@ import pyarrow.parquet as parquet
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
-from mini.questions import multiple_choice, yes_no
-from mini.scenes import draw_scene
+from libra.mini.questions import multiple_choice, yes_no
+from libra.mini.scenes import draw_scene
 
 TEXT, NUMBER, IMAGE, TEXTS = Value("string"), Value("int64"), Image(), List(Value("string"))
 

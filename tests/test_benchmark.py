@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 
-from mini import benchmark
-from mini.questions import EASY_VQA, SCENE_TYPES, TYPES, easy_vqa
+from libra.mini import benchmark
+from libra.mini.questions import EASY_VQA, SCENE_TYPES, TYPES, easy_vqa
 
 STEPS = {"right of": (0, 1), "left of": (0, -1), "below": (1, 0), "above": (-1, 0)}
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
@@ -118,7 +118,9 @@ def test_the_right_folder_is_reused_and_a_damaged_one_written_anew(folder, monke
 
 def test_another_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
-    assert benchmark.main(["--output", str(tmp_path), "--questions", "2"]) == 2
-    assert capsys.readouterr().err.startswith("error: ") and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    assert benchmark.main(["--output", str(tmp_path / "new"), "--questions", "0"]) == 2
+    for flags in (["--output", str(tmp_path), "--questions", "2"], ["--output", str(tmp_path / "new"), "--questions", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            benchmark.main(flags)
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     assert not (tmp_path / "new").exists()

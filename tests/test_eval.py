@@ -23,8 +23,8 @@ from eval.suites import get_table, get_task, row_files
 from libra.config import Compression, Row
 from libra.flops import cost
 from libra.lmms.samples import SampleLog
+from libra.mini.questions import TYPES
 from libra.registry import get_model
-from mini.questions import TYPES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TABLE = get_table(1)
@@ -374,7 +374,7 @@ def test_three_kills_lose_no_finished_sample_and_change_no_number(checkpoint, tm
 
 @pytest.mark.slow
 def test_harness_command_line_from_a_plain_checkout(checkpoint, tmp_path):
-    from mini.benchmark import write_benchmark
+    from libra.mini.benchmark import write_benchmark
 
     write_benchmark(tmp_path / "results" / "benchmark", 6)
     arguments = f"config={REPOSITORY}/configs/mini/r50.yaml,pretrained={checkpoint},blind=true,sample_log={tmp_path}/log.jsonl"

@@ -17,7 +17,7 @@ def evaluate(tmp_path_factory):
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    from mini.benchmark import write_benchmark
+    from libra.mini.benchmark import write_benchmark
 
     folder = tmp_path_factory.mktemp("harness")
     write_benchmark(folder / "benchmark", QUESTIONS)

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from libra import Compression
+from libra.mini.questions import SCENE_TYPES
+from libra.mini.scenes import draw_scene
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from mini.questions import SCENE_TYPES
-from mini.scenes import draw_scene
 
 CHECKPOINT = Path(__file__).parents[1] / "mini" / "checkpoint"
 

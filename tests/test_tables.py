@@ -24,8 +24,8 @@ from eval.statistics import Figure, Spread
 from eval.suites import CONFIGS, SUITES, TABLES, columns, get_table, get_task, row_files, suite_rows
 from libra.config import ATTENTIONS, ConfigError, Row
 from libra.flops import cost
+from libra.mini.questions import TYPES
 from libra.registry import get_model
-from mini.questions import TYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 LEARNED = ["mini_reading", "mini_position", "mini_relation", "mini_counting", "mini_color", "mini_easy_vqa"]
@@ -145,7 +145,7 @@ def benchmark(tmp_path_factory):
 @pytest.fixture
 def make_plan(benchmark, monkeypatch):
     folder, manifest = benchmark
-    monkeypatch.setattr("mini.benchmark.write_benchmark", lambda _: manifest)
+    monkeypatch.setattr("libra.mini.benchmark.write_benchmark", lambda _: manifest)
     return lambda table, suite="mini", **more: planning.plan(get_table(table), suite, benchmark=folder, **more)
 
 
@@ -471,8 +471,8 @@ def test_a_results_folder_tells_its_table(tmp_path):
 
 def test_sim_of_a_run_is_the_one_computed_by_hand():
     from libra.lmms.lmms_libra import LibraModel
+    from libra.mini.benchmark import samples_of
     from libra.stream import VisualTokenStream
-    from mini.benchmark import samples_of
 
     row = Row.from_yaml(CONFIGS / "mini/table4/igm_l5.yaml")
     model = LibraModel(row.path, device="cpu", batch_size=2)

@@ -7,7 +7,7 @@ import pytest
 
 from eval import throughput
 from libra.lmms.lmms_libra import LibraModel
-from mini import benchmark
+from libra.mini import benchmark
 
 
 def test_each_row_runs_at_each_batch_size(tmp_path, monkeypatch, capsys):

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from libra import Compression
+from libra.mini.scenes import draw_scene
 from llava.model.builder import load_pretrained_model
 from llava.train import arguments, recipe, train
 from llava.train.data import Collator, LazySupervisedDataset, ModalityLengthSampler, VisualTokens, read_samples
@@ -34,7 +35,6 @@ from llava.train.labels import encode, place_images, training_template
 from llava.train.trainer import LlavaTrainer
 from mini import finetune
 from mini.questions import ask
-from mini.scenes import draw_scene
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXTS = GOLDEN / "text_and_image_processing"

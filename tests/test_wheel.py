@@ -158,7 +158,6 @@ def test_the_readmes_example_runs_on_the_embedded_model(installed):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the questions of the embedded model are not in the package yet")
 def test_lmms_eval_scores_the_embedded_model(installed):
     folder = installed.run("-m", "libra.lmms", "--task-folder").strip()
     flags = ["--tasks", "mini_reading", "--limit", "4", "--device", "cpu", "--model_args", "config=mini/r50"]

@@ -136,7 +136,7 @@ def warm_up(loaded: Loaded) -> None:
 def examples(folder: Path) -> list[list[str]]:
     """Images of the embedded benchmark, written to a folder, with their questions; none where its packages are missing."""
     try:
-        from mini.benchmark import scene_sample
+        from libra.mini.benchmark import scene_sample
 
         samples = [scene_sample(kind, 0) for kind in ("counting", "color", "reading", "relation")]
     except ImportError:

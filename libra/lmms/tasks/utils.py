@@ -1,4 +1,24 @@
-"""Functions that the mini_*.yaml task files name."""
+"""What the mini_*.yaml task files name: the embedded benchmark's questions and their score."""
+
+from datasets import DatasetDict
+from lmms_eval.api.task import ConfigurableTask
+
+from libra.mini.benchmark import QUESTIONS, as_dataset, samples_of
+
+
+class Drawn(ConfigurableTask):
+    """A question type of the embedded benchmark: drawn, unless ``dataset_kwargs`` names the file it was written to."""
+
+    def __init__(self, config: dict):
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def download(self, dataset_kwargs: dict | None = None) -> None:
+        if dataset_kwargs:
+            super().download(dataset_kwargs)
+            return
+        kind = self.config.task.removeprefix("mini_")
+        self.dataset = DatasetDict(test=as_dataset(kind, samples_of(kind, QUESTIONS)))
+        self.dataset_no_image = self.dataset.remove_columns("image")
 
 
 def doc_to_visual(doc: dict) -> list:

@@ -1,9 +1,8 @@
 """The held-out questions of the embedded benchmark, one parquet file a question type.
 
-    python -m mini.benchmark --output results/benchmark
+    python -m libra.mini.benchmark --output results/benchmark
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -15,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from libra.files import new_folder
-
+from ..cli import Parser
+from ..files import new_folder
 from .questions import EASY_VQA, SCENE_TYPES, TYPES, easy_vqa, easy_vqa_image
 from .scenes import Scene, draw_scene
 
@@ -80,8 +79,8 @@ def _file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _write_parquet(kind: str, samples: list[Sample], path: Path) -> None:
-    import pyarrow.parquet
+def as_dataset(kind: str, samples: list[Sample]):
+    """The questions as a :class:`datasets.Dataset`, as the task files of :mod:`libra.lmms` read them."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
@@ -90,7 +89,7 @@ def _write_parquet(kind: str, samples: list[Sample], path: Path) -> None:
         image.save(buffer, "PNG")
         return {"bytes": buffer.getvalue(), "path": None}
 
-    dataset = Dataset.from_dict(
+    return Dataset.from_dict(
         {
             "question_id": [f"{kind}-{index}" for index in range(len(samples))],
             "image": [png(sample.image) for sample in samples],
@@ -101,7 +100,13 @@ def _write_parquet(kind: str, samples: list[Sample], path: Path) -> None:
             {"question_id": Value("string"), "image": ImageFeature(), "question": Value("string"), "answer": Value("string")}
         ),
     )
-    pyarrow.parquet.write_table(dataset.data.table, path)  # Dataset.to_parquet would draw a progress bar a type
+
+
+def _write_parquet(kind: str, samples: list[Sample], path: Path) -> None:
+    import pyarrow.parquet
+
+    table = as_dataset(kind, samples).data.table
+    pyarrow.parquet.write_table(table, path)  # Dataset.to_parquet would draw a progress bar a type
 
 
 def _reusable(folder: Path, count: int) -> dict | None:
@@ -152,9 +157,9 @@ def write_benchmark(folder: Path, count: int = QUESTIONS) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mini.benchmark", description="Write the embedded benchmark's held-out questions.",
-        epilog="example: python -m mini.benchmark --output results/benchmark",
+    parser = Parser(
+        prog="python -m libra.mini.benchmark", description="Write the embedded benchmark's held-out questions.",
+        epilog="example: python -m libra.mini.benchmark --output results/benchmark",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the parquet files and manifest.json")
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="questions a type (default %(default)s)")
@@ -162,8 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         manifest = write_benchmark(options.output, options.questions)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     for kind, entry in manifest["types"].items():
         print(f"{kind:16} {entry['questions']} questions, most frequent answer {entry['majority_answer']!r} "
               f"({entry['majority_share']:.1%})")
