@@ -30,7 +30,7 @@ EVAL = [
 ]
 VIDEO = ["timm>=1.0,<2", "av>=12.0,<16"]  # VideoLLaMA-2's connector, and the frames of video files; lmms-eval asks for av < 16
 LORA = ["peft>=0.17,<0.22"]  # still 0.x: a minor version may change anything
-WEB = ["gradio>=5.0,<7", "pillow<13"]  # gradio 6 asks for pillow < 13
+WEB = ["gradio>=6.31,<7", "pillow<13"]  # gradio 6 asks for pillow < 13
 TRAIN = [
     *MINI,
     *LORA,

@@ -265,14 +265,15 @@ def test_b9_a_part_of_a_video_goes_by_the_frames_own_times(tmp_path):
 
 def test_a3_a_playlist_is_no_video(tmp_path):
     """FFmpeg would read the files and addresses that it names."""
-    write_film(tmp_path / "secret.mp4", [0, 10])
-    secret = tmp_path / "secret.mp4"
-    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:10.0,\nfile://{secret}\n#EXT-X-ENDLIST\n")
-    (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:10.0,\nfile://{secret}\n#EXT-X-ENDLIST\n")
-    (tmp_path / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {secret}\n")
-    for name in ("list.m3u8", "list.mp4", "concat.mp4"):
+    secret = tmp_path / "secret.ts"
+    write_film(secret, list(range(0, 100, 10)))
+    assert len(load_frames(secret, num_frames=2)) == 2
+    playlist = f"#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:10.0,\nfile://{secret}\n#EXT-X-ENDLIST\n"
+    parts = f"ffconcat version 1.0\nfile {secret}\n"
+    for name, text in (("list.m3u8", playlist), ("list.mp4", playlist), ("concat.mp4", parts)):
+        (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
-            load_frames(tmp_path / name)
+            load_frames(tmp_path / name, num_frames=2)
 
 
 def test_e6_an_image_that_would_lose_its_tiles_is_refused(tmp_path):
