@@ -1,9 +1,9 @@
 """Draw the training curve of the embedded model from its log: ``python -m mini.card mini/run/work/log.json --output mini``."""
 
-import argparse
 import json
 from pathlib import Path
 
+from libra.cli import Parser
 from libra.files import replacing, write_text
 
 
@@ -38,7 +38,7 @@ def one_clock(entries: list[dict]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(prog="python -m mini.card", description=__doc__)
     parser.add_argument("log", type=Path, help="log.json of mini.train")
     parser.add_argument("--output", type=Path, default=Path("mini"), help="folder for curve.png and training_log.json")
     options = parser.parse_args()

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from libra.cli import Parser
 from libra.files import write_text
 from libra.mini.scenes import COLOR_NAMES, NO_DIGIT
 from llava.constants import IGNORE_INDEX
@@ -134,7 +135,7 @@ def run_stage(module: nn.Module, dataset, args: TrainingArguments, callbacks=())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m mini.train", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the finished checkpoint and its working files")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stage1-steps", type=int, default=700)

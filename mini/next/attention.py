@@ -3,7 +3,6 @@
 Methods such as FasterVLM, VisionZip and VisPruner score visual tokens by its attention in the layer that LLaVA selects.
 """
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import CLIPVisionModel
+
+from libra.cli import Parser
 
 from .build import GRID
 from .patches import pixels_of
@@ -69,7 +70,7 @@ def measure(folder: Path) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m mini.next.attention", description=__doc__)
     parser.add_argument("tower", type=Path, help="folder of a CLIP vision tower")
     print(json.dumps(measure(parser.parse_args().tower), indent=1))
 

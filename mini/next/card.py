@@ -1,9 +1,9 @@
 """Put the training's curves and log beside the model card: ``python -m mini.next.card mini/run_next/work --output mini``."""
 
-import argparse
 import json
 from pathlib import Path
 
+from libra.cli import Parser
 from libra.files import replacing, write_text
 
 STAGES = {"stage1": "Stage 1: a small CLIP", "stage2": "Stage 2: questions"}
@@ -47,7 +47,7 @@ def draw(log: dict[str, dict[str, list[dict]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m mini.next.card", description=__doc__)
     parser.add_argument("work", type=Path, help="working folder of mini.next.train")
     parser.add_argument("--output", type=Path, default=Path("mini"), help="folder for curve.png and training_log.json")
     options = parser.parse_args()

@@ -4,7 +4,6 @@ Stage 1 (contrast) trains a small CLIP, which stands in for a pretrained one. St
 projector and language model on questions, with the tower frozen. A run that was interrupted goes on when it is started again.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel, Trainer, TrainerCallback, TrainingArguments
 
+from libra.cli import Parser
 from libra.files import new_folder, write_text
 from llava.train.shared_prefix import NAME as SHARED_PREFIX
 from llava.train.trainer import last_checkpoint, save_llava
@@ -141,7 +141,7 @@ def check_length(checkpoint: str | None, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m mini.next.train", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the finished checkpoint and of its working files")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stage1-steps", type=int, default=2500, help="of 32 images (default %(default)s)")
