@@ -51,10 +51,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
     stage.mkdir()
     try:
         yield stage
-        for folder, _, files in os.walk(stage):
-            for name in files:
-                _flush(Path(folder, name))
-            flush_folder(Path(folder))
+        flush_tree(stage)
         if destination.is_dir():
             os.replace(destination, older)
         os.replace(stage, destination)
@@ -76,6 +73,14 @@ def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files of writers that were killed; only for a folder in which nobody writes now."""
     for work in folder.glob(".*.tmp"):
         work.unlink(missing_ok=True)
+
+
+def flush_tree(folder: Path) -> None:
+    """Have everything in a folder on the disk."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            _flush(Path(place, name))
+        flush_folder(Path(place))
 
 
 def flush_folder(folder: Path) -> None:

@@ -30,8 +30,10 @@ from libra import Compression
 from libra.mini.scenes import draw_scene
 from llava.model.builder import load_pretrained_model
 from llava.train import arguments, recipe, train
-from llava.train.data import Collator, LazySupervisedDataset, ModalityLengthSampler, VisualTokens, read_samples
+from llava.train.data import Collator, LazySupervisedDataset, ModalityLengthSampler, VisualTokens
 from llava.train.labels import encode, place_images, training_template
+from llava.train.outcomes import Outcome, Tally
+from llava.train.samples import Data, read_samples
 from llava.train.trainer import LlavaTrainer
 from mini import finetune
 from mini.questions import ask
@@ -81,7 +83,7 @@ def test_ids_and_labels_are_the_published_codes(golden, tokenizers):
         where = (want["template"], want["tokenizer"], want["conversation"])
         assert got["input_ids"].tolist() == want["input_ids"], where
         assert got["labels"].tolist() == labels_of(want["input_ids"], want["supervised"]), where
-        assert (got["mismatched"], got["skipped"]) == (want["mismatch"], False), where
+        assert (got["mismatched"], got["unreadable"]) == (want["mismatch"], ""), where
         assert [list(image.shape) for image in got["images"]] == [want["image_shape"]]
         assert bool((got["images"][0] == 0).all()) == want["image_is_zeros"]
         assert data.modality_lengths == [want["modality_length"]]
@@ -212,17 +214,20 @@ def test_golden_loss_and_gradients_as_the_trainer_takes_them(data, tmp_path, che
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     args = arguments.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", gradient_accumulation_steps=2)
-    trainer = LlavaTrainer(model=model, args=args, train_dataset=[0])
+    tally = Tally(Data("data.json", [{}, {}, {}]), torch.device("cpu"))
+    trainer = LlavaTrainer(model=model, args=args, train_dataset=[0], run=None, tally=tally)
     given = prompt(data, "b", labels=True)
     halves = [{name: value[rows] for name, value in given.items()} for rows in (slice(0, 1), slice(1, 3))]
     _, items = trainer.get_batch_samples(iter(halves), 2, torch.device("cpu"))
-    losses = [trainer.compute_loss(model, {**half, "skipped": 1, "mismatched": 0}, num_items_in_batch=items) for half in halves]
+    seen = [[(0, Outcome.UNREADABLE, "it is torn")], [(1, Outcome.USED, ""), (2, Outcome.CUT, "")]]
+    halves = [{**half, "outcomes": told} for half, told in zip(halves, seen)]
+    losses = [trainer.compute_loss(model, half, num_items_in_batch=items) for half in halves]
     sum(losses).backward()
     torch.testing.assert_close(sum(losses), data["b.loss"].reshape(()), atol=1e-4, rtol=1e-4)
     gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     for name in [key.removeprefix("b.grad.") for key in data if key.startswith("b.grad.")]:
         torch.testing.assert_close(gradients[name], data[f"b.grad.{name}"], atol=1e-5, rtol=1e-3)
-    assert trainer.total_counts() == {"skipped_images": 2, "mismatched_conversations": 0}
+    assert tally.counts() == {"samples_used": 2, "samples_cut": 1, "samples_skipped": 1, "samples_skipped/unreadable": 1}
 
 
 @pytest.mark.parametrize("importance", ["last", "mean"])
@@ -301,10 +306,11 @@ def test_three_steps_resume_and_load(few, compression, tmp_path, capsys):
     flags = [*few, *compression, "--group_by_modality_length", "True", "--gradient_checkpointing", "True"]
     flags += ["--dataloader_num_workers", "1", "--tf32", str(not torch.cuda.is_available())]
     whole = run(tmp_path / "whole", flags, "--max_steps", 6, "--save_steps", 3)
-    assert "1 samples were skipped" in capsys.readouterr().out
-    assert whole[-1]["skipped_images"] == 1 and len(losses(whole)) == 6
+    assert "It learned from 11 of 12 samples; 1 were skipped (1 unreadable)." in capsys.readouterr().out
+    assert whole[-1]["samples_skipped"] == 1 and len(losses(whole)) == 6
     half = tmp_path / "half"
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", half / "checkpoint-3")
+    shutil.copy(tmp_path / "whole" / "run.json", half)
     (half / "checkpoint-4").mkdir()  # the kill came while it was being written
     again = run(half, flags, "--max_steps", 6, "--save_steps", 3)
     assert losses(again) == losses(whole)
@@ -366,6 +372,7 @@ def test_first_stage_then_adapters_on_a_plain_language_model(few, compression, b
     config = json.loads((second / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == sorted(f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down"))
     shutil.rmtree(second / "checkpoint-2")
+    (second / "adapter_model.safetensors").unlink()
     assert losses(run(second, flags, adapters, model=base)) == losses(log)
     merged = load_pretrained_model(str(second), str(base), "llava-lora", device="cpu")[1]
     plain = LlamaForCausalLM.from_pretrained(base).state_dict()
@@ -417,7 +424,7 @@ def test_videos_images_and_text_in_one_batch(compression, tmp_path):
         "--vision_tower", GOLDEN / "llava15" / "vision_tower", "--mm_projector_type", "stc_connector", "--num_frames", 4,
         "--max_steps", 2, "--per_device_train_batch_size", 4, "--save_strategy", "no", model=base, version="chat",
     )
-    assert losses(log)[1] > 0 and log[-1]["skipped_images"] == 2  # one in each of two epochs
+    assert losses(log)[1] > 0 and (log[-1]["samples_used"], log[-1]["samples_skipped"]) == (3, 1)
     saved = load_pretrained_model(str(tmp_path / "out"), None, "videollama2", device="cpu")[1]
     assert saved.config.model_type == "videollama2_mistral" and saved.config.num_frames == 4
 

@@ -41,6 +41,7 @@ class Checkpoint:
     adapter: dict[str, Stored] | None
     tower_inside: bool  # whether the vision tower's weights are among the model's
     tower_name: str  # for the loaded model's configuration
+    vision: CLIPVisionConfig  # of the tower
 
 
 def inspect_checkpoint(model_path: str, model_base: str | None, compression: Compression | None = None, **hub) -> Checkpoint:
@@ -65,7 +66,7 @@ def inspect_checkpoint(model_path: str, model_base: str | None, compression: Com
     stored = stored_in(base) | {name: stored_as(value, addition) for name, value in values.items()}
     settings.check_depth(folder / "config.json", read_json(folder / "config.json"), stored)
     tower, tower_name, vision = _find_tower(config, folder, stored, hub)
-    tokenizer = _load_tokenizer(base, config)
+    tokenizer = load_tokenizer(base, config)
     if (base / GENERATION).is_file():
         settings.check_generation(base / GENERATION, read_json(base / GENERATION))
     expected = expected_weights(model_class, config, folder)
@@ -78,7 +79,7 @@ def inspect_checkpoint(model_path: str, model_base: str | None, compression: Com
     adapter = None
     if addition is not None and addition.name == weights.NON_LORA:
         adapter = lora.check_adapter(folder, expected)
-    return Checkpoint(folder, base, model_class, config, tokenizer, values, adapter, tower_inside, tower_name)
+    return Checkpoint(folder, base, model_class, config, tokenizer, values, adapter, tower_inside, tower_name, vision)
 
 
 def _find_addition(folder: Path, model_base: str | None) -> Path | None:
@@ -208,7 +209,8 @@ def _check_processor(folder: Path, edge: int) -> None:
         )
 
 
-def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, with LLaVA's own tokens where the configuration has them. Raises ValueError."""
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise ValueError(f"{folder} has no tokenizer (none of {', '.join(_TOKENIZERS)}); copy it from the language model")
     try:

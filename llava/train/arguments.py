@@ -37,12 +37,12 @@ class _Parser(HfArgumentParser):
         exit_with(message)
 
 
-def exit_with(message: str) -> NoReturn:
-    """``error: …`` and exit status 2; of a machine's processes the first one speaks, and the others give it time to."""
+def exit_with(message: str, status: int = 2) -> NoReturn:
+    """``error: …`` and an exit status; of a machine's processes the first one speaks, and the others give it time to."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)  # a launcher ends all processes when one has ended: that should be the one that speaks
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def make_parser() -> HfArgumentParser:
@@ -60,6 +60,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
     argv = [RENAMED.get(name, name) + equals + value for name, equals, value in
             (word.partition("=") if word.startswith("--") else (word, "", "") for word in argv)]
     parser = make_parser()
+    if "--check_only" in argv:  # sharding takes a launcher's processes
+        argv = _without_sharding(argv)
     if not torch.accelerator.is_available():
         _prepare_cpu(parser, argv)
     known = {option for action in parser._actions for option in action.option_strings}
@@ -75,6 +77,19 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArgum
     except (ValueError, ImportError, OSError) as error:
         exit_with(" ".join(str(error).split()))
     return model, data, training
+
+
+def _without_sharding(argv: list[str]) -> list[str]:
+    kept, words = [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in ("--deepspeed", "--fsdp", "--fsdp_config"):
+            kept.append(word)
+        elif name == "--deepspeed":
+            file = value if equals else next(words, "")
+            if not Path(file).is_file():
+                exit_with(f"--deepspeed {file}: there is no such file; the scripts folder has zero2.json and zero3.json")
+    return kept
 
 
 def _prepare_cpu(parser, argv: list[str]) -> None:
@@ -97,6 +112,9 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
     ):
         if not value:
             raise ValueError(f"--{name} is missing; --help shows an example")
+    for name, value in (("model_max_length", training.model_max_length), ("num_frames", data.num_frames)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} is not a number from 1 up")
     if training.bits not in (4, 8, 16):
         raise ValueError(f"--bits {training.bits} is unknown; use 4, 8 or 16")
     if training.bits < 16 and not torch.cuda.is_available():
@@ -133,6 +151,8 @@ def _check_of_transformers(model: ModelArguments, training: TrainingArguments) -
         raise ValueError("nothing is evaluated while training; leave --eval_strategy out and evaluate what --output_dir holds")
     if training.resume_from_checkpoint:
         raise ValueError("--resume_from_checkpoint is not needed: a run goes on from the newest checkpoint in --output_dir")
+    if training.save_only_model:
+        raise ValueError("--save_only_model would leave nothing to go on from; use --save_total_limit 1 to save room")
     if training.fsdp and training.deepspeed:
         raise ValueError("--fsdp and --deepspeed exclude each other; choose one")
     if training.fsdp and (training.use_cpu or training.parallel_mode != ParallelMode.DISTRIBUTED):

@@ -1,10 +1,10 @@
-"""Training samples: read and checked once, made into tensors when they are needed, put together into batches."""
+"""Training samples as tensors, made when they are needed, and put together into batches."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -13,122 +13,23 @@ from transformers.utils import logging
 
 from libra.media import FILES, open_image
 
-from ..constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from ..conversation import Conversation, SeparatorStyle
+from ..constants import IGNORE_INDEX
+from ..conversation import Conversation
 from ..mm_utils import process_images
 from ..model.anyres import arrange_tiles
-from ..video import DEFAULT_VIDEO_TOKEN, process_image, process_video
-from .labels import Turn, encode, place_images
+from ..video import process_image, process_video
+from .labels import Encoded, Turn, encode, place_images
+from .outcomes import Outcome
+from .samples import files_of
 
 logger = logging.get_logger(__name__)
-LOOKED_FOR = 100  # samples whose files must not all be missing before a training begins
-
-
-def read_samples(path: str) -> list[dict]:
-    """The samples of a JSON list, or of a ``.jsonl`` file with one in each line.
-
-    Raises:
-        ValueError: with the line at fault.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"the data {path} cannot be read ({reason}); give the path of a JSON file") from error
-    try:
-        if not path.endswith(".jsonl"):
-            samples = json.loads(text)
-        else:
-            samples = []
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    samples.append(_json_line(path, number, line))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: no valid JSON ({error.msg}); correct it") from error
-    if not isinstance(samples, list) or not samples:
-        raise ValueError(f"{path} holds no list of samples; it should begin with [{{\"conversations\": …")
-    return samples
-
-
-def _json_line(path: str, number: int, line: str) -> dict:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: no valid JSON ({error.msg}); correct it") from error
-
-
-def check_samples(
-    samples: list[dict], path: str, template: Conversation | None, image_folder: str, video_folder: str
-) -> None:
-    """Look through all samples before a model is loaded or downloaded.
-
-    Raises:
-        ValueError: with the number and id of the first sample that is not as it should be.
-    """
-    plain = template is not None and template.sep_style is SeparatorStyle.PLAIN
-    folders = {"image": image_folder, "video": video_folder}
-    for number, sample in enumerate(samples):
-        problem = _problem(sample, plain)
-        if problem:
-            name = f" (id {sample['id']!r})" if isinstance(sample, dict) and "id" in sample else ""
-            raise ValueError(f"{path}, sample {number}{name}: {problem}")
-        for kind in [kind for kind in folders if kind in sample]:
-            folder = Path(folders.pop(kind))
-            if not folder.is_dir():
-                raise ValueError(f"{path} names {kind}s and there is no folder {folder}; give it as --{kind}_folder")
-    for kind, folder in (("image", image_folder), ("video", video_folder)):
-        first = [name for sample in samples[:LOOKED_FOR] for name in _files(sample, kind)]
-        if first and not any((Path(folder) / name).exists() for name in first):
-            raise ValueError(f"none of the {kind}s that {path} names first lies in {folder}, {first[0]} for one;"
-                             f" --{kind}_folder is what their names begin at")
-
-
-def _files(sample: dict, kind: str) -> list[str]:
-    given = sample.get(kind, [])
-    return [given] if isinstance(given, str) else given
-
-
-def _problem(sample, plain: bool) -> str | None:
-    if not isinstance(sample, dict) or not isinstance(sample.get("conversations"), list):
-        return 'it has no list "conversations"'
-    turns = sample["conversations"]
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-            return 'a turn needs "from" (human or gpt) and "value" (a text)'
-    speakers = [turn["from"] for turn in turns]
-    if speakers[:1] == ["gpt"]:
-        turns, speakers = turns[1:], speakers[1:]
-    if not any(turn["from"] == "gpt" and turn["value"] for turn in turns):
-        return "the conversation has no answer (a turn from gpt behind one from human)"
-    if speakers != [("human", "gpt")[i % 2] for i in range(len(speakers))]:
-        return "human and gpt do not take turns"
-    if plain and len(turns) != 2:
-        return f"the version plain takes one question and one answer, not {len(turns)} turns"
-    return _problem_of_pictures(sample, turns, plain)
-
-
-def _problem_of_pictures(sample: dict, turns: list[dict], plain: bool) -> str | None:
-    if "video" in sample and "image" in sample:
-        return "it has both image and video; make it two samples"
-    for kind in ("image", "video"):
-        given = sample.get(kind, "")
-        if not isinstance(given, str) and not (isinstance(given, list) and given and all(isinstance(f, str) for f in given)):
-            return f'"{kind}" is no file name and no list of them'
-        token = DEFAULT_IMAGE_TOKEN if kind == "image" else DEFAULT_VIDEO_TOKEN
-        places = [turn["value"].count(token) for turn in turns]
-        if isinstance(given, list) and (plain or sum(places) != len(given)):
-            return f"it has {len(given)} {kind}s and {sum(places)} {token}; give one for each"
-        if isinstance(given, str) and kind in sample and sum(map(bool, places)) > 1:
-            return f"it has one {kind} and {token} in several turns; give a list of {kind}s"
-    return None
-
-
 @dataclass
 class LazySupervisedDataset(Dataset):
     """Samples as tensors: ``input_ids``, ``labels`` (S,), and ``images``, ``image_sizes`` (width, height), one for each place.
 
     A sample without images has an image of zeros. One whose file cannot be read has one too and no labels: it keeps its place
-    in the batch, takes no part in the loss, and counts as ``skipped``. ``mismatched``: see :class:`~.labels.Encoded`.
+    in the batch and takes no part in the loss; ``unreadable`` says why. ``mismatched`` and ``cut``: see
+    :class:`~.labels.Encoded`. ``place`` is the sample's in ``samples``.
 
     Args:
         template: what ``training_template`` returned.
@@ -161,25 +62,29 @@ class LazySupervisedDataset(Dataset):
         counts = [sum(len(turn["value"].split()) for turn in sample["conversations"]) for sample in self.samples]
         return [n if "image" in sample or "video" in sample else -n for n, sample in zip(counts, self.samples)]
 
-    def __getitem__(self, index: int) -> dict:
+    def encoded(self, index: int) -> Encoded:
+        """Ids and labels, without a look at the images."""
         sample = self.samples[index]
         turns: list[Turn] = [(turn["from"], turn["value"]) for turn in sample["conversations"]]
         files = sample.get("image", sample.get("video"))
         if files is not None:
             turns = place_images(turns, self.template, isinstance(files, list), self.start_end)
-        encoded = encode(turns, self.template, self.tokenizer, files is not None, self.limit)
-        names = [] if files is None else [files] if isinstance(files, str) else files
-        skipped = False
+        return encode(turns, self.template, self.tokenizer, files is not None, self.limit)
+
+    def __getitem__(self, index: int) -> dict:
+        sample, encoded, unreadable = self.samples[index], self.encoded(index), ""
+        names = [name for kind in ("image", "video") for name in files_of(sample, kind)]
         try:
             pictures = [self._video(name) if "video" in sample else self._image(name) for name in names]
         except ValueError as error:
-            logger.warning(f"sample {index} is skipped: {error}")
-            pictures, skipped = [self._nothing()] * len(names), True
+            unreadable = str(error)
+            logger.warning(f"sample {sample.get('number', index)} is skipped: {error}")
+            pictures = [self._nothing()] * len(names)
             encoded.labels = torch.full_like(encoded.labels, IGNORE_INDEX)
         images, sizes = zip(*(pictures or [self._nothing()]))
         return {
             "input_ids": encoded.input_ids, "labels": encoded.labels, "images": list(images), "image_sizes": list(sizes),
-            "skipped": skipped, "mismatched": encoded.mismatch,
+            "place": index, "unreadable": unreadable, "mismatched": encoded.mismatch, "cut": encoded.cut,
         }
 
     def _image(self, name: str):
@@ -235,7 +140,7 @@ class Collator:
     """Samples to a batch, padded on the right, with text cut at ``limit`` tokens and the images of what was cut left out.
 
     With ``visual_tokens`` an image counts as many tokens as it becomes: the model would cut there as well, but then labels
-    would be counted that nobody learns from. ``skipped`` and ``mismatched`` are numbers of samples.
+    would be counted that nobody learns from. ``outcomes`` says of each sample what :meth:`.outcomes.Tally.add` takes.
     """
 
     pad_token_id: int
@@ -245,22 +150,29 @@ class Collator:
 
     def __call__(self, samples: list[dict]) -> dict:
         rows = [self._cut(sample) for sample in samples]
-        images = [image for _, row_images, _ in rows for image in row_images]
-        ids = [sample["input_ids"][:length] for sample, (length, _, _) in zip(samples, rows)]
-        labels = [sample["labels"][:length] for sample, (length, _, _) in zip(samples, rows)]
+        images = [image for row in rows for image in row.images]
+        ids = [sample["input_ids"][: row.length] for sample, row in zip(samples, rows)]
+        labels = [sample["labels"][: row.length] for sample, row in zip(samples, rows)]
         alike = all(isinstance(image, torch.Tensor) for image in images) and len({image.shape for image in images}) == 1
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True),
             "images": torch.stack(images) if alike else images,
-            "image_sizes": [size for _, _, sizes in rows for size in sizes],
-            "skipped": sum(sample["skipped"] for sample in samples),
-            "mismatched": sum(sample["mismatched"] for sample in samples),
+            "image_sizes": [size for row in rows for size in row.sizes],
+            "outcomes": [
+                (sample["place"], _outcome(sample, row.cut, mine), sample["unreadable"])
+                for sample, row, mine in zip(samples, rows, labels)
+            ],
         }
 
-    def _cut(self, sample: dict) -> tuple[int, list, list]:
-        """How many ids stay, and the images and sizes that belong to them; a row without places keeps one image."""
+    def outcome(self, sample: dict) -> Outcome:
+        """What will become of a sample of the data set."""
+        row = self._cut(sample)
+        return _outcome(sample, row.cut, sample["labels"][: row.length])
+
+    def _cut(self, sample: dict) -> "_Row":
+        """What stays; a row without places keeps one image."""
         ids, images, sizes = sample["input_ids"].tolist(), sample["images"], sample["image_sizes"]
         used = places = length = 0
         for token in ids:
@@ -270,7 +182,25 @@ class Collator:
             used += self.visual_tokens(images[places], sizes[places]) if held and self.visual_tokens else 1
             places += held
             length += 1
-        return length, images[: places or 1], sizes[: places or 1]
+        cut = sample["cut"] or length < len(ids) or used > self.limit
+        return _Row(length, images[: places or 1], sizes[: places or 1], cut)
+
+
+class _Row(NamedTuple):
+    """What stays of a sample: its first ``length`` ids and the images that belong to them."""
+
+    length: int
+    images: list
+    sizes: list
+    cut: bool
+
+
+def _outcome(sample: dict, cut: bool, labels: torch.Tensor) -> Outcome:
+    if sample["unreadable"]:
+        return Outcome.UNREADABLE
+    if bool((labels != IGNORE_INDEX).any()):
+        return Outcome.CUT if cut else Outcome.USED
+    return Outcome.BEHIND if cut and not sample["mismatched"] else Outcome.MISMATCHED
 
 
 class ModalityLengthSampler(Sampler):

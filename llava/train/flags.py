@@ -23,7 +23,9 @@ def flag(help: str, default=None, choices: tuple | None = None):
 @dataclass
 class ModelArguments:
     model_name_or_path: str | None = flag("LLaVA checkpoint to go on from, or a plain Llama or Mistral (with vision_tower)")
-    version: str = flag("conversation template of the training texts, or 'chat' for the tokenizer's own", "v1")
+    version: str | None = flag(
+        "conversation template of the training texts, or 'chat' for the tokenizer's own; a checkpoint's own, else v1"
+    )
     compression: str | None = flag("row or YAML file whose compression is on while training, such as llava7b_r50")
     vision_tower: str | None = flag("CLIP folder or hub name, for a plain language model")
     pretrain_mm_mlp_adapter: str | None = flag("mm_projector.bin of the first stage")
@@ -56,10 +58,12 @@ class OwnTrainingArguments:
     """What transformers' TrainingArguments do not have, or have otherwise."""
 
     output_dir: str | None = flag("folder for checkpoints and the finished model")
+    check_only: bool = flag("look at flags, data, files and headers, say what is wrong, and stop", False)
     cache_dir: str | None = flag("where downloads from the hub go")
+    logging_steps: float = flag("log every N steps, or this share of all", 10)
     remove_unused_columns: bool = flag("has to stay False: the images would be gone", False)
     freeze_mm_mlp_adapter: bool = flag("do not train the projector", False)
-    model_max_length: int = flag("text and visual tokens of a sample; what is behind is cut", 512)
+    model_max_length: int | None = flag("text and visual tokens of a sample; what is behind is cut; the model's own limit")
     group_by_modality_length: bool = flag("fill batches with samples of like length, with or without images", False)
     mm_projector_lr: float | None = flag("the projector's learning rate, if not learning_rate")
     mm_vision_tower_lr: float | None = flag("the vision tower's learning rate, if not learning_rate")

@@ -8,28 +8,38 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, BitsAndBytesConfig, CLIPImageProcessor, CLIPVisionConfig
+from transformers import BitsAndBytesConfig, CLIPImageProcessor, CLIPVisionConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from libra import Compression
 from libra.transformers_api import PreTrainedConfig
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from ..mm_utils import _pinpoints
 from ..model.anyres import MERGE_TYPES
-from ..model.checkpoint import MODELS, expected_weights, inspect_checkpoint
+from ..model.checkpoint import (
+    MODELS,
+    check_tower,
+    expected_weights,
+    inspect_checkpoint,
+    load_tokenizer,
+    read_tower,
+    what_it_is,
+)
 from ..model.language_model.llava_llama import LlavaLlamaForCausalLM
 from ..model.language_model.llava_mistral import LlavaMistralForCausalLM
 from ..model.language_model.videollama2 import Videollama2MistralForCausalLM
 from ..model.multimodal_encoder.builder import build_vision_tower
 from ..model.multimodal_projector.builder import build_vision_projector
 from ..model.multimodal_projector.stc_connector import PADDING
-from ..model.weights import first_line, local_folder, read_additions, read_json, stored_in
+from ..model.settings import check_depth, check_pinpoints, check_select_layer, check_sizes, read_config
+from ..model.weights import check_finite, check_weights, local_folder, read_additions, read_json, stored_in
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 
 _PLAIN = {"llama": LlavaLlamaForCausalLM, "mistral": LlavaMistralForCausalLM}
 ANYRES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 NUM_FRAMES = 8
+_VISION = re.compile(r"vision_tower|mm_projector|image_newline")
+DEFAULT_VERSION = "v1"
 
 
 @dataclass
@@ -44,7 +54,10 @@ class Start:
     is_llava: bool  # whether the folder's weights hold a projector
     tower_inside: bool  # whether they hold the vision tower, because it was tuned
     tower_name: str  # for the trained model's configuration, which has a folder's path until then
+    tower: CLIPVisionConfig
     projector: dict[str, torch.Tensor] | None  # weights to put on it
+    version: str  # the conversation template
+    limit: int  # tokens of a sample
 
     @property
     def takes_videos(self) -> bool:
@@ -62,41 +75,58 @@ def find_start(
     name, hub = model.model_name_or_path, {"cache_dir": training.cache_dir} if training.cache_dir else {}
     folder = local_folder(name, **hub)
     settings = read_json(folder / "config.json")
-    is_llava = settings.get("model_type") in MODELS or "mm_vision_tower" in settings
+    is_llava = "mm_vision_tower" in settings or str(settings.get("model_type")) in MODELS
     if is_llava:
         found = inspect_checkpoint(name, None, compression, **hub)
-        model_class, config, tokenizer = found.model_class, found.config, found.tokenizer
+        model_class, config, tokenizer, tower = found.model_class, found.config, found.tokenizer, found.vision
         tower_inside, tower_name = found.tower_inside, found.tower_name
         if model.vision_tower and local_folder(model.vision_tower, **hub).resolve() != Path(config.mm_vision_tower).resolve():
             raise ValueError(f"{name} has a vision tower already ({config.mm_vision_tower}); leave --vision_tower out")
     else:
-        model_class, config, tokenizer = _plain_model(name, folder, settings, model, hub)
+        model_class, config, tokenizer, tower = _plain_model(folder, settings, model, hub)
         tower_inside, tower_name = False, model.vision_tower
         if compression is not None:
             compression.check_layers(config.num_hidden_layers)
-    _complete(config, model, data, is_llava)
+    _complete(config, tower, model, data, is_llava)
     expected = expected_weights(model_class, config, folder)
+    if not is_llava and getattr(config, "quantization_config", None) is None:
+        language = {key: value for key, value in expected.items() if not _VISION.search(key)}
+        check_weights(name, language, stored_in(folder))
     projector = None
     if model.pretrain_mm_mlp_adapter is not None:
         projector = _read_projector(model.pretrain_mm_mlp_adapter, expected)
     processor = CLIPImageProcessor.from_pretrained(config.mm_vision_tower)
-    tokenizer.model_max_length, tokenizer.padding_side = training.model_max_length, "right"
+    limit = training.model_max_length or own_limit(config, tokenizer)
+    tokenizer.model_max_length, tokenizer.padding_side = limit, "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    config.tokenizer_padding_side, config.tokenizer_model_max_length = "right", training.model_max_length
+    config.tokenizer_padding_side, config.tokenizer_model_max_length = "right", limit
+    version = model.version or getattr(config, "conversation", None) or DEFAULT_VERSION
     config.tune_mm_mlp_adapter, config.freeze_mm_mlp_adapter = model.tune_mm_mlp_adapter, training.freeze_mm_mlp_adapter
     config.mm_projector_lr = training.mm_projector_lr
-    if model.version != "plain":
-        config.conversation = model.version
+    if version != "plain":
+        config.conversation = version
+    if hasattr(config, "trained_with_compression"):  # of an earlier training
+        del config.trained_with_compression
     if compression is not None:
         config.trained_with_compression = compression.at_depth(config.num_hidden_layers).to_dict()
-    return Start(folder, model_class, config, tokenizer, processor, is_llava, tower_inside, tower_name, projector)
+    return Start(
+        folder, model_class, config, tokenizer, processor, is_llava, tower_inside, tower_name, tower, projector, version, limit
+    )
 
 
-def _plain_model(name: str, folder: Path, settings: dict, model: ModelArguments, hub: dict):
-    kind = settings.get("model_type")
+def own_limit(config: PreTrainedConfig, tokenizer) -> int:
+    """The tokens that a model takes by itself: a LLaVA's own limit, a plain model's tokenizer's, and no more than positions."""
+    own = getattr(config, "tokenizer_model_max_length", None) or tokenizer.model_max_length
+    return min(own, config.max_position_embeddings)
+
+
+def _plain_model(folder: Path, settings: dict, model: ModelArguments, hub: dict):
+    name, kind = model.model_name_or_path, settings.get("model_type")
     if kind not in _PLAIN:
-        raise ValueError(f"{name} is a {kind!r} model; give a LLaVA checkpoint, or one of type {' or '.join(_PLAIN)}")
+        raise ValueError(
+            f"{name} {what_it_is(folder, settings)}; give a LLaVA checkpoint, or a language model of type {' or '.join(_PLAIN)}"
+        )
     if model.vision_tower is None:
         raise ValueError(f"{name} is a plain language model; give its vision tower as --vision_tower")
     model_class = _PLAIN[kind]
@@ -104,22 +134,21 @@ def _plain_model(name: str, folder: Path, settings: dict, model: ModelArguments,
         if kind != "mistral":
             raise ValueError(f"--mm_projector_type {model.mm_projector_type} is VideoLLaMA-2's, which needs a Mistral")
         model_class = Videollama2MistralForCausalLM
-    stored_in(folder)  # damaged weights are found now
-    config = model_class.config_class.from_dict({**settings, "model_type": model_class.config_class.model_type})
-    tower = local_folder(model.vision_tower, **hub)
-    if read_json(tower / "config.json").get("model_type") not in ("clip", "clip_vision_model"):
-        raise ValueError(f"the vision tower {model.vision_tower} is no CLIP model; only CLIP's are supported")
-    read_json(tower / "preprocessor_config.json")
-    config.mm_vision_tower = str(tower)
-    config.mm_hidden_size = CLIPVisionConfig.from_pretrained(tower).hidden_size
-    config.use_mm_proj = True
-    try:
-        return model_class, config, AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises nothing more special
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
+    path = folder / "config.json"
+    check_sizes(path, settings)
+    check_depth(path, settings, stored_in(folder))  # damaged weights are found now
+    kind = model_class.config_class.model_type
+    config = read_config(model_class.config_class, path, {**settings, "model_type": kind})
+    place = local_folder(model.vision_tower, **hub)
+    tower = read_tower(place)
+    check_tower(place, tower)
+    config.mm_vision_tower, config.mm_hidden_size, config.use_mm_proj = str(place), tower.hidden_size, True
+    return model_class, config, load_tokenizer(folder, config), tower
 
 
-def _complete(config: PreTrainedConfig, model: ModelArguments, data: DataArguments, is_llava: bool) -> None:
+def _complete(
+    config: PreTrainedConfig, tower: CLIPVisionConfig, model: ModelArguments, data: DataArguments, is_llava: bool
+) -> None:
     """What the flags say, else the checkpoint, else the published code's defaults."""
     fixed = {"mm_projector_type": "linear", "mm_patch_merge_type": "flat"}
     for name, default in (
@@ -134,20 +163,11 @@ def _complete(config: PreTrainedConfig, model: ModelArguments, data: DataArgumen
     config.image_aspect_ratio = data.image_aspect_ratio or getattr(config, "image_aspect_ratio", None) or "square"
     if config.image_aspect_ratio not in ("square", "pad", "anyres"):
         raise ValueError(f"--image_aspect_ratio {config.image_aspect_ratio} is unknown; use square, pad or anyres")
-    tower = CLIPVisionConfig.from_pretrained(config.mm_vision_tower)
-    if not -tower.num_hidden_layers - 1 <= config.mm_vision_select_layer <= tower.num_hidden_layers:
-        raise ValueError(
-            f"--mm_vision_select_layer {config.mm_vision_select_layer} is out of range: the vision tower has"
-            f" {tower.num_hidden_layers} layers"
-        )
+    check_select_layer(config.mm_vision_select_layer, tower.num_hidden_layers, "--mm_vision_select_layer")
     if data.image_grid_pinpoints or config.image_aspect_ratio == "anyres":
         own = data.image_grid_pinpoints or getattr(config, "image_grid_pinpoints", None) or ANYRES
         config.image_grid_pinpoints = own
-        if any(edge % tower.image_size for resolution in _pinpoints(own) for edge in resolution):
-            raise ValueError(
-                f"image_grid_pinpoints {own} are not made of the vision tower's tiles of {tower.image_size} pixels; give"
-                " multiples of that as --image_grid_pinpoints"
-            )
+        check_pinpoints(own, tower.image_size)
     if data.num_frames or not hasattr(config, "num_frames"):
         config.num_frames = data.num_frames or NUM_FRAMES
     config.mm_use_im_start_end = model.mm_use_im_start_end or getattr(config, "mm_use_im_start_end", False)
@@ -210,6 +230,7 @@ def build_model(start: Start, model: ModelArguments, training: TrainingArguments
         for value in llava.parameters():
             if value.requires_grad:
                 value.data = value.data.float()
+    check_finite(f"the model {start.folder}", llava)
     return whole
 
 

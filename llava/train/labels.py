@@ -23,6 +23,7 @@ class Encoded:
     input_ids: torch.Tensor
     labels: torch.Tensor
     mismatch: bool = False  # the rounds' tokens do not add up to the whole's: then nothing is supervised
+    cut: bool = False  # at the limit
 
 
 def training_template(version: str) -> Conversation | None:
@@ -81,19 +82,20 @@ def encode(turns: list[Turn], template: Conversation | None, tokenizer, has_imag
     conversation = template.copy()
     conversation.messages = [[template.roles[speaker == "gpt"], text] for speaker, text in turns]
     prompt = conversation.get_prompt()
-    ids = ids_of(prompt) if has_image else ids_of(prompt)[:limit]
+    whole = ids_of(prompt)
+    ids = whole if has_image else whole[:limit]
     answers, end = _answers(prompt, template, tokenizer, lambda text: len(ids_of(text)))
     if end < limit and end != len(ids):
         return Encoded(torch.tensor(ids), torch.full((len(ids),), IGNORE_INDEX), mismatch=True)
-    return _labelled(ids, answers)
+    return _labelled(ids, answers, cut=len(ids) < len(whole))
 
 
-def _labelled(ids: list[int], answers: list[tuple[int, int]]) -> Encoded:
+def _labelled(ids: list[int], answers: list[tuple[int, int]], cut: bool = False) -> Encoded:
     ids = torch.tensor(ids)
     labels = torch.full_like(ids, IGNORE_INDEX)
     for start, stop in answers:
         labels[start:stop] = ids[start:stop]
-    return Encoded(ids, labels)
+    return Encoded(ids, labels, cut=cut)
 
 
 def _answers(

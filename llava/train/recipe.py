@@ -1,79 +1,130 @@
 """A training run from its arguments to the finished model."""
 
-import torch
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
 from transformers import set_seed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from libra import Compression
+from libra.files import flush_folder, flush_tree
 
-from ..model.language_model.videollama2 import Videollama2MistralForCausalLM
-from .arguments import DataArguments, ModelArguments, TrainingArguments, exit_with, parse
-from .data import Collator, LazySupervisedDataset, VisualTokens, check_samples, read_samples
-from .initial import Start, build_model, find_start, picture_settings
-from .labels import training_template
-from .trainer import LlavaTrainer, last_checkpoint
+from .arguments import TrainingArguments, exit_with, parse
+from .failures import how_to_go_on, sentence_of
+from .initial import build_model
+from .outcomes import Tally, announce
+from .prepare import Prepared, prepare
+from .runs import Run
+from .trainer import LlavaTrainer
 
-
-def prepare(
-    model: ModelArguments, data: DataArguments, training: TrainingArguments
-) -> tuple[Start, LazySupervisedDataset, Compression | None]:
-    """Everything that can be wrong is found here, before weights are read.
-
-    Raises:
-        ValueError: one sentence.
-    """
-    template = training_template(model.version)
-    compression = None if model.compression is None else Compression.from_yaml(model.compression)
-    if compression is not None and compression.score_layer == "next" and (is_deepspeed_zero3_enabled() or training.fsdp):
-        raise ValueError("score_layer: next runs a layer out of turn, which ZeRO-3 and FSDP cannot follow; use ZeRO-2")
-    samples, videos = read_samples(data.data_path), data.video_folder or data.image_folder
-    check_samples(samples, data.data_path, template, data.image_folder, videos)
-    start = find_start(model, data, training, compression)
-    video = next((number for number, sample in enumerate(samples) if "video" in sample), None)
-    if video is not None and not start.takes_videos:
-        raise ValueError(f"{data.data_path}, sample {video}: it has a video, and this model takes images only")
-    if template is None and not start.tokenizer.chat_template:
-        raise ValueError(f"--version {model.version} needs a tokenizer with a chat template; {start.folder} has none")
-    dataset = LazySupervisedDataset(
-        samples, start.tokenizer, template, start.image_processor, picture_settings(start.config), data.image_folder, videos,
-        training.model_max_length, start.config.num_frames if start.takes_videos else None, start.config.mm_use_im_start_end,
-    )
-    return start, dataset, compression
-
-
-def make_collator(llava, tokenizer, limit: int) -> Collator:
-    """The collator that cuts where the model would."""
-    counts = None
-    if not isinstance(llava, Videollama2MistralForCausalLM):  # whose length counts text alone
-        config, tower = llava.config, llava.get_vision_tower()
-        patches = tower.num_patches + (tower.select_feature == "cls_patch")
-        pinpoints = getattr(config, "image_grid_pinpoints", None)
-        counts = VisualTokens(patches, tower.config.image_size, config.mm_patch_merge_type, pinpoints)
-    return Collator(tokenizer.pad_token_id, limit, llava.placeholders, counts)
+STAGE = ".finished.tmp"  # where the finished model is written before it takes its place
 
 
 def train(argv: list[str]) -> None:
-    """Train as the command line says; what is wrong with it ends the program with a sentence."""
+    """Train as the command line says; what is wrong with it, or goes wrong, ends the program with a sentence."""
     model_args, data_args, args = parse(argv)
     try:
-        start, dataset, compression = prepare(model_args, data_args, args)
-        set_seed(args.seed)  # a new projector begins alike in every process
-        model = build_model(start, model_args, args)
+        prepared = prepare(model_args, data_args, args)
+        if args.check_only:
+            return
+        finished = prepared.run.check()
     except (ValueError, ImportError) as error:
         exit_with(" ".join(str(error).split()))
-    llava = model.get_base_model() if args.lora_enable else model
-    llava.set_compression(compression)
-    collator = make_collator(llava, start.tokenizer, args.model_max_length)
-    dataset.visual_tokens = collator.visual_tokens
+    if finished:
+        tell(args, f"nothing is left to do: the run in {args.output_dir} is finished")
+    else:
+        with foreseen(prepared.run, args):
+            set_seed(args.seed)  # a new projector begins alike in every process
+            try:
+                model = build_model(prepared.start, model_args, args)
+            except (ValueError, ImportError) as error:
+                exit_with(" ".join(str(error).split()))
+            run_training(prepared, model, args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def foreseen(run: Run, args: TrainingArguments) -> Iterator[None]:
+    """A full disk, too little memory and Ctrl-C end the program with a sentence; other errors keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell(args, f"stopped; {how_to_go_on(run)}")
+        raise SystemExit(130) from None
+    except Exception as error:
+        sentence = sentence_of(error, run, args)
+        if sentence is None:
+            raise
+        remove_unfinished(run, args)
+        exit_with(sentence, 1)
+
+
+def run_training(prepared: Prepared, model, args: TrainingArguments) -> None:
+    """Train a built model, from the newest whole checkpoint of its run on, and write what it has become."""
+    llava, run = model.get_base_model() if args.lora_enable else model, prepared.run
+    llava.set_compression(prepared.compression)
     trainer = LlavaTrainer(
-        model=model, args=args, train_dataset=dataset, processing_class=start.tokenizer, data_collator=collator,
+        model=model, args=args, train_dataset=prepared.dataset, processing_class=prepared.start.tokenizer,
+        data_collator=prepared.collator, run=run, tally=Tally(prepared.data, args.device),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-    counts = trainer.total_counts()
-    trainer.save_state()
-    trainer.save_model(args.output_dir)
+    checkpoint = begin(run, args)
+    if checkpoint is not None:
+        trainer.tally.load(checkpoint)
+    for line in announce(prepared.data):
+        tell(args, line)
     if args.should_save:
-        print(f"The model is in {args.output_dir}; {counts['skipped_images']} samples were skipped for an unreadable image, "
-              f"{counts['mismatched_conversations']} had no labels because their tokens did not add up.")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        trainer.tally.write_report(run.folder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.tally.share()
+    summary = trainer.tally.sentence(prepared.start.limit)
+    trainer.save_state()
+    save_finished(trainer, run)
+    if args.should_save:
+        trainer.tally.write_report(run.folder)
+        run.write(finished=True)
+        print(f"The model is in {args.output_dir}. {summary}.")
+
+
+def begin(run: Run, args: TrainingArguments) -> Path | None:
+    """Make the folder a run's own and find the checkpoint to go on from; checkpoints that were torn go."""
+    newest = run.newest()
+    for path in run.torn():
+        tell(args, f"{path} was not written to its end and is removed")
+    remove_unfinished(run, args)
+    if newest is not None:
+        tell(args, f"the run goes on from {newest}")
+    if args.should_save:
+        run.write()
+    return newest
+
+
+def remove_unfinished(run: Run, args: TrainingArguments) -> None:
+    if args.should_save:
+        for path in (*run.torn(), run.folder / STAGE):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def save_finished(trainer: LlavaTrainer, run: Run) -> None:
+    """Write the finished model next to its place, then move it there, config.json last: nobody loads one half of a model."""
+    stage = run.folder / STAGE
+    trainer.save_model(str(stage))
+    if not trainer.args.should_save:
+        return
+    flush_tree(stage)
+    for path in sorted(stage.iterdir(), key=lambda path: path.name == "config.json"):
+        target = run.folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    flush_folder(run.folder)
+    stage.rmdir()
+
+
+def tell(args: TrainingArguments, sentence: str) -> None:
+    """One line on stderr, by the first process."""
+    if args.should_save:
+        print(f"note: {sentence}", file=sys.stderr)

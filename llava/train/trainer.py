@@ -7,17 +7,23 @@ from transformers import Trainer
 
 from ..model.weights import NON_LORA, PROJECTOR
 from .data import ModalityLengthSampler
+from .outcomes import Tally
+from .runs import Run
 
 TOWER_KEY = "model.vision_tower."
-COUNTS = {"skipped": "skipped_images", "mismatched": "mismatched_conversations"}  # in a batch → in the logs
 
 
 class LlavaTrainer(Trainer):
-    """Trains a LLaVA model, whole, its projector alone, or LoRA adapters, and saves it in the published layouts."""
+    """Trains a LLaVA model, whole, its projector alone, or LoRA adapters, and saves it in the published layouts.
 
-    def __init__(self, *args, **kwargs):
+    Args:
+        run: whose checkpoints are sealed when they are whole.
+        tally: what becomes of the samples.
+    """
+
+    def __init__(self, *args, run: Run, tally: Tally, **kwargs):
         super().__init__(*args, **kwargs)
-        self.counts = dict.fromkeys(COUNTS, 0)  # of this process
+        self.run, self.tally = run, tally
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.args.group_by_modality_length:
@@ -36,20 +42,32 @@ class LlavaTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        for name in COUNTS:
-            self.counts[name] += inputs.pop(name, 0)
+        self.tally.add(inputs.pop("outcomes"))
         if num_items_in_batch is not None:  # 0 where every sample was skipped
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def total_counts(self) -> dict[str, int]:
-        """How many samples were skipped and mismatched until now, by all processes together."""
-        mine = torch.tensor(list(self.counts.values()), device=self.args.device)
-        totals = self.accelerator.reduce(mine, "sum").tolist()
-        return dict(zip(COUNTS.values(), totals))
-
     def log(self, logs, start_time=None):
-        super().log({**logs, **{name: n for name, n in self.total_counts().items() if n}}, start_time)
+        super().log({**logs, **self.tally.counts()}, start_time)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, model, trial):
+        """Older checkpoints go only when this one is whole: every process has written its part, and it has its seal."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.tally.share()
+        self.wait()
+        if self.args.should_save:
+            checkpoint = self.run.folder / f"checkpoint-{self.state.global_step}"
+            self.tally.save(checkpoint)
+            self.run.seal(checkpoint)
+            self.run.keep(limit)
 
     def _save(self, output_dir=None, state_dict=None):
         if not self.args.should_save:
@@ -128,9 +146,3 @@ def save_llava(model, tokenizer, folder: Path, tower_folder: str = "vision_tower
     finally:
         model.config.mm_vision_tower = named
     tokenizer.save_pretrained(folder)
-
-
-def last_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint of an interrupted run that was written to its end, which its ``trainer_state.json`` marks."""
-    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
