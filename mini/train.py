@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from libra.cli import Parser
 from libra.files import write_text
 from libra.mini.scenes import COLOR_NAMES, NO_DIGIT
 from llava.constants import IGNORE_INDEX
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.train.runs import last_checkpoint
 from llava.train.shared_prefix import NAME as SHARED_PREFIX
 from llava.train.trainer import save_llava
 
@@ -130,7 +130,7 @@ class Minutes(TrainerCallback):
 def run_stage(module: nn.Module, dataset, args: TrainingArguments, callbacks=()) -> list[dict]:
     """Train, or go on from the last checkpoint of an interrupted run; returns the log."""
     trainer = Trainer(model=module, args=args, train_dataset=dataset, callbacks=[Minutes(), *callbacks])
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     return trainer.state.log_history
 
 

@@ -77,7 +77,7 @@ def test_a2_a_picture_that_would_fill_memory_is_one_sentence_everywhere(loaded, 
             asker({"path": str(path)}, "what ?", "", "", "", 0)
         assert mistake.value.field == "image"
     data = training_on(loaded, tmp_path, *bad)
-    assert all(data[i]["skipped"] and (data[i]["labels"] == -100).all() for i in range(len(bad)))
+    assert all(data[i]["unreadable"] and (data[i]["labels"] == -100).all() for i in range(len(bad)))
 
 
 def test_a3_the_commands_refuse_what_never_ends(tmp_path, capsys):
@@ -290,7 +290,7 @@ def test_e6_an_image_that_would_lose_its_tiles_is_refused(tmp_path):
     tower, config = model.get_vision_tower(), model.config
     counts = VisualTokens(tower.num_patches, tower.config.image_size, config.mm_patch_merge_type, config.image_grid_pinpoints)
     data = training_on(loaded, tmp_path, "line.png", "wide.png", pictures=config, visual_tokens=counts)
-    assert [data[0]["skipped"], data[1]["skipped"]] == [True, False]
+    assert [bool(data[0]["unreadable"]), bool(data[1]["unreadable"])] == [True, False]
 
 
 def test_e7_special_tokens_that_somebody_types_are_text(loaded):

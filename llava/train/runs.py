@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +70,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints of the folder, whole or not, in the order of their steps."""
-        found = [(int(match[1]), path) for path in self.folder.glob("checkpoint-*")
-                 if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()]
-        return [path for _, path in sorted(found)]
+        return _checkpoints(self.folder)
 
     def seal(self, checkpoint: Path) -> None:
         """Have a finished checkpoint on the disk and mark it as whole."""
@@ -103,6 +102,30 @@ class Run:
         for path in [path for path in self.checkpoints() if self.is_whole(path)][: -limit if limit else 0]:
             (path / SEAL).unlink()  # half removed it is not whole
             shutil.rmtree(path, ignore_errors=True)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint of a training without seals, such as transformers' own Trainer writes, that looks whole."""
+    return next((str(path) for path in reversed(_checkpoints(Path(folder))) if _looks_whole(path)), None)
+
+
+def _looks_whole(checkpoint: Path) -> bool:
+    """Whether the state, which is written last, can be read, no file is empty, and none of torch's is cut short."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    if not all(path.stat().st_size for path in files):
+        return False
+    if not all(zipfile.is_zipfile(path) for path in files if path.suffix in (".pt", ".pth")):
+        return False
+    try:
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*")
+             if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found)]
 
 
 def holds_model(folder: Path) -> bool:

@@ -16,8 +16,9 @@ from transformers import CLIPModel, Trainer, TrainerCallback, TrainingArguments
 
 from libra.cli import Parser
 from libra.files import new_folder, write_text
+from llava.train.runs import last_checkpoint
 from llava.train.shared_prefix import NAME as SHARED_PREFIX
-from llava.train.trainer import last_checkpoint, save_llava
+from llava.train.trainer import save_llava
 
 from .answering import Answerer, Questioned
 from .build import build_clip, build_model, build_tokenizer, save_clip
