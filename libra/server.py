@@ -92,10 +92,18 @@ class _Gate:
             refused = self._foreign(headers) or self._too_often(scope)
             if refused is not None:
                 return await refused(scope, receive, send)
-        if scope["type"] == "http":
-            await self._within_limit(headers)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await self.app(scope, receive, send)
+        limit = next((size for start, size in self.larger.items() if scope["path"].startswith(start)), self.body_bytes)
+        too_large = refusal(413, f"the request has more than {limit:,} bytes")
+        if int(headers.get("content-length") or 0) > limit:
+            return await too_large(scope, receive, send)
+        body = _CountedBody(receive, limit)
+        answer = _Answer(send, body, too_large, scope)
+        try:
+            await self.app(scope, body.receive, answer.send)
+        except _TooLarge:
+            await answer.refuse()
 
     @staticmethod
     def _foreign(headers: dict[str, str]):
@@ -111,21 +119,6 @@ class _Gate:
         if not seconds:
             return None
         return refusal(429, f"too many requests; try again in {seconds:.0f} s", **{"Retry-After": f"{seconds:.0f}"})
-
-    def _within_limit(self, headers: dict[str, str]):
-        async def call(scope, receive, send):
-            limit = next((n for start, n in self.larger.items() if scope["path"].startswith(start)), self.body_bytes)
-            too_large = refusal(413, f"the request has more than {limit:,} bytes")
-            if int(headers.get("content-length") or 0) > limit:
-                return await too_large(scope, receive, send)
-            body = _CountedBody(receive, limit)
-            answer = _Answer(send, body, too_large, scope)
-            try:
-                await self.app(scope, body.receive, answer.send)
-            except _TooLarge:
-                await answer.refuse()
-
-        return call
 
 
 class _TooLarge(Exception):

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import families
+import odd_files
 import pytest
 import torch
 from matplotlib.collections import LineCollection, PolyCollection
@@ -327,6 +328,19 @@ def test_from_a_model_to_a_figure_and_again_from_its_trace(checkpoint, scene, tm
     assert figures.main(["--from-trace", str(saved), "--output", str(tmp_path / "tokens.svg")]) == 0
     assert "<svg" in (tmp_path / "tokens.svg").read_text()[:600]
     assert {path.name for path in tmp_path.iterdir()} == {"new folder", "scene.png", "trace.json", "again.png", "tokens.svg"}
+
+
+def test_b8_a_figure_opens_pictures_as_the_commands_do(checkpoint, tmp_path):
+    """One that its EXIF turns gives the trace and the picture of the same one, upright."""
+    path, pixels = odd_files.write(tmp_path)["turned.png"]
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+    records = []
+    for image in (path, tmp_path / "upright.png"):
+        saved = tmp_path / "trace.json"
+        argv = [*arguments(checkpoint, image, tmp_path / "figure.png"), "--save-trace", saved, "--dpi", 30]
+        assert figures.main([str(part) for part in argv]) == 0
+        records.append(saved.read_bytes())
+    assert records[0] == records[1]
 
 
 def test_a_model_without_a_chat_template_gets_the_image_before_the_prompt(checkpoint, scene):

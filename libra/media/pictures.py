@@ -15,8 +15,6 @@ from .sources import FILES, Limits, read, short_name, within
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
 # What Pillow raises for a damaged picture.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, Image.DecompressionBombError)
-
-
 Say = Callable[[str, str], None]
 
 
@@ -70,9 +68,7 @@ def check_size(size: tuple[int, int], what: str, limits: Limits = FILES) -> None
     if min(size) < 1:
         raise ValueError(f"{what} has no pixels ({width} × {height}); give another one")
     if max(size) > limits.ratio * min(size):
-        raise ValueError(
-            f"{what} is too narrow ({width} × {height} pixels, at most {limits.ratio}:1 is taken); crop it"
-        )
+        raise ValueError(f"{what} is too narrow ({width} × {height} pixels, at most {limits.ratio}:1 is taken); crop it")
     if max(size) ** 2 > limits.pixels:
         raise ValueError(
             f"{what} is too large ({width} × {height} pixels; at most {int(limits.pixels**0.5):,} a side are taken);"
@@ -121,9 +117,7 @@ def to_bytes(numbers: np.ndarray, what: str = "the image") -> np.ndarray:
     if numbers.dtype.kind == "f" and low >= -0.01 and (high <= 1.01 or 2 <= high <= 255.5):
         scale = 255.0 if high <= 1.01 else 1.0
         return np.rint(numbers.astype(np.float32) * scale).clip(0, 255).astype(np.uint8)
-    raise ValueError(
-        f"{what} has values from {low:g} to {high:g} ({numbers.dtype}); give 0 to 255, or 0 to 1 as floats"
-    )
+    raise ValueError(f"{what} has values from {low:g} to {high:g} ({numbers.dtype}); give 0 to 255, or 0 to 1 as floats")
 
 
 def _from_numbers(source, what: str, limits: Limits) -> Image.Image:

@@ -42,7 +42,7 @@ class Video:
         except ImportError as error:
             raise ValueError(f"reading a video file needs PyAV ({error}); install it: pip install av") from error
         self._broken = (av.FFmpegError, EOFError, OSError, ValueError)
-        self.name, self.limits = short_name(os.fspath(path)), limits
+        self.name = short_name(os.fspath(path))
         try:
             self._file = open_file(path)
             whitelists = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
