@@ -8,10 +8,11 @@ import numpy as np
 from .formats import Grid, Line
 from .measured import Measured
 from .plan import flops_ratio
-from .statistics import LEARNED_ABOVE, LEARNED_AT, Figure
+from .statistics import FEWEST, LEARNED_ABOVE, LEARNED_AT, Figure
 from .suites import BLIND, NOT_AVERAGED, SUITES, get_task
 
 MARKED = "A difference with * exceeds two of its standard errors."
+ERRORS = f"its standard error, which is left out under {FEWEST} answers and where all answers are alike"
 
 
 def _show(figure: Figure | None, digits: int = 1) -> str:
@@ -31,9 +32,9 @@ def _by_layer(figures: dict[int, Figure], digits: int) -> str:
 
 
 def under_headings(measured: Measured, make: Callable[[str], list[list[str]]]) -> list[Line]:
-    """``make(row)``'s lines for every row, under the table's headings."""
+    """``make(row)``'s lines for every row, under the table's headings; the embedded model's rows only where computed."""
     lines: list[Line] = []
-    left = list(measured.rows)
+    left = [row for row in measured.rows if measured.suite != "mini" or measured.has(row)]
     for heading, names in [*measured.table.sections.items(), ("other rows", tuple(measured.rows))]:
         own = [name for name in names if name in left]
         left = [name for name in left if name not in own]
@@ -41,6 +42,11 @@ def under_headings(measured: Measured, make: Callable[[str], list[list[str]]]) -
             lines.append(heading)
         lines += [line for name in own for line in make(name)]
     return lines
+
+
+def caption(measured: Measured) -> str:
+    """The table and the model, in one line."""
+    return f"{measured.table.title}, {measured.model}"
 
 
 def compares(row: str) -> bool:
@@ -73,7 +79,7 @@ def mini_grid(measured: Measured, notes: list[str]) -> Grid:
             line.append(" / ".join(_percent(figure.value) for figure in measured.stages(row, "share").values()))
         return [[*line, "" if seconds is None else f"{seconds:.0f}"]]
 
-    grid = Grid(header, under_headings(measured, make), f"{table.title}, on the embedded model")
+    grid = Grid(header, under_headings(measured, make), caption(measured))
     if measured.majority and table.blind:
         over = [measured.majority[task] for task in measured.averaged]
         line = ["most frequent answer", "", *(f"{measured.majority[task]:.1f}" for task in measured.tasks)]
@@ -88,7 +94,7 @@ def mini_text(measured: Measured) -> list[str]:
     if not sizes:
         return []
     said = (
-        f"Exact match in percent ± its standard error, {' or '.join(map(str, sorted(sizes)))} held-out questions a type. "
+        f"Exact match in percent over {' or '.join(map(str, sorted(sizes)))} held-out questions a type, ± {ERRORS}. "
         "FLOPs: the visual tokens' in the decoder, nominal, relative to vanilla. Δ: mean paired difference over the types in "
         f"Avg, in points, with its standard error. {MARKED}"
     )
@@ -121,7 +127,7 @@ def differences_grid(measured: Measured) -> Grid | None:
     lines = under_headings(measured, make)
     if not any(any(line[1:]) for line in lines if not isinstance(line, str)):
         return None
-    title = f"{measured.table.title}, on the embedded model: paired differences to vanilla, in points"
+    title = f"{caption(measured)}: paired differences to vanilla, in points"
     return Grid(["", *map(measured.title, measured.columns)], lines, title)
 
 
@@ -147,7 +153,7 @@ def turns_grid(measured: Measured, notes: list[str]) -> Grid:
         line += [f"{turns['cache'] / 1000:.0f}", _percent(turns["cache_ratio"])]
         return [line + [f"{turns['peak'] / 2**20:.0f}" if turns["peak"] else ""] * gpu]
 
-    return Grid(header, under_headings(measured, make), f"{measured.table.title}, on the embedded model")
+    return Grid(header, under_headings(measured, make), caption(measured))
 
 
 def turns_text(measured: Measured) -> list[str]:
@@ -212,16 +218,15 @@ def paper_grid(measured: Measured, notes: list[str]) -> Grid:
             if reason is not None:
                 notes.append(f"{SUITES[measured.suite]}, {row.title}, {get_task(key).title}: failed: {reason}")
             shown = "" if figure is None else _format(key, figure.value, digits)
-            if figure is not None and figure.stderr is not None:
-                shown += f" ± {figure.stderr:.{4 if key == 'sim' else digits}f}"
+            if figure is not None and figure.error is not None:
+                shown += f" ± {figure.error:.{4 if key == 'sim' else digits}f}"
             ours.append(f"failed ({len(notes)})" if reason is not None else shown)
         if reason := measured.turns_failed(name):
             notes.append(f"{SUITES[measured.suite]}, {row.title}, timing: failed: {reason}")
         blank = [""] * len(flops)
-        lines = [
-            [row.title, *flops, "paper's", *printed, ""],
-            ["", *blank, "ours", *ours, _difference(measured.difference(name)) if compares(name) else ""],
-        ]
+        lines = [[row.title, *flops, "paper's", *printed, ""]]
+        if measured.has(name) or not measured.cells:
+            lines.append(["", *blank, "ours", *ours, _difference(measured.difference(name)) if compares(name) else ""])
         if any(figure is not None and key in row.paper for (key, _), figure in zip(keys, figures)):
             apart = []
             for (key, _), figure in zip(keys, figures):
@@ -230,7 +235,7 @@ def paper_grid(measured: Measured, notes: list[str]) -> Grid:
             lines.append(["", *blank, "ours − paper's", *apart, ""])
         return lines
 
-    return Grid(header, under_headings(measured, make), f"{measured.table.title}, {SUITES[measured.suite]}")
+    return Grid(header, under_headings(measured, make), caption(measured))
 
 
 def _apart(key: str, value: float, digits: int) -> str:

@@ -1,13 +1,10 @@
-"""Whether a model's weights can be had, and what identifies them."""
+"""Whether a model's weights can be had."""
 
-import hashlib
 import os
 from pathlib import Path
 
 from libra.checkpoints import find_checkpoint
-
-WEIGHTS = (".json", ".safetensors", ".bin", ".model")
-LARGE = 100 << 20  # reading a 13B model twice takes a minute
+from libra.identity import hub_file
 
 
 class CheckpointError(ValueError):
@@ -23,29 +20,11 @@ def require_checkpoint(name: str) -> str:
         return str(Path(found).resolve())
     if found.startswith("mini/"):
         raise CheckpointError(f"checkpoint {name} is missing: train it with `bash scripts/train_mini.sh`")
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(found, "config.json"), str):
-        return found
     try:
-        HfApi().model_info(found, timeout=10)
+        hub_file(found, "config.json")
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise CheckpointError(
             f"checkpoint {found} is not in the local cache and the model hub does not give it ({type(error).__name__}): "
             "connect to the internet, or give a local copy with --checkpoint FOLDER"
         ) from None
     return found
-
-
-def checkpoint_hash(found: str) -> str:
-    """sha256 of a folder's files (of large ones only name and size), or of a hub name: what a stored answer depends on."""
-    digest = hashlib.sha256()
-    if not os.path.isdir(found):
-        digest.update(found.encode())
-        return digest.hexdigest()
-    for path in sorted(path for path in Path(found).rglob("*") if path.is_file() and path.suffix in WEIGHTS):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(found)} {size}\n".encode())
-        if size < LARGE:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -10,7 +10,7 @@ import numpy as np
 
 from libra.lmms import TASKS
 
-from .cells import Cell
+from .cells import Cell, check_unchanged, what_is_loaded
 from .checkpoints import CheckpointError
 from .suites import Task, get_task
 
@@ -40,29 +40,33 @@ class Harness:
         from lmms_eval.tasks import TaskManager
 
         torch.set_num_threads(settings.threads)
-        self.settings, self.model, self.checkpoint = settings, None, None
+        self.settings, self.model, self.checkpoint, self.loaded = settings, None, None, {}
         self.tasks = TaskManager(verbosity="ERROR", include_path=str(TASKS), include_defaults=settings.online)
 
     def __call__(self, cell: Cell, on_samples: Callable[[int], None]) -> dict:
-        """The result of a cell, as :func:`summary` or :func:`eval.turns.timing` makes it; ``on_samples`` hears of samples."""
-        from libra.config import Row
+        """The result of a cell, as :func:`summary` or :func:`eval.turns.timing` makes it; ``on_samples`` hears of samples.
+
+        Raises ValueError where checkpoint, code or questions are no longer those of the cell.
+        """
+        from libra.lmms.lmms_libra import is_answer
         from libra.lmms.samples import SampleLog
 
-        task, model = get_task(cell.task), self.load(cell)
-        with SampleLog(cell.samples_path(Path(self.settings.output))) as log:
-            if cell.turns:
-                from .turns import InTurns, timing
+        from .turns import InTurns, is_timing, timing
 
-                timed = InTurns(model, {name: Row.from_yaml(path) for name, path in cell.turns}, log, on_samples)
+        task, model = get_task(cell.task), self.load(cell)
+        check_unchanged(cell, self.loaded)
+        path, is_whole = cell.samples_path(Path(self.settings.output)), is_timing if cell.turns else is_answer
+        with SampleLog(path, cell.config_hash, is_whole) as log:
+            if cell.turns:
+                timed = InTurns(model, dict(cell.turns), log, on_samples)
                 self._evaluate(cell, task, timed)
                 return timing(timed)
-            row = Row.from_yaml(cell.config)
-            model.set_row(row, cell.blind, trace=True)
+            model.set_row(cell.spec, cell.blind, trace=True)
             model.sample_log, model.on_samples = log, on_samples
             results = self._evaluate(cell, task, model)
         score = results["results"][task.harness][f"{task.metric},none"]
         found = sorted(results["samples"][task.harness], key=lambda sample: sample["doc_id"])
-        return summary(float(score), task, found, list(model.records.values()), row.compression.layers)
+        return summary(float(score), task, found, list(model.records.values()), cell.spec.compression.layers)
 
     def _evaluate(self, cell: Cell, task: Task, model) -> dict:
         from lmms_eval.evaluator import simple_evaluate
@@ -72,7 +76,7 @@ class Harness:
 
         asked: str | dict = task.harness
         if cell.data is not None:
-            asked = {"task": task.harness, "dataset_kwargs": {"data_files": {"test": cell.data}}}
+            asked = {"task": task.harness, "dataset_kwargs": {"data_files": {"test": cell.data[0]}}}
         folder = Path(self.settings.output) / "harness" / cell.name
         try:
             return simple_evaluate(
@@ -92,11 +96,11 @@ class Harness:
             settings = self.settings
             try:
                 self.model = LibraModel(
-                    cell.config, cell.checkpoint, device=settings.device, batch_size=settings.batch_size, dtype=settings.dtype,
+                    cell.spec, cell.checkpoint, device=settings.device, batch_size=settings.batch_size, dtype=settings.dtype,
                 )
             except (ValueError, OSError) as error:
                 raise CheckpointError(str(error)) from error  # of no use to the other cells either
-            self.checkpoint = cell.checkpoint
+            self.checkpoint, self.loaded = cell.checkpoint, what_is_loaded(cell.checkpoint)
         return self.model
 
 

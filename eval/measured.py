@@ -1,7 +1,6 @@
 """The cells of one suite of a table, asked by row and task."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -10,9 +9,10 @@ from libra.flops import cost
 from libra.registry import get_model
 
 from .cells import TURNS
+from .fitting import fitting
 from .plan import flops_ratio
 from .statistics import Figure, Spread, is_learned, mean_of, paired_difference
-from .suites import BLIND, BLIND_TITLE, NOT_AVERAGED, Column, Table, columns, suite_rows
+from .suites import BLIND, NOT_AVERAGED, SUITES, Column, Table, columns, suite_rows
 
 HAVE_SHARE = ("igm", "igm-neg")  # merges that can make a compensation token
 
@@ -20,16 +20,32 @@ HAVE_SHARE = ("igm", "igm-neg")  # merges that can make a compensation token
 class Measured:
     """One suite of a table. Everything is None (or empty) where it was not measured.
 
-    majority: of the embedded benchmark, task → percent that the most frequent answer would reach; empty for other suites.
+    cells: of a results folder; those that do not fit the rows and the run are left out, and ``left_out`` says why. majority:
+    of the embedded benchmark, task → percent that the most frequent answer would reach; empty for other suites. rows, run: as
+    a run has read them; else the rows' files as they are now, and the settings of the newest cell.
+
+    ``other`` is the name of the checkpoint that the cells were computed with, where it is not the registry's.
     """
 
-    def __init__(self, table: Table, suite: str, cells: list[dict], majority: dict[str, float] | None = None):
+    def __init__(
+        self, table: Table, suite: str, cells: Sequence[dict], majority: dict[str, float] | None = None,
+        rows: dict[str, Row] | None = None, run: dict | None = None,
+    ):
         self.table, self.suite, self.majority = table, suite, majority or {}
-        self.rows = {name: Row.from_yaml(path) for name, path in suite_rows(table, suite).items()}
-        if BLIND in self.rows:
-            self.rows[BLIND] = replace(self.rows[BLIND], title=BLIND_TITLE)
-        self.cells = {(cell["row"], cell["task"]): cell for cell in cells if cell["suite"] == suite}
+        self.rows = suite_rows(table, suite) if rows is None else rows
+        fit, self.left_out = fitting([cell for cell in cells if cell["suite"] == suite], self.rows, run)
+        self.cells = {(cell["row"], cell["task"]): cell for cell in fit}
+        self.other = max(fit, key=lambda cell: cell["date"])["checkpoint"] if fit else None
         self.tasks = list(dict.fromkeys(task for row in self.rows.values() for task in row.tasks))
+
+    @property
+    def model(self) -> str:
+        """What the figures are of, as a heading has it."""
+        return SUITES[self.suite] if self.other is None else f"{SUITES[self.suite]}, checkpoint {self.other}"
+
+    def has(self, row: str) -> bool:
+        """Whether anything of a row was computed."""
+        return any(name == row for name, _ in self.cells) or self.turns(row) is not None
 
     @property
     def columns(self) -> list[Column]:
@@ -43,7 +59,7 @@ class Measured:
         cell = self._ok(row, task)
         if cell is not None and group:
             cell = cell.get("groups", {}).get(group)
-        return Figure(cell["score"], cell["stderr"]) if cell is not None else None
+        return Figure(cell["score"], cell["stderr"], cell["n"]) if cell is not None else None
 
     def correct(self, row: str, task: str) -> list[float] | None:
         cell = self._ok(row, task)
@@ -118,7 +134,8 @@ class Measured:
         for task in self.tasks:
             for stage in (self._ok(row, task) or {}).get("trace") or ():
                 if stage[name] is not None:
-                    found.setdefault(stage["layer"], []).append(Figure(stage[name], stage[f"{name}_stderr"]))
+                    figure = Figure(stage[name], stage[f"{name}_stderr"], self.cells[row, task]["n"])
+                    found.setdefault(stage["layer"], []).append(figure)
         return {layer: mean_of(figures) for layer, figures in found.items()}
 
     def histograms(self, row: str) -> dict[int, np.ndarray]:

@@ -1,29 +1,43 @@
 """Which cells a table consists of, what of them is there already, and how long the rest may take."""
 
+import csv
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from libra import provenance
+from libra.checkpoints import find_checkpoint
 from libra.config import Compression, ConfigError, Row
 from libra.flops import cost
+from libra.identity import checkpoint_identity, hub_revision, row_identity
 from libra.registry import get_model
 
-from .cells import TURNS, Cell, code_hash, finished_beside, read_cells
-from .checkpoints import CheckpointError, checkpoint_hash, require_checkpoint
+from .cells import TURNS, Cell, code, finished_beside, read_cells
+from .checkpoints import CheckpointError, require_checkpoint
+from .data import DATA
 from .formats import text_table
-from .suites import BLIND, BLIND_TITLE, SUITES, Table, get_task, suite_rows
+from .suites import BLIND, SUITES, Table, get_task, suite_rows, task_digest
+
+PUBLISHED = provenance.REPOSITORY / provenance.PUBLISHED
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cells, row by row; the rows; the embedded benchmark's manifest (None for other suites); what is amiss, in a word."""
+    """What a run is to do.
+
+    cells: row by row; rows: all of the suite's, read once; chosen: the names of those to be computed; run: the settings that
+    the cells share; manifest: of the embedded benchmark, None for other suites; amiss: why it cannot run, or an empty string.
+    """
 
     table: Table
     suite: str
     cells: list[Cell]
     rows: dict[str, Row]
+    chosen: list[str]
+    run: dict
     manifest: dict | None
     amiss: str = ""
 
@@ -38,66 +52,84 @@ def plan(
     ``benchmark``. Raises ValueError for unknown names and for a checkpoint that cannot be had; a ``dry`` plan says the
     latter in ``amiss``, for then nothing is computed.
     """
-    files = suite_rows(table, suite)
-    if not files:
+    known = suite_rows(table, suite)
+    if not known:
         raise ValueError(f"suite {suite} of table {table.name} has no rows: configs/ holds none of its files")
     for name in rows or []:
-        if name not in files:
-            raise ValueError(f"row {name} is unknown in suite {suite} of table {table.name}; use one of {', '.join(files)}")
-    chosen = {name: Row.from_yaml(path) for name, path in files.items() if not rows or name in rows}
-    chosen = {name: replace(row, title=BLIND_TITLE) if name == BLIND else row for name, row in chosen.items()}
+        if name not in known:
+            raise ValueError(f"row {name} is unknown in suite {suite} of table {table.name}; use one of {', '.join(known)}")
+    chosen = {name: row for name, row in known.items() if not rows or name in rows}
     wanted = _wanted(tasks or [], [task for row in chosen.values() for task in row.tasks])
-    found, hashes, amiss = {}, {}, ""
     for row in chosen.values():
-        spec = get_model(row.model, row.path)
-        row.compression.check_layers(spec.layers, row.path)
-        if row.model not in found:
-            try:
-                found[row.model] = require_checkpoint(checkpoint or spec.checkpoint)
-                hashes[row.model] = checkpoint_hash(found[row.model])
-            except CheckpointError as error:
-                if not dry:
-                    raise
-                found[row.model], hashes[row.model], amiss = spec.checkpoint, "", str(error)
+        row.compression.check_layers(get_model(row.model, row.path).layers, row.path)
+    found, identity, amiss = _checkpoint(chosen, checkpoint, dry)
     manifest = None
     if suite == "mini":
         from libra.mini.benchmark import write_benchmark
 
         manifest = write_benchmark(benchmark)
-    cells = []
-
-    def add(name: str, row: Row, task: str, settings: dict, most: int | None, turns: tuple = ()) -> None:
-        data = benchmark_hash = None
-        if manifest is not None:
-            entry = manifest["types"][task.removeprefix("mini_")]
-            data, benchmark_hash = str(benchmark.resolve() / entry["file"]), manifest["sha256"]
-        settings = {
-            "model": row.model, "checkpoint_sha256": hashes[row.model], **settings, "blind": name == BLIND, "dtype": dtype,
-            "task": task, "benchmark_sha256": benchmark_hash, "code_sha256": code_hash(),
-        }
-        cells.append(
-            Cell(suite, name, task, row.path, name == BLIND, found[row.model], data, most, settings, turns)
-        )
-
-    for name, row in chosen.items():
-        for task in row.tasks:
-            if not wanted or task in wanted:
-                add(name, row, task, _how(row), limit)
+    run = {"checkpoint": identity, "limit": limit, "dtype": dtype, "code": code()}
+    maker = _Maker(suite, found, _other(chosen, checkpoint), run, manifest, benchmark)
+    cells = [
+        maker.cell(name, row, task, {**row_identity(row), "blind": name == BLIND})
+        for name, row in chosen.items() for task in row.tasks if not wanted or task in wanted
+    ]
     if table.timed:
         first = next(iter(chosen.values()))
-        turns = tuple((name, row.path) for name, row in chosen.items())
-        how = {TURNS: {name: _how(row) for name, row in chosen.items()}}
-        for task in first.tasks:
-            if not wanted or task in wanted:
-                add(TURNS, first, task, how, min(limit or table.timed, table.timed), turns)
-    return Plan(table, suite, cells, chosen, manifest, amiss)
+        rows_in_turns = {name: row_identity(row) for name, row in chosen.items()}
+        own = {"turns": rows_in_turns, "limit": min(limit or table.timed, table.timed)}
+        turns = tuple(chosen.items())
+        cells += [maker.cell(TURNS, first, task, own, turns) for task in first.tasks if not wanted or task in wanted]
+    return Plan(table, suite, cells, known, list(chosen), run, manifest, amiss)
 
 
-def _how(row: Row) -> dict:
-    """What a row does to the model. The method's name is only another way to say the keys that are there as well."""
-    compression = row.compression.to_dict()
-    compression.pop("method", None)
-    return {"compression": compression, "attention": row.attention}
+@dataclass(frozen=True)
+class _Maker:
+    """Makes cells that share a checkpoint, ``run`` and the embedded benchmark in a folder."""
+
+    suite: str
+    checkpoint: str
+    other: str | None
+    run: dict
+    manifest: dict | None
+    benchmark: Path | None
+
+    def cell(self, name: str, row: Row, task: str, own: dict, turns: tuple = ()) -> Cell:
+        file, data = None, None
+        if self.manifest is not None:
+            entry = self.manifest["types"][task.removeprefix("mini_")]
+            file = str(self.benchmark.resolve() / entry["file"]), entry["file_sha256"]
+            data = {"sha256": entry["content_sha256"]}
+        elif task in DATA:
+            data = {"hub": DATA[task].name, "revision": hub_revision(DATA[task].name, "README.md", "dataset")}
+        asked = {"name": task, "sha256": task_digest(get_task(task))}
+        settings = {"row": own, "task": asked, "data": data, "run": self.run}
+        return Cell(self.suite, name, task, row, self.checkpoint, settings, self.other, file, turns)
+
+
+def _checkpoint(rows: dict[str, Row], named: str | None, dry: bool) -> tuple[str, dict, str]:
+    """Where the rows' checkpoint is, what identifies it, and in a dry plan why it cannot be had."""
+    models = {row.model: row for row in rows.values()}
+    if len(models) > 1:
+        raise ValueError(f"the rows of one suite name several models: {', '.join(models)}; give each model a suite of its own")
+    (row,) = models.values()
+    name = named or get_model(row.model, row.path).checkpoint
+    try:
+        found = require_checkpoint(name)
+        return found, checkpoint_identity(found), ""
+    except CheckpointError as error:
+        if not dry:
+            raise
+        return name, {}, str(error)
+
+
+def _other(rows: dict[str, Row], named: str | None) -> str | None:
+    """The name of a checkpoint that stands in for the registry's."""
+    if named is None:
+        return None
+    row = next(iter(rows.values()))
+    places = {os.path.realpath(find_checkpoint(name)) for name in (named, get_model(row.model).checkpoint)}
+    return named if len(places) > 1 else None
 
 
 def _wanted(names: list[str], known: list[str]) -> list[str]:
@@ -125,42 +157,73 @@ def samples(cell: Cell, manifest: dict | None) -> int | None:
     return min(cell.limit or most, most) * max(1, len(cell.turns))
 
 
-def estimate(left: Iterable[Cell], earlier: Iterable[dict], manifest: dict | None) -> float | None:
-    """Seconds of one worker for these cells: what earlier cells of the same model took for a sample of the same task (else of
-    any), scaled by the FLOPs of the visual tokens. None where no earlier cell tells."""
-    rates: dict[tuple[str, str], list[float]] = {}  # (model, task) → seconds a sample of vanilla
-    sizes: dict[str, int] = {}
-    for cell in earlier:
-        settings = cell.get("settings", {})
-        if cell.get("status") != "ok" or cell.get("row") == TURNS or not cell.get("n") or "compression" not in settings:
+# How long a run takes.
+
+@dataclass(frozen=True)
+class Timed:
+    """What an earlier cell took: ``seconds`` of a sample of the plain model; ``samples`` of the task, None where it was cut."""
+
+    model: str
+    task: str
+    seconds: float
+    samples: int | None
+
+
+def timed_cells(cells: Iterable[dict]) -> list[Timed]:
+    """Of stored cells, those that tell a time."""
+    found = []
+    for cell in cells:
+        row, run = cell["settings"]["row"], cell["settings"]["run"]
+        if cell["status"] != "ok" or cell["row"] == TURNS:
             continue
         try:
-            keys = {key: value for key, value in settings["compression"].items() if key != "method"}
-            ratio = flops_ratio(settings["model"], Compression(**keys)) or 1.0
+            ratio = flops_ratio(row["model"], Compression(**row["compression"])) or 1.0
         except (ConfigError, TypeError, KeyError):
-            continue  # a cell of another version
-        rates.setdefault((settings["model"], cell["task"]), []).append(cell["seconds"] / cell["n"] / ratio)
-        if cell.get("limit") is None:
-            sizes[cell["task"]] = cell["n"]
+            continue  # a row of another version
+        whole = cell["n"] if run["limit"] is None else None
+        found.append(Timed(row["model"], cell["task"], cell["seconds"] / cell["n"] / ratio, whole))
+    return found
+
+
+def published_times(suite: str, model: str, folder: Path = PUBLISHED) -> list[Timed]:
+    """Of the published tables, the times of a suite's rows, on whatever machine that was."""
+    found = []
+    for path in sorted(folder.glob("*.csv")):
+        with open(path, encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                if line.get("suite") != suite or line.get("source") != "measured" or not line.get("seconds"):
+                    continue
+                seconds, n, ratio = (float(line[key] or 0) for key in ("seconds", "n", "flops_ratio"))
+                found += [Timed(model, line["task"], seconds / n / (ratio or 1.0), int(n))] if n else []
+    return found
+
+
+def estimate(left: Iterable[Cell], earlier: Iterable[Timed], manifest: dict | None) -> float | None:
+    """Seconds of one worker for these cells: what earlier cells of the same model took for a sample of the same task (else of
+    any), scaled by the FLOPs of the visual tokens. None where no earlier cell tells."""
+    earlier = list(earlier)
     total = 0.0
     for cell in left:
-        model = cell.settings["model"]
-        own = rates.get((model, cell.task)) or [r for (name, _), many in rates.items() if name == model for r in many]
-        count = samples(cell, manifest) or sizes.get(cell.task)
+        model = cell.spec.model
+        of_model = [one for one in earlier if one.model == model]
+        own = [one for one in of_model if one.task == cell.task] or of_model
+        sizes = [one.samples for one in own if one.task == cell.task and one.samples is not None]
+        count = samples(cell, manifest) or next(iter(sizes), None)
         if not own or count is None:
             return None
-        paths = [path for _, path in cell.turns] or [cell.config]
-        ratios = [flops_ratio(model, Row.from_yaml(path).compression) or 1.0 for path in paths]
-        total += count * float(np.median(own)) * float(np.mean(ratios))
+        rows = [row for _, row in cell.turns] or [cell.spec]
+        ratios = [flops_ratio(model, row.compression) or 1.0 for row in rows]
+        total += count * float(np.median([one.seconds for one in own])) * float(np.mean(ratios))
     return total
 
 
 def describe(plan: Plan, output: Path, processes: int) -> str:
-    """What a run would do: the rows with their FLOPs, the cells by state, the hours as far as earlier cells tell."""
+    """What a run would do: the rows with their FLOPs, the cells by state, the time as far as earlier cells tell."""
     beside = finished_beside(output)
     states = {cell.name: _state(cell, output, beside) for cell in plan.cells}
     lines = []
-    for name, row in plan.rows.items():
+    for name in plan.chosen:
+        row = plan.rows[name]
         c = row.compression
         layers = ", ".join(map(str, c.layers)) if c.layers else "none"
         ratio = flops_ratio(row.model, c)
@@ -174,27 +237,41 @@ def describe(plan: Plan, output: Path, processes: int) -> str:
         lines.append([TURNS, "all rows in turns, timed", "", "", "", *counts])
     header = ["row", "title", "after layers", "removed", "FLOPs", "finished", "reusable", "begun", "to do"]
     left = [cell for cell in plan.cells if states[cell.name] in ("begun", "to do")]
-    earlier = [cell for _, cell in beside.values()] + read_cells(output)
-    seconds = estimate(left, earlier, plan.manifest)
-    if not left:
-        time = "Nothing is left to compute."
-    elif seconds is None:
-        time = "How long this takes cannot be told: no earlier cell of this model has been timed."
-    else:
-        # The turns are timed one after another, everything else by all workers.
-        alone = estimate([cell for cell in left if cell.turns], earlier, plan.manifest) or 0.0
-        hours = ((seconds - alone) / processes + alone) / 3600
-        workers = f"{processes} worker{'s' if processes > 1 else ''}"
-        time = f"About {hours:.2f} hours with {workers} for {len(left)} cells, judging by earlier cells and FLOPs."
+    stored = [cell for _, cell in beside.values()] + [cell for cell in read_cells(output).values() if cell is not None]
     title = f"{plan.table.title} · {SUITES[plan.suite]} · {len(plan.cells)} cells"
     tasks = ", ".join(get_task(task).title for task in dict.fromkeys(cell.task for cell in plan.cells))
     amiss = [f"It cannot run as it is: {plan.amiss}"] if plan.amiss else []
-    return "\n".join([title, f"tasks: {tasks}", "", *text_table(header, lines), "", time, *amiss])
+    return "\n".join(
+        [title, f"tasks: {tasks}", "", *text_table(header, lines), "", _time(plan, left, stored, processes), *amiss]
+    )
+
+
+def _time(plan: Plan, left: list[Cell], stored: list[dict], processes: int) -> str:
+    """A sentence on how long it takes to compute the cells that are left."""
+    if not left:
+        return "Nothing is left to compute."
+    told, where = timed_cells(stored), "earlier cells"
+    if estimate(left, told, plan.manifest) is None:
+        told, where = published_times(plan.suite, left[0].spec.model), "the tables in docs/results, on their machine,"
+    seconds = estimate(left, told, plan.manifest)
+    if seconds is None:
+        return "How long this takes cannot be told: no earlier cell of this model has been timed."
+    # The turns are timed one after another, everything else by all workers.
+    alone = estimate([cell for cell in left if cell.turns], told, plan.manifest) or 0.0
+    workers = f"{processes} worker{'s' if processes > 1 else ''}"
+    duration = _duration((seconds - alone) / processes + alone)
+    return f"About {duration} with {workers} for {len(left)} cells, judging by {where} and FLOPs."
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"
 
 
 def _state(cell: Cell, output: Path, beside: dict) -> str:
     if cell.is_finished(output):
         return "finished"
-    if (cell.config_hash, cell.limit) in beside:
+    if cell.config_hash in beside:
         return "reusable"
     return "begun" if cell.is_begun(output) else "to do"

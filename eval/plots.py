@@ -8,6 +8,7 @@ import numpy as np
 from libra.config import Compression
 from libra.files import replacing
 
+from .blocks import caption
 from .measured import Measured
 from .suites import BLIND, section_of
 
@@ -54,12 +55,12 @@ def accuracy_against_flops(measured: Measured, path: Path) -> None:
         colour = colour_of.setdefault(method, next(colours) if method not in colour_of else "")
         shape = shape_of.setdefault(heading, next(shapes) if heading not in shape_of else "")
         axes.errorbar(
-            100 * measured.flops_ratio(name), average.value, yerr=average.stderr, fmt=shape, color=colour, capsize=3,
+            100 * measured.flops_ratio(name), average.value, yerr=average.error, fmt=shape, color=colour, capsize=3,
             markersize=7, label=row.title if one_by_one else None,
         )
     axes.set_xlabel("FLOPs of the visual tokens, % of vanilla")
     axes.set_ylabel(f"exact match, %, mean of {len(measured.averaged)} question types")
-    axes.set_title(measured.table.title)
+    axes.set_title(measured.table.title if measured.other is None else caption(measured))
     axes.grid(alpha=0.3)
     if shown and one_by_one:
         axes.legend(loc="best", fontsize=8)
@@ -83,7 +84,7 @@ def traces(measured: Measured, path: Path) -> None:
     shares = {name: counts for name in measured.rows if (counts := measured.histograms(name))}
     figure, (left, right) = _figure(11, 4.5, 2)
     for (name, figures), marker, style in zip(similar.items(), cycle(MARKERS), cycle(("-", "--", ":"))):
-        errors = [figure.stderr or 0.0 for figure in figures.values()]
+        errors = [figure.error or 0.0 for figure in figures.values()]
         left.errorbar(
             list(figures), [figure.value for figure in figures.values()], yerr=errors, fmt=marker + style, capsize=2,
             markersize=5, linewidth=1, label=measured.rows[name].title,

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from libra.cli import Parser
 from libra.files import write_bytes, write_text
+from libra.provenance import commit, require_clean
 
 from . import blocks, plots
-from .cells import read_cells, read_json
+from .cells import code, read_cells, read_json
 from .formats import Grid, latex, markdown
 from .measured import Measured
-from .suites import SUITES, TABLES, Table, get_table
+from .plan import PUBLISHED, Plan
+from .statistics import Figure
+from .suites import TABLES, Table, get_table
 
 EXAMPLES = """examples:
   python -m eval.report results/table1
@@ -26,11 +29,14 @@ def _notes(notes: list[str]) -> list[str]:
 
 def mini_block(measured: Measured, grids: list[Grid]) -> list[str]:
     """Markdown of the embedded model's rows; its grids are appended to ``grids``."""
+    heading = f"## {measured.model}, measured"
+    if not measured.cells:
+        return [heading, "", "No cell has been computed yet."]
     notes: list[str] = []
     timed = bool(measured.table.timed)
     grid = blocks.turns_grid(measured, notes) if timed else blocks.mini_grid(measured, notes)
     grids.append(grid)
-    lines = ["## The embedded model, measured", "", *markdown(grid)]
+    lines = [heading, "", *markdown(grid)]
     for text in [measured.table.note, *blocks.mini_text(measured), *(blocks.turns_text(measured) if timed else [])]:
         lines += ["", text] if text else []
     lines += _notes(notes)
@@ -50,7 +56,7 @@ def paper_block(table: Table, suites: Sequence[Measured], grids: list[Grid]) -> 
     for measured in suites:
         grid = blocks.paper_grid(measured, notes)
         grids.append(grid)
-        lines += [f"### {SUITES[measured.suite]}", "", *markdown(grid), ""]
+        lines += [f"### {measured.model}", "", *markdown(grid), ""]
     tasks = {task for measured in suites for task in measured.tasks}
     said = "The paper's figures are its own; ours stay empty until the checkpoint is run"
     said += f" (`python -m eval.run --table {table.name} --suite {suites[0].suite}`)."
@@ -67,8 +73,8 @@ def paper_block(table: Table, suites: Sequence[Measured], grids: list[Grid]) -> 
     return lines + _notes(notes)
 
 
-def footer(cells: list[dict], benchmark: dict | None) -> list[str]:
-    """Where the numbers come from; every differing value is listed."""
+def footer(cells: list[dict], left_out: Sequence[str], benchmark: dict | None) -> list[str]:
+    """Where the numbers of the shown cells come from, with every differing value; and what is not shown."""
 
     def every(values: Iterable[str]) -> str:
         return "; ".join(dict.fromkeys(values))
@@ -76,17 +82,18 @@ def footer(cells: list[dict], benchmark: dict | None) -> list[str]:
     def computer(cell: dict) -> str:
         m = cell["machine"]
         device = "" if m["device"] == "cpu" else f", device {m['device']}"
-        return f"{m['cpu']}, {m['cores']} cores, {m['processes']} processes{device}"
+        return f"{m['cpu']}, {m['cores']} cores, {m['processes']} processes{device}, batches of {m['batch_size']}"
 
+    missing = [f"- left out: {line}" for line in left_out]
     if not cells:
-        return ["No cell has been computed yet."]
+        return ["No cell has been computed yet." if not left_out else "No cell fits this table.", *missing]
     lines = [
-        f"- commit: {every(cell['commit'] for cell in cells)}",
-        f"- versions: {every(', '.join(f'{name} {number}' for name, number in cell['versions'].items()) for cell in cells)}",
+        f"- commit: {every(commits(cells))}",
+        *_versions(cells),
         f"- machine: {every(map(computer, cells))}",
         f"- date: {max(cell['date'] for cell in cells)}",
         f"- command: {every(f'`{command}`' for command in (cell['command'] for cell in cells))}",
-        f"- dtype: {every(cell['settings']['dtype'] for cell in cells)}",
+        f"- dtype: {every(cell['settings']['run']['dtype'] for cell in cells)}",
     ]
     if benchmark is not None:
         contents = f"seed {benchmark['seed']}, sha256 {benchmark['sha256']}"
@@ -94,9 +101,32 @@ def footer(cells: list[dict], benchmark: dict | None) -> list[str]:
     reused = [cell["reused_from"].split("/")[0] for cell in cells if "reused_from" in cell]
     if reused:
         lines.append(f"- reused: {len(reused)} of {len(cells)} cells, computed with equal settings for {every(reused)}")
-    if len({cell["settings"]["code_sha256"] for cell in cells}) > 1:
-        lines.append("- caution: not all cells were computed by the same code; eval.run computes the older ones again")
-    return lines
+    return lines + missing
+
+
+def _versions(cells: list[dict]) -> list[str]:
+    """A line for the versions of most cells, and one for those of each other cell."""
+    groups: dict[str, list[str]] = {}
+    for cell in cells:
+        text = ", ".join(f"{name} {number}" for name, number in cell["versions"].items())
+        groups.setdefault(text, []).append(f"{cell['row']}, {cell['task'].removeprefix('mini_')}")
+    most = max(groups, key=lambda text: len(groups[text]))
+    others = {text: names for text, names in groups.items() if text != most}
+    return [f"- versions: {most}", *(f"- other versions: {text} ({'; '.join(names)})" for text, names in others.items())]
+
+
+def commits(cells: Sequence[dict]) -> list[str]:
+    """Each cell's commit. A cell of an edited checkout whose code is that of the commit that is here now, to the statement, is
+    that commit's: what was edited then took no part in it."""
+    here, now = None, ""
+    if not all(map(is_commit, (cell["commit"] for cell in cells))) and is_commit(commit()):
+        here, now = code(), commit()
+    return [now if cell["settings"]["run"]["code"] == here else cell["commit"] for cell in cells]
+
+
+def is_commit(label: str) -> bool:
+    """Whether :func:`libra.provenance.commit` named a commit and nothing that was edited after it."""
+    return label != "unknown" and not label.endswith("-dirty")
 
 
 CSV_COLUMNS = (
@@ -125,12 +155,16 @@ def csv_text(suites: Sequence[Measured]) -> str:
                 if cell is not None and cell["status"] != "ok":
                     writer.writerow({**line, "status": cell["status"]})
                 elif (figure := measured.score(name, column.task, column.group)) is not None:
-                    line |= {"score": f"{figure.value:.4f}", "stderr": "" if figure.stderr is None else f"{figure.stderr:.4f}"}
+                    line |= {"score": f"{figure.value:.4f}", "stderr": _error(figure)}
                     writer.writerow(line | ({"status": "ok"} if column.group else _details(measured, name, column.task, cell)))
         for task, share in measured.majority.items() if measured.table.blind else ():
             writer.writerow({"suite": measured.suite, "row": "majority", "task": task, "source": "measured",
                              "score": f"{share:.4f}", "status": "ok"})
     return file.getvalue()
+
+
+def _error(figure: Figure) -> str:
+    return "" if figure.error is None else f"{figure.error:.4f}"
 
 
 def _details(measured: Measured, row: str, task: str, cell: dict) -> dict:
@@ -141,7 +175,7 @@ def _details(measured: Measured, row: str, task: str, cell: dict) -> dict:
     for name, to in (("difference", "vanilla"), ("difference_above", measured.above(row))):
         difference = measured.difference(row, to, [task])
         if difference is not None:
-            line |= {name: f"{difference.value:.4f}", f"{name}_stderr": f"{difference.stderr:.4f}"}
+            line |= {name: f"{difference.value:.4f}", f"{name}_stderr": _error(difference)}
     for name, key in (("similarity", "similarity"), ("compensation_share", "share")):
         stages = [stage for stage in cell.get("trace") or () if stage[key] is not None]
         line |= {name: " ".join(f"{stage[key]:.4f}" for stage in stages)}
@@ -156,19 +190,24 @@ def _details(measured: Measured, row: str, task: str, cell: dict) -> dict:
     return line
 
 
-def write_report(output: Path, table: Table, publish: Path | None = None, unwritten: Sequence[dict] = ()) -> str:
+def write_report(
+    output: Path, table: Table, publish: Path | None = None, unwritten: Sequence[dict] = (), plan: Plan | None = None,
+) -> str:
     """Write a table's .md, .csv, .tex and .png into ``output`` from its cells, copy them to ``publish``; the Markdown's text.
 
-    unwritten: cells that could not be stored, because the disk was full; they are in the report all the same. Files of the
-    report itself that cannot be written are named at the end of the text; only what is to be published raises OSError.
+    unwritten: cells that could not be stored, because the disk was full; they are in the report all the same. plan: of the run
+    whose table it is; else the rows are read again, and the newest cell says what fits. Files of the report itself that cannot
+    be written are named at the end of the text; only what is to be published raises OSError, and ValueError where it was not
+    computed by a commit.
     """
-    stored = {(cell["suite"], cell["row"], cell["task"]): cell for cell in [*read_cells(output), *unwritten]}
-    cells, benchmark = list(stored.values()), read_json(output / "benchmark.json")
-    majority = {}
-    if benchmark is not None:
-        majority = {f"mini_{kind}": 100 * entry["majority_share"] for kind, entry in benchmark["types"].items()}
-    mini, *others = [Measured(table, suite, cells, majority if suite == "mini" else None) for suite in ("mini", *table.suites)]
-    mini.majority = {task: share for task, share in mini.majority.items() if task in mini.tasks}
+    stored = read_cells(output)
+    damaged = [f"{name}, which cannot be read" for name, cell in stored.items() if cell is None]
+    found = {(cell["suite"], cell["row"], cell["task"]): cell for cell in [*filter(None, stored.values()), *unwritten]}
+    benchmark = read_json(output / "benchmark.json")
+    suites = [_measured(table, suite, list(found.values()), benchmark, plan) for suite in ("mini", *table.suites)]
+    mini, *others = suites
+    shown = [cell for measured in suites for cell in measured.cells.values()]
+    left_out = [line for measured in suites for line in measured.left_out] + damaged
     stem, grids = table.stem, []
     lines = [f"# {table.title}", "", *mini_block(mini, grids), ""]
     problems: list[str] = []
@@ -180,14 +219,36 @@ def write_report(output: Path, table: Table, publish: Path | None = None, unwrit
         _store(problems, output / drawn[1], lambda path: plots.traces(mini, path))
         lines += [f"![Similarity by layer, and the share of the compensation token]({drawn[1]})", ""]
     lines += [*paper_block(table, others, grids), ""] if others else []
-    lines += ["## Where the numbers come from", "", *footer(cells, benchmark)]
+    lines += ["## Where the numbers come from", "", *footer(shown, left_out, benchmark)]
     text = "\n".join(lines) + "\n"
-    for suffix, content in (("md", text), ("csv", csv_text([mini, *others])), ("tex", "\n".join(map(latex, grids)))):
+    for suffix, content in (("md", text), ("csv", csv_text(suites)), ("tex", "\n".join(map(latex, grids)))):
         _store(problems, output / f"{stem}.{suffix}", lambda path, content=content: write_text(path, content))
     if publish is not None:
+        _require_commits(shown)
         for name in (f"{stem}.md", f"{stem}.csv", f"{stem}.tex", *drawn):
             write_bytes(publish / name, (output / name).read_bytes())
     return text + "".join(f"\n{problem}\n" for problem in problems)
+
+
+def _measured(table: Table, suite: str, cells: list[dict], benchmark: dict | None, plan: Plan | None) -> Measured:
+    own = (plan.rows, plan.run) if plan is not None and plan.suite == suite else (None, None)
+    measured = Measured(table, suite, cells, None, *own)
+    if suite == "mini" and benchmark is not None:
+        shares = {f"mini_{kind}": 100 * entry["majority_share"] for kind, entry in benchmark["types"].items()}
+        measured.majority = {task: share for task, share in shares.items() if task in measured.tasks}
+    return measured
+
+
+def _require_commits(cells: Sequence[dict]) -> None:
+    """Raises ValueError unless the checkout is clean and so was that of every cell."""
+    require_clean()
+    others = [cell for cell, label in zip(cells, commits(cells)) if not is_commit(label)]
+    if others:
+        name = "{suite}.{row}.{task}".format_map(others[0])
+        raise ValueError(
+            f"{len(others)} of {len(cells)} cells were computed in an edited checkout, {name} at {others[0]['commit']}, and"
+            " their code is not this commit's: run eval.run, which computes them again, then publish"
+        )
 
 
 def _store(problems: list[str], path: Path, write: Callable[[Path], None]) -> None:
@@ -203,8 +264,6 @@ def table_of(output: Path) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from libra.provenance import REPOSITORY
-
     parser = Parser(prog="python -m eval.report", description="Write a table from its cells.", epilog=EXAMPLES)
     parser.add_argument("output", type=Path, help="results folder, such as results/table1")
     parser.add_argument("--table", choices=list(TABLES), help="the table (default: as the folder is called, else 1)")
@@ -214,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.output / "cells").is_dir():
         parser.error(f"{args.output} holds no cells: fill them with python -m eval.run --table {table.name}")
     try:
-        text = write_report(args.output, table, REPOSITORY / "docs" / "results" if args.publish else None)
+        text = write_report(args.output, table, PUBLISHED if args.publish else None)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(text)

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +13,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from libra.cli import Parser, names, whole_from
-from libra.files import write_text
-from libra.provenance import REPOSITORY, commit, cores, machine, versions
+from libra.files import remove_unfinished, write_text
+from libra.provenance import commit, cores, machine, require_clean, versions
 from libra.shadow import warn_if_llava_is_another
 
 from .cells import PACKAGES, Cell, finished_beside
 from .harness import Harness, Settings
-from .plan import describe, plan, samples
+from .plan import PUBLISHED, describe, plan, samples
 from .pool import PoolError, run_cells
 from .suites import SUITES, TABLES, get_table
 
@@ -42,8 +43,10 @@ def fill(
     """
     failed = 0
     unwritten: dict[str, dict] = {}
-    computer = {**machine(), "device": settings.device, "processes": len(devices)}
+    computer = {**machine(), "device": settings.device, "processes": len(devices), "batch_size": settings.batch_size}
     origin = {"commit": commit(), "versions": versions(PACKAGES), "machine": computer, "command": command}
+    for folder in (output, output / "cells"):
+        remove_unfinished(folder)  # of a run that was killed
 
     def store(cell: Cell, record: dict) -> None:
         try:
@@ -55,7 +58,7 @@ def fill(
             bar.write(f"failed: {cell.name}: {reason}", file=sys.stderr)
 
     left, beside = [cell for cell in cells if not cell.is_finished(output)], finished_beside(output)
-    again = {cell.name: beside.get((cell.config_hash, cell.limit)) for cell in left}
+    again = {cell.name: beside.get(cell.config_hash) for cell in left}
     counts = {cell.name: samples(cell, manifest) or 0 for cell in left if again[cell.name] is None}
     total = sum(counts.values()) or None
     with tqdm(total=total, unit=" questions", smoothing=0.05, disable=not counts, mininterval=0.5) as bar:
@@ -63,7 +66,7 @@ def fill(
         for cell in left:
             if again[cell.name] is not None:
                 where, record = again[cell.name]
-                own = {"suite": cell.suite, "row": cell.row, "task": cell.task}
+                own = {"suite": cell.suite, "row": cell.row, "task": cell.task, "checkpoint": cell.other}
                 store(cell, {**record, **own, "reused_from": record.get("reused_from", where)})
         done = dict.fromkeys(counts, 0)
         results: dict[str, tuple[Cell, dict]] = {}
@@ -77,7 +80,8 @@ def fill(
             nonlocal failed
             bar.update(counts[cell.name] - done[cell.name] if total else 0)
             date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            record = cell.record({**result, **origin, "date": date})
+            where = {"machine": {**computer, "processes": 1, "batch_size": 1}} if cell.turns else {}
+            record = cell.record({**result, **origin, **where, "date": date})
             results[cell.name] = cell, record
             store(cell, record)
             if result["status"] == "failed":
@@ -131,6 +135,20 @@ def worker_devices(named: list[str] | None, processes: int | None) -> list[str]:
     return [named[i % len(named)] for i in range(wanted)]
 
 
+def command(args) -> str:
+    """The command line that computes the same cells."""
+    words = ["python", "-m", "eval.run", "--table", args.table, "--suite", args.suite]
+    for name in ("rows", "tasks"):
+        if getattr(args, name):
+            words += [f"--{name}", ",".join(getattr(args, name))]
+    for name in ("limit", "checkpoint", "batch_size"):
+        if getattr(args, name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    if args.dtype != "float32":
+        words += ["--dtype", args.dtype]
+    return shlex.join(words)
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 when every cell is filled, 1 when some failed (the table says which), 2 after one `error: …` line."""
     options = parser()
@@ -139,13 +157,10 @@ def main(argv: list[str] | None = None) -> int:
     table = get_table(args.table)
     output = args.output or Path("results") / table.stem
     devices = worker_devices(args.device, args.processes)
-    command = f"python -m eval.run --table {table.name} --suite {args.suite}"
-    for name in ("rows", "tasks"):
-        if getattr(args, name):
-            command += f" --{name} {','.join(getattr(args, name))}"
-    command += f" --limit {args.limit}" if args.limit else ""
     started = time.monotonic()
     try:
+        if args.publish:
+            require_clean()  # not after hours
         todo = plan(
             table, args.suite, args.rows, args.tasks, args.limit, args.checkpoint, args.benchmark, args.dtype, args.dry_run,
         )
@@ -165,10 +180,10 @@ def main(argv: list[str] | None = None) -> int:
             )
             if todo.manifest is not None:
                 write_text(output / "benchmark.json", json.dumps(todo.manifest, indent=1) + "\n")
-            failed, unwritten = fill(todo.cells, todo.manifest, output, settings, devices, command)
+            failed, unwritten = fill(todo.cells, todo.manifest, output, settings, devices, command(args))
             from .report import write_report
 
-            text = write_report(output, table, REPOSITORY / "docs" / "results" if args.publish else None, unwritten)
+            text = write_report(output, table, PUBLISHED if args.publish else None, unwritten, todo)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

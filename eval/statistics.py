@@ -7,29 +7,36 @@ from math import sqrt
 import numpy as np
 
 LEARNED_AT, LEARNED_ABOVE = 80.0, 25.0  # percent; points above the better of majority and blind
+FEWEST = 30  # answers from which the normal approximation behind ± is usual
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value with its standard error, which is None where it cannot be had."""
+    """A measured value with its standard error, which is None where it cannot be had, and the number of answers behind it."""
 
     value: float
     stderr: float | None = None
+    n: int = 0
+
+    @property
+    def error(self) -> float | None:
+        """The standard error where the answers carry one: there are :data:`FEWEST` of them, and they are not all alike."""
+        return self.stderr if self.stderr and self.n >= FEWEST else None
 
     @property
     def significant(self) -> bool:
         """Whether a difference exceeds two of its standard errors."""
-        return self.stderr is not None and abs(self.value) > 2 * self.stderr
+        return self.error is not None and abs(self.value) > 2 * self.error
 
     def show(self, digits: int = 1, sign: bool = False) -> str:
         text = f"{self.value:{'+' if sign else ''}.{digits}f}"
-        return text if self.stderr is None else f"{text} ± {self.stderr:.{digits}f}"
+        return text if self.error is None else f"{text} ± {self.error:.{digits}f}"
 
 
 def accuracy(correct: Sequence[float]) -> Figure:
     """Mean of right (1) and wrong (0) answers, and sqrt(p(1-p)/n), in percent."""
     p = float(np.mean(correct))
-    return Figure(100 * p, 100 * sqrt(max(0.0, p * (1 - p)) / len(correct)))
+    return Figure(100 * p, 100 * sqrt(max(0.0, p * (1 - p)) / len(correct)), len(correct))
 
 
 def paired_difference(correct: Sequence[float], baseline: Sequence[float]) -> Figure:
@@ -41,7 +48,7 @@ def paired_difference(correct: Sequence[float], baseline: Sequence[float]) -> Fi
         raise ValueError(f"paired answers differ in number, {len(correct)} and {len(baseline)}: use one limit for both rows")
     difference = np.asarray(correct, float) - np.asarray(baseline, float)
     deviation = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
-    return Figure(100 * float(difference.mean()), 100 * deviation / sqrt(len(difference)))
+    return Figure(100 * float(difference.mean()), 100 * deviation / sqrt(len(difference)), len(difference))
 
 
 def mean_of(figures: Iterable[Figure]) -> Figure:
@@ -49,7 +56,7 @@ def mean_of(figures: Iterable[Figure]) -> Figure:
     figures = list(figures)
     stderrs = [figure.stderr for figure in figures]
     stderr = None if None in stderrs else sqrt(sum(s * s for s in stderrs)) / len(figures)
-    return Figure(sum(figure.value for figure in figures) / len(figures), stderr)
+    return Figure(sum(figure.value for figure in figures) / len(figures), stderr, sum(figure.n for figure in figures))
 
 
 def is_learned(vanilla: float, majority: float, blind: float) -> bool:

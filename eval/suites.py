@@ -1,8 +1,11 @@
 """What each table consists of: its models' row files in order, its tasks, its columns. All of it is declared here."""
 
-from dataclasses import dataclass, field
+import hashlib
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from libra.config import Row
 from libra.lmms import TASKS
 from libra.provenance import REPOSITORY
 
@@ -217,14 +220,24 @@ def row_files(table: Table, suite: str) -> dict[str, Path]:
     return dict(sorted(files.items(), key=lambda item: (place.get(item[0], len(place)), item[0])))
 
 
-def suite_rows(table: Table, suite: str) -> dict[str, Path]:
-    """:func:`row_files` with the blind run of the embedded model, at its place."""
-    files = row_files(table, suite)
-    if suite == "mini" and table.blind and "vanilla" in files:
-        files[BLIND] = files["vanilla"]
+def suite_rows(table: Table, suite: str) -> dict[str, Row]:
+    """The rows of :func:`row_files`, read, with the blind run of the embedded model at its place."""
+    rows = {name: Row.from_yaml(path) for name, path in row_files(table, suite).items()}
+    if suite == "mini" and table.blind and "vanilla" in rows:
+        rows[BLIND] = replace(rows["vanilla"], title=BLIND_TITLE)
         place = {name: number for number, name in enumerate(table.order)}
-        files = dict(sorted(files.items(), key=lambda item: place.get(item[0], len(place))))
-    return files
+        rows = dict(sorted(rows.items(), key=lambda item: place.get(item[0], len(place))))
+    return rows
+
+
+def task_digest(task: Task) -> str | None:
+    """sha256 of the files of this project that say what a task asks; None for the harness's own, which its version names."""
+    path, said = TASKS / f"{task.harness}.yaml", []
+    while path.is_file():
+        said.append(path.read_bytes())
+        included = re.search(rb"^include: *(\S+)", said[-1], re.MULTILINE)
+        path = TASKS / (included[1].decode() if included else "nothing")
+    return hashlib.sha256(b"\n".join(said)).hexdigest() if said else None
 
 
 def section_of(table: Table, row: str) -> str:

@@ -104,7 +104,9 @@ def main(argv: list[str] | None = None) -> int:
             found = measure(cells, args.batch_sizes, args.repeats, settings)
         if args.json:
             origin = {"commit": commit(), "machine": {**machine(), "device": settings.device}, "versions": versions(PACKAGES)}
-            write_text(args.json, json.dumps({"samples_a_second": found, "limit": args.limit, **origin}, indent=1) + "\n")
+            settings_of = {name: [cell.settings for cell in own] for name, own in cells.items()}
+            data = {"samples_a_second": found, "limit": args.limit, "settings": settings_of, **origin}
+            write_text(args.json, json.dumps(data, indent=1) + "\n")
     except (ValueError, OSError) as error:
         options.error(str(error))
     print(table(found))

@@ -6,8 +6,10 @@ import torch
 from lmms_eval.api.model import lmms
 
 from libra.config import Row
-from libra.lmms.lmms_libra import LibraModel
+from libra.lmms.lmms_libra import LibraModel, is_number
 from libra.lmms.samples import SampleLog
+
+TAKEN = ("seconds", "cache_bytes", "peak_bytes")  # what a record tells of each row; a CPU has no peak
 
 
 class InTurns(lmms):
@@ -47,11 +49,11 @@ class InTurns(lmms):
         for number, request in enumerate(requests):
             doc_id, task = int(request.args[3]), request.args[4]
             record = self.log.get(task, doc_id)
-            if record is None or set(record["seconds"]) != set(names):
+            if record is None or any(set(record[key]) != set(names) for key in TAKEN):
                 start = number % max(1, len(names))
                 taken = {name: self._answer(self.rows[name], request) for name in names[start:] + names[:start]}
                 record = {"task": task, "doc_id": doc_id}
-                for key in ("seconds", "cache_bytes", "peak_bytes"):
+                for key in TAKEN:
                     record[key] = {name: taken[name][key] for name in names}
                 self.log.append([record])
             self.records.append(record)
@@ -67,6 +69,14 @@ class InTurns(lmms):
         (record,) = self.model.records.values()
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
         return {"seconds": record["seconds"], "cache_bytes": record["cache_bytes"], "peak_bytes": peak}
+
+
+def is_timing(record: dict) -> bool:
+    """Whether a logged record has what :func:`timing` needs of a sample."""
+    parts = [record.get(key) for key in TAKEN]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    return all(is_number(value) or (part is parts[-1] and value is None) for part in parts for value in part.values())
 
 
 def timing(timed: InTurns) -> dict:

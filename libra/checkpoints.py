@@ -28,3 +28,8 @@ def find_checkpoint(given: str | Path) -> str:
     if hint:
         raise ConfigError(f"{show(name)} is neither a folder nor a model's name;{hint}")
     return name
+
+
+def find_tower(name: str, folder: Path) -> Path | None:
+    """The folder of the vision tower that a LLaVA checkpoint in ``folder`` names: in it or next to it; None for other names."""
+    return next((place / name for place in (folder, folder.parent) if (place / name / "config.json").is_file()), None)

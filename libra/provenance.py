@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PUBLISHED = "docs/results"
 
 
 def machine() -> dict:
@@ -38,13 +39,32 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with ``-dirty`` where tracked files differ from it; ``unknown`` outside git."""
+    """The checkout's commit, with ``-dirty`` where :func:`changes` are; ``unknown`` outside git."""
     try:
-        head = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "-uno")
+        return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changes() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("-dirty" if changed else "")
+
+
+def changes() -> list[str]:
+    """The files that are not as the checkout's commit has them, new ones too. Those of :data:`PUBLISHED` do not count, for
+    publishing one table must not stop the next. Raises OSError or CalledProcessError outside git."""
+    lines = _git("status", "--porcelain", "--untracked-files=all", "--", ".", f":(exclude){PUBLISHED}").splitlines()
+    return [line.split(maxsplit=1)[1] for line in lines]
+
+
+def require_clean() -> None:
+    """Raises ValueError, for what is to be published, unless the checkout is exactly its commit."""
+    try:
+        changed = changes()
+    except (OSError, subprocess.CalledProcessError):
+        raise ValueError("what is published names its commit, and this is no git checkout: publish from one") from None
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ValueError(
+            f"what is published names its commit, and this checkout differs from it ({', '.join(changed[:3])}{more}): commit"
+            " the changes or put them aside, then run the same command again"
+        )
 
 
 def _git(*arguments: str) -> str:

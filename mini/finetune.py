@@ -5,7 +5,6 @@
 Everything that is finished is kept; call it again to go on after an interruption.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -20,14 +19,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from eval.cells import read_cell, read_json
 from libra import Compression
 from libra.cli import Parser
 from libra.config import Row
 from libra.files import write_text
 from libra.flops import layer_flops
+from libra.identity import checkpoint_identity, code_identity, row_identity
+from libra.lmms.samples import digest
 from libra.mini.questions import TYPES, easy_vqa, easy_vqa_image
 from libra.mini.scenes import draw_scene
-from libra.provenance import REPOSITORY, commit, cores, machine, versions
+from libra.provenance import REPOSITORY, commit, cores, machine, require_clean, versions
 from libra.schedule import actual
 from libra.timing import in_turns, median_interval, now, peak_memory
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -105,7 +107,7 @@ def _call(arguments: list[str], quiet: bool = False) -> None:
 def fine_tune(folder: Path, data: Path, kind: str, options) -> dict:
     """Train one of the two, or go on with it; returns its log's last entry and the losses."""
     state = folder / "trainer_state.json"
-    if not state.is_file():
+    if read_json(state) is None:
         print(f"fine-tuning, visual tokens {kind}", file=sys.stderr)
         _call([
             "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes),
@@ -119,8 +121,17 @@ def fine_tune(folder: Path, data: Path, kind: str, options) -> dict:
             "--save_steps", "100", "--save_total_limit", "1", "--report_to", "none", "--dataloader_num_workers", "0",
             *(["--compression", str(CONFIG)] if kind == "compressed" else []),
         ])
-    history = json.loads(state.read_text())["log_history"]
+    history = (read_json(state) or {"log_history": []})["log_history"]
+    if not history:
+        raise ValueError(f"{state} tells of no training: delete {folder} and run the same command again")
     return {"losses": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry], **history[-1]}
+
+
+def made_of() -> dict:
+    """What the two runs depend on besides their options: the start, the compression, the code."""
+    folders = {"training": REPOSITORY / "llava" / "train", "mini": REPOSITORY / "mini"}
+    code = code_identity(**{name: sorted(folder.glob("*.py")) for name, folder in folders.items()})
+    return {"start": checkpoint_identity(str(START)), "row": row_identity(Row.from_yaml(CONFIG)), "code": code}
 
 
 def evaluate(output: Path, checkpoint: Path, options) -> dict[str, dict[str, list[float]]]:
@@ -133,7 +144,10 @@ def evaluate(output: Path, checkpoint: Path, options) -> dict[str, dict[str, lis
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in EVALUATED.values()}
     for row, name in EVALUATED.items():
         for kind in TYPES:
-            cell = json.loads((output / "cells" / f"mini.{row}.mini_{kind}.json").read_text())
+            path = output / "cells" / f"mini.{row}.mini_{kind}.json"
+            cell = read_cell(path)
+            if cell is None or cell["status"] != "ok":
+                raise ValueError(f"{path} holds no answers: run the same command again")
             scores[name][kind] = cell["correct"]
     return scores
 
@@ -325,24 +339,29 @@ def main(argv: list[str] | None = None) -> int:
     rows = options.batch * options.processes
     setup = {"samples": options.steps * rows, "steps": options.steps, "rows": rows, "learning_rate": options.learning_rate,
              "seed": options.seed, "processes": options.processes}
-    made = hashlib.sha256(json.dumps(setup, sort_keys=True).encode()).hexdigest()[:8]
-    runs = options.output / f"run-{made}"  # other settings have other runs
     try:
+        if options.publish:
+            require_clean()
+        runs = options.output / f"run-{digest([setup, made_of()])[:8]}"  # other settings have other runs
         write_data(runs / "data", setup["samples"], options.seed)
         training = {kind: fine_tune(runs / kind, runs / "data", kind, options) for kind in TRAINED[1:]}
         folders = {"start": START, **{kind: runs / kind for kind in TRAINED[1:]}}
         scores = {name: evaluate(runs / f"eval-{name}", folder, options) for name, folder in folders.items()}
         cost = runs / "cost.json"
         base = Row.from_yaml(CONFIG).compression
-        if not cost.is_file() or json.loads(cost.read_text())[0]["pairs"] != options.pairs:
-            write_text(cost, json.dumps([measure(sizes, base, options.pairs) for sizes in MEASURED], indent=1) + "\n")
+        costs = (read_json(cost) or {}).get("costs")
+        if not costs or costs[0].get("pairs") != options.pairs:
+            costs = [measure(sizes, base, options.pairs) for sizes in MEASURED]
+            write_text(cost, json.dumps({"costs": costs}, indent=1) + "\n")
     except subprocess.CalledProcessError as error:
         commands.error(f"{' '.join(error.cmd[1:6])} … ended with status {error.returncode}; what it says stands above")
+    except (ValueError, OSError) as error:
+        commands.error(str(error))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     result = {
-        "setup": setup, "training": training, "scores": scores, "cost": json.loads(cost.read_text()),
+        "setup": setup, "training": training, "scores": scores, "cost": costs,
         "origin": {"commit": commit(), "machine": machine(), "versions": versions(("torch", "transformers"))},
     }
     write_text(options.output / "training.json", json.dumps(result, indent=1) + "\n")

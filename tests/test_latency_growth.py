@@ -71,10 +71,17 @@ def test_a_cell_of_other_settings_is_not_taken(capsys, tmp_path):
         with pytest.raises(SystemExit):
             grow(tmp_path, *options)
         assert words in capsys.readouterr().err
-    (tmp_path / "20x1.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        grow(tmp_path)
-    assert "20x1.json is no cell of --grow" in capsys.readouterr().err
+
+
+def test_a_cell_that_cannot_be_read_is_measured_again(tmp_path):
+    arguments = ("--visual-tokens", "20", "--batch", "1")
+    assert grow(tmp_path, *arguments) == 0
+    path = tmp_path / "20x1.json"
+    whole = json.loads(path.read_text())
+    for damaged in ("{}", path.read_text()[:50], json.dumps({key: value for key, value in whole.items() if key != "prefill"})):
+        path.write_text(damaged)
+        assert grow(tmp_path, *arguments) == 0
+        assert json.loads(path.read_text()).keys() == whole.keys()
 
 
 def test_a_run_that_is_stopped_says_so(capsys, tmp_path, monkeypatch):

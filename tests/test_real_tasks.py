@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eval import data, suites
-from eval.cells import Cell
+from eval.cells import Cell, what_is_loaded
 from eval.harness import Harness, Settings
 from eval.pool import _sentence, run_cells
 from eval.suites import Task
@@ -101,7 +101,7 @@ def measure(harness, checkpoints, monkeypatch):
 
     def run(task: str, model: str) -> tuple[dict, list[str], list[str]]:
         heard = []
-        cell = Cell("mini", "r50", task, str(R50), False, str(checkpoints[model]), None, None, {"test": task})
+        cell = real_cell(task, checkpoints[model], purpose="measured")
         result = harness(cell, heard.append)
         assert result["status"] == "ok" and result["n"] == sum(heard) == len(seen["answers"])
         assert all(np.array(tokens[:3]).min() > 4 * tokens[-1] > 0 for tokens in seen["tokens"])  # compressed, all of them
@@ -233,9 +233,13 @@ def hasty(monkeypatch):
     monkeypatch.setattr(ConfigurableTask.download.retry, "wait", wait_none())
 
 
-def real_cell(task: str, checkpoint: Path = CHECKPOINT, row: str = "r50", limit: int | None = None) -> Cell:
-    config = ROOT / "configs" / "mini" / f"{row}.yaml"
-    return Cell("mini", row, task, str(config), False, str(checkpoint), None, limit, {"test": task, "row": row})
+def real_cell(
+    task: str, checkpoint: Path = CHECKPOINT, row: str = "r50", limit: int | None = None, purpose: str = "asked",
+) -> Cell:
+    """A cell; cells of another ``purpose`` do not share their answers."""
+    spec = Row.from_yaml(ROOT / "configs" / "mini" / f"{row}.yaml")
+    run = {**what_is_loaded(str(checkpoint)), "limit": limit}
+    return Cell("mini", row, task, spec, str(checkpoint), {"row": {"of": [task, row, purpose]}, "run": run})
 
 
 def reason(harness, task: str) -> str:

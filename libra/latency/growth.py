@@ -51,15 +51,15 @@ class Growth:
         return self.folder / f"{prompt.visual}x{prompt.batch}.json"
 
     def stored(self, prompt: Prompt) -> dict | None:
-        """A cell that was measured before; None where there is none. ValueError for one of other settings."""
+        """A cell that was measured before; None where there is none, or one that cannot be read. ValueError for one of other
+        settings."""
         path = self.path(prompt)
-        if not path.exists():
-            return None
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
             settings = {key: cell[key] for key in SETTINGS}
-        except (OSError, ValueError, TypeError, KeyError):
-            raise ValueError(f"{path} is no cell of --grow; give another --output") from None
+            self._values(cell)  # it has all that the table shows
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
         for key, value in self._settings(prompt).items():
             if settings[key] != value:
                 raise ValueError(f"{path} was measured with another {key}; give another --output, or delete it")

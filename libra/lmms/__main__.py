@@ -4,6 +4,7 @@
 """
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 from ..cli import Parser
@@ -25,7 +26,40 @@ def filled_in(words: Sequence[str]) -> list[str]:
     return [*words, *(word for flag, value in missing.items() if flag not in given for word in (flag, value))]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def evaluate(words: Sequence[str]) -> int:
+    """Run lmms-eval with these arguments; 0 when all was evaluated, 1 after an error that cost a run (others of a --config file
+    go on), 2 where none began. lmms-eval itself prints such errors and exits with 0."""
+    from lmms_eval import __main__ as harness
+
+    failures: list[Exception] = []
+    plain = harness.cli_evaluate_single
+
+    def single(args):
+        try:
+            if args.tasks is None:
+                raise ValueError("name tasks with --tasks, such as mini_reading; --tasks list shows all")
+            return plain(args)
+        except Exception as error:
+            failures.append(error)
+            if not isinstance(error, ValueError) or args.verbosity == "DEBUG":
+                traceback.print_exc()
+            return None, None
+
+    sys.argv[1:] = words  # where lmms-eval reads them
+    harness.cli_evaluate_single = single
+    try:
+        harness.cli_evaluate()
+    except ValueError as error:  # of its own arguments
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        harness.cli_evaluate_single = plain
+    for error in failures:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     parser = Parser(
         prog="python -m libra.lmms", usage="%(prog)s [lmms-eval's flags]", epilog=EXAMPLES,
@@ -34,15 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task-folder", action="store_true", help="print the folder of the task files and end")
     if parser.parse_known_args(words)[0].task_folder:
         print(TASKS)
-        return
+        return 0
     from .plugin import register
 
     register()
-    sys.argv[1:] = filled_in(words)  # where lmms-eval reads them
-    from lmms_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
+    return evaluate(filled_in(words))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

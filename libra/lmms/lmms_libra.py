@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from PIL import Image
 
 from libra.checkpoints import find_checkpoint
 from libra.config import Row
+from libra.identity import checkpoint_identity, code_identity, row_identity
 from libra.media import BROKEN, is_picture, open_image
 from libra.registry import get_model
 from llava.video import load_frames
 
 from .models_base import Engine, Sample
-from .samples import SampleLog
+from .samples import SampleLog, digest
 
 GREY = (127, 127, 127)
 
@@ -37,6 +39,11 @@ class _Request(NamedTuple):
     @property
     def name(self) -> str:
         return f"task {self.task}, document {self.doc_id}"
+
+    @property
+    def asked(self) -> str:
+        """A digest of the prompt and of how it is to be answered."""
+        return digest([self.text, self.options])[:12]
 
 
 def _is_true(value: bool | str) -> bool:
@@ -75,16 +82,17 @@ def open_visual(visual, frames: int) -> Image.Image | list[Image.Image]:
 class LibraModel(lmms):
     """``--model libra``. Greedy or sampled generation in batches; no log-likelihoods, one round.
 
-    config: a row's YAML. pretrained: a folder or hub name instead of the registry's checkpoint, of LLaVA, VideoLLaMA-2 or any
-    model that libra.attach supports. blind: grey images of the same size instead of the real ones. sample_log: a JSONL of
-    finished samples; what stands there is not computed again. frames: of a video, where the model's own number is not wanted.
+    config: a row, or its YAML file. pretrained: a folder or hub name instead of the registry's checkpoint, of LLaVA,
+    VideoLLaMA-2 or any model that libra.attach supports. blind: grey images of the same size instead of the real ones.
+    sample_log: a JSONL of finished samples; what stands there of the same row, checkpoint and code is not computed again.
+    frames: of a video, where the model's own number is not wanted.
     """
 
     is_simple = True
 
     def __init__(
         self,
-        config: str,
+        config: str | Row,
         pretrained: str | None = None,
         device: str | None = None,
         batch_size: int | str = 8,
@@ -95,7 +103,7 @@ class LibraModel(lmms):
     ):
         """Raises ValueError for a bad row, an unknown dtype, a bad number, and a checkpoint that does not load."""
         super().__init__()
-        row = Row.from_yaml(config)
+        row = config if isinstance(config, Row) else Row.from_yaml(config)
         if dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype!r}")
         for name, number in (("batch_size", batch_size), ("frames", frames or 1)):
@@ -113,7 +121,8 @@ class LibraModel(lmms):
         self.sample_log: SampleLog | None = None
         if sample_log:
             name = sample_log if self._world_size == 1 else f"{sample_log}.rank{self._rank}"
-            self.sample_log = SampleLog(name)
+            made_by = [row_identity(row), checkpoint_identity(path), code_identity()]
+            self.sample_log = SampleLog(name, digest([*made_by, _is_true(blind), dtype, self.engine.frames]), is_answer)
         self.on_samples: Callable[[int], None] = lambda count: None  # told about every finished batch
         self.records: dict[tuple[str, int], dict] = {}  # of the last generate_until
         self.set_row(row, _is_true(blind))
@@ -164,22 +173,23 @@ class LibraModel(lmms):
         return answers
 
     def _finish(self, batch: list[_Request]) -> None:
-        """Take a batch's records from the sample log, compute the ones it lacks, and log those."""
-        missing = []
-        for request in batch:
-            record = self.sample_log.get(request.task, request.doc_id) if self.sample_log is not None else None
-            if record is None:
-                missing.append(request)
-            else:
-                self.records[request.task, request.doc_id] = record
-        if not missing:
+        """Take a batch's records from the sample log, compute the ones it lacks, and log those.
+
+        They are computed with the whole batch, for in another batch an answer may round otherwise.
+        """
+        logged = {}
+        for request in batch if self.sample_log is not None else ():
+            record = self.sample_log.get(request.task, request.doc_id)
+            if record is not None and record["asked"] == request.asked:
+                logged[record["task"], record["doc_id"]] = record
+        self.records.update(logged)
+        if len(logged) == len(batch):
             return
         started = time.perf_counter()
-        fresh = self._records(missing, [self._sample(request) for request in missing])
-        seconds = (time.perf_counter() - started) / len(missing)
-        for record in fresh:
-            record["seconds"] = seconds
-            self.records[record["task"], record["doc_id"]] = record
+        records = self._records(batch, [self._sample(request) for request in batch])
+        seconds = (time.perf_counter() - started) / len(batch)
+        fresh = [{**record, "seconds": seconds} for record in records if (record["task"], record["doc_id"]) not in logged]
+        self.records.update({(record["task"], record["doc_id"]): record for record in fresh})
         if self.sample_log is not None:
             self.sample_log.append(fresh)
 
@@ -216,5 +226,24 @@ class LibraModel(lmms):
                 continue
             texts, facts = self.engine.generate([samples[i] for i in chosen], batch[0].options)
             for i, text, fact in zip(chosen, texts, facts, strict=True):
-                records[i] = {"task": batch[i].task, "doc_id": batch[i].doc_id, "answer": text, **fact}
+                own = {"task": batch[i].task, "doc_id": batch[i].doc_id, "asked": batch[i].asked}
+                records[i] = {**own, "answer": text, **fact}
         return records
+
+
+def is_answer(record: dict) -> bool:
+    """Whether a logged record has all that :meth:`LibraModel.generate_until` and a table need of an answer."""
+    numbers = [record.get("seconds"), record.get("cache_bytes")]
+    tokens, trace = record.get("tokens"), record.get("trace")
+    if not isinstance(tokens, list) or not isinstance(trace, list):
+        return False
+    for stage in trace:
+        if not isinstance(stage, list) or len(stage) != 2:
+            return False
+        numbers += [number for number in stage if number is not None]
+    return all(isinstance(record.get(key), str) for key in ("asked", "answer")) and all(map(is_number, numbers + tokens))
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,37 +1,52 @@
 """Finished answers on disk, one JSON a line, so that a killed run goes on where it was."""
 
 import fcntl
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+from libra.files import flush_folder, make_folder
+
+
+def digest(settings: object) -> str:
+    """sha256 of JSON values, the same for equal ones whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class SampleLog:
     """An append-only JSONL of records keyed by (task, doc_id); one process at a time holds a file.
 
-    Opening reads what is there. A torn last line, which a kill in mid-write leaves, is cut off; so is everything after
-    a line that is not such a record. Of two records of one key the later counts.
+    Opening reads what is there. A line that is no such record, torn or edited, is passed over, and its answer is computed
+    again; a torn last line is cut off. Of two records of one key the later counts.
+
+    Args:
+        settings: the digest of all that the answers depend on. Records carry it; those that carry another are passed over.
+        is_whole: whether a record has what its reader needs.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: str | Path, settings: str, is_whole: Callable[[dict], bool]):
+        self.path, self.settings = Path(path), settings
+        make_folder(self.path.parent)
         self._file = open(self.path, "a+b")
+        flush_folder(self.path.parent)
         fcntl.flock(self._file, fcntl.LOCK_EX)  # a worker of a killed run may still finish its last batch
         self._records: dict[tuple[str, int], dict] = {}
         self._file.seek(0)
-        good = 0
         for line in self._file:
-            try:
-                if not line.endswith(b"\n"):
-                    break
-                record = json.loads(line)
+            record = _parse(line)
+            if record is not None and record.get("settings") == settings and is_whole(record):
                 self._records[record["task"], record["doc_id"]] = record
-            except (ValueError, KeyError, TypeError):
-                break
-            good += len(line)
-        self._file.truncate(good)
-        self._file.seek(good)
+            if not line.endswith(b"\n"):
+                self._end(line, keep=record is not None)
+
+    def _end(self, last: bytes, keep: bool) -> None:
+        """Have the file end with a whole line."""
+        if keep:
+            self._file.write(b"\n")
+        else:
+            self._file.truncate(self._file.tell() - len(last))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -41,10 +56,11 @@ class SampleLog:
 
     def append(self, records: list[dict]) -> None:
         """Write records (each with ``task`` and ``doc_id``) and return once they are on the disk."""
-        self._file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        whole = [{**record, "settings": self.settings} for record in records]
+        self._file.write("".join(json.dumps(record) + "\n" for record in whole).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._records.update({(record["task"], record["doc_id"]): record for record in records})
+        self._records.update({(record["task"], record["doc_id"]): record for record in whole})
 
     def close(self) -> None:
         self._file.close()
@@ -54,3 +70,13 @@ class SampleLog:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _parse(line: bytes) -> dict | None:
+    """A line's record; None for a line that is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    named = isinstance(record, dict) and isinstance(record.get("task"), str) and isinstance(record.get("doc_id"), int)
+    return record if named else None

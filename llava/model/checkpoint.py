@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerBase
 
 from libra import Compression
+from libra.checkpoints import find_tower
 from libra.transformers_api import PreTrainedConfig
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -153,7 +154,7 @@ def _find_tower(
     A relative ``mm_vision_tower`` lies in the checkpoint's folder or beside it; otherwise it is a path or a hub name.
     """
     name = config.mm_vision_tower
-    near = next((place / name for place in (folder, folder.parent) if (place / name / "config.json").is_file()), None)
+    near = find_tower(name, folder)
     try:
         tower = near or local_folder(name, **hub)
     except ValueError as error:
