@@ -9,9 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoints import GOLDEN, load, put, rewrite, settings, shard
+from test_train import MINI, losses, run, scenes
 
 from llava.convert import convert
 from llava.model.builder import load_pretrained_model
+from llava.train import recipe
+from llava.train.labels import training_template
+from llava.train.runs import Run
+from llava.train.samples import read_data, read_samples
 
 # Loading
 
@@ -195,3 +200,267 @@ def test_d6_a_folder_in_the_other_format_is_told_how_to_convert_it(converted, ch
 
     refused(lambda: load(converted), rf"python -m llava.convert {converted} hf-original")
     refused(lambda: load_for_figures(str(checkpoint)), rf"python -m llava.convert {checkpoint} llava-hf")
+
+
+# Data
+
+
+def turns(question: str = "<image>\nwhat ?", answer: str | None = "two") -> list[dict]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def asked(question: str) -> dict:
+    return {"conversations": turns(question)}
+
+
+def pictured(question: str = "<image>\nwhat ?", **more) -> dict:
+    return {"image": "0.png", **asked(question), **more}
+
+
+# Forty samples that cannot be trained on as they were meant, and why each is left out.
+FAULTY = [
+    (7, "not an object"), ([], "not an object"), ({"id": "a", "text": "x"}, 'no list "conversations" or "messages"'),
+    ({"conversations": "what ?"}, "its conversation is not a list"), ({"conversations": [1]}, 'a turn needs "from"'),
+    ({"conversations": [{"from": "human", "value": 3}, *turns()[1:]]}, 'a turn needs "from"'),
+    ({"conversations": [{"from": "alien", "value": "what ?"}, *turns()[1:]]}, 'a turn needs "from"'),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 'a turn needs "from"'),
+    ({"conversations": turns(), "messages": [{"role": "user", "content": "x"}]}, "both"),
+    ({"conversations": turns()[:1]}, "no answer"), ({"conversations": turns("what ?", "")}, "no answer"),
+    ({"conversations": turns("what ?", " \n")}, "no answer"), ({"conversations": turns("", "two")}, "no round"),
+    ({"conversations": turns("what ?", None)}, "no answer"), ({"conversations": [*turns("a"), *turns("b")[1:]]}, "take turns"),
+    ({"conversations": [*turns("a")[:1], *turns("b")]}, "take turns"),
+    ({"conversations": [{"from": "system", "value": "Be kind."}, *turns("what ?")]}, "system text"),
+    ({**pictured(), "system": "Be kind."}, "system text"), ({**pictured(), "tools": "[{}]"}, "tools of its own"),
+    ({"conversations": turns("what \ud800 ?")}, "half of a surrogate pair"),
+    (asked("<image>\nwhat ?"), "it has <image> and no image"), (pictured("<Image>\nwhat ?"), "it writes <Image> where"),
+    (pictured("<image_1> what ?"), "it writes <image_1> where"), (pictured("what is in [img] ?"), r"it writes \[img\] where"),
+    ({"image": ["0.png"], **asked("<image> or <image> ?")}, "it has 1 images and 2 <image>"),
+    ({"images": ["0.png", "2.png"], **asked("<image> ?")}, "it has 2 images and 1 <image>"),
+    ({"image": "0.png", "conversations": turns() + turns()}, "<image> in several turns"),
+    ({"image": 5, **asked("what ?")}, '"image" is 5'),
+    ({"image": ["0.png", 5], **asked("<image>")}, "not a file name or a list"),
+    ({"image": "0.png", "video": "a.mp4", **asked("<image>")}, "both image and video"),
+    ({"video": "a.mp4", **asked("<video> what ?")}, "this model takes images only"),
+    ({"image": "0.png", "images": ["2.png"], **asked("<image>")}, "name different files"),
+    ({"image_path": "0.png", **asked("what ?")}, "its key image_path looks like media"),
+    ({"Image": "0.png", **asked("what ?")}, "its key Image looks like media"),
+    ({"audio": "a.wav", **asked("what ?")}, "its key audio looks like media"),
+    ({"meta": {"source": "0.png"}, **asked("what ?")}, "its key meta looks like media"),
+    ({"conversations": [{**turns("what ?")[0], "image": "0.png"}, *turns()[1:]]}, "a turn has the key image"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "0.png"}}]}]}, "parts that are not"),
+    (pictured(image="x" * 5000 + ".png"), "name too long|cannot be opened"), (pictured(image="torn.png"), "torn.png"),
+]
+
+
+def test_b6_d3_forty_faulty_samples_are_named_and_left_out(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([pictured(), *(sample for sample, _ in FAULTY)]))
+    data = read_data(str(path), path.read_bytes(), training_template("mini"))
+    told = {number: str(fault) for number, fault in data.faults.items()}
+    for number, (_, sentence) in enumerate(FAULTY[:-2], 1):
+        if "images only" not in sentence:  # which the model decides
+            with pytest.raises(AssertionError, match=sentence):
+                raise AssertionError(told[number])
+    assert len(FAULTY) == 40 and 0 not in told
+
+
+@pytest.mark.slow
+def test_b6_d3_forty_good_and_forty_faulty_samples(tmp_path, capfd):
+    """It trains on exactly the forty, in the forms that are in use, and names the others."""
+    flags = scenes(tmp_path, 40, texts=range(1, 40, 4), rounds=1)
+    good = json.loads((tmp_path / "data.json").read_text())
+    for number, sample in enumerate(good):
+        said = sample.pop("conversations")
+        if number % 3 == 0:  # LLaMA-Factory's
+            names = {"human": "user", "gpt": "assistant"}
+            sample["messages"] = [{"role": names[turn["from"]], "content": turn["value"]} for turn in said]
+            sample |= {"images": [sample.pop("image")] if "image" in sample else []}
+        else:
+            sample["conversations"] = [*said, *turns("and \u2028 then ?", "")] if number % 3 == 1 else said
+    (tmp_path / "images" / "torn.png").write_bytes((tmp_path / "images" / "0.png").read_bytes()[:100])
+    mixed = [sample for pair in zip(good, (sample for sample, _ in FAULTY)) for sample in pair]
+    (tmp_path / "data.json").write_text("\ufeff" + json.dumps(mixed), encoding="utf-8")
+    log = run(tmp_path / "out", flags, "--num_train_epochs", 1, "--per_device_train_batch_size", 6, "--save_strategy", "no")
+    out, err = capfd.readouterr()
+    assert "It learned from 40 of 80 samples; 40 were skipped (" in out and "2 unreadable" in out
+    assert (log[-1]["samples_used"], log[-1]["samples_skipped"]) == (40, 40) and "38 of the 80 samples" in err
+    report = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert sorted(entry["sample"] for entry in report["skipped"]) == list(range(1, 80, 2))
+    assert report["used"] == 40 and report["rounds_without_an_answer"] == 13
+
+
+def test_b6_what_is_put_right_is_counted(tmp_path):
+    path = tmp_path / "data.json"
+    samples = [
+        pictured("what ?"), {"image": ["0.png", "1.png"], "conversations": [*turns("<image> ?", ""), *turns("and <image> ?")]},
+        {"image": "0.png", "conversations": [*turns("what ?"), *turns("<image> and ?", "")]},
+        {"image": "", **asked("what ?")}, {"images": None, **asked("what ?")},
+        {"image": "0.png", "url": "https://a.example/0.png", "width": 3, **asked("<image>")},
+        {"video": "a.mp4", **asked("<image> what ?")},
+    ]
+    path.write_text(json.dumps(samples))
+    data = read_data(str(path), path.read_bytes(), training_template("v1"))
+    assert not data.faults and (data.placed, data.lost_rounds) == (1, 2)
+    texts = [[turn["value"] for turn in sample["conversations"]] for sample in data.samples]
+    assert texts[0][0] == "<image>\nwhat ?" and texts[1] == ["<image>\nand <image> ?", "two"]
+    assert "image" not in data.samples[2] and texts[6][0] == "<video> what ?"
+
+
+def test_d3_files_of_samples(tmp_path):
+    path = tmp_path / "data.JSONL"
+    path.write_bytes('\ufeff{"text": "a\u2028b\u2029c\u0085d\x0b"}\r\n\n{"text": "e"}'.encode().replace(b"\x0b", b"\\u000b"))
+    assert [sample["text"] for sample in read_samples(str(path))] == ["a\u2028b\u2029c\x85d\x0b", "e"]
+    for content, sentence in (("[" * 10**5, "nested too deeply"), ('{"a": 1}\n{"a"', "line 2: no valid JSON"), ("", "no list")):
+        path.write_text(content)
+        refused(lambda: read_samples(str(path)), sentence)
+    refused(lambda: read_samples("x" * 5000), "cannot be read")
+    (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}')
+    refused(lambda: read_samples(str(tmp_path / "lines.json")), "name it .jsonl if it has one sample in each line")
+
+
+def stopped(output: Path, *flags, capsys) -> str:
+    """The sentence with which a training is refused before weights are read."""
+    with pytest.raises(SystemExit) as stop:
+        run(output, *flags)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def few(tmp_path) -> list[str]:
+    return scenes(tmp_path / "scenes", 4, rounds=1)
+
+
+@pytest.mark.parametrize("case", ["length", "images", "template"])
+def test_b5_d3_a_training_that_would_learn_nothing_is_refused(few, tmp_path, capsys, monkeypatch, case):
+    monkeypatch.setattr(recipe, "build_model", lambda *args: pytest.fail("a model was loaded"))
+    flags, sentence = {
+        "length": (["--model_max_length", 200], "in 4 every answer lies behind --model_max_length 200; raise it"),
+        "images": ([], "in 4 the image .*png is in no known format"),
+        "template": (["--version", "chatml_direct"], "in 4 the tokens do not add up with --version chatml_direct"),
+    }[case]
+    if case == "images":
+        for path in Path(few[3]).iterdir():
+            path.write_bytes(b"no picture")
+    said = stopped(tmp_path / "out", few, *flags, "--max_steps", 1, capsys=capsys)
+    with pytest.raises(AssertionError, match=f"nothing would be learned from .*data.json: of 4 samples {sentence}"):
+        raise AssertionError(said)
+    assert not (tmp_path / "out").exists()
+
+
+# Runs
+
+
+STEPS = ["--max_steps", 4, "--save_steps", 2]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[list[str], Path]:
+    """A finished run of four steps with two checkpoints."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = [*scenes(folder, 8, rounds=1), *map(str, STEPS)]
+    run(folder / "out", flags)
+    return flags, folder / "out"
+
+
+@pytest.fixture
+def again(trained, tmp_path) -> tuple[list[str], Path]:
+    flags, folder = trained
+    shutil.copytree(folder, tmp_path / "out")
+    return flags, tmp_path / "out"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+OTHER = {
+    "rate": (["--learning_rate", 3e-4], r"--learning_rate was 0.0001 and is 0.0003"),
+    "compression": (["--compression", "mini/r50"], "--compression was not given and is .*"),
+    "stage": (["--tune_mm_mlp_adapter", "True"], "--tune_mm_mlp_adapter was False and is True"),
+    "adapters": (["--lora_enable", "True"], "--lora_enable was False and is True"),
+    "steps": (["--max_steps", 9], "--max_steps was 4 and is 9"),
+    "batch": (["--per_device_train_batch_size", 4], "samples of a step .* was 2 and is 4"),
+    "data": (None, "what --data_path holds has changed"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_b4_another_run_in_the_folder_is_refused(again, capsys, monkeypatch, tmp_path, case):
+    monkeypatch.setattr(recipe, "build_model", lambda *args: pytest.fail("a model was loaded"))
+    (flags, folder), (change, sentence) = again, OTHER[case]
+    if change is None:
+        samples = json.loads(Path(flags[1]).read_text())
+        samples[0]["conversations"][1]["value"] = "another answer"
+        (tmp_path / "other.json").write_text(json.dumps(samples))
+        change = ["--data_path", tmp_path / "other.json"]
+    before = content(folder)
+    said = stopped(folder, flags, *change, capsys=capsys)
+    with pytest.raises(AssertionError, match=f"--output_dir .*out holds another run: .*{sentence}"):
+        raise AssertionError(said)
+    assert content(folder) == before
+
+
+def test_b4_nothing_left_to_do_and_models_of_unknown_origin(again, capsys, monkeypatch):
+    monkeypatch.setattr(recipe, "build_model", lambda *args: pytest.fail("a model was loaded"))
+    flags, folder = again
+    before = content(folder)
+    run(folder, flags, "--logging_steps", 3)  # of which no weight depends
+    assert "nothing is left to do: the run in" in capsys.readouterr().err and content(folder) == before
+    (folder / "run.json").unlink()
+    assert "holds a model or checkpoints, and no run.json" in stopped(folder, flags, capsys=capsys)
+    assert "is the model that the training begins with" in stopped(MINI, flags, capsys=capsys)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+TORN = {
+    "empty state": lambda f: (f / "trainer_state.json").write_text(""),
+    "cut optimizer": lambda f: truncate(f / "optimizer.pt"),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "no seal": lambda f: (f / "whole.json").unlink(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TORN)
+def test_c2_a_torn_checkpoint_gives_way(again, trained, capsys, case):
+    flags, folder = again
+    (folder / "checkpoint-best").mkdir()
+    (folder / "checkpoint-best" / "mine").write_text("kept")
+    (folder / "checkpoint-12.old").mkdir()
+    (folder / "model.safetensors").unlink()  # the kill came at the end
+    TORN[case](folder / "checkpoint-4")
+    log = run(folder, flags, "--save_total_limit", 1)
+    err = capsys.readouterr().err
+    assert "checkpoint-4 was not written to its end and is removed" in err and "goes on from" in err and "checkpoint-2" in err
+    one, two = (load_file(place / "model.safetensors") for place in (folder, trained[1]))
+    assert all(torch.equal(one[name], two[name]) for name in two) and len(losses(log)) == 4
+    assert (folder / "checkpoint-best" / "mine").exists() and (folder / "checkpoint-12.old").exists()
+    assert not (folder / "checkpoint-2").exists() and Run(folder, json.loads((folder / "run.json").read_text())["run"]).newest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error, sentence", [
+    (OSError(28, "No space left on device"), "cannot be written to .*the same command goes on from .*checkpoint-2"),
+    (RuntimeError("[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file"), "cannot be written"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "not enough memory for --per_device_train_batch_size 2"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory .*the same command goes on from"),
+])
+def test_e11_a_full_disk_and_too_little_memory_are_sentences(again, capsys, monkeypatch, error, sentence):
+    flags, folder = again
+    (folder / "model.safetensors").unlink()
+    shutil.rmtree(folder / "checkpoint-4")
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("llava.train.trainer.save_llava", fail)
+    with pytest.raises(SystemExit) as stop:
+        run(folder, flags)
+    said = capsys.readouterr().err
+    with pytest.raises(AssertionError, match=f"(?s)error: [^\\n]*{sentence}"):
+        raise AssertionError(said)
+    assert stop.value.code == 1 and "Traceback" not in said and not (folder / "checkpoint-4").exists()

@@ -59,9 +59,10 @@ def prepare(model: ModelArguments, data: DataArguments, training: TrainingArgume
         raise ValueError("score_layer: next runs a layer out of turn, which ZeRO-3 and FSDP cannot follow; use ZeRO-2")
     content, videos = read_bytes(data.data_path), data.video_folder or data.image_folder
     found = read_data(data.data_path, content, training_template(model.version) if model.version else None)
-    check_files(found, data.image_folder, videos)
+    check_files(found, "image", data.image_folder)
     start = find_start(model, data, training, compression)
     check_for_model(found, start.takes_videos)
+    check_files(found, "video", videos)
     template = training_template(start.version)
     if template is None and not start.tokenizer.chat_template:
         raise ValueError(f"--version {start.version} needs a tokenizer with a chat template; {start.folder} has none")

@@ -158,19 +158,18 @@ def read_data(path: str, content: bytes, template: Conversation | None) -> Data:
     return data
 
 
-def check_files(data: Data, image_folder: str, video_folder: str) -> None:
-    """See that there are folders for the files that are named, and files in them.
+def check_files(data: Data, kind: str, folder: str) -> None:
+    """See that there is a folder for the files that are named, and files in it; ``kind`` is image or video.
 
     Raises:
-        ValueError: if a folder is missing, or none of the first files of a kind is there.
+        ValueError: if the folder is missing, or none of the first files is there.
     """
-    for kind, folder in (("image", image_folder), ("video", video_folder)):
-        named = [name for sample in data.samples for name in files_of(sample, kind)][:LOOKED_FOR]
-        if named and not Path(folder).is_dir():
-            raise ValueError(f"{data.path} names {kind}s and there is no folder {folder}; give it as --{kind}_folder")
-        if named and not any(os.path.exists(os.path.join(folder, name)) for name in named):
-            raise ValueError(f"none of the {kind}s that {data.path} names first lies in {folder}, {show(named[0])} for one;"
-                             f" --{kind}_folder is what their names begin at")
+    named = [name for sample in data.samples for name in files_of(sample, kind)][:LOOKED_FOR]
+    if named and not Path(folder).is_dir():
+        raise ValueError(f"{data.path} names {kind}s and there is no folder {folder}; give it as --{kind}_folder")
+    if named and not any(os.path.exists(os.path.join(folder, name)) for name in named):
+        raise ValueError(f"none of the {kind}s that {data.path} names first lies in {folder}, {show(named[0])} for one;"
+                         f" --{kind}_folder is what their names begin at")
 
 
 def check_for_model(data: Data, takes_videos: bool) -> None:
