@@ -91,10 +91,10 @@ def empty_layers(cache: DynamicCache) -> None:
 
 
 def check_guesses(options: dict) -> None:
-    """Of the options of ``generate`` from embeddings.
+    """Refuse the options of a ``generate`` from embeddings that the installed transformers gets wrong.
 
     Raises:
-        ValueError: for assisted generation before 5.18, whose first answer loses the prompt's embeddings.
+        ValueError: for assisted generation before 5.18, which gives other tokens than the model's own.
     """
     config = options.get("generation_config")
     lookup = options.get("prompt_lookup_num_tokens") or getattr(config, "prompt_lookup_num_tokens", None)
