@@ -3,41 +3,39 @@
 A compression after layer L leaves layers 0..L on the longer sequence; layer L+1 is the first to see the shorter one.
 """
 
-import math
 from collections.abc import Sequence
-from fractions import Fraction
-from functools import lru_cache
 
 from .config import ROUNDINGS, Compression
-from .sentences import ConfigError
+from .sentences import ConfigError, show
 
 
-@lru_cache(maxsize=1 << 12)
 def kept(n: int, ratio: float, rounding: str = "round") -> int:
     """Targets N_t that a span of `n` visual tokens keeps when the fraction `ratio` in [0, 1) is removed (§3.1).
 
     rounding: "round" (to the nearest whole number, halves to the even one) | "floor" | "ceil", of (1-R)·N without float error.
     At least one token of a span stays; an empty span keeps none. ConfigError for another rounding.
     """
-    exact = (1 - _written(ratio, n)) * n
-    if rounding == "round":
-        whole = round(exact)
-    elif rounding == "floor":
-        whole = math.floor(exact)
-    elif rounding == "ceil":
-        whole = math.ceil(exact)
-    else:
-        raise ConfigError(f"rounding: {rounding} is unknown; use one of {', '.join(ROUNDINGS)}")
+    if rounding not in ROUNDINGS:
+        raise ConfigError(f"rounding: {show(rounding)} is unknown; use one of {', '.join(ROUNDINGS)}")
+    top, bottom = _fraction_left(n, ratio)
+    whole, rest = divmod(top * n, bottom)
+    if rounding == "ceil":
+        whole += rest > 0
+    elif rounding == "round":
+        whole += 2 * rest > bottom or 2 * rest == bottom and whole % 2
     return min(n, max(1, whole))
 
 
-def _written(ratio: float, n: int) -> Fraction:
-    """The fraction that a float was written as, such as 7/10 or 2/3, where it matters for a span of `n` tokens.
+def _fraction_left(n: int, ratio: float) -> tuple[int, int]:
+    """1-R as a fraction of whole numbers: that of the decimal or fraction which the float R was written as, where it matters.
 
-    (1-R)·N is whole or half-way between two whole numbers only for an R whose denominator is at most 2·N.
+    It matters where (1-R)·N is whole or half-way between two whole numbers; R is then a fraction over 2·N.
     """
-    simple = Fraction(ratio).limit_denominator(max(1, 2 * n))
-    return simple if float(simple) == ratio else Fraction(ratio)
+    halves = round(2 * (1 - ratio) * n)
+    if n and (2 * n - halves) / (2 * n) == ratio:
+        return halves, 2 * n
+    top, bottom = float(ratio).as_integer_ratio()
+    return bottom - top, bottom
 
 
 def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
