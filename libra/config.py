@@ -331,9 +331,7 @@ def _is_whole(value: Any) -> bool:
 
 def _number(key: str, value: Any, allowed, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        # YAML reads 1e-3 as text.
-        dotted = isinstance(value, str) and re.fullmatch(r"\s*[-+]?[\d.]+([eE][-+]?\d+)?\s*", value)
-        hint = " without quotes, such as 0.001 or 1.0e-3" if dotted else ""
+        hint = " without quotes, such as 0.001 or 1.0e-3" if _looks_like_a_number(value) else ""
         raise ConfigError(f"{key}: {show(value)} is not a number; write {what}{hint}")
     try:
         number = float(value)
@@ -342,6 +340,11 @@ def _number(key: str, value: Any, allowed, what: str) -> float:
     if not math.isfinite(number) or not allowed(number):
         raise ConfigError(f"{key}: {show(value)} is out of range; write {what}")
     return number
+
+
+def _looks_like_a_number(value: Any) -> bool:
+    """Whether it is a text that somebody meant for a number, as YAML reads 1e-3."""
+    return isinstance(value, str) and re.fullmatch(r"\s*[-+]?[\d.]+([eE][-+]?\d+)?\s*", value) is not None
 
 
 def _is_weight(value: float) -> bool:
@@ -367,7 +370,7 @@ def _ratio(value: Any) -> float:
 
 def _eta(value: Any) -> str | float:
     what = 'the word "mean" or a positive number, 1e-30 to 1e30'
-    if isinstance(value, str):
+    if isinstance(value, str) and not _looks_like_a_number(value):
         if value == "mean":
             return value
         raise ConfigError(f"eta: {show(value)} is unknown; write {what}")

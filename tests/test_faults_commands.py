@@ -1,0 +1,119 @@
+"""Hostile configuration files and command lines: each runs or ends in one line that names the key or the flag."""
+
+import os
+import random
+import re
+from pathlib import Path
+
+import hostile
+import pytest
+import torch
+
+import libra
+from libra import Compression
+from libra.config import ROW_KEYS, ConfigError, Row
+from libra.schedule import nominal
+
+
+def refused(error) -> str:
+    """The sentence of a caught error: one line."""
+    text = str(error.value)
+    assert text and text.isprintable() and "Traceback" not in text
+    return text
+
+
+# --- D 1, and item 6 of the list of issue 15: hostile YAML runs or ends in one line that names the key ---
+
+KEY = "|".join(hostile.KEYS)
+TOLD = re.compile(
+    rf"({KEY}|compression): |is not valid YAML: .*(line \d+)?|.{{1,99}}: is no key of |holds no keys|is not a plain text file|"
+    r"is larger than|is nested too deeply"
+)
+
+
+def run_hostile(path, content: bytes) -> str:
+    """What became of a file: "ran", or the sentence. Whatever it says it can do is done on a few tensors."""
+    path.write_bytes(content)
+    said = set()
+    for read in (Compression.from_yaml, Row.from_yaml):
+        try:
+            compression = read(path) if read == Compression.from_yaml else read(path).compression
+            compression = compression.at_depth(32, str(path))
+            assert Compression.from_dict(compression.to_dict()) == compression
+            if compression.compresses and read == Compression.from_yaml:
+                out = libra.compress(HIDDEN, ALPHA, compression, spans=[[9, 3], [7]])
+                assert out.tokens.isfinite().all() and min(nominal(compression, 32, 576)) > 0
+            said.add("ran")
+        except ConfigError as error:
+            sentence = str(error)
+            assert sentence.startswith(f"{path}: ") and sentence.isprintable() and len(sentence) < 900, sentence
+            assert TOLD.match(sentence.removeprefix(f"{path}: ")), sentence
+            said.add(sentence)
+    return " | ".join(sorted(said))
+
+
+HIDDEN = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
+ALPHA = torch.rand(2, 12, generator=torch.Generator().manual_seed(1))
+
+
+def test_d1_every_odd_value_of_every_key(tmp_path):
+    """One odd value at a time, in a compression and in a row; the sentence names that key or, for bad YAML, the line."""
+    draw = random.Random(0)
+    for key in hostile.KEYS:
+        for value in draw.sample(hostile.SCALARS, 6):
+            others = {"model": "mini", "compression": "{method: libra}"} if key in ROW_KEYS else {"method": "libra"}
+            text = "\n".join(f"{name}: {said}" for name, said in {**others, key: value}.items())
+            sentence = run_hostile(tmp_path / "a.yaml", text.encode("utf-8", "ignore"))
+            assert re.search(rf"ran|{key}|not valid YAML.*line|text file|nested", sentence), (key, value, sentence)
+
+
+def test_d1_hostile_yaml(tmp_path):
+    told = [run_hostile(tmp_path / "a.yaml", hostile.text(seed)) for seed in range(300)]
+    assert 10 < sum("ran" in sentence for sentence in told) < 200  # both happen
+
+
+@pytest.mark.soak
+def test_d1_ten_thousand_hostile_files(tmp_path):
+    for seed in range(10_000):
+        run_hostile(tmp_path / "a.yaml", hostile.text(seed))
+
+
+def test_d1_numbers_names_and_seeds(tmp_path):
+    """Those that users met, each with its key and its mend."""
+    path = tmp_path / "row.yaml"
+    for text, words in (
+        ("method: libra\nratio: " + "9" * 310, "ratio: a whole number of 1030 bits is out of range; write a number in"),
+        ("method: libra\ntau: -" + "9" * 310, "tau: a whole number of 1030 bits is out of range"),
+        ("method: libra\nlayers: [" + "9" * 310 + "]", "layers: a whole number of 1030 bits is out of range: the model has"),
+        ("method: libra\nlayers: !!map [a]", "layers: the tag tag:yaml.org,2002:map is not taken here; .* .line 2."),
+        ("method: libra\nratio: !!int ''", "ratio: '' is not a number that can be read .line 2."),
+        ("method: libra\nratio: " + "9" * 5000, "ratio: 9{80}… is not a number that can be read"),
+        (f"method: random\nseed: {2**64}", "seed: 18446744073709551616 is not a whole number from 0 to 2.64 - 1"),
+        ("method: libra\neta: 1e-300", "eta: 1e-300 is not a number; .* without quotes, such as 0.001 or 1.0e-3"),
+        ("method: libra\neta: 1.0e-300", "eta: 1e-300 is out of range; .* 1e-30 to 1e30"),
+        ("method: turbo\ninformation_weight: 1.0e+300", "information_weight: 1e.300 is out of range"),
+        ("a: &a [x]\nmethod: *a", "the alias .a is not taken; write the value out .line 2."),
+        ("b: &b {ratio: 0.5}\n<<: {ratio: 0.5}", "the merge key << is not taken; write the keys out .line 2."),
+        ("method: " + "[" * 50, "more than 20 lists and mappings within each other"),
+        ('model: mini\ncompression: {method: libra}\nname: "a\\nb"', r"name: 'a\\nb' is not a name; write a text of one line"),
+        ('model: "x\\ny"\ncompression: {method: libra}', r"model: 'x\\ny' is not a name"),
+        ('"me\\nthod": libra', r"'me\\nthod': is no key of compression; did you mean method\?"),
+        ("method: libra\n# " + "x" * 70_000, "is larger than 64 KB"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=words) as error:
+            Compression.from_yaml(path).at_depth(12, str(path))
+        assert refused(error).startswith(f"{path}: ")
+    for seed in (2**40, 2**63 - 1, 2**63, 2**64 - 1):
+        path.write_text(f"{{method: random, seed: {seed}}}")
+        c = Compression.from_yaml(path)
+        once, again = (libra.compress(HIDDEN, ALPHA, c).targets for _ in range(2))
+        assert torch.equal(once, again)
+
+
+def test_d1_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path, tmp_path / ("x" * 5000), Path("a\0b"), tmp_path / "no\nfile"):
+        with pytest.raises(ConfigError, match="cannot be read|there is no such file") as error:
+            Row.from_yaml(path)
+        refused(error)
