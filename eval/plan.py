@@ -13,6 +13,7 @@ from libra.checkpoints import find_checkpoint
 from libra.config import Compression, ConfigError, Row
 from libra.flops import cost
 from libra.identity import checkpoint_identity, hub_revision, row_identity
+from libra.names import spelled
 from libra.registry import get_model
 
 from .cells import TURNS, Cell, code, finished_beside, read_cells
@@ -55,7 +56,8 @@ def plan(
     known = suite_rows(table, suite)
     if not known:
         raise ValueError(f"suite {suite} of table {table.name} has no rows: configs/ holds none of its files")
-    for name in rows or []:
+    rows = [spelled(name, known) or name for name in rows or []]
+    for name in rows:
         if name not in known:
             raise ValueError(f"row {name} is unknown in suite {suite} of table {table.name}; use one of {', '.join(known)}")
     chosen = {name: row for name, row in known.items() if not rows or name in rows}
@@ -133,9 +135,9 @@ def _other(rows: dict[str, Row], named: str | None) -> str | None:
 
 
 def _wanted(names: list[str], known: list[str]) -> list[str]:
-    full = {name: name if name in known else f"mini_{name}" for name in names}
+    full = {name: spelled(name, known) or spelled(f"mini_{name}", known) for name in names}
     for name, task in full.items():
-        if task not in known:
+        if task is None:
             raise ValueError(f"task {name} is not a task of these rows; use one of {', '.join(dict.fromkeys(known))}")
     return list(full.values())
 

@@ -68,5 +68,7 @@ def require_clean() -> None:
 
 
 def _git(*arguments: str) -> str:
+    if not (REPOSITORY / ".git").exists():  # an installed package may lie in somebody else's checkout
+        raise FileNotFoundError(f"{REPOSITORY} is not a git checkout")
     run = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True)
     return run.stdout.strip()

@@ -138,6 +138,10 @@ def test_the_wheel_holds_two_packages_with_their_data(wheel, installed):
 def test_the_package_works_from_any_folder(installed):
     place = "import libra, llava, libra.shipped; print(libra.__file__, llava.__file__, *libra.shipped.rows().values())"
     assert all(path.startswith(str(installed.packages)) for path in installed.run("-c", place).split())
+    surroundings = installed.elsewhere.parent  # somebody's own checkout, with an environment in it
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "--allow-empty", "-m", "a"]):
+        subprocess.run(["git", *words], cwd=surroundings, check=True)
+    assert installed.run("-c", "from libra.provenance import commit; print(commit())") == "unknown\n"
     flops = installed.run("-m", "libra.flops", "--config", "llava7b_r50")
     assert "1.78 T" in flops and "47%" in flops
 
