@@ -110,8 +110,9 @@ install() {
     if [ -n "$uv" ] && with_uv "$uv"; then return 0; fi
     "$python" -m pip --version || "$python" -m ensurepip || return 1
     if [ -z "$uv" ] && "$python" -m pip install -q --retries 1 uv && with_uv "$venv/bin/uv"; then return 0; fi
-    # pip's own settings may know more about this network (an index, a certificate) than uv's.
-    "$python" -m pip install -q --retries 1 -r requirements.txt
+    # pip may know more about this network (an index, a certificate) than uv. The lock holds all packages, so it has no dependencies
+    # to look for, and pip 23 stumbles over a locked package that another wants with an extra.
+    "$python" -m pip install -q --retries 1 --no-deps -r requirements.txt
 }
 
 if ! install >>"$log" 2>&1; then
