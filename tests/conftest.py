@@ -16,8 +16,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# Reasons to skip a test that no package, browser or other program that could be installed would change.
+NOTHING_TO_INSTALL = (
+    "slow: ", "soak: ", "needs a CUDA device", "kernels are compiled", "this torch's FSDP needs GPUs", "newer ones take",
+)
+
+
 def pytest_addoption(parser):
     parser.addoption("--all", "--run-slow", action="store_true", dest="run_slow", help="also run the tests marked slow")
+    parser.addoption("--complete", action="store_true", help="fail if a test is skipped for want of something to install")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -30,3 +37,25 @@ def pytest_collection_modifyitems(config, items):
         for name, skip in skips.items():
             if item.get_closest_marker(name):
                 item.add_marker(skip)
+
+
+def skipped_for_want(session) -> list[str]:
+    """Where and why tests were skipped that would run if something were installed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    found = []
+    for report in reporter.stats.get("skipped", []):
+        path, line, reason = report.longrepr
+        if not reason.removeprefix("Skipped: ").startswith(NOTHING_TO_INSTALL):
+            found.append(f"{path}:{line}: {reason}")
+    return found
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("complete") and not hasattr(session.config, "workerinput") and skipped_for_want(session):
+        session.exitstatus = max(session.exitstatus, pytest.ExitCode.TESTS_FAILED)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("complete"):
+        for line in skipped_for_want(terminalreporter._session):
+            terminalreporter.write_line(f"error: skipped for want of something to install: {line}", red=True)

@@ -181,6 +181,24 @@ def test_an_unknown_extra_is_one_sentence():
     assert answer.stderr == "error: there is no extra 'nonsense': use eval, train or test.\n"
 
 
+def test_the_tests_of_other_versions_exist():
+    chosen = [line for line in (ROOT / "tests/versions.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len(set(chosen)) == len(chosen) >= 40
+    for name in chosen:
+        path, _, function = name.partition("::")
+        assert f"def {function}" in (ROOT / path).read_text(), name
+
+
+def test_versions_need_a_mode_and_uv(tmp_path):
+    command = ["bash", ROOT / "scripts/test_versions.sh"]
+    answer = subprocess.run([*command, "oldest"], capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (2, "error: name what to test: locked, lowest, newest or beyond.\n")
+    for tool in ("bash", "dirname"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    answer = subprocess.run([*command, "lowest"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (2, "error: uv is needed to resolve the versions: pip install uv\n")
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")) + [ROOT / ".ci/run"], ids=lambda path: path.name)
 def test_scripts_parse_and_stop_at_errors(script):
     subprocess.run(["bash", "-n", script], check=True)
