@@ -222,13 +222,18 @@ class Row:
     attention: str = "sdpa"
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> "Row":
+    def from_yaml(cls, path: str | Path, needs_model: bool = True) -> "Row":
         """Reads and checks a row's file; without layers the compression gets the natural places of the row's model.
 
-        path: a file, or the name of a shipped row. Raises ConfigError naming the key and the file.
+        path: a file, or the name of a shipped row; needs_model: False also takes a compression's keys only, as a row whose
+        model is "". Raises ConfigError naming the key and the file.
         """
         file, source = shipped.find_row(path)
-        row = _row(plain_yaml.load(file), source)
+        mapping = plain_yaml.load(file)
+        if not needs_model and not mapping.keys() & {f.name for f in fields(cls)}:
+            name = Path(source).stem
+            return cls("", _block(mapping, source), name=name, path=source, title=name)
+        row = _row(mapping, source)
         if row.compression.layers is not None:
             return row
         return replace(row, compression=row.compression.at_depth(get_model(row.model, row.path).layers, row.path))

@@ -107,8 +107,8 @@ def row_identity(row: Row) -> dict:
     """What a table's row does to its model, in JSON values. A method's name only says the keys that are there as well."""
     compression = row.compression.to_dict() if row.compression.compresses else {"layers": []}
     compression.pop("method", None)
-    spec = get_model(row.model, row.path)
-    return {"model": row.model, "conversation": spec.conversation, "compression": compression, "attention": row.attention}
+    conversation = get_model(row.model, row.path).conversation if row.model else None  # None: the checkpoint's own
+    return {"model": row.model, "conversation": conversation, "compression": compression, "attention": row.attention}
 
 
 def checkpoint_identity(found: str) -> dict:

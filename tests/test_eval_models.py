@@ -270,6 +270,6 @@ def test_a_checkpoint_that_cannot_be_driven(converted, tmp_path):
     with pytest.raises(ValueError, match="mute has no chat template"):
         LibraModel(str(CONFIGS / "r50.yaml"), str(mute), device="cpu")
     with pytest.raises(ValueError, match="has no conversation template"):
-        Llava(str(ROOT / "mini" / "checkpoint"), None, "cpu", torch.float32)
+        Llava(str(ROOT / "mini" / "checkpoint"), "nonsense", "cpu", torch.float32)
     with pytest.raises(ValueError, match="nowhere"):
         LibraModel(str(CONFIGS / "r50.yaml"), str(tmp_path / "nowhere"), device="cpu")

@@ -117,3 +117,23 @@ def test_d1_only_regular_files_are_read(tmp_path):
         with pytest.raises(ConfigError, match="cannot be read|there is no such file") as error:
             Row.from_yaml(path)
         refused(error)
+
+
+# --- D 8: the harness takes a compression's keys only ---
+
+
+def test_d8_the_harness_takes_a_compressions_keys_only(tmp_path):
+    """With a checkpoint, whose own template and depth are taken; without one it says what is missing."""
+    from libra.identity import row_identity
+    from libra.lmms.lmms_libra import LibraModel
+
+    path = tmp_path / "mine.yaml"
+    path.write_text("{method: libra, ratio: 2/3}")
+    model = LibraModel(str(path), pretrained="mini/checkpoint", device="cpu")
+    assert model.engine.model.compression == Compression(method="libra", layers=(2, 5, 8), ratio="2/3")
+    assert row_identity(Row.from_yaml(path, needs_model=False))["compression"]["ratio"] == 2 / 3
+    with pytest.raises(ValueError, match=r"mine.yaml: it names no model; add `model:` to it, or .* pretrained=") as error:
+        LibraModel(str(path), device="cpu")
+    refused(error)
+    with pytest.raises(ConfigError, match="method: is a key of the compression"):
+        Row.from_yaml(path)

@@ -82,10 +82,10 @@ def open_visual(visual, frames: int) -> Image.Image | list[Image.Image]:
 class LibraModel(lmms):
     """``--model libra``. Greedy or sampled generation in batches; no log-likelihoods, one round.
 
-    config: a row, or its YAML file. pretrained: a folder or hub name instead of the registry's checkpoint, of LLaVA,
-    VideoLLaMA-2 or any model that libra.attach supports. blind: grey images of the same size instead of the real ones.
-    sample_log: a JSONL of finished samples; what stands there of the same row, checkpoint and code is not computed again.
-    frames: of a video, where the model's own number is not wanted.
+    config: a row, its YAML file, or with ``pretrained`` a file with a compression's keys only. pretrained: a folder or hub name
+    instead of the registry's checkpoint, of LLaVA, VideoLLaMA-2 or any model that libra.attach supports. blind: grey images of
+    the same size instead of the real ones. sample_log: a JSONL of finished samples; what stands there of the same row,
+    checkpoint and code is not computed again. frames: of a video, where the model's own number is not wanted.
     """
 
     is_simple = True
@@ -103,7 +103,9 @@ class LibraModel(lmms):
     ):
         """Raises ValueError for a bad row, an unknown dtype, a bad number, and a checkpoint that does not load."""
         super().__init__()
-        row = config if isinstance(config, Row) else Row.from_yaml(config)
+        row = config if isinstance(config, Row) else Row.from_yaml(config, needs_model=False)
+        if not row.model and not pretrained:
+            raise ValueError(f"{row.path}: it names no model; add `model:` to it, or name a checkpoint with pretrained=…")
         if dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype!r}")
         for name, number in (("batch_size", batch_size), ("frames", frames or 1)):
@@ -113,9 +115,9 @@ class LibraModel(lmms):
         if device is None:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         self.device, self.batch_size = torch.device(device), int(batch_size)
-        spec = get_model(row.model, row.path)
+        spec = get_model(row.model, row.path) if row.model else None
         path = find_checkpoint(pretrained or spec.checkpoint)
-        self.engine = load_engine(path, spec.conversation, device, getattr(torch, dtype))
+        self.engine = load_engine(path, spec and spec.conversation, device, getattr(torch, dtype))
         if frames:
             self.engine.frames = int(frames)
         self.sample_log: SampleLog | None = None
@@ -159,7 +161,7 @@ class LibraModel(lmms):
             groups.setdefault(json.dumps(options, sort_keys=True, default=str), []).append(
                 _Request(place, task, int(doc_id), text, doc_to_visual, split, options)
             )
-        if self.compression.layers and not any(self._visuals(request) for group in groups.values() for request in group):
+        if self.compression.compresses and not any(self._visuals(request) for group in groups.values() for request in group):
             tasks = ", ".join(sorted({request.task for group in groups.values() for request in group}))
             raise ValueError(f"task {tasks} gives no image, and compression needs visual tokens: run it with a vanilla row")
         for group in groups.values():

@@ -31,8 +31,8 @@ class Llava(Engine):
         if self.sees_videos:
             self.conversation = ChatConversation(self.tokenizer)
             self.frames = self.model.config.num_frames
-        elif conversation in conv_templates:
-            self.conversation = conv_templates[conversation]
+        elif (conversation or getattr(self.model.config, "conversation", None)) in conv_templates:
+            self.conversation = conv_templates[conversation or self.model.config.conversation]
             self.frames = self._fitting_frames()
         else:
             raise ValueError(f"{path} has no conversation template of llava.conversation: name one in the registry of models")
