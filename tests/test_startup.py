@@ -15,7 +15,6 @@ import libra
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("libra", "llava", "eval", "mini")
 LARGE = ("torch", "transformers", "lmms_eval", "datasets", "gradio", "sklearn", "matplotlib")
-TRAINS_MINI = ("mini.finetune", "mini.next.attention", "mini.next.train", "mini.train")  # these still import torch first
 HELP = """
 import contextlib, io, json, runpy, sys, time
 found = {}
@@ -50,19 +49,12 @@ def run(*words: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_every_help_comes_in_a_moment_and_says_how_to_call_it(tmp_path):
-    asked = [command for command in commands() if command not in TRAINS_MINI]
-    answer = run("-c", f"LARGE = {LARGE!r}\n{HELP}", *asked, cwd=tmp_path)
+    answer = run("-c", f"LARGE = {LARGE!r}\n{HELP}", *commands(), cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     for command, (text, seconds, large) in json.loads(answer.stdout).items():
         assert text.startswith(f"usage: python -m {command} "), command
         assert not large, f"{command} imports {large} before it shows its help"
         assert seconds < 1.5, command
-
-
-@pytest.mark.parametrize("command", TRAINS_MINI)
-def test_how_to_call_the_others_is_said_too(command):
-    source = (ROOT / command.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
-    assert f'prog="python -m {command}"' in source
 
 
 def test_flops_need_neither_torch_nor_transformers_and_a_second(tmp_path):

@@ -1,17 +1,14 @@
-"""Where the tower's [CLS] token looks: ``python -m mini.next.attention mini/checkpoint/vision_tower``.
+"""Where the tower's [CLS] token looks; :mod:`mini.next.look` is the command.
 
 Methods such as FasterVLM, VisionZip and VisPruner score visual tokens by its attention in the layer that LLaVA selects.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import CLIPVisionModel
-
-from libra.cli import Parser
 
 from .build import GRID
 from .patches import pixels_of
@@ -67,13 +64,3 @@ def measure(folder: Path) -> dict[str, dict]:
     tower = CLIPVisionModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     sizes = {"big": False, "small": True}
     return {f"{layer} {name}": asdict(look(tower, layer, small)) for layer in (-2, -1) for name, small in sizes.items()}
-
-
-def main() -> None:
-    parser = Parser(prog="python -m mini.next.attention", description=__doc__)
-    parser.add_argument("tower", type=Path, help="folder of a CLIP vision tower")
-    print(json.dumps(measure(parser.parse_args().tower), indent=1))
-
-
-if __name__ == "__main__":
-    main()
