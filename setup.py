@@ -12,7 +12,7 @@ CORE = [
     "torchvision>=0.21,<0.30",
     "transformers>=5.17,<5.25",  # as libra/transformers_api.py: minor versions rename what we call, as 5.24 did the cache
     "accelerate>=1.7,<2",
-    "numpy>=1.26,<3",
+    "numpy>=2.0,<3",
     "pillow>=10.0,<14",
     "pyyaml>=6.0,<7",
     "requests>=2.32,<3",
@@ -20,16 +20,16 @@ CORE = [
     "protobuf>=4.25,<7",  # lmms-eval 0.7.1 and later pin wandb 0.25.0, which needs protobuf < 7
     "tqdm>=4.66.3,<5",
 ]
-MINI = ["scikit-learn>=1.4,<2", "easy-vqa>=1.0,<2"]  # the images behind the embedded model and its benchmark
+MINI = ["scikit-learn>=1.5,<2", "easy-vqa>=1.0,<2"]  # the images behind the embedded model and its benchmark
 EVAL = [
     "filelock>=3.16,<4",  # lmms-eval 0.7.3 imports filelock._api, which 4 no longer has
     "lmms-eval>=0.7.3,<0.8",  # its task and evaluator modules change between minor versions
-    "datasets>=3.0,<6",
-    "matplotlib>=3.8,<4",
+    "datasets>=5.0,<6",
+    "matplotlib>=3.9,<4",
     *MINI,
 ]
-VIDEO = ["timm>=1.0,<2", "av>=12.0,<16"]  # VideoLLaMA-2's connector, and the frames of video files; lmms-eval asks for av < 16
-LORA = ["peft>=0.17,<0.22"]  # still 0.x: a minor version may change anything
+VIDEO = ["timm>=1.0,<2", "av>=13.0,<16"]  # VideoLLaMA-2's connector, and the frames of video files; lmms-eval asks for av < 16
+LORA = ["peft>=0.18,<0.22"]  # still 0.x: a minor version may change anything
 WEB = ["gradio>=6.31,<7", "pillow<13"]  # gradio 6 asks for pillow < 13
 TRAIN = [
     *MINI,
