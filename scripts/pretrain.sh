@@ -4,8 +4,8 @@
 # 8 × A100: bash scripts/pretrain.sh      with compression: COMPRESSION=configs/llava7b_r50.yaml bash scripts/pretrain.sh
 set -euo pipefail
 . "$(dirname "$0")/train_common.sh"
+model="${MODEL:-lmsys/vicuna-7b-v1.5}"
 launch --deepspeed "$root/scripts/zero2.json" \
-    --model_name_or_path "${MODEL:-lmsys/vicuna-7b-v1.5}" \
     --version plain \
     --data_path "${DATA:-playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}" \
     --image_folder "${IMAGES:-playground/data/LLaVA-Pretrain/images}" \

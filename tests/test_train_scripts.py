@@ -153,6 +153,26 @@ def test_adapters_on_two_machines(parts, second):
 
 def test_what_is_wrong_is_said_once(parts, tmp_path):
     ((status, said),) = together(parts, ("finetune", FLAGS, environment(parts, "talks", tmp_path / "out", DATA="nowhere.json")))
-    assert status != 0 and not (tmp_path / "out").exists()
+    assert status == 2 and not (tmp_path / "out").exists() and "Traceback" not in said and "torch.distributed" not in said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and errors[0].startswith("error: the data nowhere.json cannot be read")
+
+
+def test_d5_second_stage_from_a_llava_checkpoint(parts, tmp_path):
+    """It brings its projector, tower, template and settings along."""
+    settings = {"MODEL": str(MINI), "VISION_TOWER": "", "GPUS": "1", "ZERO": "2"}
+    ((status, said),) = together(parts, ("finetune", (), environment(parts, "talks", tmp_path / "out", **settings)))
+    assert status == 0, said[-3000:]
+    config, start = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", MINI))
+    for name in ("conversation", "mm_vision_select_layer", "tokenizer_model_max_length", "image_aspect_ratio"):
+        assert config[name] == start[name], name
+    assert len(losses(log_of(tmp_path / "out"))) == 2 * STEPS
+
+
+def test_d5_what_goes_wrong_in_a_process_is_said_without_torchruns_traceback(parts, tmp_path):
+    """A folder that holds another run is found by the processes, after the check."""
+    settings = {"MODEL": str(MINI), "VISION_TOWER": "", "GPUS": "1", "ZERO": "2"}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text('{"run": {"--seed": 7}}')
+    ((status, said),) = together(parts, ("finetune", (), environment(parts, "talks", tmp_path / "out", **settings)))
+    assert status == 2 and "error: --output_dir" in said and "--seed was 7" in said and "Traceback" not in said
