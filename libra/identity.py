@@ -20,7 +20,7 @@ LARGE = 64 << 20  # bytes from which a file's digest is remembered
 # Files of a checkpoint's folder that nobody reads who answers with it.
 IDLE = (
     "*.md", "*.png", "*.jpg", "*.jpeg", "*.pdf", "LICENSE*", "NOTICE*", "trainer_state.json", "training_args.bin",
-    "optimizer.*", "scheduler.*", "rng_state*", "scaler.pt",
+    "run.json", "samples.json", "optimizer.*", "scheduler.*", "rng_state*", "scaler.pt",
 )
 IDLE_FOLDERS = ("checkpoint-*", "runs")  # earlier states of a training, and its curves
 ROLES = {  # package → its parts that have no part in an answer

@@ -30,6 +30,7 @@ from libra.provenance import REPOSITORY, commit, machine, require_clean, version
 from libra.schedule import actual
 from libra.timing import in_turns, median_interval, now, peak_memory
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.train.runs import RECORD
 
 from .data import EASY_VQA_SHARE
 from .questions import ask
@@ -104,7 +105,7 @@ def _call(arguments: list[str], quiet: bool = False) -> None:
 def fine_tune(folder: Path, data: Path, kind: str, options) -> dict:
     """Train one of the two, or go on with it; returns its log's last entry and the losses."""
     state = folder / "trainer_state.json"
-    if read_json(state) is None:
+    if not (read_json(folder / RECORD) or {}).get("finished"):  # the state is written before the model is
         print(f"fine-tuning, visual tokens {kind}", file=sys.stderr)
         _call([
             "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes),
