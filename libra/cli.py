@@ -1,11 +1,15 @@
 """What every command line of this project shares."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from .sentences import one_line
+
+LARGEST = 10**9  # of the whole numbers that a flag takes
+LONGEST_WORD = 400  # characters of a word that an error repeats
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,7 +22,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {one_line(message)}", file=sys.stderr)
+        short = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: word[0][:80] + "…", one_line(message))
+        print(f"error: {short}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -42,11 +47,13 @@ def names(text: str) -> list[str]:
 
 
 def whole_from(least: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from ``least`` up."""
+    """An argparse type: whole numbers from ``least`` up to :data:`LARGEST`."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
+        if not (text.isascii() and text.isdecimal()) or len(text) <= 10 and int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} up")
+        if len(text) > 10 or int(text) > LARGEST:
+            raise argparse.ArgumentTypeError(f"{text} is too large; give at most {LARGEST}")
         return int(text)
 
     return parse

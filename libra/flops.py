@@ -1,14 +1,16 @@
 """FLOPs of the visual tokens, as the paper counts them (§4.1): python -m libra.flops --config configs/llava7b_r50.yaml"""
 
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 from . import schedule
-from .cli import Parser
+from .cli import LARGEST, Parser, whole_from
 from .config import Compression, ConfigError, Row
 from .registry import ModelSpec, get_model
+from .sentences import show as shown
 
 EXAMPLES = """examples:
   python -m libra.flops --config configs/llava7b_r50.yaml
@@ -187,9 +189,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         n = None
         if args.visual_tokens is not None:
-            if not args.visual_tokens.isdecimal() or int(args.visual_tokens) < 1:
-                raise ConfigError(f"--visual-tokens: {args.visual_tokens} is not a number of tokens; give 1 or more")
-            n = int(args.visual_tokens)
+            try:
+                n = whole_from(1)(args.visual_tokens)
+            except ArgumentTypeError:
+                problem = f"--visual-tokens: {shown(args.visual_tokens)} is not a number of tokens; give 1 to {LARGEST}"
+                raise ConfigError(problem) from None
         data = report(Row.from_yaml(args.config), n)
     except ConfigError as error:
         parser.error(str(error))

@@ -1,5 +1,7 @@
 """Hostile configuration files and command lines: each runs or ends in one line that names the key or the flag."""
 
+import importlib
+import itertools
 import os
 import random
 import re
@@ -137,3 +139,45 @@ def test_d8_the_harness_takes_a_compressions_keys_only(tmp_path):
     refused(error)
     with pytest.raises(ConfigError, match="method: is a key of the compression"):
         Row.from_yaml(path)
+
+
+# --- command lines: numbers and files that nobody means ---
+
+NUMBERS = ("nan", "-1", "9" * 30, "9" * 5000, "1e5", "²", "٣", "", " ", "inf", "0x10", "a\nb", "1" * 11)
+COMMANDS = {
+    "libra.flops": (["--config=mini/r50"], ["--visual-tokens"], ["--config"]),
+    "libra.latency": (
+        ["--config=mini/r50", "--random-weights"],
+        [
+            "--layers", "--compression-layers", "--visual-tokens", "--text-tokens", "--batch", "--images", "--pairs",
+            "--decode", "--threads",
+        ],
+        ["--config"],
+    ),
+    "libra.figures": (
+        ["--output=a.png", "--model=none", "--image=none", "--prompt=x", "--config=mini/r50"], ["--dpi"], ["--config"],
+    ),
+    "llava.eval.true_size": (
+        ["--config=llava7b_r50"], ["--layers", "--pairs", "--new-tokens", "--text-tokens", "--threads"], ["--config"],
+    ),
+    "eval.run": (["--table=1", "--dry-run"], ["--limit", "--batch-size", "--processes"], []),
+    "eval.throughput": ([], ["--batch-sizes", "--limit", "--repeats"], []),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_d1_command_lines(command, tmp_path, capsys, monkeypatch):
+    """Exit status 2 after one line that names the flag, or the file that it names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\x00" * 50)
+    os.mkfifo(tmp_path / "pipe")
+    found = (tmp_path / name for name in ("", "none.yaml", "picture.yaml", "pipe"))
+    files = (*found, "/dev/null", "/dev/zero", "a\nb", "x" * 5000)
+    main = importlib.import_module(command).main
+    base, numbers, names = COMMANDS[command]
+    for flag, value in (*itertools.product(numbers, NUMBERS), *itertools.product(names, files)):
+        with pytest.raises(SystemExit) as ended:
+            main([*(word for word in base if not word.startswith(f"{flag}=")), f"{flag}={value}"])
+        error = capsys.readouterr().err.rstrip("\n")
+        assert ended.value.code == 2 and error.startswith("error: ") and error.isprintable() and len(error) < 700, (flag, error)
+        assert flag in error or str(value)[:20].split("\n")[0] in error, (flag, value, error)

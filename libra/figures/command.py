@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli import Parser
+from ..cli import Parser, whole_from
 from ..config import Compression
 from ..files import write_bytes
 
@@ -40,7 +40,7 @@ def parser() -> Parser:
     parser.add_argument("--from-trace", metavar="FILE", help="draw a trace of --save-trace, without a model")
     parser.add_argument("--save-trace", metavar="FILE", help="also write the trace, with the picture, as JSON")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=f"the figure: {', '.join(FORMATS)}")
-    parser.add_argument("--dpi", type=int, default=130, help="pixels of an inch, for .png (default %(default)s)")
+    parser.add_argument("--dpi", type=whole_from(1), default=130, help="pixels of an inch, for .png (default %(default)s)")
     return parser
 
 
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.output.suffix.lower() not in FORMATS:
             raise ValueError(f"--output: {args.output} must end in {', '.join(FORMATS)}")
-        if args.dpi < 1:
-            raise ValueError(f"--dpi: {args.dpi} is no resolution; give for example 130")
+        if args.dpi > 2400:
+            raise ValueError(f"--dpi: {args.dpi} is too fine; give at most 2400")
         from ..drawing import draw, figure_class
 
         figure_class()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..cli import Parser
+from ..cli import Parser, whole_from
 from ..files import new_folder
 from .questions import EASY_VQA, SCENE_TYPES, TYPES, easy_vqa, easy_vqa_image
 from .scenes import Scene, draw_scene
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: python -m libra.mini.benchmark --output results/benchmark",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the parquet files and manifest.json")
-    parser.add_argument("--questions", type=int, default=QUESTIONS, help="questions a type (default %(default)s)")
+    parser.add_argument("--questions", type=whole_from(1), default=QUESTIONS, help="questions a type (default %(default)s)")
     options = parser.parse_args(argv)
     try:
         manifest = write_benchmark(options.output, options.questions)
