@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from .fuse import fused
 
 PIECE = 1 << 24  # similarities held at a time: 64 MB
+HASHED = 32  # rows whose hash is computed at a time
 
 
 @fused
@@ -28,7 +29,7 @@ def most_similar(
     """
     batch, count, _ = tokens.shape
     # The tokens' own lengths change nothing in whom they are most similar to.
-    keys = F.normalize(others.float(), dim=-1).add(0.0).transpose(1, 2)  # (B, D, K); a zero has no sign after adding 0
+    keys = F.normalize(others.float(), dim=-1).add_(0.0).transpose(1, 2)  # (B, D, K); a zero has no sign after adding 0
     best = torch.empty(batch, count, device=tokens.device)
     place = torch.empty(batch, count, dtype=torch.long, device=tokens.device)
     step = max(1, PIECE // max(1, batch * others.shape[1]))
@@ -55,13 +56,9 @@ def first_equal(rows: torch.Tensor, groups: torch.Tensor | None = None) -> torch
 
     Rows are compared by a 64-bit hash of their bits, added up in whole numbers: exact in any order, on any device.
     """
-    bits = F.pad(rows, (0, rows.shape[-1] % 2)).contiguous().view(torch.int64)  # two numbers each
-    mixed = bits + torch.arange(bits.shape[-1], device=rows.device) * 0x1E3779B97F4A7C15  # wraps modulo 2^64, as all below
-    for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
-        mixed ^= mixed >> 29
-        mixed *= factor
-    mixed ^= mixed >> 32
-    key = mixed.sum(-1)
+    rows = F.pad(rows, (0, 1)) if rows.shape[-1] % 2 else rows.contiguous()
+    bits = rows.view(torch.int64)  # two numbers each
+    key = torch.cat([_hash(part) for part in bits.split(HASHED, dim=1)], 1)
     if groups is not None:
         key = key + groups * 0x1E3779B97F4A7C15
     order = key.argsort(dim=1, stable=True)
@@ -71,6 +68,16 @@ def first_equal(rows: torch.Tensor, groups: torch.Tensor | None = None) -> torch
     place = torch.arange(key.shape[1], device=rows.device).expand_as(key)
     first = torch.where(begins, place, 0).cummax(1).values  # of each run of equal keys
     return torch.empty_like(order).scatter_(1, order, order.gather(1, first))
+
+
+def _hash(bits: torch.Tensor) -> torch.Tensor:
+    """(B, k) int64 of (B, k, n) int64: each number is mixed with its place, then all of a row are added up, modulo 2^64."""
+    mixed = bits + torch.arange(bits.shape[-1], device=bits.device) * 0x1E3779B97F4A7C15
+    for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
+        mixed ^= mixed >> 29
+        mixed *= factor
+    mixed ^= mixed >> 32
+    return mixed.sum(-1)
 
 
 def cosine(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
