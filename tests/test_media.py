@@ -8,7 +8,7 @@ import numpy as np
 import odd_files
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from libra import media
 from llava.mm_utils import process_images
@@ -169,3 +169,13 @@ def test_frames_given_in_any_form(loaded):
     channels_first = torch.from_numpy(stacked).permute(0, 3, 1, 2)
     for given in (stacked, channels_first, stacked / 255, [stacked[0], Image.fromarray(frames[1])]):
         assert torch.equal(process_video(given, loaded[2], num_frames=2), want)
+
+
+def test_a_cut_file_is_refused_beside_a_library_that_lets_it_pass(tmp_path, monkeypatch):
+    """lmms-eval tells Pillow so for its whole process; training and evaluation would then see other pictures."""
+    odd_files.write_bad(tmp_path)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    for name in ("cut.png", "cut.jpg"):
+        with pytest.raises(ValueError, match="is damaged"):
+            media.open_image(tmp_path / name)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES

@@ -4,10 +4,12 @@ import os
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from io import BytesIO
+from threading import Lock
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from .sources import FILES, Limits, read, short_name, within
 
@@ -16,6 +18,7 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AV
 # What Pillow raises for a damaged picture.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, Image.DecompressionBombError)
 Say = Callable[[str, str], None]
+_STRICT = Lock()  # the switch is the process's
 
 
 def note(what: str, remark: str) -> None:
@@ -175,10 +178,22 @@ def _decode(data: bytes, what: str, limits: Limits, say: Say) -> Image.Image:
     return image
 
 
+@contextmanager
+def _whole_files():
+    """Pillow refuses cut files, as it does by default: lmms-eval switches that off for its whole process."""
+    with _STRICT:
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def _load(image: Image.Image, what: str, limits: Limits) -> Image.Image:
     check_size(image.size, what, limits)
     try:
-        image.load()
+        with _whole_files():
+            image.load()
     except BROKEN as error:
         raise ValueError(f"{what} is damaged ({error}); give a whole file") from error
     return image

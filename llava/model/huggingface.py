@@ -30,6 +30,8 @@ def load(model_class: type, path: str, **options):
 def check_folder(folder: Path) -> None:
     """What :func:`load` says of a folder, without loading it. Raises ValueError."""
     path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"the model {folder} cannot be loaded: it has no config.json; give a checkpoint's folder")
     values, stored = read_json(path), stored_in(folder)
     check_sizes(path, values)
     check_depth(path, values, stored)
