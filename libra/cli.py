@@ -46,14 +46,14 @@ def names(text: str) -> list[str]:
     return [name for name in (part.strip() for part in text.split(",")) if name]
 
 
-def whole_from(least: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from ``least`` up to :data:`LARGEST`."""
+def whole_from(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """An argparse type: whole numbers from ``least`` up to ``most``."""
 
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdecimal()) or len(text) <= 10 and int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} up")
-        if len(text) > 10 or int(text) > LARGEST:
-            raise argparse.ArgumentTypeError(f"{text} is too large; give at most {LARGEST}")
+        if len(text) > 10 or int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is too large; give at most {most}")
         return int(text)
 
     return parse

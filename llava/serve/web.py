@@ -28,7 +28,7 @@ def _parser() -> Parser:
     parser.set_defaults(max_new_tokens=128)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)")
-    add("--port", type=int, default=7860, help="port to listen at (default 7860; 0 takes a free one)")
+    add("--port", type=whole_from(0, 65_535), default=7860, help="port to listen at (default 7860; 0 takes a free one)")
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="another name by which browsers call this server, e.g. behind a proxy; may be repeated")
     add("--per-minute", type=whole_from(1), default=120, help="requests a minute from one address (default 120)")

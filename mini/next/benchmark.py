@@ -3,7 +3,6 @@
     python -m mini.next.benchmark --output results/benchmark
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from libra.cli import Parser, whole_from
 from libra.files import new_folder
 
 from .questions import EASY_VQA, SCENE_TYPES, TYPES
@@ -153,12 +153,12 @@ def write_benchmark(folder: Path, count: int = QUESTIONS) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m mini.next.benchmark", description="Write the embedded benchmark's held-out questions.",
         epilog="example: python -m mini.next.benchmark --output results/benchmark",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the parquet files and manifest.json")
-    parser.add_argument("--questions", type=int, default=QUESTIONS, help="questions a type (default %(default)s)")
+    parser.add_argument("--questions", type=whole_from(1), default=QUESTIONS, help="questions a type (default %(default)s)")
     options = parser.parse_args(argv)
     try:
         manifest = write_benchmark(options.output, options.questions)
