@@ -29,12 +29,12 @@ EVAL = [
     *MINI,
 ]
 VIDEO = ["timm>=1.0,<2", "av>=13.0,<16"]  # VideoLLaMA-2's connector, and the frames of video files; lmms-eval asks for av < 16
-LORA = ["peft>=0.18,<0.22"]  # still 0.x: a minor version may change anything
+LORA = ["peft>=0.21,<0.22"]  # still 0.x: a minor version may change anything
 WEB = ["gradio>=6.31,<7", "pillow<13"]  # gradio 6 asks for pillow < 13
 TRAIN = [
     *MINI,
     *LORA,
-    'deepspeed>=0.16,<0.20; sys_platform == "linux"',  # 0.x as well, and nothing to install on other systems
+    'deepspeed>=0.19,<0.20; sys_platform == "linux"',  # 0.x as well, and nothing to install on other systems
     "ninja>=1.11,<2",  # deepspeed builds its CPU communication with it
 ]
 TESTS = ["playwright>=1.45,<2", "pytest>=8.0,<10", "pytest-xdist>=3.5,<4", "hypothesis>=6.100,<7"]
