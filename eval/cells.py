@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from libra.config import Row
-from libra.identity import checkpoint_identity, code_identity, file_digest
-from libra.lmms.samples import digest
+from libra.identity import checkpoint_identity, code_identity, digest, file_digest
 
 FORMAT = 2  # of a cell's file; raise when its keys change
 SCORING = ("harness.py", "turns.py")  # of this package, what makes a cell of answers

@@ -32,7 +32,12 @@ ROLES = {  # package → its parts that have no part in an answer
 }
 
 
-# Files.
+# Values and files.
+
+def digest(settings: object) -> str:
+    """sha256 of JSON values, the same for equal ones whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's contents.
@@ -44,20 +49,20 @@ def file_digest(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     which = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "libra-merging" / "digests"
-    remembered = folder / hashlib.sha256(json.dumps(which).encode()).hexdigest()
+    remembered = folder / digest(which)
     try:
-        digest = remembered.read_text(encoding="ascii")
-        if len(digest) == 64:
-            return digest
+        found = remembered.read_text(encoding="ascii")
+        if len(found) == 64:
+            return found
     except (OSError, ValueError):
         pass
-    digest = _read_large(path, status.st_size)
+    found = _read_large(path, status.st_size)
     try:
         if path.stat().st_mtime_ns == status.st_mtime_ns:  # nobody wrote to it meanwhile
-            write_text(remembered, digest)
+            write_text(remembered, found)
     except OSError:
         pass  # a cache folder that cannot be written: read again the next time
-    return digest
+    return found
 
 
 def _read_large(path: Path, size: int) -> str:

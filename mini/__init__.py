@@ -3,7 +3,5 @@
 from libra.cli import only_commands
 from libra.shadow import warn_if_llava_is_another
 
-only_commands(
-    "mini", "card", "finetune", "next.benchmark", "next.card", "next.look", "next.train", "train",
-)
+only_commands("mini", "card", "finetune", "next.card", "next.look", "next.train", "train")
 warn_if_llava_is_another()

@@ -22,8 +22,7 @@ from libra import Compression
 from libra.config import Row
 from libra.files import write_text
 from libra.flops import layer_flops
-from libra.identity import checkpoint_identity, code_identity, row_identity
-from libra.lmms.samples import digest
+from libra.identity import checkpoint_identity, code_identity, digest, row_identity
 from libra.mini.questions import TYPES, easy_vqa, easy_vqa_image
 from libra.mini.scenes import draw_scene
 from libra.provenance import REPOSITORY, commit, machine, require_clean, versions

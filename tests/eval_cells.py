@@ -6,8 +6,7 @@ import numpy as np
 
 from eval.cells import FORMAT, TURNS
 from eval.suites import BLIND, suite_rows
-from libra.identity import row_identity
-from libra.lmms.samples import digest
+from libra.identity import digest, row_identity
 
 RUN = {"checkpoint": {"sha256": "w"}, "limit": None, "dtype": "float32", "code": {"libra": "c"}}
 ORIGIN = {

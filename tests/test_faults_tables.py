@@ -20,8 +20,7 @@ from eval.cells import check_unchanged, read_cell, read_cells
 from eval.suites import get_table
 from libra import identity
 from libra.config import Row
-from libra.identity import checkpoint_identity, code_digests, file_digest
-from libra.lmms.samples import digest
+from libra.identity import checkpoint_identity, code_digests, digest, file_digest
 from libra.mini.questions import TYPES
 from libra.provenance import require_clean
 

@@ -16,13 +16,13 @@ from PIL import Image
 
 from libra.checkpoints import find_checkpoint
 from libra.config import Row
-from libra.identity import checkpoint_identity, code_identity, row_identity
+from libra.identity import checkpoint_identity, code_identity, digest, row_identity
 from libra.media import BROKEN, is_picture, open_image
 from libra.registry import get_model
 from llava.video import load_frames
 
 from .models_base import Engine, Sample
-from .samples import SampleLog, digest
+from .samples import SampleLog
 
 GREY = (127, 127, 127)
 

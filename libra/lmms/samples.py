@@ -1,18 +1,12 @@
 """Finished answers on disk, one JSON a line, so that a killed run goes on where it was."""
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from libra.files import flush_folder, make_folder
-
-
-def digest(settings: object) -> str:
-    """sha256 of JSON values, the same for equal ones whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class SampleLog:

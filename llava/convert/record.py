@@ -4,10 +4,11 @@ The folder ``original/`` holds copies of the small files, the headers of the wei
 llava-hf folder has no use for. All others are those of the llava-hf folder.
 """
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from libra.identity import file_digest
 
 from ..model.weights import read_json
 from .folder import small_files, write_json
@@ -16,10 +17,6 @@ from .weights import INDEX, Stored, WeightFile, entries_of, header_of, index_of,
 
 FOLDER = "original"
 _LEFT_OVER = "left_over.safetensors"
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def write_record(stage: Path, parts: list[Part], tensors: dict[str, Stored], tow
                     left[f"{part.name}/{key}"] = stored
     if left:
         write_files(folder, {_LEFT_OVER: (header_of(left), left)})
-    layout = {"config": _digest(stage / "config.json"), "vision_tower": tower_name, "weights": weights}
+    layout = {"config": file_digest(stage / "config.json"), "vision_tower": tower_name, "weights": weights}
     write_json(folder / "layout.json", {**layout, "own_tower": bool(parts[1].files)})
 
 
@@ -125,7 +122,7 @@ def read_record(source: Path, tensors: dict[str, Stored]) -> Record | None:
 
 
 def _read_record(source: Path, layout: dict, tensors: dict[str, Stored]) -> Record | None:
-    if layout["config"] != _digest(source / "config.json"):
+    if layout["config"] != file_digest(source / "config.json"):
         return None
     left = source / FOLDER / _LEFT_OVER
     buffers = read_safetensors(left).tensors if left.is_file() else {}

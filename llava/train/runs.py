@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from libra.files import flush_tree, write_text
+from libra.identity import digest
 from libra.sentences import show
 
 from ..model.weights import ADAPTERS, PROJECTOR, has_weights, weight_files
@@ -33,7 +34,7 @@ class Run:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return digest(self.identity)
 
     def check(self) -> bool:
         """See that the output folder is free or holds this very run; True if that is finished.
