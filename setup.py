@@ -1,7 +1,9 @@
-"""Packages and version ranges, which scripts/check_env.py reads too. requirements.txt has the exact versions tested.
+"""Packages and version ranges, which scripts/check_env.py reads too. requirements.txt has the exact versions
+tested.
 
-A lower bound is the oldest version that was run (docs/versions.md). An upper bound is the next major version, or the first
-minor version that was not run where the major one is 0 or minor ones have broken us; a comment names a reason of its own.
+A lower bound is the oldest version that was run (docs/versions.md). An upper bound is the next major version,
+or the first minor version that was not run where the major one is 0 or minor ones have broken us; a comment
+names a reason of its own.
 """
 
 import re
@@ -10,7 +12,8 @@ from pathlib import Path
 CORE = [
     "torch>=2.6,<2.16",
     "torchvision>=0.21,<0.30",
-    "transformers>=5.17,<5.25",  # as libra/transformers_api.py: minor versions rename what we call, as 5.24 did the cache
+    # as libra/engine/transformers_api.py: minor versions rename what we call, as 5.24 did the cache
+    "transformers>=5.17,<5.25",
     "accelerate>=1.7,<2",
     "numpy>=2.0,<3",
     "pillow>=10.0,<14",
@@ -28,7 +31,10 @@ EVAL = [
     "matplotlib>=3.9,<4",
     *MINI,
 ]
-VIDEO = ["timm>=1.0,<2", "av>=13.0,<16"]  # VideoLLaMA-2's connector, and the frames of video files; lmms-eval asks for av < 16
+VIDEO = [
+    "timm>=1.0,<2",
+    "av>=13.0,<16",
+]  # VideoLLaMA-2's connector, and the frames of video files; lmms-eval asks for av < 16
 LORA = ["peft>=0.21,<0.22"]  # still 0.x: a minor version may change anything
 WEB = ["gradio>=6.31,<7", "pillow<13"]  # gradio 6 asks for pillow < 13
 TRAIN = [
@@ -48,14 +54,17 @@ EXTRAS = {
     "test": [*EVAL, *VIDEO, *TRAIN, *WEB, *TESTS],
 }
 
-# The address of the project's pages. Empty: it has none, and nothing names one. Every link of the metadata comes from it.
+# The address of the project's pages. Empty: it has none, and nothing names one. Every link of the metadata
+# comes from it.
 PROJECT_URL = ""
 HERE = Path(__file__).resolve().parent
 
 
 def version() -> str:
     """``libra.__version__``, read without importing anything."""
-    return re.search(r'^__version__ = "(.+)"$', (HERE / "libra/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    return re.search(
+        r'^__version__ = "(.+)"$', (HERE / "libra/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+    )[1]
 
 
 def readme() -> str:
@@ -67,7 +76,8 @@ def readme() -> str:
 if __name__ == "__main__":
     from setuptools import find_packages, setup
 
-    # Rows and the embedded checkpoint lie at the top of the repository and are copied into the package (libra/shipped.py).
+    # Rows and the embedded checkpoint lie at the top of the repository and are copied into the package
+    # (libra/shipped.py).
     shipped = {"libra.configs": "configs", "libra.mini.checkpoint": "mini/checkpoint"}
     setup(
         name="libra-merging",
@@ -95,9 +105,12 @@ if __name__ == "__main__":
         packages=[*find_packages(include=("libra", "libra.*", "llava", "llava.*")), *shipped],
         package_dir=shipped,
         package_data={
-            "libra": ["py.typed", "models.yaml"], "libra.latency": ["expected.json"], "libra.lmms": ["tasks/*"],
+            "libra": ["py.typed", "models.yaml"],
+            "libra.latency": ["expected.json"],
+            "libra.lmms": ["tasks/*"],
             "llava": ["py.typed"],
-            "libra.configs": ["**/*.yaml"], "libra.mini.checkpoint": ["**/*"],
+            "libra.configs": ["**/*.yaml"],
+            "libra.mini.checkpoint": ["**/*"],
         },
         entry_points={"lmms_eval.models": ["libra = libra.lmms.plugin:manifest"]},
     )

@@ -1,4 +1,5 @@
-"""A report's grids: the embedded model's rows as measured, the paper's models with the paper's figures beside ours."""
+"""A report's grids: the embedded model's rows as measured, the paper's models with the paper's figures beside
+ours."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +33,8 @@ def _by_layer(figures: dict[int, Figure], digits: int) -> str:
 
 
 def under_headings(measured: Measured, make: Callable[[str], list[list[str]]]) -> list[Line]:
-    """``make(row)``'s lines for every row, under the table's headings; the embedded model's rows only where computed."""
+    """``make(row)``'s lines for every row, under the table's headings; the embedded model's rows only where
+    computed."""
     lines: list[Line] = []
     left = [row for row in measured.rows if measured.suite != "mini" or measured.has(row)]
     for heading, names in [*measured.table.sections.items(), ("other rows", tuple(measured.rows))]:
@@ -76,7 +78,9 @@ def mini_grid(measured: Measured, notes: list[str]) -> Grid:
         line += [_difference(measured.difference(row, measured.above(row)))] * table.above
         line += [_by_layer(measured.stages(row, "similarity"), 3)] * ("sim" in table.extras)
         if "share" in table.extras:
-            line.append(" / ".join(_percent(figure.value) for figure in measured.stages(row, "share").values()))
+            line.append(
+                " / ".join(_percent(figure.value) for figure in measured.stages(row, "share").values())
+            )
         return [[*line, "" if seconds is None else f"{seconds:.0f}"]]
 
     grid = Grid(header, under_headings(measured, make), caption(measured))
@@ -90,7 +94,9 @@ def mini_grid(measured: Measured, notes: list[str]) -> Grid:
 
 def mini_text(measured: Measured) -> list[str]:
     """What the columns of :func:`mini_grid` are."""
-    sizes = Counter(cell["n"] for cell in measured.cells.values() if cell["status"] == "ok" and cell["score"] is not None)
+    sizes = Counter(
+        cell["n"] for cell in measured.cells.values() if cell["status"] == "ok" and cell["score"] is not None
+    )
     if not sizes:
         return []
     said = (
@@ -132,7 +138,8 @@ def differences_grid(measured: Measured) -> Grid | None:
 
 
 def turns_grid(measured: Measured, notes: list[str]) -> Grid:
-    """Time and memory of the embedded model's rows as ratios to vanilla, with the score over all questions."""
+    """Time and memory of the embedded model's rows as ratios to vanilla, with the score over all
+    questions."""
     header = ["", "FLOPs", "Avg", "Δ to vanilla", "seconds a question", "time, of vanilla's"]
     header += ["KV cache, kB", "cache, of vanilla's"]
     gpu = any((measured.turns(row) or {}).get("peak") for row in measured.rows)
@@ -148,7 +155,9 @@ def turns_grid(measured: Measured, notes: list[str]) -> Grid:
         if turns is None:
             if reason:
                 notes.append(f"{measured.rows[row].title}, timing: failed: {reason}")
-            return [line + [f"failed ({len(notes)})" if reason else ""] + [""] * (len(header) - len(line) - 1)]
+            return [
+                line + [f"failed ({len(notes)})" if reason else ""] + [""] * (len(header) - len(line) - 1)
+            ]
         line += [turns["seconds"].show(4), "" if turns["ratio"] is None else turns["ratio"].show(2)]
         line += [f"{turns['cache'] / 1000:.0f}", _percent(turns["cache_ratio"])]
         return [line + [f"{turns['peak'] / 2**20:.0f}" if turns["peak"] else ""] * gpu]
@@ -189,20 +198,31 @@ def paper_columns(measured: Measured) -> list[tuple[str, str]]:
         for what in ("time", "memory", "latency"):
             if f"{column.key}_{what}" in printed:
                 found.append((f"{column.key}_{what}", f"{column.title} {what}"))
-    return found + [("avg", "Avg (without MME)" if set(measured.tasks) & NOT_AVERAGED else "Avg")] * ("avg" in printed) + [
-        ("sim", "Sim")
-    ] * ("sim" in printed)
+    return (
+        found
+        + [("avg", "Avg (without MME)" if set(measured.tasks) & NOT_AVERAGED else "Avg")] * ("avg" in printed)
+        + [("sim", "Sim")] * ("sim" in printed)
+    )
 
 
 def paper_grid(measured: Measured, notes: list[str]) -> Grid:
     """Each row's printed figures, ours, and ours minus the paper's; FLOPs computed beside printed."""
     keys = paper_columns(measured)
     with_flops = any("flops" in row.paper for row in measured.rows.values())
-    header = ["", *["FLOPs, computed", "FLOPs, paper"] * with_flops, "", *(heading for _, heading in keys), "Δ to vanilla"]
+    header = [
+        "",
+        *["FLOPs, computed", "FLOPs, paper"] * with_flops,
+        "",
+        *(heading for _, heading in keys),
+        "Δ to vanilla",
+    ]
 
     def make(name: str) -> list[list[str]]:
         row = measured.rows[name]
-        digits = max((len(str(value).partition(".")[2]) for key, value in row.paper.items() if key in row.tasks), default=1)
+        digits = max(
+            (len(str(value).partition(".")[2]) for key, value in row.paper.items() if key in row.tasks),
+            default=1,
+        )
         flops = []
         if with_flops:
             total, ratio = measured.flops(name), flops_ratio(row.model, row.compression)
@@ -216,7 +236,9 @@ def paper_grid(measured: Measured, notes: list[str]) -> Grid:
         for (key, _), figure in zip(keys, figures):
             reason = measured.failed(name, key)
             if reason is not None:
-                notes.append(f"{SUITES[measured.suite]}, {row.title}, {get_task(key).title}: failed: {reason}")
+                notes.append(
+                    f"{SUITES[measured.suite]}, {row.title}, {get_task(key).title}: failed: {reason}"
+                )
             shown = "" if figure is None else _format(key, figure.value, digits)
             if figure is not None and figure.error is not None:
                 shown += f" ± {figure.error:.{4 if key == 'sim' else digits}f}"
@@ -226,7 +248,9 @@ def paper_grid(measured: Measured, notes: list[str]) -> Grid:
         blank = [""] * len(flops)
         lines = [[row.title, *flops, "paper's", *printed, ""]]
         if measured.has(name) or not measured.cells:
-            lines.append(["", *blank, "ours", *ours, _difference(measured.difference(name)) if compares(name) else ""])
+            lines.append(
+                ["", *blank, "ours", *ours, _difference(measured.difference(name)) if compares(name) else ""]
+            )
         if any(figure is not None and key in row.paper for (key, _), figure in zip(keys, figures)):
             apart = []
             for (key, _), figure in zip(keys, figures):

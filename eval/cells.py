@@ -18,14 +18,15 @@ TURNS = "turns"  # the row name of cells that time all rows of a table
 class Cell:
     """What to compute. ``settings`` is everything an answer depends on; equal settings mean equal answers.
 
-    suite, row, task: its place in the table (names of :mod:`eval.suites`); spec: what the row's file said when the run was
-    planned; checkpoint: folder or hub name; other: its name where it stands in for the registry's; data: the benchmark's
-    parquet file and its sha256, None where the harness fetches the data; turns: names and rows that answer this task in turns
-    to be timed, none for an ordinary cell.
+    suite, row, task: its place in the table (names of :mod:`eval.suites`); spec: what the row's file said
+    when the run was planned; checkpoint: folder or hub name; other: its name where it stands in for the
+    registry's; data: the benchmark's parquet file and its sha256, None where the harness fetches the data;
+    turns: names and rows that answer this task in turns to be timed, none for an ordinary cell.
 
-    settings has four parts: ``row`` (:func:`libra.identity.row_identity`, and ``blind``: grey images; or ``turns``, the rows
-    by name, and their own limit), ``task``, ``data``, and ``run``, which the cells of a run share: checkpoint, limit, dtype,
-    code.
+    settings has four parts: ``row`` (:func:`libra.identity.row_identity`, and ``blind``: grey images; or
+        ``turns``, the rows
+    by name, and their own limit), ``task``, ``data``, and ``run``, which the cells of a run share:
+    checkpoint, limit, dtype, code.
     """
 
     suite: str
@@ -74,7 +75,13 @@ class Cell:
 
     def record(self, result: dict) -> dict:
         """The JSON of a cell: what was asked and ``result``, which says ``status: ok`` or ``failed``."""
-        asked = {"format": FORMAT, "suite": self.suite, "row": self.row, "task": self.task, "checkpoint": self.other}
+        asked = {
+            "format": FORMAT,
+            "suite": self.suite,
+            "row": self.row,
+            "task": self.task,
+            "checkpoint": self.other,
+        }
         return {**asked, "settings": self.settings, "config_hash": self.config_hash, **result}
 
 
@@ -110,7 +117,8 @@ def read_json(path: Path) -> dict | None:
 
 
 def read_cell(path: Path) -> dict | None:
-    """A stored cell; None where there is none, or what is there is no whole cell, which means computing it again."""
+    """A stored cell; None where there is none, or what is there is no whole cell, which means computing it
+    again."""
     stored = read_json(path)
     return stored if stored is not None and _is_whole(stored) else None
 
@@ -133,14 +141,30 @@ def finished_beside(output: Path) -> dict[str, tuple[str, dict]]:
     return found
 
 
-# What a report reads of a cell, by status: key → what its value must be. None stands for a figure that is not there.
+# What a report reads of a cell, by status: key → what its value must be. None stands for a figure that is not
+# there.
 _TEXT, _NUMBER, _FIGURE = (str,), (int, float), (int, float, type(None))
 _ALWAYS = {
-    "suite": _TEXT, "row": _TEXT, "task": _TEXT, "checkpoint": (str, type(None)), "settings": (dict,), "status": _TEXT,
-    "commit": _TEXT, "versions": (dict,), "machine": (dict,), "date": _TEXT, "command": _TEXT,
+    "suite": _TEXT,
+    "row": _TEXT,
+    "task": _TEXT,
+    "checkpoint": (str, type(None)),
+    "settings": (dict,),
+    "status": _TEXT,
+    "commit": _TEXT,
+    "versions": (dict,),
+    "machine": (dict,),
+    "date": _TEXT,
+    "command": _TEXT,
 }
 _BY_STATUS = {
-    "ok": {"score": _FIGURE, "stderr": _FIGURE, "n": (int,), "seconds": _NUMBER, "correct": (list, type(None))},
+    "ok": {
+        "score": _FIGURE,
+        "stderr": _FIGURE,
+        "n": (int,),
+        "seconds": _NUMBER,
+        "correct": (list, type(None)),
+    },
     "failed": {"reason": _TEXT},
 }
 _ANSWERED = {"tokens_per_layer": (list, type(None)), "trace": (list,), "groups": (dict,)}
@@ -149,7 +173,8 @@ _MACHINE = {"cpu", "cores", "device", "processes", "batch_size"}
 
 
 def _is_whole(cell: dict) -> bool:
-    """Whether a stored cell has all its keys, its settings are those of its hash, and there is an answer for each question."""
+    """Whether a stored cell has all its keys, its settings are those of its hash, and there is an answer for
+    each question."""
     needed = {**_ALWAYS, **_BY_STATUS.get(cell.get("status"), {"status": ()})}
     if cell.get("status") == "ok":
         needed |= {"turns": (dict,)} if cell.get("row") == TURNS else _ANSWERED
@@ -164,7 +189,11 @@ def _is_whole(cell: dict) -> bool:
     if cell["status"] == "failed":
         return True
     correct = cell["correct"]
-    figures = [cell["n"], cell["seconds"], *(value for value in (cell["score"], cell["stderr"]) if value is not None)]
+    figures = [
+        cell["n"],
+        cell["seconds"],
+        *(value for value in (cell["score"], cell["stderr"]) if value is not None),
+    ]
     figures += correct or []
     finite = all(isinstance(value, _NUMBER) and math.isfinite(value) for value in figures)
     return finite and cell["n"] > 0 and (correct is None or len(correct) == cell["n"])

@@ -12,11 +12,14 @@ class CheckpointError(ValueError):
 
 
 def require_checkpoint(name: str) -> str:
-    """Like :func:`libra.checkpoints.find_checkpoint`; raises CheckpointError where the weights can be had from nowhere."""
+    """Like :func:`libra.checkpoints.find_checkpoint`; raises CheckpointError where the weights can be had
+    from nowhere."""
     found = find_checkpoint(name)
     if os.path.isdir(found):
         if not (Path(found) / "config.json").is_file():
-            raise CheckpointError(f"checkpoint {name} has no config.json: name the folder that save_pretrained wrote")
+            raise CheckpointError(
+                f"checkpoint {name} has no config.json: name the folder that save_pretrained wrote"
+            )
         return str(Path(found).resolve())
     if found.startswith("mini/"):
         raise CheckpointError(f"checkpoint {name} is missing: train it with `bash scripts/train_mini.sh`")

@@ -1,4 +1,5 @@
-"""The paper's data sets onto this machine, with licence and size told beforehand: python -m eval.data --table 1"""
+"""The paper's data sets onto this machine, with licence and size told beforehand: python -m eval.data --table
+1"""
 
 import os
 import re
@@ -6,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-from libra.cli import Parser, names
 from libra.lmms import TASKS
+from libra.utils.cli import Parser, names
 
 from .formats import text_table
 from .suites import PAPER_TASKS, TABLES, Task, get_table, get_task, row_files
@@ -21,7 +22,8 @@ ASK = "see the data set's page"
 
 @dataclass(frozen=True)
 class DataSet:
-    """name: on the hub; folders: of its files, those that our tasks read (all where empty); licence: as its makers put it."""
+    """name: on the hub; folders: of its files, those that our tasks read (all where empty); licence: as its
+    makers put it."""
 
     name: str
     folders: tuple[str, ...] = ()
@@ -60,7 +62,8 @@ def tasks_of(tables: list[str]) -> list[str]:
 
 
 def size(files: list[tuple[str, int | None]], folders: tuple[str, ...]) -> int | None:
-    """Bytes of the files (name and size) in these folders; of all files where none lies in them. None where one is unknown."""
+    """Bytes of the files (name and size) in these folders; of all files where none lies in them. None where
+    one is unknown."""
     chosen = [count for name, count in files if any(fnmatch(name, f"{folder}/*") for folder in folders)]
     chosen = chosen or [count for _, count in files]
     return None if not chosen or None in chosen else sum(chosen)
@@ -116,9 +119,15 @@ def cause(error: BaseException) -> str:
 
 
 def parser() -> Parser:
-    parser = Parser(prog="python -m eval.data", description="List the paper's data sets, and download them.", epilog=EXAMPLES)
+    parser = Parser(
+        prog="python -m eval.data",
+        description="List the paper's data sets, and download them.",
+        epilog=EXAMPLES,
+    )
     chosen = parser.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--table", choices=[name for name, table in TABLES.items() if table.suites], help="all that it reads")
+    chosen.add_argument(
+        "--table", choices=[name for name, table in TABLES.items() if table.suites], help="all that it reads"
+    )
     chosen.add_argument("--tasks", type=names, metavar="A,B", help="only these, such as gqa,mme")
     parser.add_argument("--yes", action="store_true", help="download, with these licences and sizes accepted")
     return parser
@@ -138,7 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         options.error(str(error))
     print("\n".join(lines))
     if offline:
-        options.error(f"the model hub does not answer ({offline}): connect to the internet, then run the same command again")
+        options.error(
+            f"the model hub does not answer ({offline}): connect to the internet, then run the same command again"
+        )
     if not args.yes:
         print("\nnothing was downloaded; add --yes to download")
         return 0

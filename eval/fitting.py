@@ -1,4 +1,5 @@
-"""Which stored cells belong into one table: those of its rows as they are now, computed by one run's settings."""
+"""Which stored cells belong into one table: those of its rows as they are now, computed by one run's
+settings."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,14 +12,18 @@ from .suites import BLIND
 NAMED = 4  # cells of a reason that are named one by one
 
 
-def fitting(cells: Sequence[dict], rows: Mapping[str, Row], run: dict | None = None) -> tuple[list[dict], list[str]]:
+def fitting(
+    cells: Sequence[dict], rows: Mapping[str, Row], run: dict | None = None
+) -> tuple[list[dict], list[str]]:
     """The cells of one suite that can stand in one table, and a line for each reason why others cannot.
 
     Args:
         cells: of one suite. rows: the table's rows of this suite by name.
         run: the settings that the table's run shares; those of the newest cell where there is no such run.
     """
-    newest = sorted((cell for cell in cells if not _row_differs(cell, rows)), key=lambda cell: cell["date"], reverse=True)
+    newest = sorted(
+        (cell for cell in cells if not _row_differs(cell, rows)), key=lambda cell: cell["date"], reverse=True
+    )
     if run is None and newest:
         run = newest[0]["settings"]["run"]
     data: dict[str, list] = {}  # task → the newest questions

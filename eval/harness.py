@@ -17,7 +17,8 @@ from .suites import Task, get_task
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compute, which changes no answer beyond rounding: output folder, device, threads and batch size; and the dtype."""
+    """How to compute, which changes no answer beyond rounding: output folder, device, threads and batch size;
+    and the dtype."""
 
     output: str
     device: str
@@ -28,7 +29,8 @@ class Settings:
 
 
 class Harness:
-    """Imports the harness once, loads each checkpoint once; called with a cell it returns the cell's result."""
+    """Imports the harness once, loads each checkpoint once; called with a cell it returns the cell's
+    result."""
 
     def __init__(self, settings: Settings):
         if not settings.online:  # before the harness is imported, which reads them
@@ -44,7 +46,8 @@ class Harness:
         self.tasks = TaskManager(verbosity="ERROR", include_path=str(TASKS), include_defaults=settings.online)
 
     def __call__(self, cell: Cell, on_samples: Callable[[int], None]) -> dict:
-        """The result of a cell, as :func:`summary` or :func:`eval.turns.timing` makes it; ``on_samples`` hears of samples.
+        """The result of a cell, as :func:`summary` or :func:`eval.turns.timing` makes it; ``on_samples``
+        hears of samples.
 
         Raises ValueError where checkpoint, code or questions are no longer those of the cell.
         """
@@ -80,12 +83,20 @@ class Harness:
         folder = Path(self.settings.output) / "harness" / cell.name
         try:
             return simple_evaluate(
-                model=model, tasks=[asked], task_manager=self.tasks, limit=cell.limit, bootstrap_iters=0, log_samples=True,
-                verbosity="ERROR", cli_args=SimpleNamespace(output_path=str(folder), process_with_media=True),
+                model=model,
+                tasks=[asked],
+                task_manager=self.tasks,
+                limit=cell.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                verbosity="ERROR",
+                cli_args=SimpleNamespace(output_path=str(folder), process_with_media=True),
             )
         except RetryError as error:  # the harness tries to load a data set several times
             mend = f"python -m eval.data --tasks {task.name} --yes downloads it"
-            raise ValueError(f"the data of task {task.name} cannot be loaded ({cause(error)}); {mend}") from error
+            raise ValueError(
+                f"the data of task {task.name} cannot be loaded ({cause(error)}); {mend}"
+            ) from error
 
     def load(self, cell: Cell):
         """The model of a cell's checkpoint; the one that is there already where it is the same."""
@@ -96,7 +107,11 @@ class Harness:
             settings = self.settings
             try:
                 self.model = LibraModel(
-                    cell.spec, cell.checkpoint, device=settings.device, batch_size=settings.batch_size, dtype=settings.dtype,
+                    cell.spec,
+                    cell.checkpoint,
+                    device=settings.device,
+                    batch_size=settings.batch_size,
+                    dtype=settings.dtype,
                 )
             except (ValueError, OSError) as error:
                 raise CheckpointError(str(error)) from error  # of no use to the other cells either
@@ -104,24 +119,37 @@ class Harness:
         return self.model
 
 
-def summary(score: float, task: Task, samples: list[dict], records: list[dict], layers: Sequence[int] = ()) -> dict:
+def summary(
+    score: float, task: Task, samples: list[dict], records: list[dict], layers: Sequence[int] = ()
+) -> dict:
     """A cell's result from the harness's samples and the model's records.
 
-    ``correct`` lists each sample's score in [0, 1] by document, and the standard error is sqrt(p(1-p)/n) for right or
-    wrong answers, else that of the mean; both are None for metrics that are not a mean over samples (MME, MMBench).
-    ``groups`` has the same of each part of the benchmark that is a column; ``trace`` is that of :func:`trace_summary`.
+    ``correct`` lists each sample's score in [0, 1] by document, and the standard error is sqrt(p(1-p)/n) for
+    right or wrong answers, else that of the mean; both are None for metrics that are not a mean over samples
+    (MME, MMBench). ``groups`` has the same of each part of the benchmark that is a column; ``trace`` is that
+    of :func:`trace_summary`.
     """
     values = [_correct(sample.get(task.metric), task) for sample in samples]
     whole = None not in values
     groups = {}
     for group in task.groups:
-        part = [value for value, sample in zip(values, samples) if sample[task.metric][task.group_by] == group]
+        part = [
+            value for value, sample in zip(values, samples) if sample[task.metric][task.group_by] == group
+        ]
         if part and whole:
-            groups[group] = {"score": 100 * float(np.mean(part)), "stderr": 100 * _stderr(part), "n": len(part)}
+            groups[group] = {
+                "score": 100 * float(np.mean(part)),
+                "stderr": 100 * _stderr(part),
+                "n": len(part),
+            }
     tokens = [record["tokens"] for record in records if record["tokens"]]
     return {
-        "status": "ok", "score": task.scale * score, "stderr": (100 if task.groups else task.scale) * _stderr(values) if whole
-        else None, "n": len(samples), "correct": values if whole else None, "groups": groups,
+        "status": "ok",
+        "score": task.scale * score,
+        "stderr": (100 if task.groups else task.scale) * _stderr(values) if whole else None,
+        "n": len(samples),
+        "correct": values if whole else None,
+        "groups": groups,
         "tokens_per_layer": [round(float(layer), 3) for layer in np.mean(tokens, axis=0)] if tokens else None,
         "trace": trace_summary([record["trace"] for record in records if record.get("trace")], layers),
         "seconds": sum(record["seconds"] for record in records),
@@ -140,9 +168,10 @@ def _stderr(values: list[float]) -> float:
 
 
 def trace_summary(traces: list[list[list]], layers: Sequence[int]) -> list[dict]:
-    """Of each compression layer over the samples: the mean of the samples' mean s^max (Table 4's Sim) and of the share of the
-    non-target tokens that went into the compensation token, each with its standard error, and ``histogram``: how many
-    samples have a share in each of 20 equal bins of [0, 1]. Sim is None where the merge does not ask for similarities.
+    """Of each compression layer over the samples: the mean of the samples' mean s^max (Table 4's Sim) and of
+    the share of the non-target tokens that went into the compensation token, each with its standard error,
+    and ``histogram``: how many samples have a share in each of 20 equal bins of [0, 1]. Sim is None where the
+        merge does not ask for similarities.
 
     traces: of each sample, of each compression layer [mean s^max, share], with None where there is none.
     """

@@ -6,7 +6,7 @@ import numpy as np
 
 from libra.config import ConfigError, Row
 from libra.flops import cost
-from libra.registry import get_model
+from libra.rows import get_model
 
 from .cells import TURNS
 from .fitting import fitting
@@ -20,16 +20,22 @@ HAVE_SHARE = ("igm", "igm-neg")  # merges that can make a compensation token
 class Measured:
     """One suite of a table. Everything is None (or empty) where it was not measured.
 
-    cells: of a results folder; those that do not fit the rows and the run are left out, and ``left_out`` says why. majority:
-    of the embedded benchmark, task → percent that the most frequent answer would reach; empty for other suites. rows, run: as
-    a run has read them; else the rows' files as they are now, and the settings of the newest cell.
+    cells: of a results folder; those that do not fit the rows and the run are left out, and ``left_out`` says
+    why. majority: of the embedded benchmark, task → percent that the most frequent answer would reach; empty
+    for other suites. rows, run: as a run has read them; else the rows' files as they are now, and the
+    settings of the newest cell.
 
     ``other`` is the name of the checkpoint that the cells were computed with, where it is not the registry's.
     """
 
     def __init__(
-        self, table: Table, suite: str, cells: Sequence[dict], majority: dict[str, float] | None = None,
-        rows: dict[str, Row] | None = None, run: dict | None = None,
+        self,
+        table: Table,
+        suite: str,
+        cells: Sequence[dict],
+        majority: dict[str, float] | None = None,
+        rows: dict[str, Row] | None = None,
+        run: dict | None = None,
     ):
         self.table, self.suite, self.majority = table, suite, majority or {}
         self.rows = suite_rows(table, suite) if rows is None else rows
@@ -71,8 +77,9 @@ class Measured:
 
     @property
     def averaged(self) -> list[str]:
-        """The tasks in Avg: all but MME; where there is a blind run, the question types that vanilla and blind show to be
-        learned, and none while one of the two is missing. No compressed result takes part."""
+        """The tasks in Avg: all but MME; where there is a blind run, the question types that vanilla and
+        blind show to be learned, and none while one of the two is missing. No compressed result takes
+        part."""
         if BLIND not in self.rows:
             return [task for task in self.tasks if task not in NOT_AVERAGED]
         return [task for task in self.tasks if task in self.decided and self.decided[task]]
@@ -92,7 +99,9 @@ class Measured:
         figures = [self.score(row, task) for task in (self.averaged if tasks is None else tasks)]
         return mean_of(figures) if figures and None not in figures else None
 
-    def difference(self, row: str, to: str | None = "vanilla", tasks: Sequence[str] | None = None) -> Figure | None:
+    def difference(
+        self, row: str, to: str | None = "vanilla", tasks: Sequence[str] | None = None
+    ) -> Figure | None:
         """Paired with the row ``to``, averaged over ``tasks``, by default those in Avg."""
         figures = []
         for task in self.averaged if tasks is None else tasks:
@@ -126,8 +135,8 @@ class Measured:
         return flops_ratio(self.rows[row].model, self.rows[row].compression)
 
     def stages(self, row: str, name: str) -> dict[int, Figure]:
-        """Compression layer → ``similarity`` (Table 4's Sim) or ``share`` (what went into the compensation token, of the tokens
-        that are no targets), averaged over the tasks."""
+        """Compression layer → ``similarity`` (Table 4's Sim) or ``share`` (what went into the compensation
+        token, of the tokens that are no targets), averaged over the tasks."""
         if name == "share" and self.rows[row].compression.merge not in HAVE_SHARE:
             return {}
         found: dict[int, list[Figure]] = {}
@@ -147,9 +156,9 @@ class Measured:
         return found
 
     def turns(self, row: str, task: str | None = None) -> dict | None:
-        """Of the samples that all rows answered in turns: ``seconds`` with their ``mean`` and their ``ratio`` to vanilla's as
-        :class:`Spread`, bytes of the KV ``cache`` and ``cache_ratio``, ``peak`` bytes of the device (None on a CPU), and how
-        many they are, ``n``."""
+        """Of the samples that all rows answered in turns: ``seconds`` with their ``mean`` and their ``ratio``
+        to vanilla's as :class:`Spread`, bytes of the KV ``cache`` and ``cache_ratio``, ``peak`` bytes of the
+        device (None on a CPU), and how many they are, ``n``."""
         seconds, ratios, cache, base, peaks = [], [], [], [], []
         for name in self.tasks if task is None else [task]:
             rows = (self._ok(TURNS, name) or {}).get("turns", {})
@@ -165,21 +174,27 @@ class Measured:
         if not seconds:
             return None
         return {
-            "seconds": Spread.of(seconds), "mean": float(np.mean(seconds)), "ratio": Spread.of(ratios) if ratios else None,
-            "cache": float(np.mean(cache)), "cache_ratio": float(np.sum(cache) / np.sum(base)) if base else None,
-            "peak": max((peak for peak in peaks if peak is not None), default=None), "n": len(seconds),
+            "seconds": Spread.of(seconds),
+            "mean": float(np.mean(seconds)),
+            "ratio": Spread.of(ratios) if ratios else None,
+            "cache": float(np.mean(cache)),
+            "cache_ratio": float(np.sum(cache) / np.sum(base)) if base else None,
+            "peak": max((peak for peak in peaks if peak is not None), default=None),
+            "n": len(seconds),
         }
 
     def turns_failed(self, row: str) -> str | None:
         for task in self.tasks:
-            reason = (self._ok(TURNS, task) or {}).get("turns", {}).get(row, {}).get("reason") or self.failed(TURNS, task)
+            reason = (self._ok(TURNS, task) or {}).get("turns", {}).get(row, {}).get("reason") or self.failed(
+                TURNS, task
+            )
             if reason:
                 return reason
         return None
 
     def figure(self, row: str, key: str) -> Figure | None:
-        """What was measured of a figure that the paper's tables have: a column's score, ``avg``, ``sim``, or a task's ``_time``
-        and ``_latency`` in seconds and ``_memory`` in GB (2³⁰ bytes)."""
+        """What was measured of a figure that the paper's tables have: a column's score, ``avg``, ``sim``, or
+        a task's ``_time`` and ``_latency`` in seconds and ``_memory`` in GB (2³⁰ bytes)."""
         for column in self.columns:
             if key == column.key:
                 return self.score(row, column.task, column.group)
@@ -196,7 +211,9 @@ class Measured:
             return Figure(turns["mean"])
         if what == "memory":
             return None if turns["peak"] is None else Figure(turns["peak"] / 2**30)
-        return None if cell is None else Figure(turns["mean"] * cell["n"])  # one after another, as the paper measured
+        return (
+            None if cell is None else Figure(turns["mean"] * cell["n"])
+        )  # one after another, as the paper measured
 
     def title(self, column: Column) -> str:
         """The column's heading, with a dagger where the embedded model has not learned the task."""

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from libra import provenance
 from libra.checkpoints import find_checkpoint
 from libra.config import Compression, ConfigError, Row
 from libra.flops import cost
 from libra.identity import checkpoint_identity, hub_revision, row_identity
-from libra.names import spelled
-from libra.registry import get_model
+from libra.rows import get_model
+from libra.utils import provenance
+from libra.utils.names import spelled
 
 from .cells import TURNS, Cell, code, finished_beside, read_cells
 from .checkpoints import CheckpointError, require_checkpoint
@@ -29,8 +29,9 @@ PUBLISHED = provenance.REPOSITORY / provenance.PUBLISHED
 class Plan:
     """What a run is to do.
 
-    cells: row by row; rows: all of the suite's, read once; chosen: the names of those to be computed; run: the settings that
-    the cells share; manifest: of the embedded benchmark, None for other suites; amiss: why it cannot run, or an empty string.
+    cells: row by row; rows: all of the suite's, read once; chosen: the names of those to be computed; run:
+    the settings that the cells share; manifest: of the embedded benchmark, None for other suites; amiss: why
+    it cannot run, or an empty string.
     """
 
     table: Table
@@ -44,14 +45,21 @@ class Plan:
 
 
 def plan(
-    table: Table, suite: str, rows: list[str] | None = None, tasks: list[str] | None = None, limit: int | None = None,
-    checkpoint: str | None = None, benchmark: Path | None = None, dtype: str = "float32", dry: bool = False,
+    table: Table,
+    suite: str,
+    rows: list[str] | None = None,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    checkpoint: str | None = None,
+    benchmark: Path | None = None,
+    dtype: str = "float32",
+    dry: bool = False,
 ) -> Plan:
     """The cells of a table's suite, and one cell a task that times all rows where the table has times.
 
-    rows, tasks: names to keep; tasks may be written without ``mini_``. Writes or reuses the embedded benchmark in
-    ``benchmark``. Raises ValueError for unknown names and for a checkpoint that cannot be had; a ``dry`` plan says the
-    latter in ``amiss``, for then nothing is computed.
+    rows, tasks: names to keep; tasks may be written without ``mini_``. Writes or reuses the embedded
+    benchmark in ``benchmark``. Raises ValueError for unknown names and for a checkpoint that cannot be had; a
+    ``dry`` plan says the latter in ``amiss``, for then nothing is computed.
     """
     known = suite_rows(table, suite)
     if not known:
@@ -59,7 +67,9 @@ def plan(
     rows = [spelled(name, known) or name for name in rows or []]
     for name in rows:
         if name not in known:
-            raise ValueError(f"row {name} is unknown in suite {suite} of table {table.name}; use one of {', '.join(known)}")
+            raise ValueError(
+                f"row {name} is unknown in suite {suite} of table {table.name}; use one of {', '.join(known)}"
+            )
     chosen = {name: row for name, row in known.items() if not rows or name in rows}
     wanted = _wanted(tasks or [], [task for row in chosen.values() for task in row.tasks])
     for row in chosen.values():
@@ -74,14 +84,18 @@ def plan(
     maker = _Maker(suite, found, _other(chosen, checkpoint), run, manifest, benchmark)
     cells = [
         maker.cell(name, row, task, {**row_identity(row), "blind": name == BLIND})
-        for name, row in chosen.items() for task in row.tasks if not wanted or task in wanted
+        for name, row in chosen.items()
+        for task in row.tasks
+        if not wanted or task in wanted
     ]
     if table.timed:
         first = next(iter(chosen.values()))
         rows_in_turns = {name: row_identity(row) for name, row in chosen.items()}
         own = {"turns": rows_in_turns, "limit": min(limit or table.timed, table.timed)}
         turns = tuple(chosen.items())
-        cells += [maker.cell(TURNS, first, task, own, turns) for task in first.tasks if not wanted or task in wanted]
+        cells += [
+            maker.cell(TURNS, first, task, own, turns) for task in first.tasks if not wanted or task in wanted
+        ]
     return Plan(table, suite, cells, known, list(chosen), run, manifest, amiss)
 
 
@@ -113,7 +127,9 @@ def _checkpoint(rows: dict[str, Row], named: str | None, dry: bool) -> tuple[str
     """Where the rows' checkpoint is, what identifies it, and in a dry plan why it cannot be had."""
     models = {row.model: row for row in rows.values()}
     if len(models) > 1:
-        raise ValueError(f"the rows of one suite name several models: {', '.join(models)}; give each model a suite of its own")
+        raise ValueError(
+            f"the rows of one suite name several models: {', '.join(models)}; give each model a suite of its own"
+        )
     (row,) = models.values()
     name = named or get_model(row.model, row.path).checkpoint
     try:
@@ -138,12 +154,15 @@ def _wanted(names: list[str], known: list[str]) -> list[str]:
     full = {name: spelled(name, known) or spelled(f"mini_{name}", known) for name in names}
     for name, task in full.items():
         if task is None:
-            raise ValueError(f"task {name} is not a task of these rows; use one of {', '.join(dict.fromkeys(known))}")
+            raise ValueError(
+                f"task {name} is not a task of these rows; use one of {', '.join(dict.fromkeys(known))}"
+            )
     return list(full.values())
 
 
 def flops_ratio(model: str, compression: Compression) -> float | None:
-    """Nominal FLOPs of the visual tokens relative to vanilla; None where their number depends on the image."""
+    """Nominal FLOPs of the visual tokens relative to vanilla; None where their number depends on the
+    image."""
     spec = get_model(model)
     try:
         return cost(spec, compression).total / cost(spec, Compression(method="vanilla")).total
@@ -161,9 +180,11 @@ def samples(cell: Cell, manifest: dict | None) -> int | None:
 
 # How long a run takes.
 
+
 @dataclass(frozen=True)
 class Timed:
-    """What an earlier cell took: ``seconds`` of a sample of the plain model; ``samples`` of the task, None where it was cut."""
+    """What an earlier cell took: ``seconds`` of a sample of the plain model; ``samples`` of the task, None
+    where it was cut."""
 
     model: str
     task: str
@@ -201,8 +222,8 @@ def published_times(suite: str, model: str, folder: Path = PUBLISHED) -> list[Ti
 
 
 def estimate(left: Iterable[Cell], earlier: Iterable[Timed], manifest: dict | None) -> float | None:
-    """Seconds of one worker for these cells: what earlier cells of the same model took for a sample of the same task (else of
-    any), scaled by the FLOPs of the visual tokens. None where no earlier cell tells."""
+    """Seconds of one worker for these cells: what earlier cells of the same model took for a sample of the
+    same task (else of any), scaled by the FLOPs of the visual tokens. None where no earlier cell tells."""
     earlier = list(earlier)
     total = 0.0
     for cell in left:
@@ -220,7 +241,8 @@ def estimate(left: Iterable[Cell], earlier: Iterable[Timed], manifest: dict | No
 
 
 def describe(plan: Plan, output: Path, processes: int) -> str:
-    """What a run would do: the rows with their FLOPs, the cells by state, the time as far as earlier cells tell."""
+    """What a run would do: the rows with their FLOPs, the cells by state, the time as far as earlier cells
+    tell."""
     beside = finished_beside(output)
     states = {cell.name: _state(cell, output, beside) for cell in plan.cells}
     lines = []
@@ -230,21 +252,37 @@ def describe(plan: Plan, output: Path, processes: int) -> str:
         layers = ", ".join(map(str, c.layers)) if c.layers else "none"
         ratio = flops_ratio(row.model, c)
         own = [states[cell.name] for cell in plan.cells if cell.row == name]
-        lines.append([
-            name, row.title, layers, f"{c.ratio:.0%}" if c.layers else "", "by image" if ratio is None else f"{ratio:.0%}",
-            *(str(own.count(state)) for state in ("finished", "reusable", "begun", "to do")),
-        ])
+        lines.append(
+            [
+                name,
+                row.title,
+                layers,
+                f"{c.ratio:.0%}" if c.layers else "",
+                "by image" if ratio is None else f"{ratio:.0%}",
+                *(str(own.count(state)) for state in ("finished", "reusable", "begun", "to do")),
+            ]
+        )
     if own := [states[cell.name] for cell in plan.cells if cell.row == TURNS]:
         counts = (str(own.count(state)) for state in ("finished", "reusable", "begun", "to do"))
         lines.append([TURNS, "all rows in turns, timed", "", "", "", *counts])
     header = ["row", "title", "after layers", "removed", "FLOPs", "finished", "reusable", "begun", "to do"]
     left = [cell for cell in plan.cells if states[cell.name] in ("begun", "to do")]
-    stored = [cell for _, cell in beside.values()] + [cell for cell in read_cells(output).values() if cell is not None]
+    stored = [cell for _, cell in beside.values()] + [
+        cell for cell in read_cells(output).values() if cell is not None
+    ]
     title = f"{plan.table.title} · {SUITES[plan.suite]} · {len(plan.cells)} cells"
     tasks = ", ".join(get_task(task).title for task in dict.fromkeys(cell.task for cell in plan.cells))
     amiss = [f"It cannot run as it is: {plan.amiss}"] if plan.amiss else []
     return "\n".join(
-        [title, f"tasks: {tasks}", "", *text_table(header, lines), "", _time(plan, left, stored, processes), *amiss]
+        [
+            title,
+            f"tasks: {tasks}",
+            "",
+            *text_table(header, lines),
+            "",
+            _time(plan, left, stored, processes),
+            *amiss,
+        ]
     )
 
 
@@ -254,7 +292,10 @@ def _time(plan: Plan, left: list[Cell], stored: list[dict], processes: int) -> s
         return "Nothing is left to compute."
     told, where = timed_cells(stored), "earlier cells"
     if estimate(left, told, plan.manifest) is None:
-        told, where = published_times(plan.suite, left[0].spec.model), "the tables in docs/results, on their machine,"
+        told, where = (
+            published_times(plan.suite, left[0].spec.model),
+            "the tables in docs/results, on their machine,",
+        )
     seconds = estimate(left, told, plan.manifest)
     if seconds is None:
         return "How long this takes cannot be told: no earlier cell of this model has been timed."

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from libra.config import Compression
-from libra.files import replacing
+from libra.utils.files import replacing
 
 from .blocks import caption
 from .measured import Measured
@@ -37,12 +37,17 @@ def method_of(c: Compression) -> str:
 
 
 def accuracy_against_flops(measured: Measured, path: Path) -> None:
-    """Avg with error bars; a colour a method and a shape a heading where there are too many rows to name them."""
+    """Avg with error bars; a colour a method and a shape a heading where there are too many rows to name
+    them."""
     figure, (axes,) = _figure(7.5, 4.8)
     vanilla = measured.average("vanilla") if "vanilla" in measured.rows else None
     if vanilla is not None:
         axes.axhline(vanilla.value, color="0.7", linewidth=1, linestyle="--", zorder=0)
-    shown = [name for name in measured.rows if name != BLIND and measured.average(name) and measured.flops_ratio(name)]
+    shown = [
+        name
+        for name in measured.rows
+        if name != BLIND and measured.average(name) and measured.flops_ratio(name)
+    ]
     one_by_one = len(shown) <= ROOMY
     colours = cycle([f"C{i}" for i in range(10)])
     shapes = cycle(MARKERS)
@@ -55,8 +60,14 @@ def accuracy_against_flops(measured: Measured, path: Path) -> None:
         colour = colour_of.setdefault(method, next(colours) if method not in colour_of else "")
         shape = shape_of.setdefault(heading, next(shapes) if heading not in shape_of else "")
         axes.errorbar(
-            100 * measured.flops_ratio(name), average.value, yerr=average.error, fmt=shape, color=colour, capsize=3,
-            markersize=7, label=row.title if one_by_one else None,
+            100 * measured.flops_ratio(name),
+            average.value,
+            yerr=average.error,
+            fmt=shape,
+            color=colour,
+            capsize=3,
+            markersize=7,
+            label=row.title if one_by_one else None,
         )
     axes.set_xlabel("FLOPs of the visual tokens, % of vanilla")
     axes.set_ylabel(f"exact match, %, mean of {len(measured.averaged)} question types")
@@ -86,18 +97,32 @@ def traces(measured: Measured, path: Path) -> None:
     for (name, figures), marker, style in zip(similar.items(), cycle(MARKERS), cycle(("-", "--", ":"))):
         errors = [figure.error or 0.0 for figure in figures.values()]
         left.errorbar(
-            list(figures), [figure.value for figure in figures.values()], yerr=errors, fmt=marker + style, capsize=2,
-            markersize=5, linewidth=1, label=measured.rows[name].title,
+            list(figures),
+            [figure.value for figure in figures.values()],
+            yerr=errors,
+            fmt=marker + style,
+            capsize=2,
+            markersize=5,
+            linewidth=1,
+            label=measured.rows[name].title,
         )
-    left.set(xlabel="compression layer", ylabel="Sim: mean s^max of the non-target tokens", title="Similarity by layer")
+    left.set(
+        xlabel="compression layer",
+        ylabel="Sim: mean s^max of the non-target tokens",
+        title="Similarity by layer",
+    )
     for number, (name, counts) in enumerate(shares.items()):
         for (layer, histogram), style in zip(counts.items(), cycle(("-", "--", ":"))):
             label = f"{measured.rows[name].title}: after layer {layer}"
             below = 100 * np.cumsum(histogram) / max(1, histogram.sum())
-            right.plot(np.linspace(5, 100, len(below)), below, linestyle=style, color=f"C{number % 10}", label=label)
+            right.plot(
+                np.linspace(5, 100, len(below)), below, linestyle=style, color=f"C{number % 10}", label=label
+            )
     right.set(
         xlabel="share of the non-target tokens that the compensation token takes, %",
-        ylabel="samples with at most that share, %", title="What the compensation token takes", xlim=(0, 102),
+        ylabel="samples with at most that share, %",
+        title="What the compensation token takes",
+        xlim=(0, 102),
     )
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -32,10 +32,11 @@ def run_cells(
 ) -> None:
     """Evaluate all cells with one worker for each of ``devices``, which may name one more than once.
 
-    Each worker makes ``factory(settings)`` once, with its own device in the settings, and calls it with each cell it is given.
-    on_samples hears of finished samples while a cell is computed, on_result of its result, which for a cell that raised
-    or whose worker died is ``{"status": "failed", "reason": …}``. A dead worker is replaced. What workers print goes to
-    files in ``log_folder``. Raises PoolError where a worker cannot even start, or a checkpoint does not load.
+    Each worker makes ``factory(settings)`` once, with its own device in the settings, and calls it with each
+    cell it is given. on_samples hears of finished samples while a cell is computed, on_result of its result,
+    which for a cell that raised or whose worker died is ``{"status": "failed", "reason": …}``. A dead worker
+    is replaced. What workers print goes to files in ``log_folder``. Raises PoolError where a worker cannot
+    even start, or a checkpoint does not load.
     """
     log_folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
@@ -49,7 +50,9 @@ def run_cells(
         ours, theirs = context.Pipe()
         log = log_folder / f"worker-{next(numbers)}.log"
         own = replace(settings, device=device)
-        process = context.Process(target=_work, args=(theirs, factory, own, str(log), os.getpid()), daemon=True)
+        process = context.Process(
+            target=_work, args=(theirs, factory, own, str(log), os.getpid()), daemon=True
+        )
         process.start()
         theirs.close()
         workers[ours] = process, device
@@ -68,9 +71,17 @@ def run_cells(
                     process.join()
                     connection.close()
                     if (cell := at_work.pop(connection, None)) is not None:
-                        on_result(cell, {"status": "failed", "reason": f"the worker process died ({_died(process.exitcode)})"})
+                        on_result(
+                            cell,
+                            {
+                                "status": "failed",
+                                "reason": f"the worker process died ({_died(process.exitcode)})",
+                            },
+                        )
                     elif process.exitcode:
-                        raise PoolError(f"a worker process died while starting ({_died(process.exitcode)})") from None
+                        raise PoolError(
+                            f"a worker process died while starting ({_died(process.exitcode)})"
+                        ) from None
                     if len(workers) < len(waiting):
                         start(device)
                     continue
@@ -105,7 +116,9 @@ def _work(connection: Connection, factory: Callable[..., Evaluate], settings, lo
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
 
     def on_samples(number: int) -> None:
-        if os.getppid() != parent:  # the runner was killed: its successor wants the processor and the sample file
+        if (
+            os.getppid() != parent
+        ):  # the runner was killed: its successor wants the processor and the sample file
             os._exit(1)
         connection.send(("samples", number))
 
@@ -133,6 +146,7 @@ def _work(connection: Connection, factory: Callable[..., Evaluate], settings, lo
 
 
 def _sentence(error: BaseException) -> str:
-    """One line for a table; the whole traceback is in the worker's log. This project's own errors speak for themselves."""
+    """One line for a table; the whole traceback is in the worker's log. This project's own errors speak for
+    themselves."""
     lines = str(error).strip().splitlines() or ["no message"]
     return lines[0] if isinstance(error, ValueError) else f"{type(error).__name__}: {lines[0]}"

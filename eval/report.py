@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from libra.cli import Parser
-from libra.files import write_bytes, write_text
-from libra.provenance import commit, require_clean
+from libra.utils.cli import Parser
+from libra.utils.files import write_bytes, write_text
+from libra.utils.provenance import commit, require_clean
 
 from . import blocks, plots
 from .cells import code, read_cells, read_json
@@ -37,7 +37,11 @@ def mini_block(measured: Measured, grids: list[Grid]) -> list[str]:
     grid = blocks.turns_grid(measured, notes) if timed else blocks.mini_grid(measured, notes)
     grids.append(grid)
     lines = [heading, "", *markdown(grid)]
-    for text in [measured.table.note, *blocks.mini_text(measured), *(blocks.turns_text(measured) if timed else [])]:
+    for text in [
+        measured.table.note,
+        *blocks.mini_text(measured),
+        *(blocks.turns_text(measured) if timed else []),
+    ]:
         lines += ["", text] if text else []
     lines += _notes(notes)
     differences = None if timed else blocks.differences_grid(measured)
@@ -48,7 +52,8 @@ def mini_block(measured: Measured, grids: list[Grid]) -> list[str]:
 
 
 def paper_block(table: Table, suites: Sequence[Measured], grids: list[Grid]) -> list[str]:
-    """Markdown of the paper's models: FLOPs computed here beside the printed, figures printed and measured."""
+    """Markdown of the paper's models: FLOPs computed here beside the printed, figures printed and
+    measured."""
     if not suites:
         return []
     lines = [f"## The paper's models (its Table {table.name})", ""]
@@ -100,7 +105,9 @@ def footer(cells: list[dict], left_out: Sequence[str], benchmark: dict | None) -
         lines.append(f"- benchmark: {benchmark['questions']} questions a type, {contents}")
     reused = [cell["reused_from"].split("/")[0] for cell in cells if "reused_from" in cell]
     if reused:
-        lines.append(f"- reused: {len(reused)} of {len(cells)} cells, computed with equal settings for {every(reused)}")
+        lines.append(
+            f"- reused: {len(reused)} of {len(cells)} cells, computed with equal settings for {every(reused)}"
+        )
     return lines + missing
 
 
@@ -112,12 +119,15 @@ def _versions(cells: list[dict]) -> list[str]:
         groups.setdefault(text, []).append(f"{cell['row']}, {cell['task'].removeprefix('mini_')}")
     most = max(groups, key=lambda text: len(groups[text]))
     others = {text: names for text, names in groups.items() if text != most}
-    return [f"- versions: {most}", *(f"- other versions: {text} ({'; '.join(names)})" for text, names in others.items())]
+    return [
+        f"- versions: {most}",
+        *(f"- other versions: {text} ({'; '.join(names)})" for text, names in others.items()),
+    ]
 
 
 def commits(cells: Sequence[dict]) -> list[str]:
-    """Each cell's commit. A cell of an edited checkout whose code is that of the commit that is here now, to the statement, is
-    that commit's: what was edited then took no part in it."""
+    """Each cell's commit. A cell of an edited checkout whose code is that of the commit that is here now, to
+    the statement, is that commit's: what was edited then took no part in it."""
     here, now = None, ""
     if not all(map(is_commit, (cell["commit"] for cell in cells))) and is_commit(commit()):
         here, now = code(), commit()
@@ -125,15 +135,37 @@ def commits(cells: Sequence[dict]) -> list[str]:
 
 
 def is_commit(label: str) -> bool:
-    """Whether :func:`libra.provenance.commit` named a commit and nothing that was edited after it."""
+    """Whether :func:`libra.utils.provenance.commit` named a commit and nothing that was edited after it."""
     return label != "unknown" and not label.endswith("-dirty")
 
 
 CSV_COLUMNS = (
-    "suite", "row", "task", "source", "score", "stderr", "n", "difference", "difference_stderr", "difference_above",
-    "difference_above_stderr", "flops_ratio", "tokens_per_layer", "seconds", "status", "similarity", "similarity_stderr",
-    "compensation_share", "compensation_share_stderr", "turns_seconds", "turns_ratio", "turns_ratio_lower", "turns_ratio_upper",
-    "cache_bytes", "peak_bytes", "reused_from",
+    "suite",
+    "row",
+    "task",
+    "source",
+    "score",
+    "stderr",
+    "n",
+    "difference",
+    "difference_stderr",
+    "difference_above",
+    "difference_above_stderr",
+    "flops_ratio",
+    "tokens_per_layer",
+    "seconds",
+    "status",
+    "similarity",
+    "similarity_stderr",
+    "compensation_share",
+    "compensation_share_stderr",
+    "turns_seconds",
+    "turns_ratio",
+    "turns_ratio_lower",
+    "turns_ratio_upper",
+    "cache_bytes",
+    "peak_bytes",
+    "reused_from",
 )
 
 
@@ -145,7 +177,11 @@ def csv_text(suites: Sequence[Measured]) -> str:
     for measured in suites:
         for name, row in measured.rows.items():
             ratio = measured.flops_ratio(name)
-            place = {"suite": measured.suite, "row": name, "flops_ratio": "" if ratio is None else f"{ratio:.4f}"}
+            place = {
+                "suite": measured.suite,
+                "row": name,
+                "flops_ratio": "" if ratio is None else f"{ratio:.4f}",
+            }
             for key, value in row.paper.items() if measured.suite != "mini" else ():
                 if key not in ("table", "flops", "percent"):
                     writer.writerow({**place, "task": key, "source": "paper", "score": value})
@@ -156,10 +192,21 @@ def csv_text(suites: Sequence[Measured]) -> str:
                     writer.writerow({**line, "status": cell["status"]})
                 elif (figure := measured.score(name, column.task, column.group)) is not None:
                     line |= {"score": f"{figure.value:.4f}", "stderr": _error(figure)}
-                    writer.writerow(line | ({"status": "ok"} if column.group else _details(measured, name, column.task, cell)))
+                    writer.writerow(
+                        line
+                        | ({"status": "ok"} if column.group else _details(measured, name, column.task, cell))
+                    )
         for task, share in measured.majority.items() if measured.table.blind else ():
-            writer.writerow({"suite": measured.suite, "row": "majority", "task": task, "source": "measured",
-                             "score": f"{share:.4f}", "status": "ok"})
+            writer.writerow(
+                {
+                    "suite": measured.suite,
+                    "row": "majority",
+                    "task": task,
+                    "source": "measured",
+                    "score": f"{share:.4f}",
+                    "status": "ok",
+                }
+            )
     return file.getvalue()
 
 
@@ -169,7 +216,10 @@ def _error(figure: Figure) -> str:
 
 def _details(measured: Measured, row: str, task: str, cell: dict) -> dict:
     line = {
-        "n": cell["n"], "seconds": f"{cell['seconds']:.2f}", "status": "ok", "reused_from": cell.get("reused_from", ""),
+        "n": cell["n"],
+        "seconds": f"{cell['seconds']:.2f}",
+        "status": "ok",
+        "reused_from": cell.get("reused_from", ""),
         "tokens_per_layer": " ".join(f"{count:g}" for count in cell["tokens_per_layer"] or []),
     }
     for name, to in (("difference", "vanilla"), ("difference_above", measured.above(row))):
@@ -185,26 +235,38 @@ def _details(measured: Measured, row: str, task: str, cell: dict) -> dict:
         line |= {"turns_seconds": f"{turns['seconds'].median:.5f}", "cache_bytes": f"{turns['cache']:.0f}"}
         line |= {"peak_bytes": "" if turns["peak"] is None else turns["peak"]}
         if turns["ratio"] is not None:
-            line |= {f"turns_ratio{end}": f"{getattr(turns['ratio'], part):.4f}"
-                     for end, part in (("", "median"), ("_lower", "lower"), ("_upper", "upper"))}
+            line |= {
+                f"turns_ratio{end}": f"{getattr(turns['ratio'], part):.4f}"
+                for end, part in (("", "median"), ("_lower", "lower"), ("_upper", "upper"))
+            }
     return line
 
 
 def write_report(
-    output: Path, table: Table, publish: Path | None = None, unwritten: Sequence[dict] = (), plan: Plan | None = None,
+    output: Path,
+    table: Table,
+    publish: Path | None = None,
+    unwritten: Sequence[dict] = (),
+    plan: Plan | None = None,
 ) -> str:
-    """Write a table's .md, .csv, .tex and .png into ``output`` from its cells, copy them to ``publish``; the Markdown's text.
+    """Write a table's .md, .csv, .tex and .png into ``output`` from its cells, copy them to ``publish``; the
+    Markdown's text.
 
-    unwritten: cells that could not be stored, because the disk was full; they are in the report all the same. plan: of the run
-    whose table it is; else the rows are read again, and the newest cell says what fits. Files of the report itself that cannot
-    be written are named at the end of the text; only what is to be published raises OSError, and ValueError where it was not
-    computed by a commit.
+    unwritten: cells that could not be stored, because the disk was full; they are in the report all the same.
+    plan: of the run whose table it is; else the rows are read again, and the newest cell says what fits.
+    Files of the report itself that cannot be written are named at the end of the text; only what is to be
+    published raises OSError, and ValueError where it was not computed by a commit.
     """
     stored = read_cells(output)
     damaged = [f"{name}, which cannot be read" for name, cell in stored.items() if cell is None]
-    found = {(cell["suite"], cell["row"], cell["task"]): cell for cell in [*filter(None, stored.values()), *unwritten]}
+    found = {
+        (cell["suite"], cell["row"], cell["task"]): cell
+        for cell in [*filter(None, stored.values()), *unwritten]
+    }
     benchmark = read_json(output / "benchmark.json")
-    suites = [_measured(table, suite, list(found.values()), benchmark, plan) for suite in ("mini", *table.suites)]
+    suites = [
+        _measured(table, suite, list(found.values()), benchmark, plan) for suite in ("mini", *table.suites)
+    ]
     mini, *others = suites
     shown = [cell for measured in suites for cell in measured.cells.values()]
     left_out = [line for measured in suites for line in measured.left_out] + damaged
@@ -230,7 +292,9 @@ def write_report(
     return text + "".join(f"\n{problem}\n" for problem in problems)
 
 
-def _measured(table: Table, suite: str, cells: list[dict], benchmark: dict | None, plan: Plan | None) -> Measured:
+def _measured(
+    table: Table, suite: str, cells: list[dict], benchmark: dict | None, plan: Plan | None
+) -> Measured:
     own = (plan.rows, plan.run) if plan is not None and plan.suite == suite else (None, None)
     measured = Measured(table, suite, cells, None, *own)
     if suite == "mini" and benchmark is not None:
@@ -264,9 +328,13 @@ def table_of(output: Path) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m eval.report", description="Write a table from its cells.", epilog=EXAMPLES)
+    parser = Parser(
+        prog="python -m eval.report", description="Write a table from its cells.", epilog=EXAMPLES
+    )
     parser.add_argument("output", type=Path, help="results folder, such as results/table1")
-    parser.add_argument("--table", choices=list(TABLES), help="the table (default: as the folder is called, else 1)")
+    parser.add_argument(
+        "--table", choices=list(TABLES), help="the table (default: as the folder is called, else 1)"
+    )
     parser.add_argument("--publish", action="store_true", help="copy the table to docs/results/")
     args = parser.parse_args(argv)
     table = get_table(args.table or table_of(args.output) or "1")

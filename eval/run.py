@@ -7,15 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tqdm import tqdm
 
-from libra.cli import Parser, names, whole_from
-from libra.files import remove_unfinished, write_text
-from libra.provenance import commit, cores, machine, require_clean, versions
-from libra.shadow import warn_if_llava_is_another
+from libra.utils.cli import Parser, names, whole_from
+from libra.utils.files import remove_unfinished, write_text
+from libra.utils.other_llava import warn_if_llava_is_another
+from libra.utils.provenance import commit, cores, machine, require_clean, versions
 
 from .cells import PACKAGES, Cell, finished_beside
 from .harness import Harness, Settings
@@ -31,19 +31,29 @@ EXAMPLES = """examples:
 
 
 def fill(
-    cells: list[Cell], manifest: dict | None, output: Path, settings: Settings, devices: Sequence[str], command: str,
+    cells: list[Cell],
+    manifest: dict | None,
+    output: Path,
+    settings: Settings,
+    devices: Sequence[str],
+    command: str,
     factory: Callable = Harness,
 ) -> tuple[int, list[dict]]:
-    """Compute the cells that are not finished, with a bar and the time left; how many failed, and the cells that could not be
-    stored, as on a full disk.
+    """Compute the cells that are not finished, with a bar and the time left; how many failed, and the cells
+    that could not be stored, as on a full disk.
 
-    Every cell becomes one JSON below ``output``/cells the moment it is done. Cells that lie finished in a results folder
-    beside are taken from there. Cells that time rows in turns come last, one at a time, so that nothing else runs beside.
-    Raises PoolError where no worker starts.
+    Every cell becomes one JSON below ``output``/cells the moment it is done. Cells that lie finished in a
+    results folder beside are taken from there. Cells that time rows in turns come last, one at a time, so
+    that nothing else runs beside. Raises PoolError where no worker starts.
     """
     failed = 0
     unwritten: dict[str, dict] = {}
-    computer = {**machine(), "device": settings.device, "processes": len(devices), "batch_size": settings.batch_size}
+    computer = {
+        **machine(),
+        "device": settings.device,
+        "processes": len(devices),
+        "batch_size": settings.batch_size,
+    }
     origin = {"commit": commit(), "versions": versions(PACKAGES), "machine": computer, "command": command}
     for folder in (output, output / "cells"):
         remove_unfinished(folder)  # of a run that was killed
@@ -79,7 +89,7 @@ def fill(
         def on_result(cell: Cell, result: dict) -> None:
             nonlocal failed
             bar.update(counts[cell.name] - done[cell.name] if total else 0)
-            date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            date = datetime.now(UTC).isoformat(timespec="seconds")
             where = {"machine": {**computer, "processes": 1, "batch_size": 1}} if cell.turns else {}
             record = cell.record({**result, **origin, **where, "date": date})
             results[cell.name] = cell, record
@@ -98,28 +108,57 @@ def fill(
         for name in list(unwritten):  # there may be room again
             if name in results:
                 store(*results[name])
-    failed += sum(1 for name, record in unwritten.items() if name not in results or results[name][1]["status"] == "ok")
+    failed += sum(
+        1 for name, record in unwritten.items() if name not in results or results[name][1]["status"] == "ok"
+    )
     return failed, list(unwritten.values())
 
 
 def parser() -> Parser:
     whole = whole_from(1)
-    parser = Parser(prog="python -m eval.run", description="Fill a table's cells; finished ones are kept.", epilog=EXAMPLES)
-    parser.add_argument("--table", choices=list(TABLES), required=True, help="the paper's table, or the arena")
-    parser.add_argument("--suite", choices=list(SUITES), default="mini", help="which model's rows (default %(default)s)")
+    parser = Parser(
+        prog="python -m eval.run",
+        description="Fill a table's cells; finished ones are kept.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument(
+        "--table", choices=list(TABLES), required=True, help="the paper's table, or the arena"
+    )
+    parser.add_argument(
+        "--suite", choices=list(SUITES), default="mini", help="which model's rows (default %(default)s)"
+    )
     parser.add_argument("--rows", type=names, metavar="A,B", help="only these rows, such as vanilla,r50")
     parser.add_argument("--tasks", type=names, metavar="A,B", help="only these tasks, such as reading,color")
-    parser.add_argument("--limit", type=whole, metavar="N", help="only the first N samples of a task (to try things out)")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be computed, at what FLOPs and how long")
-    parser.add_argument("--batch-size", type=whole, metavar="N", help="samples a forward call (default: 32 mini, 8 others)")
+    parser.add_argument(
+        "--limit", type=whole, metavar="N", help="only the first N samples of a task (to try things out)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what would be computed, at what FLOPs and how long"
+    )
+    parser.add_argument(
+        "--batch-size", type=whole, metavar="N", help="samples a forward call (default: 32 mini, 8 others)"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="results folder (default results/tableN)")
-    parser.add_argument("--benchmark", type=Path, default=Path("results/benchmark"), metavar="DIR",
-                        help="the embedded benchmark, written where it is missing (default %(default)s)")
-    parser.add_argument("--processes", type=whole, metavar="N",
-                        help="workers, each with one cell at a time (default: one a GPU; on a CPU 2, of two cores or more)")
+    parser.add_argument(
+        "--benchmark",
+        type=Path,
+        default=Path("results/benchmark"),
+        metavar="DIR",
+        help="the embedded benchmark, written where it is missing (default %(default)s)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=whole,
+        metavar="N",
+        help="workers, each with one cell at a time (default: one a GPU; on a CPU 2, of two cores or more)",
+    )
     parser.add_argument("--checkpoint", metavar="DIR", help="weights to use instead of the registry's")
-    parser.add_argument("--device", type=names, metavar="A,B",
-                        help="such as cpu, cuda:0 or cuda:0,cuda:1; workers take them in turn (default: all GPUs, else cpu)")
+    parser.add_argument(
+        "--device",
+        type=names,
+        metavar="A,B",
+        help="such as cpu, cuda:0 or cuda:0,cuda:1; workers take them in turn (default: all GPUs, else cpu)",
+    )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--publish", action="store_true", help="copy the finished table to docs/results/")
     return parser
@@ -162,7 +201,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.publish:
             require_clean()  # not after hours
         todo = plan(
-            table, args.suite, args.rows, args.tasks, args.limit, args.checkpoint, args.benchmark, args.dtype, args.dry_run,
+            table,
+            args.suite,
+            args.rows,
+            args.tasks,
+            args.limit,
+            args.checkpoint,
+            args.benchmark,
+            args.dtype,
+            args.dry_run,
         )
         if args.dry_run:
             print(describe(todo, output, len(devices)))
@@ -172,10 +219,15 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another run is filling {output}: wait for it, or choose another --output") from None
+                raise ValueError(
+                    f"another run is filling {output}: wait for it, or choose another --output"
+                ) from None
             settings = Settings(
-                output=str(output.resolve()), device=devices[0], threads=max(1, cores() // len(devices)),
-                batch_size=args.batch_size or (32 if args.suite == "mini" else 8), dtype=args.dtype,
+                output=str(output.resolve()),
+                device=devices[0],
+                threads=max(1, cores() // len(devices)),
+                batch_size=args.batch_size or (32 if args.suite == "mini" else 8),
+                dtype=args.dtype,
                 online=args.suite != "mini",
             )
             if todo.manifest is not None:
@@ -191,7 +243,10 @@ def main(argv: list[str] | None = None) -> int:
         options.error(str(error))
     print(text)
     seconds = time.monotonic() - started
-    print(f"{len(todo.cells)} cells, {failed} failed, {seconds:.0f} s; table: {output / table.stem}.md", file=sys.stderr)
+    print(
+        f"{len(todo.cells)} cells, {failed} failed, {seconds:.0f} s; table: {output / table.stem}.md",
+        file=sys.stderr,
+    )
     return 1 if failed else 0
 
 

@@ -12,7 +12,8 @@ FEWEST = 30  # answers from which the normal approximation behind ± is usual
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value with its standard error, which is None where it cannot be had, and the number of answers behind it."""
+    """A measured value with its standard error, which is None where it cannot be had, and the number of
+    answers behind it."""
 
     value: float
     stderr: float | None = None
@@ -20,7 +21,8 @@ class Figure:
 
     @property
     def error(self) -> float | None:
-        """The standard error where the answers carry one: there are :data:`FEWEST` of them, and they are not all alike."""
+        """The standard error where the answers carry one: there are :data:`FEWEST` of them, and they are not
+        all alike."""
         return self.stderr if self.stderr and self.n >= FEWEST else None
 
     @property
@@ -45,7 +47,9 @@ def paired_difference(correct: Sequence[float], baseline: Sequence[float]) -> Fi
     ValueError where the two did not answer the same number of questions.
     """
     if len(correct) != len(baseline):
-        raise ValueError(f"paired answers differ in number, {len(correct)} and {len(baseline)}: use one limit for both rows")
+        raise ValueError(
+            f"paired answers differ in number, {len(correct)} and {len(baseline)}: use one limit for both rows"
+        )
     difference = np.asarray(correct, float) - np.asarray(baseline, float)
     deviation = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
     return Figure(100 * float(difference.mean()), 100 * deviation / sqrt(len(difference)), len(difference))
@@ -56,11 +60,14 @@ def mean_of(figures: Iterable[Figure]) -> Figure:
     figures = list(figures)
     stderrs = [figure.stderr for figure in figures]
     stderr = None if None in stderrs else sqrt(sum(s * s for s in stderrs)) / len(figures)
-    return Figure(sum(figure.value for figure in figures) / len(figures), stderr, sum(figure.n for figure in figures))
+    return Figure(
+        sum(figure.value for figure in figures) / len(figures), stderr, sum(figure.n for figure in figures)
+    )
 
 
 def is_learned(vanilla: float, majority: float, blind: float) -> bool:
-    """Whether a question type counts for Avg (all in percent): decided without a look at any compressed result."""
+    """Whether a question type counts for Avg (all in percent): decided without a look at any compressed
+    result."""
     return vanilla >= LEARNED_AT and vanilla - max(majority, blind) >= LEARNED_ABOVE
 
 

@@ -1,4 +1,5 @@
-"""What each table consists of: its models' row files in order, its tasks, its columns. All of it is declared here."""
+"""What each table consists of: its models' row files in order, its tasks, its columns. All of it is declared
+here."""
 
 import hashlib
 import re
@@ -7,14 +8,15 @@ from pathlib import Path
 
 from libra.config import Row
 from libra.lmms import TASKS
-from libra.provenance import REPOSITORY
+from libra.utils.provenance import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 BLIND = "blind"  # the row that is not a file: vanilla on grey images
 BLIND_TITLE = "vanilla, grey images (blind)"
 NOT_AVERAGED = {"mme"}  # the paper's Avg leaves it out
 
-# Suite (one model's rows; their files begin with its name, the embedded model's lie in configs/mini) → title of the model.
+# Suite (one model's rows; their files begin with its name, the embedded model's lie in configs/mini) → title
+# of the model.
 SUITES = {
     "mini": "The embedded model",
     "llava7b": "LLaVA-1.5-7B",
@@ -29,13 +31,16 @@ SUITES = {
 class Table:
     """One table.
 
-    name: "1" … "7" or a word; title: its heading; folder: of its row files, below configs/ and below configs/mini/;
-    suites: the models of the paper that it has; sections: heading → rows in order, rows that are named nowhere come last;
-    blind: the embedded model is also run on grey images, and Avg takes the question types that it has learned (otherwise
-    all tasks but MME); above: show each row's difference to the row above it; extras: further columns, `sim`
-    (Table 4's mean s^max), `share` (of the tokens that are no targets, what went into the compensation token);
-    timed: samples of each task that all rows answer in turns, for time and memory; note: what to know of the embedded
-    model's table.
+    name: "1" … "7" or a word; title: its heading; folder: of its row files, below configs/ and below
+        configs/mini/;
+    suites: the models of the paper that it has; sections: heading → rows in order, rows that are named
+        nowhere come last;
+    blind: the embedded model is also run on grey images, and Avg takes the question types that it has learned
+    (otherwise all tasks but MME); above: show each row's difference to the row above it; extras: further
+    columns, `sim` (Table 4's mean s^max), `share` (of the tokens that are no targets, what went into the
+    compensation token);
+    timed: samples of each task that all rows answer in turns, for time and memory; note: what to know of the
+    embedded model's table.
     """
 
     name: str
@@ -60,7 +65,17 @@ class Table:
 
 
 def _arena(prefix: str, *more: str) -> tuple[str, ...]:
-    names = ("fastv", "turbo", "windowed_fastv", "random_0", "random_1", "random_2", "average", "libra", *more)
+    names = (
+        "fastv",
+        "turbo",
+        "windowed_fastv",
+        "random_0",
+        "random_1",
+        "random_2",
+        "average",
+        "libra",
+        *more,
+    )
     return tuple(f"{prefix}_{name}" for name in names)
 
 
@@ -69,54 +84,89 @@ _MAIN = ("vanilla", "fastv", "turbo", "r50", "r67", "random", "windowed_fastv", 
 TABLES = {
     table.name: table
     for table in (
-        Table("1", "Table 1: methods on image benchmarks", "", ("llava7b", "llava13b", "next8b"), {"": _MAIN}, blind=True),
         Table(
-            "2", "Table 2: 75% after one layer", "table2", ("videollama2",), {"": ("vanilla", "fastv", "turbo", "libra")},
+            "1",
+            "Table 1: methods on image benchmarks",
+            "",
+            ("llava7b", "llava13b", "next8b"),
+            {"": _MAIN},
+            blind=True,
+        ),
+        Table(
+            "2",
+            "Table 2: 75% after one layer",
+            "table2",
+            ("videollama2",),
+            {"": ("vanilla", "fastv", "turbo", "libra")},
             note="The embedded model sees single images: this is the setting of the paper's video table, 75% removed after one "
             "early layer, on its question types; there are no subtitles and no durations.",
         ),
         Table(
-            "3", "Table 3: components", "table3", ("llava7b",),
+            "3",
+            "Table 3: components",
+            "table3",
+            ("llava7b",),
             {
                 "": ("vanilla",),
                 "R = 50%": ("merging_r50", "hierarchical_r50", "pti_r50", "libra_r50"),
                 "R = 67%": ("hierarchical_r67", "pti_r67", "libra_r67"),
                 "R = 80%": ("hierarchical_r80", "pti_r80", "libra_r80"),
             },
-            above=True, extras=("sim", "share"),
+            above=True,
+            extras=("sim", "share"),
             note="Merging is Turbo after one layer, Hierarchical is Turbo after three. PTI exchanges its targets for "
             "intervals, IGM its average for the importance-informed merging and the compensation token.",
         ),
         Table(
-            "4", "Table 4: pruning or merging", "table4", ("llava7b",),
+            "4",
+            "Table 4: pruning or merging",
+            "table4",
+            ("llava7b",),
             {
                 "": ("vanilla",),
                 "early layer": ("prune_l1", "merge_l1", "igm_l1", "prune_l3", "merge_l3", "igm_l3"),
                 "middle layer": ("prune_l5", "merge_l5", "igm_l5", "prune_l15", "merge_l15", "igm_l15"),
             },
-            above=True, extras=("sim", "share"),
+            above=True,
+            extras=("sim", "share"),
             note="Targets are the most important tokens (top-k) in every row, 80% are removed. Pruning asks for no similarity; "
             "its Sim is that of the rows below, for the targets are the same.",
         ),
         Table(
-            "5", "Table 5: variants of IGM", "table5", ("llava7b",), {"": ("vanilla", "igm_pos", "igm_neg", "igm")},
-            above=True, extras=("sim", "share"),
+            "5",
+            "Table 5: variants of IGM",
+            "table5",
+            ("llava7b",),
+            {"": ("vanilla", "igm_pos", "igm_neg", "igm")},
+            above=True,
+            extras=("sim", "share"),
             note="Targets are the most important tokens (top-k), 80% are removed after the middle layer.",
         ),
         Table(
-            "6", "Table 6: time and memory", "table6", ("llava7b",),
-            {"": ("vanilla", "fastv_r50", "libra_r50", "fastv_r80", "libra_r80")}, timed=20,
+            "6",
+            "Table 6: time and memory",
+            "table6",
+            ("llava7b",),
+            {"": ("vanilla", "fastv_r50", "libra_r50", "fastv_r80", "libra_r80")},
+            timed=20,
             note="Ratios to vanilla on the same questions, which all rows answer in turns, one question at a time.",
         ),
         Table(
-            "7", "Table 7: hybrid attention", "table7", ("qwen2vl7b", "llava7b"),
-            {"": ("vanilla", "flash", "sdpa", "fastv", "fastv_hybrid", "libra_hybrid")}, timed=20,
+            "7",
+            "Table 7: hybrid attention",
+            "table7",
+            ("qwen2vl7b", "llava7b"),
+            {"": ("vanilla", "flash", "sdpa", "fastv", "fastv_hybrid", "libra_hybrid")},
+            timed=20,
             note="Ratios to vanilla on the same questions, which all rows answer in turns, one question at a time. SDPA stands "
             "where the paper has flash-attention 2, which a CPU does not have. FastV without hybrid runs eager attention, as a "
             "method that reads the whole attention map must.",
         ),
         Table(
-            "arena", "Arena: methods at equal layers and FLOPs", "arena", (),
+            "arena",
+            "Arena: methods at equal layers and FLOPs",
+            "arena",
+            (),
             {
                 "": ("vanilla", BLIND),
                 "after layer 1, 50%": _arena("l1"),
@@ -124,11 +174,14 @@ TABLES = {
                 "after layer 5, 50%": _arena("l5"),
                 "after layers 2, 5, 8, 50% each": _arena("h", "pyramiddrop"),
                 "importance: mean over the question's tokens": tuple(
-                    f"{place}_{name}_mean" for place in ("l1", "h") for name in ("fastv", "windowed_fastv", "libra")
+                    f"{place}_{name}_mean"
+                    for place in ("l1", "h")
+                    for name in ("fastv", "windowed_fastv", "libra")
                 ),
                 "Turbo's λ": ("l1_turbo_lambda05", "l1_turbo_lambda2"),
             },
-            blind=True, extras=("sim", "share"),
+            blind=True,
+            extras=("sim", "share"),
             note="Within a section all rows compress after the same layers to the same number of tokens, so they cost the same "
             "FLOPs. Random pruning is drawn three times.",
         ),
@@ -138,8 +191,10 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Task:
-    """name: in a row's file; harness: in lmms-eval; metric: the score's key; scale: to percent; title: its column;
-    groups: parts of the benchmark with a column of their own; group_by: the key of a sample's metric that names its part."""
+    """name: in a row's file; harness: in lmms-eval; metric: the score's key; scale: to percent; title: its
+    column;
+    groups: parts of the benchmark with a column of their own; group_by: the key of a sample's metric that
+    names its part."""
 
     name: str
     harness: str
@@ -162,14 +217,23 @@ PAPER_TASKS = {
         Task("textvqa_ocr", "textvqa_ocr", "exact_match", 100, "TextVQA"),
         Task("textvqa", "textvqa_val", "exact_match", 100, "TextVQA without OCR tokens"),
         Task("videomme", "videomme", "videomme_perception_score", 1, "w/o subs", _DURATIONS, "duration"),
-        Task("videomme_w_subtitle", "videomme_w_subtitle", "videomme_perception_score", 1, "w subs", _DURATIONS, "duration"),
+        Task(
+            "videomme_w_subtitle",
+            "videomme_w_subtitle",
+            "videomme_perception_score",
+            1,
+            "w subs",
+            _DURATIONS,
+            "duration",
+        ),
     )
 }
 
 
 @dataclass(frozen=True)
 class Column:
-    """A task's score, or with ``group`` that of a part of it. ``key`` names it among a row's figures of the paper."""
+    """A task's score, or with ``group`` that of a part of it. ``key`` names it among a row's figures of the
+    paper."""
 
     task: str
     group: str
@@ -186,7 +250,9 @@ def columns(tasks: list[str]) -> list[Column]:
     if not groups:
         return [Column(task, "", get_task(task).title) for task in tasks]
     return [
-        Column(task, group, f"{group or 'overall'} {get_task(task).title}") for group in ("", *groups) for task in tasks
+        Column(task, group, f"{group or 'overall'} {get_task(task).title}")
+        for group in ("", *groups)
+        for task in tasks
         if not group or group in get_task(task).groups
     ]
 
@@ -209,7 +275,8 @@ def get_task(name: str) -> Task:
 
 
 def row_files(table: Table, suite: str) -> dict[str, Path]:
-    """A table's rows of one suite by short name (``r50``), in table order; files that the table does not name come last."""
+    """A table's rows of one suite by short name (``r50``), in table order; files that the table does not name
+    come last."""
     known = ("mini", *table.suites)
     if suite not in known:
         raise ValueError(f"suite {suite} is not in table {table.name}; use one of {', '.join(known)}")
@@ -231,7 +298,8 @@ def suite_rows(table: Table, suite: str) -> dict[str, Row]:
 
 
 def task_digest(task: Task) -> str | None:
-    """sha256 of the files of this project that say what a task asks; None for the harness's own, which its version names."""
+    """sha256 of the files of this project that say what a task asks; None for the harness's own, which its
+    version names."""
     path, said = TASKS / f"{task.harness}.yaml", []
     while path.is_file():
         said.append(path.read_bytes())

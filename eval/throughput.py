@@ -1,4 +1,5 @@
-"""Samples a second through lmms-eval, each row at each batch size, in turns: python -m eval.throughput --batch-sizes 1,8"""
+"""Samples a second through lmms-eval, each row at each batch size, in turns: python -m eval.throughput
+--batch-sizes 1,8"""
 
 import json
 import os
@@ -12,9 +13,9 @@ from statistics import median
 
 from tqdm import tqdm
 
-from libra.cli import Parser, names, whole_from, wholes_from
-from libra.files import write_text
-from libra.provenance import commit, cores, machine, versions
+from libra.utils.cli import Parser, names, whole_from, wholes_from
+from libra.utils.files import write_text
+from libra.utils.provenance import commit, cores, machine, versions
 
 from .cells import PACKAGES
 from .formats import text_table
@@ -28,8 +29,11 @@ EXAMPLES = """examples:
   python -m eval.throughput --suite llava7b --rows vanilla,r50,fastv --tasks gqa --limit 200 --dtype bfloat16"""
 
 
-def measure(cells: dict, sizes: Sequence[int], repeats: int, settings: Settings) -> dict[str, dict[int, list[float]]]:
-    """Row → batch size → samples a second of each repeat, from the harness's image to the text, in one process.
+def measure(
+    cells: dict, sizes: Sequence[int], repeats: int, settings: Settings
+) -> dict[str, dict[int, list[float]]]:
+    """Row → batch size → samples a second of each repeat, from the harness's image to the text, in one
+    process.
 
     cells: row → its cells. Each repeat goes through all rows and sizes and begins with another one.
     """
@@ -43,10 +47,16 @@ def measure(cells: dict, sizes: Sequence[int], repeats: int, settings: Settings)
                 bar.set_description(f"{name}, batch {size}")
                 samples = seconds = 0
                 for cell in cells[name]:
-                    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # its own bars
+                    with (
+                        open(os.devnull, "w") as nowhere,
+                        redirect_stdout(nowhere),
+                        redirect_stderr(nowhere),
+                    ):  # its own bars
                         harness.load(cell).batch_size = size
                         result = harness(cell, lambda count: None)
-                    cell.samples_path(Path(settings.output)).unlink()  # or the next repeat would find its answers
+                    cell.samples_path(
+                        Path(settings.output)
+                    ).unlink()  # or the next repeat would find its answers
                     samples, seconds = samples + result["n"], seconds + result["seconds"]
                 if repeat >= 0:
                     found[name][size].append(samples / seconds)
@@ -61,27 +71,62 @@ def table(found: dict[str, dict[int, list[float]]]) -> str:
     for name, by_size in found.items():
         for size, rates in by_size.items():
             rate, alone = median(rates), median(by_size[min(by_size)])
-            rows.append([
-                name, str(size), f"{rate:.2f}", f"{min(rates):.2f} to {max(rates):.2f}", f"{rate / alone:.2f} ×",
-                f"{rate / median(first[size]):.2f} ×",
-            ])
-    header = ["row", "batch", "samples/s", "range", "against the smallest batch", f"against {next(iter(found))}"]
+            rows.append(
+                [
+                    name,
+                    str(size),
+                    f"{rate:.2f}",
+                    f"{min(rates):.2f} to {max(rates):.2f}",
+                    f"{rate / alone:.2f} ×",
+                    f"{rate / median(first[size]):.2f} ×",
+                ]
+            )
+    header = [
+        "row",
+        "batch",
+        "samples/s",
+        "range",
+        "against the smallest batch",
+        f"against {next(iter(found))}",
+    ]
     return "\n".join(text_table(header, rows))
 
 
 def parser() -> Parser:
-    parser = Parser(prog="python -m eval.throughput", description="Samples a second through lmms-eval.", epilog=EXAMPLES)
-    parser.add_argument("--suite", choices=list(SUITES), default="mini", help="which model's rows (default %(default)s)")
-    parser.add_argument("--rows", type=names, default=["vanilla", "r50"], metavar="A,B", help="Table 1's (default vanilla,r50)")
+    parser = Parser(
+        prog="python -m eval.throughput", description="Samples a second through lmms-eval.", epilog=EXAMPLES
+    )
+    parser.add_argument(
+        "--suite", choices=list(SUITES), default="mini", help="which model's rows (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=names,
+        default=["vanilla", "r50"],
+        metavar="A,B",
+        help="Table 1's (default vanilla,r50)",
+    )
     parser.add_argument("--tasks", type=names, metavar="A,B", help="only these tasks, such as reading,color")
-    parser.add_argument("--batch-sizes", type=wholes_from(1), default=(1, 8),
-                        metavar="A,B", help="(default 1,8)")
-    parser.add_argument("--limit", type=whole_from(1), default=64, metavar="N", help="samples of a task (default %(default)s)")
-    parser.add_argument("--repeats", type=whole_from(1), default=3, metavar="N", help="of everything (default %(default)s)")
+    parser.add_argument(
+        "--batch-sizes", type=wholes_from(1), default=(1, 8), metavar="A,B", help="(default 1,8)"
+    )
+    parser.add_argument(
+        "--limit", type=whole_from(1), default=64, metavar="N", help="samples of a task (default %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=whole_from(1), default=3, metavar="N", help="of everything (default %(default)s)"
+    )
     parser.add_argument("--checkpoint", metavar="DIR", help="weights to use instead of the registry's")
-    parser.add_argument("--benchmark", type=Path, default=Path("results/benchmark"), metavar="DIR",
-                        help="the embedded benchmark, written where it is missing (default %(default)s)")
-    parser.add_argument("--device", type=names, help="such as cpu or cuda:0 (default: the first GPU, else cpu)")
+    parser.add_argument(
+        "--benchmark",
+        type=Path,
+        default=Path("results/benchmark"),
+        metavar="DIR",
+        help="the embedded benchmark, written where it is missing (default %(default)s)",
+    )
+    parser.add_argument(
+        "--device", type=names, help="such as cpu or cuda:0 (default: the first GPU, else cpu)"
+    )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
     return parser
@@ -92,18 +137,35 @@ def main(argv: list[str] | None = None) -> int:
     options = parser()
     args = options.parse_args(argv)
     try:
-        todo = plan(get_table("1"), args.suite, args.rows, args.tasks, args.limit, args.checkpoint, args.benchmark, args.dtype)
+        todo = plan(
+            get_table("1"),
+            args.suite,
+            args.rows,
+            args.tasks,
+            args.limit,
+            args.checkpoint,
+            args.benchmark,
+            args.dtype,
+        )
         cells: dict = {}
         for cell in todo.cells:
             cells.setdefault(cell.row, []).append(cell)
         with tempfile.TemporaryDirectory() as folder:
             settings = Settings(
-                output=folder, device=worker_devices(args.device, 1)[0], threads=cores(), batch_size=1, dtype=args.dtype,
+                output=folder,
+                device=worker_devices(args.device, 1)[0],
+                threads=cores(),
+                batch_size=1,
+                dtype=args.dtype,
                 online=args.suite != "mini",
             )
             found = measure(cells, args.batch_sizes, args.repeats, settings)
         if args.json:
-            origin = {"commit": commit(), "machine": {**machine(), "device": settings.device}, "versions": versions(PACKAGES)}
+            origin = {
+                "commit": commit(),
+                "machine": {**machine(), "device": settings.device},
+                "versions": versions(PACKAGES),
+            }
             settings_of = {name: [cell.settings for cell in own] for name, own in cells.items()}
             data = {"samples_a_second": found, "limit": args.limit, "settings": settings_of, **origin}
             write_text(args.json, json.dumps(data, indent=1) + "\n")

@@ -1,4 +1,5 @@
-"""Time and memory of a table's rows: each sample is answered by all rows in turns, so a busy moment of the machine hits all."""
+"""Time and memory of a table's rows: each sample is answered by all rows in turns, so a busy moment of the
+machine hits all."""
 
 from collections.abc import Callable
 
@@ -13,20 +14,26 @@ TAKEN = ("seconds", "cache_bytes", "peak_bytes")  # what a record tells of each 
 
 
 class InTurns(lmms):
-    """A model for the harness that lets ``rows`` answer each request, one at a time, and notes what each took.
+    """A model for the harness that lets ``rows`` answer each request, one at a time, and notes what each
+    took.
 
-    What a row takes spans everything from the harness's image to the text. The row that begins changes from sample to
-    sample. A row that cannot run on this machine is in ``failed`` with the reason, and the others are timed.
+    What a row takes spans everything from the harness's image to the text. The row that begins changes from
+    sample to sample. A row that cannot run on this machine is in ``failed`` with the reason, and the others
+    are timed.
     """
 
     is_simple = True
 
-    def __init__(self, model: LibraModel, rows: dict[str, Row], log: SampleLog, on_samples: Callable[[int], None]):
+    def __init__(
+        self, model: LibraModel, rows: dict[str, Row], log: SampleLog, on_samples: Callable[[int], None]
+    ):
         super().__init__()
         self.model, self.rows, self.log, self.on_samples = model, rows, log, on_samples
         self.device = model.device
         self.failed: dict[str, str] = {}
-        self.records: list[dict] = []  # of each sample {task, doc_id, seconds, cache_bytes, peak_bytes}, each row → figure
+        self.records: list[
+            dict
+        ] = []  # of each sample {task, doc_id, seconds, cache_bytes, peak_bytes}, each row → figure
 
     def clean(self) -> None:
         """Keep the model, as LibraModel does."""
@@ -39,8 +46,15 @@ class InTurns(lmms):
 
     def generate_until(self, requests) -> list[str]:
         """The first row's answers; the table's scores come from its ordinary cells."""
-        self.model.task_dict, self.model.sample_log, self.model.on_samples = self.task_dict, None, lambda count: None
-        for name, row in self.rows.items():  # once for nothing: the first call of a kind pays for what later ones have
+        self.model.task_dict, self.model.sample_log, self.model.on_samples = (
+            self.task_dict,
+            None,
+            lambda count: None,
+        )
+        for (
+            name,
+            row,
+        ) in self.rows.items():  # once for nothing: the first call of a kind pays for what later ones have
             try:
                 self._answer(row, requests[0])
             except (ValueError, ImportError, RuntimeError, NotImplementedError) as error:
@@ -51,7 +65,9 @@ class InTurns(lmms):
             record = self.log.get(task, doc_id)
             if record is None or any(set(record[key]) != set(names) for key in TAKEN):
                 start = number % max(1, len(names))
-                taken = {name: self._answer(self.rows[name], request) for name in names[start:] + names[:start]}
+                taken = {
+                    name: self._answer(self.rows[name], request) for name in names[start:] + names[:start]
+                }
                 record = {"task": task, "doc_id": doc_id}
                 for key in TAKEN:
                     record[key] = {name: taken[name][key] for name in names}
@@ -76,23 +92,34 @@ def is_timing(record: dict) -> bool:
     parts = [record.get(key) for key in TAKEN]
     if not all(isinstance(part, dict) for part in parts):
         return False
-    return all(is_number(value) or (part is parts[-1] and value is None) for part in parts for value in part.values())
+    return all(
+        is_number(value) or (part is parts[-1] and value is None) for part in parts for value in part.values()
+    )
 
 
 def timing(timed: InTurns) -> dict:
-    """The result of a cell of turns: of each row the seconds of each sample, the mean bytes of the KV cache at the end of an
-    answer, the peak of the device's memory (None on a CPU), or the reason why it did not run."""
+    """The result of a cell of turns: of each row the seconds of each sample, the mean bytes of the KV cache
+    at the end of an answer, the peak of the device's memory (None on a CPU), or the reason why it did not
+    run."""
     rows: dict[str, dict] = {name: {"reason": reason} for name, reason in timed.failed.items()}
     for name in timed.rows:
         if name in rows:
             continue
         cache = [record["cache_bytes"][name] for record in timed.records]
-        peaks = [record["peak_bytes"][name] for record in timed.records if record["peak_bytes"][name] is not None]
+        peaks = [
+            record["peak_bytes"][name] for record in timed.records if record["peak_bytes"][name] is not None
+        ]
         rows[name] = {
             "seconds": [round(record["seconds"][name], 6) for record in timed.records],
-            "cache_bytes": sum(cache) / len(cache), "peak_bytes": max(peaks, default=None),
+            "cache_bytes": sum(cache) / len(cache),
+            "peak_bytes": max(peaks, default=None),
         }
     return {
-        "status": "ok", "score": None, "stderr": None, "n": len(timed.records), "correct": None, "turns": rows,
+        "status": "ok",
+        "score": None,
+        "stderr": None,
+        "n": len(timed.records),
+        "correct": None,
+        "turns": rows,
         "seconds": sum(sum(record["seconds"].values()) for record in timed.records),
     }

@@ -2,18 +2,19 @@
 
 from pathlib import Path
 
-from .names import spelled
-from .provenance import REPOSITORY
-from .registry import load_models
-from .sentences import ConfigError, did_you_mean, show
+from .rows import load_models
 from .shipped import EMBEDDED
+from .utils.names import spelled
+from .utils.provenance import REPOSITORY
+from .utils.sentences import ConfigError, did_you_mean, show
 
 
 def find_checkpoint(given: str | Path) -> str:
-    """The folder or the hub name that a user means by a folder, a hub name or a model's name in models.yaml, such as `mini`.
+    """The folder or the hub name that a user means by a folder, a hub name or a model's name in models.yaml,
+    such as `mini`.
 
-    A folder that is there comes first; relative ones start at the working directory, then at the repository. Raises
-    ConfigError for a name that nearly is a model's.
+    A folder that is there comes first; relative ones start at the working directory, then at the repository.
+    Raises ConfigError for a name that nearly is a model's.
     """
     name, models = str(given), load_models()
     model = spelled(name, models)
@@ -31,5 +32,8 @@ def find_checkpoint(given: str | Path) -> str:
 
 
 def find_tower(name: str, folder: Path) -> Path | None:
-    """The folder of the vision tower that a LLaVA checkpoint in ``folder`` names: in it or next to it; None for other names."""
-    return next((place / name for place in (folder, folder.parent) if (place / name / "config.json").is_file()), None)
+    """The folder of the vision tower that a LLaVA checkpoint in ``folder`` names: in it or next to it; None
+    for other names."""
+    return next(
+        (place / name for place in (folder, folder.parent) if (place / name / "config.json").is_file()), None
+    )

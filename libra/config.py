@@ -1,4 +1,5 @@
-"""What a compression is, and what a table row's YAML file says. Every field is checked and the wrong one is named."""
+"""What a compression is, and what a table row's YAML file says. Every field is checked and the wrong one is
+named."""
 
 import math
 import re
@@ -8,11 +9,12 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from . import plain_yaml, shipped
+from . import shipped
 from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS, natural_layers
-from .names import spelled
-from .registry import get_model
-from .sentences import ConfigError, did_you_mean, show
+from .rows import get_model
+from .utils import plain_yaml
+from .utils.names import spelled
+from .utils.sentences import ConfigError, did_you_mean, show
 
 IMPORTANCES = ("last", "mean")
 SCORE_LAYERS = ("same", "next")
@@ -35,25 +37,32 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Compression:
-    """How visual tokens are compressed: choose targets × treat the rest × after these layers. Hashable; checked when made.
+    """How visual tokens are compressed: choose targets × treat the rest × after these layers. Hashable;
+    checked when made.
 
-    method: a name of `libra.methods.METHODS`; it sets select and merge (PyramidDrop also score_layer, positions and
-        rounding), and a key given beside it overrides it. Without a method: intervals and igm, the paper's.
-    select: who is a target (§3.2): intervals | topk | random | information, or a name of `libra.register_select`.
-    merge: what becomes of the rest (§3.3): drop | average | igm | igm-pos (all merge) | igm-neg (none merges), or a name of
-        `libra.register_merge`.
-    layers: compress after each of these 0-based layers; kept as a sorted tuple. Empty: nothing is compressed. None: at the
-        method's natural places, which `at_depth` finds once the depth of the model is known; every door of this package does.
+    method: a name of `libra.methods.METHODS`; it sets select and merge (PyramidDrop also score_layer,
+        positions and rounding), and a key given beside it overrides it. Without a method: intervals and igm,
+        the paper's.
+    select: who is a target (§3.2): intervals | topk | random | information, or a name of
+        `libra.register_select`.
+    merge: what becomes of the rest (§3.3): drop | average | igm | igm-pos (all merge) | igm-neg (none
+        merges), or a name of `libra.register_merge`.
+    layers: compress after each of these 0-based layers; kept as a sorted tuple. Empty: nothing is compressed.
+        None: at the method's natural places, which `at_depth` finds once the depth of the model is known;
+            every door of this package does.
     ratio: R, the fraction removed at each of them, in [0, 1); a text like "2/3" is that fraction.
-    tau: τ, the similarity above which a token merges (igm only). eta: η of eq. 6's softmax, "mean" (of α) or a positive number.
-    importance: α is the attention row of the last prompt token ("last", eq. 4), or the "mean" over the text after the image.
+    tau: τ, the similarity above which a token merges (igm only). eta: η of eq. 6's softmax, "mean" (of α) or
+        a positive number.
+    importance: α is the attention row of the last prompt token ("last", eq. 4), or the "mean" over the text
+        after the image.
     score_layer: α from the "same" layer's query and keys, or the "next" layer's.
     positions: "original" position ids, or "compact" (renumbered).
-    rounding: of (1-R)·N to whole tokens, round | floor | ceil. information_weight: λ of Turbo's information degree.
+    rounding: of (1-R)·N to whole tokens, round | floor | ceil. information_weight: λ of Turbo's information
+        degree.
     seed: of select random, below 2^64.
 
-    After construction no field but `method` and `layers` is None. Raises ConfigError for a wrong value and for a key that would
-    have no effect.
+    After construction no field but `method` and `layers` is None. Raises ConfigError for a wrong value and
+    for a key that would have no effect.
     """
 
     method: str | None = None
@@ -64,7 +73,8 @@ class Compression:
     tau: float = 0.7
     eta: str | float = "mean"
     importance: str = "last"
-    # None stands for the method's own choice, which is same, original and round everywhere but in PyramidDrop.
+    # None stands for the method's own choice, which is same, original and round everywhere but in
+    # PyramidDrop.
     score_layer: str | None = None
     positions: str | None = None
     rounding: str | None = None
@@ -85,7 +95,10 @@ class Compression:
             ("ratio", _ratio(self.ratio)),
             ("tau", _number("tau", self.tau, lambda v: -1 <= v <= 1, "a number in [-1, 1]")),
             ("eta", _eta(self.eta)),
-            ("information_weight", _number("information_weight", self.information_weight, _is_weight, "0 to 1e9")),
+            (
+                "information_weight",
+                _number("information_weight", self.information_weight, _is_weight, "0 to 1e9"),
+            ),
             ("seed", _seed(self.seed)),
         ):
             object.__setattr__(self, key, value)
@@ -95,14 +108,17 @@ class Compression:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], source: str = "") -> "Compression":
-        """A compression from plain keys, as YAML or `to_dict` gives them. `source` (a file's name) opens every error sentence.
+        """A compression from plain keys, as YAML or `to_dict` gives them. `source` (a file's name) opens
+        every error sentence.
 
-        Stricter than the constructor: a key that is given but has no effect is an error even at its default value. Raises
-        ConfigError.
+        Stricter than the constructor: a key that is given but has no effect is an error even at its default
+        value. Raises ConfigError.
         """
         try:
             if not isinstance(mapping, Mapping):
-                raise ConfigError(f"compression: {show(mapping)} is not a mapping; write {{method: …, layers: […]}}")
+                raise ConfigError(
+                    f"compression: {show(mapping)} is not a mapping; write {{method: …, layers: […]}}"
+                )
             _keys("compression", mapping, _NAMES)
             for key, value in mapping.items():
                 if value is None:
@@ -117,7 +133,8 @@ class Compression:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Compression":
-        """A compression from a YAML file: its keys alone, or a table row's file, whose `compression:` block is taken.
+        """A compression from a YAML file: its keys alone, or a table row's file, whose `compression:` block
+        is taken.
 
         path: a file, or the name of a shipped row. Raises ConfigError, also for a missing or malformed file.
         """
@@ -129,14 +146,16 @@ class Compression:
 
     @classmethod
     def named(cls, name: str) -> "Compression":
-        """The compression of a row that comes with the package, such as `llava7b_r50` or `mini/r50`: the files of configs/.
+        """The compression of a row that comes with the package, such as `llava7b_r50` or `mini/r50`: the
+        files of configs/.
 
         Raises ConfigError for another name.
         """
         return cls.from_yaml(shipped.row(name))
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys that matter, resolved, as plain YAML and JSON values; `from_dict` gives back an equal compression."""
+        """The keys that matter, resolved, as plain YAML and JSON values; `from_dict` gives back an equal
+        compression."""
         idle = self._without_effect()
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
         if values.get("layers") is not None:
@@ -153,7 +172,8 @@ class Compression:
         return self.layers is None or bool(self.layers)
 
     def at_depth(self, num_layers: int, source: str = "") -> "Compression":
-        """The same for a model of `num_layers` layers: `layers` is a tuple, the method's natural places where none were named.
+        """The same for a model of `num_layers` layers: `layers` is a tuple, the method's natural places where
+        none were named.
 
         Raises ConfigError, opened by `source`, when a compression layer is not among the model's.
         """
@@ -199,7 +219,9 @@ class Compression:
             idle["seed"] = f"it belongs to select random, and select is {self.select}"
         if self.select == "random" and self.merge in ("drop", "average"):
             # Neither the choice nor the merge reads α, so how α is made is moot.
-            idle["importance"] = idle["score_layer"] = f"select random with merge {self.merge} uses no importance"
+            idle["importance"] = idle["score_layer"] = (
+                f"select random with merge {self.merge} uses no importance"
+            )
         return idle
 
 
@@ -207,9 +229,10 @@ class Compression:
 class Row:
     """One row of a table, as its YAML file describes it.
 
-    model: a name of `libra.registry`; tasks: what it is evaluated on; paper: the paper's figures for it, for comparison only;
-    name: the file's stem unless given; path: the file; title: in a table, the name unless given; attention: how the model
-    attends, one of `ATTENTIONS`. The score row is computed next to any of them.
+    model: a name of `libra.rows`; tasks: what it is evaluated on; paper: the paper's figures for it, for
+        comparison only;
+    name: the file's stem unless given; path: the file; title: in a table, the name unless given; attention:
+    how the model attends, one of `ATTENTIONS`. The score row is computed next to any of them.
     """
 
     model: str
@@ -223,10 +246,11 @@ class Row:
 
     @classmethod
     def from_yaml(cls, path: str | Path, needs_model: bool = True) -> "Row":
-        """Reads and checks a row's file; without layers the compression gets the natural places of the row's model.
+        """Reads and checks a row's file; without layers the compression gets the natural places of the row's
+        model.
 
-        path: a file, or the name of a shipped row; needs_model: False also takes a compression's keys only, as a row whose
-        model is "". Raises ConfigError naming the key and the file.
+        path: a file, or the name of a shipped row; needs_model: False also takes a compression's keys only,
+        as a row whose model is "". Raises ConfigError naming the key and the file.
         """
         file, source = shipped.find_row(path)
         mapping = plain_yaml.load(file)
@@ -236,7 +260,9 @@ class Row:
         row = _row(mapping, source)
         if row.compression.layers is not None:
             return row
-        return replace(row, compression=row.compression.at_depth(get_model(row.model, row.path).layers, row.path))
+        return replace(
+            row, compression=row.compression.at_depth(get_model(row.model, row.path).layers, row.path)
+        )
 
 
 _NAMES = tuple(f.name for f in fields(Compression))
@@ -251,7 +277,10 @@ def _row(mapping: dict[Any, Any], source: str) -> Row:
     """A row from a file's keys; its compression may still be without layers."""
     try:
         _keys("a row", mapping, ROW_KEYS)
-        for key, example in (("model", "model: llava-1.5-7b"), ("compression", "compression: {method: vanilla}")):
+        for key, example in (
+            ("model", "model: llava-1.5-7b"),
+            ("compression", "compression: {method: vanilla}"),
+        ):
             if key not in mapping:
                 raise ConfigError(f"{key}: is missing; a row needs it, for example `{example}`")
         for key in ("model", "name", "title"):
@@ -263,7 +292,9 @@ def _row(mapping: dict[Any, Any], source: str) -> Row:
         raise _at(source, error) from None
     name = mapping.get("name", Path(source).stem)
     compression = _block(mapping["compression"], source)
-    return Row(mapping["model"], compression, tasks, paper, name, source, mapping.get("title", name), attention)
+    return Row(
+        mapping["model"], compression, tasks, paper, name, source, mapping.get("title", name), attention
+    )
 
 
 def _tasks(tasks: Any) -> list[str]:
@@ -276,7 +307,9 @@ def _tasks(tasks: Any) -> list[str]:
 
 def _paper(paper: Any) -> dict[str, float]:
     if not isinstance(paper, dict):
-        raise ConfigError(f"paper: {show(paper)} is not a mapping; write for example {{table: 1, flops: 1.78}}")
+        raise ConfigError(
+            f"paper: {show(paper)} is not a mapping; write for example {{table: 1, flops: 1.78}}"
+        )
     for key, value in paper.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not _is_name(key) or not number or not abs(value) < 1e15:
@@ -364,7 +397,9 @@ def _seed(value: Any) -> int:
 
 def _ratio(value: Any) -> float:
     what = "a number in [0, 1), the fraction removed, such as 0.5 or 2/3"
-    fraction = re.fullmatch(r"\s*([0-9]{1,15})\s*/\s*([0-9]{1,15})\s*", value) if isinstance(value, str) else None
+    fraction = (
+        re.fullmatch(r"\s*([0-9]{1,15})\s*/\s*([0-9]{1,15})\s*", value) if isinstance(value, str) else None
+    )
     if fraction:
         top, bottom = map(int, fraction.groups())
         if top >= bottom:
@@ -386,12 +421,18 @@ def _layers(value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
     if not isinstance(value, (list, tuple, range)):
-        raise ConfigError(f"layers: {show(value)} is not a list; write a list of layer numbers such as [7, 15, 23]")
+        raise ConfigError(
+            f"layers: {show(value)} is not a list; write a list of layer numbers such as [7, 15, 23]"
+        )
     if len(value) > MOST_LAYERS:
-        raise ConfigError(f"layers: there are {len(value)}, more than any model has; write a list such as [7, 15, 23]")
+        raise ConfigError(
+            f"layers: there are {len(value)}, more than any model has; write a list such as [7, 15, 23]"
+        )
     for layer in value:
         if not _is_whole(layer):
-            raise ConfigError(f"layers: {show(layer)} is not a layer number; write whole numbers such as [7, 15, 23]")
+            raise ConfigError(
+                f"layers: {show(layer)} is not a layer number; write whole numbers such as [7, 15, 23]"
+            )
         if layer < 0:
             raise ConfigError(f"layers: {show(layer)} is out of range; layers are counted from 0")
     if len(set(value)) < len(value):

@@ -1,4 +1,5 @@
-"""FLOPs of the visual tokens, as the paper counts them (§4.1): python -m libra.flops --config configs/llava7b_r50.yaml"""
+"""FLOPs of the visual tokens, as the paper counts them (§4.1): python -m libra.flops --config
+configs/llava7b_r50.yaml"""
 
 import json
 from argparse import ArgumentTypeError
@@ -6,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from . import schedule
-from .cli import LARGEST, Parser, whole_from
+from . import budget
 from .config import Compression, ConfigError, Row
-from .registry import ModelSpec, get_model
-from .sentences import show as shown
+from .rows import ModelSpec, get_model
+from .utils.cli import LARGEST, Parser, whole_from
+from .utils.sentences import show as shown
 
 EXAMPLES = """examples:
   python -m libra.flops --config configs/llava7b_r50.yaml
@@ -20,8 +21,8 @@ EXAMPLES = """examples:
 def layer_flops(n: float, d: int, m: int, d_kv: int) -> float:
     """Multiply-accumulates of one decoder layer over n visual tokens (§4.1).
 
-    d: hidden size; m: intermediate size of the MLP; d_kv: width of the keys and values. With d_kv = d it is the paper's
-    4nd² + 2n²d + 3ndm; grouped-query attention makes the K and V projections smaller.
+    d: hidden size; m: intermediate size of the MLP; d_kv: width of the keys and values. With d_kv = d it is
+    the paper's 4nd² + 2n²d + 3ndm; grouped-query attention makes the K and V projections smaller.
     """
     return (2 * d * d + 2 * d * d_kv) * n + 2 * n * n * d + 3 * n * d * m
 
@@ -33,7 +34,8 @@ def model_flops(spec: ModelSpec, counts: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Cost:
-    """tokens: visual tokens of each layer; layers: its multiply-accumulates; both over all sequences of a sample."""
+    """tokens: visual tokens of each layer; layers: its multiply-accumulates; both over all sequences of a
+    sample."""
 
     tokens: list[float]
     layers: list[float]
@@ -44,10 +46,12 @@ class Cost:
 
     @property
     def average_tokens(self) -> float:
-        return schedule.average(self.tokens)
+        return budget.average(self.tokens)
 
 
-def cost(spec: ModelSpec, c: Compression, visual_tokens: Sequence[int] | None = None, whole: bool = False) -> Cost:
+def cost(
+    spec: ModelSpec, c: Compression, visual_tokens: Sequence[int] | None = None, whole: bool = False
+) -> Cost:
     """What the visual tokens of one sample cost under a compression.
 
     visual_tokens: the length of each sequence, the model's own by default; attention stays within a sequence.
@@ -56,19 +60,23 @@ def cost(spec: ModelSpec, c: Compression, visual_tokens: Sequence[int] | None = 
     """
     sequences = spec.visual_tokens if visual_tokens is None else visual_tokens
     if not sequences:
-        raise ConfigError(f"{spec.name} has as many visual tokens as its image asks for; give a number with --visual-tokens")
+        raise ConfigError(
+            f"{spec.name} has as many visual tokens as its image asks for; give a number with --visual-tokens"
+        )
     if whole:
-        counts = [schedule.actual(c, spec.layers, [n]) for n in sequences]
+        counts = [budget.actual(c, spec.layers, [n]) for n in sequences]
     else:
-        counts = [schedule.nominal(c, spec.layers, n) for n in sequences]
+        counts = [budget.nominal(c, spec.layers, n) for n in sequences]
     layers = list(zip(*counts, strict=True))
     return Cost([sum(layer) for layer in layers], [model_flops(spec, layer) for layer in layers])
 
 
 def report(row: Row, visual_tokens: int | None = None) -> dict:
-    """Everything the command prints, unrounded: sizes, both views (nominal, actual), vanilla, the paper's figures, notes.
+    """Everything the command prints, unrounded: sizes, both views (nominal, actual), vanilla, the paper's
+    figures, notes.
 
-    visual_tokens: one sequence of that length instead of the model's own. Raises ConfigError, naming the row's file.
+    visual_tokens: one sequence of that length instead of the model's own. Raises ConfigError, naming the
+        row's file.
     """
     spec, c = get_model(row.model, row.path), row.compression
     sequences = spec.visual_tokens if visual_tokens is None else (visual_tokens,)
@@ -85,12 +93,21 @@ def report(row: Row, visual_tokens: int | None = None) -> dict:
             "average_tokens": counted.average_tokens,
         }
     # The paper's figures are for the model's own number of visual tokens.
-    paper = {key: row.paper[key] for key in ("table", "flops", "percent") if key in row.paper and visual_tokens is None}
+    paper = {
+        key: row.paper[key]
+        for key in ("table", "flops", "percent")
+        if key in row.paper and visual_tokens is None
+    }
     return {
         "row": row.name,
         "config": row.path,
         "model": spec.name,
-        "sizes": {"layers": spec.layers, "d": spec.hidden_size, "m": spec.intermediate_size, "d_kv": spec.kv_size},
+        "sizes": {
+            "layers": spec.layers,
+            "d": spec.hidden_size,
+            "m": spec.intermediate_size,
+            "d_kv": spec.kv_size,
+        },
         "visual_tokens": list(sequences),
         "compression": c.to_dict(),
         "vanilla_flops": vanilla.total,
@@ -100,13 +117,17 @@ def report(row: Row, visual_tokens: int | None = None) -> dict:
     }
 
 
-def _notes(spec: ModelSpec, c: Compression, sequences: Sequence[int], ratio: float, paper: dict, own_tokens: bool) -> list[str]:
+def _notes(
+    spec: ModelSpec, c: Compression, sequences: Sequence[int], ratio: float, paper: dict, own_tokens: bool
+) -> list[str]:
     notes = [
         "multiply-accumulates of the visual tokens in the decoder (§4.1), without text, vision tower and compensation tokens.",
         "nominal is N·(1-R)^k as a real number, which gives the paper's figures; actual is whole tokens, what a run computes.",
     ]
     if c.layers:
-        notes.append("compression after layer L: layers 0 to L run on the longer sequence, the next ones on the shorter.")
+        notes.append(
+            "compression after layer L: layers 0 to L run on the longer sequence, the next ones on the shorter."
+        )
     if spec.note and own_tokens:
         notes.append(spec.note)
     if c.method == "fastv" and len(c.layers) == 1 and c.layers[0] > 0:
@@ -133,12 +154,17 @@ def table(data: dict) -> str:
         f"{'':22}{'nominal':>18}{'':8}{'actual':>18}",
         f"{'layers':<22}{'tokens':>9}{'GFLOPs':>9}{'':8}{'tokens':>9}{'GFLOPs':>9}   (of one layer)",
     ]
-    columns = zip(*(view[key] for view in (nominal, actual) for key in ("tokens_per_layer", "flops_per_layer")), strict=True)
+    columns = zip(
+        *(view[key] for view in (nominal, actual) for key in ("tokens_per_layer", "flops_per_layer")),
+        strict=True,
+    )
     for values, run in groupby(enumerate(columns), key=lambda item: item[1]):
         numbers = [layer for layer, _ in run]
         tokens, flops, whole, whole_flops = values
         name = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
-        lines.append(f"{name:<22}{_number(tokens):>9}{_giga(flops):>9}{'':8}{whole:>9}{_giga(whole_flops):>9}")
+        lines.append(
+            f"{name:<22}{_number(tokens):>9}{_giga(flops):>9}{'':8}{whole:>9}{_giga(whole_flops):>9}"
+        )
     lines.append("")
     paper = data["paper"]
     source = f"the paper's Table {paper['table']}" if "table" in paper else "the paper"
@@ -175,15 +201,25 @@ def _giga(flops: float) -> str:
 
 
 def _total(flops: float) -> str:
-    """Trillions to two decimals, as the paper prints them; a small model's in billions, which would all be 0.00."""
+    """Trillions to two decimals, as the paper prints them; a small model's in billions, which would all be
+    0.00."""
     return f"{flops / 1e12:.2f} T" if flops >= 1e11 else f"{flops / 1e9:.2f} G"
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 0 on success, SystemExit with status 2 after one `error: …` line."""
-    parser = Parser(prog="python -m libra.flops", description="FLOPs of a row's visual tokens.", epilog=EXAMPLES)
-    parser.add_argument("--config", required=True, metavar="ROW", help="a row: its name, such as llava7b_r50, or its YAML file")
-    parser.add_argument("--visual-tokens", metavar="N", help="count one sequence of N visual tokens, not the model's own")
+    parser = Parser(
+        prog="python -m libra.flops", description="FLOPs of a row's visual tokens.", epilog=EXAMPLES
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="ROW",
+        help="a row: its name, such as llava7b_r50, or its YAML file",
+    )
+    parser.add_argument(
+        "--visual-tokens", metavar="N", help="count one sequence of N visual tokens, not the model's own"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON, numbers unrounded")
     args = parser.parse_args(argv)
     try:

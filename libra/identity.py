@@ -1,4 +1,5 @@
-"""What an answer depends on besides the question: the checkpoint's contents and the code, as digests that know no paths."""
+"""What an answer depends on besides the question: the checkpoint's contents and the code, as digests that
+know no paths."""
 
 import ast
 import hashlib
@@ -13,26 +14,37 @@ from pathlib import Path
 
 from .checkpoints import find_tower
 from .config import Row
-from .files import write_text
-from .registry import get_model
+from .rows import get_model
+from .utils.files import write_text
 
 LARGE = 64 << 20  # bytes from which a file's digest is remembered
 # Files of a checkpoint's folder that nobody reads who answers with it.
 IDLE = (
-    "*.md", "*.png", "*.jpg", "*.jpeg", "*.pdf", "LICENSE*", "NOTICE*", "trainer_state.json", "training_args.bin",
-    "run.json", "samples.json", "optimizer.*", "scheduler.*", "rng_state*", "scaler.pt",
+    "*.md",
+    "*.png",
+    "*.jpg",
+    "*.jpeg",
+    "*.pdf",
+    "LICENSE*",
+    "NOTICE*",
+    "trainer_state.json",
+    "training_args.bin",
+    "run.json",
+    "samples.json",
+    "optimizer.*",
+    "scheduler.*",
+    "rng_state*",
+    "scaler.pt",
 )
 IDLE_FOLDERS = ("checkpoint-*", "runs")  # earlier states of a training, and its curves
 ROLES = {  # package → its parts that have no part in an answer
-    "libra": (
-        "checkpoints", "cli", "drawing", "figures", "files", "flops", "identity", "latency", "lazy", "plain_yaml", "provenance",
-        "random_weights", "sentences", "serve", "server", "shadow", "timing", "units", "utils", "vllm",
-    ),
+    "libra": ("checkpoints", "figures", "flops", "identity", "latency", "serve", "utils", "vllm"),
     "llava": ("convert", "eval", "serve", "train"),
 }
 
 
 # Values and files.
+
 
 def digest(settings: object) -> str:
     """sha256 of JSON values, the same for equal ones whatever the order of their keys."""
@@ -42,7 +54,8 @@ def digest(settings: object) -> str:
 def file_digest(path: Path) -> str:
     """sha256 of a file's contents.
 
-    That of a large file is remembered in the user's cache folder, by size, times and inode, so it is read once.
+    That of a large file is remembered in the user's cache folder, by size, times and inode, so it is read
+    once.
     """
     status = path.stat()
     if status.st_size < LARGE:
@@ -69,9 +82,12 @@ def _read_large(path: Path, size: int) -> str:
     from tqdm import tqdm
 
     digest = hashlib.sha256()
-    with open(path, "rb") as file, tqdm(
-        total=size, desc=f"digest of {path.name}", unit="B", unit_scale=True, delay=2, leave=False
-    ) as bar:
+    with (
+        open(path, "rb") as file,
+        tqdm(
+            total=size, desc=f"digest of {path.name}", unit="B", unit_scale=True, delay=2, leave=False
+        ) as bar,
+    ):
         while block := file.read(8 << 20):
             digest.update(block)
             bar.update(len(block))
@@ -108,17 +124,26 @@ def _is_idle(name: str, patterns: tuple[str, ...]) -> bool:
 
 # Rows and checkpoints.
 
+
 def row_identity(row: Row) -> dict:
-    """What a table's row does to its model, in JSON values. A method's name only says the keys that are there as well."""
+    """What a table's row does to its model, in JSON values. A method's name only says the keys that are there
+    as well."""
     compression = row.compression.to_dict() if row.compression.compresses else {"layers": []}
     compression.pop("method", None)
-    conversation = get_model(row.model, row.path).conversation if row.model else None  # None: the checkpoint's own
-    return {"model": row.model, "conversation": conversation, "compression": compression, "attention": row.attention}
+    conversation = (
+        get_model(row.model, row.path).conversation if row.model else None
+    )  # None: the checkpoint's own
+    return {
+        "model": row.model,
+        "conversation": conversation,
+        "compression": compression,
+        "attention": row.attention,
+    }
 
 
 def checkpoint_identity(found: str) -> dict:
-    """What :func:`libra.checkpoints.find_checkpoint` found: of a folder ``{"sha256": …}``, of a hub name ``{"hub": name,
-    "revision": commit}``; and ``tower``, likewise, where its vision tower lies elsewhere.
+    """What :func:`libra.checkpoints.find_checkpoint` found: of a folder ``{"sha256": …}``, of a hub name
+    ``{"hub": name, "revision": commit}``; and ``tower``, likewise, where its vision tower lies elsewhere.
 
     Raises the hub client's errors where a hub name is neither in the local cache nor to be had.
     """
@@ -144,8 +169,8 @@ def checkpoint_identity(found: str) -> dict:
 
 
 def hub_file(name: str, file: str, kind: str = "model") -> Path:
-    """A small file of a repository on the hub, from the local cache where the hub does not answer; its folder is named after
-    the commit. Raises the hub client's errors where it cannot be had."""
+    """A small file of a repository on the hub, from the local cache where the hub does not answer; its folder
+    is named after the commit. Raises the hub client's errors where it cannot be had."""
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(name, file, repo_type=kind, etag_timeout=10))
@@ -162,8 +187,10 @@ def hub_revision(name: str, file: str = "config.json", kind: str = "model") -> s
 
 # Code.
 
+
 def code_identity(**more: list[Path]) -> dict[str, str]:
-    """Package → :func:`code_digests` of the files in it that take part in an answer; ``more``: files of other packages."""
+    """Package → :func:`code_digests` of the files in it that take part in an answer; ``more``: files of other
+    packages."""
     files = dict(more)
     for package, others in ROLES.items():
         folder = Path(find_spec(package).origin).parent
@@ -173,11 +200,11 @@ def code_identity(**more: list[Path]) -> dict[str, str]:
 
 
 def code_digests(files: dict[str, list[Path]]) -> dict[str, str]:
-    """Package → sha256 of what its Python files say, wherever it stands: the set of their statements, without comments,
-    docstrings, layout and the modules that the project's own imports name.
+    """Package → sha256 of what its Python files say, wherever it stands: the set of their statements, without
+    comments, docstrings, layout and the modules that the project's own imports name.
 
-    So files can be moved, split and put together. A name that several files define counts with its module, since another one
-    is imported if that changes.
+    So files can be moved, split and put together. A name that several files define counts with its module,
+    since another one is imported if that changes.
     """
     states = {path: path.stat() for paths in files.values() for path in paths}
     key = tuple((path, state.st_mtime_ns, state.st_size, state.st_ino) for path, state in states.items())
@@ -191,7 +218,9 @@ def _code_digests(files: tuple[tuple[str, tuple[Path, ...]], ...], state: tuple)
     defined = Counter(name for trees in modules.values() for tree in trees for name in _defined(tree))
     digests = {}
     for role, trees in modules.items():
-        told = {_told(node, tuple(modules), defined) for tree in trees for node in tree.body if not _is_text(node)}
+        told = {
+            _told(node, tuple(modules), defined) for tree in trees for node in tree.body if not _is_text(node)
+        }
         told.discard("")  # imports of what has one definition
         parts = sorted(hashlib.sha256(text.encode()).hexdigest() for text in told)
         digests[role] = hashlib.sha256("".join(parts).encode()).hexdigest()
@@ -208,7 +237,11 @@ def _defined(module: ast.Module) -> Iterator[str]:
 
 def _is_text(node: ast.AST) -> bool:
     """A docstring, or another string that does nothing."""
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def _told(node, own: tuple[str, ...], defined: Counter) -> str:
@@ -219,7 +252,11 @@ def _told(node, own: tuple[str, ...], defined: Counter) -> str:
         return repr(node)
     if isinstance(node, ast.ImportFrom) and (node.level or node.module.partition(".")[0] in own):
         return ",".join(_imported(alias, node.module or "", defined) for alias in node.names).strip(",")
-    parts = [f"{name}={_told(value, own, defined)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+    parts = [
+        f"{name}={_told(value, own, defined)}"
+        for name, value in ast.iter_fields(node)
+        if value not in (None, [])
+    ]
     return f"{type(node).__name__}({','.join(parts)})"
 
 

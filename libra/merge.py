@@ -1,7 +1,7 @@
 """What becomes of the tokens that are no targets (§3.3 and the baselines).
 
-A merger says for each visual token which output slot it goes to and how much it counts there; :mod:`libra.compress` does the
-rest.
+A merger says for each visual token which output slot it goes to and how much it counts there;
+:mod:`libra.compress` does the rest.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .fuse import fused
-from .layout import Layout, flat_rows, ordinals, take
 from .methods import MERGERS
+from .ops.dispatch import fused
+from .ops.similarity import most_similar
+from .ops.spans import Layout, flat_rows, ordinals, take
 from .select import Candidates, register
-from .similarity import most_similar
 
 if TYPE_CHECKING:
     from .config import Compression
@@ -27,8 +27,8 @@ NOWHERE = -1  # the group of a dropped token
 class Matches:
     """What a merger may look at.
 
-    ``candidates`` the choice was made from; ``eta``, by which importance is divided, None for its mean; ``is_target`` (B, N)
-    bool; ``targets`` (B, T), their numbers.
+    ``candidates`` the choice was made from; ``eta``, by which importance is divided, None for its mean;
+    ``is_target`` (B, N) bool; ``targets`` (B, T), their numbers.
     """
 
     candidates: Candidates
@@ -67,10 +67,11 @@ class Matches:
 
     @cached_property
     def nearest(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eq. 5: each token's highest cosine similarity to a target of its span, and that target's slot, both (B, N).
+        """Eq. 5: each token's highest cosine similarity to a target of its span, and that target's slot, both
+        (B, N).
 
-        Float32; ties go to the first target; a target is nearest to itself, at similarity 1. Only targets × the rest is built,
-        a piece of it at a time.
+        Float32; ties go to the first target; a target is nearest to itself, at similarity 1. Only targets ×
+        the rest is built, a piece of it at a time.
         """
         layout, hidden = self.layout, self.hidden.detach()
         similarity = torch.ones_like(self.candidates.importance)
@@ -97,35 +98,46 @@ Merger = Callable[[Matches, "Compression"], tuple[torch.Tensor, torch.Tensor]]
 def register_merge(name: str) -> Callable[[Merger], Merger]:
     """Make a merger usable as ``merge: name`` in every configuration.
 
-    It returns, both (B, N): the output slot of each token (:data:`NOWHERE`, a target's slot or ``matches.compensation``) and
-    the logit of its weight there; weights are the softmax of the logits within a slot. That is checked at every use
-    (:func:`check_slots`). Raises ValueError for a name that is taken.
+    It returns, both (B, N): the output slot of each token (:data:`NOWHERE`, a target's slot or
+    ``matches.compensation``) and the logit of its weight there; weights are the softmax of the logits within
+    a slot. That is checked at every use (:func:`check_slots`). Raises ValueError for a name that is taken.
     """
     return register(MERGERS, "merge", name)
 
 
 def check_slots(name: str, returned, matches: Matches) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slots and logits that merger ``name`` returned, if they keep to the contract; this waits for the device.
+    """The slots and logits that merger ``name`` returned, if they keep to the contract; this waits for the
+    device.
 
     Raises:
-        ValueError: unless both are (B, N), every target is in its own slot, every other token nowhere, in the slot of a target
-            of its own span or in the compensation token's, and every logit is finite.
+        ValueError: unless both are (B, N), every target is in its own slot, every other token nowhere, in the
+            slot of a target of its own span or in the compensation token's, and every logit is finite.
     """
     layout = matches.layout
     shape, own = tuple(layout.valid.shape), matches.own_slot
     pair = returned if isinstance(returned, tuple) and len(returned) == 2 else (None, None)
     if not all(isinstance(part, torch.Tensor) and tuple(part.shape) == shape for part in pair):
-        raise ValueError(f"merge {name} has to return two tensors of {shape}: slots, and the logits of the weights in them")
+        raise ValueError(
+            f"merge {name} has to return two tensors of {shape}: slots, and the logits of the weights in them"
+        )
     slots, logits = pair
     if slots.dtype != torch.long or not logits.is_floating_point():
-        raise ValueError(f"merge {name} returned {slots.dtype} slots and {logits.dtype} logits; return torch.long and floats")
+        raise ValueError(
+            f"merge {name} returned {slots.dtype} slots and {logits.dtype} logits; return torch.long and floats"
+        )
     of_own_span = (slots >= layout.first_target) & (slots < layout.first_target + layout.span_keeps)
     allowed = of_own_span | (slots == NOWHERE) | (slots == matches.compensation)
     allowed = torch.where(matches.is_target, slots == own, allowed) | ~layout.valid
     for wrong, problem in (
-        (~allowed, "slot {slot}; a target stays in its own slot, the rest goes to NOWHERE, to a target of its span or to"
-                   " matches.compensation"),
-        (layout.valid & (slots != NOWHERE) & ~logits.isfinite(), "a weight's logit {logit}; give finite numbers"),
+        (
+            ~allowed,
+            "slot {slot}; a target stays in its own slot, the rest goes to NOWHERE, to a target of its span or to"
+            " matches.compensation",
+        ),
+        (
+            layout.valid & (slots != NOWHERE) & ~logits.isfinite(),
+            "a weight's logit {logit}; give finite numbers",
+        ),
     ):
         if bool(wrong.any()):
             row, token = wrong.nonzero()[0].tolist()
@@ -148,7 +160,8 @@ def average(matches: Matches, c: "Compression"):
 
 @register_merge("igm")
 def igm(matches: Matches, c: "Compression"):
-    """Importance-informed grouped merging (§3.3): positive tokens join targets, negative ones the compensation token."""
+    """Importance-informed grouped merging (§3.3): positive tokens join targets, negative ones the
+    compensation token."""
     similarity, slot = matches.nearest
     positive = matches.is_target | (similarity > c.tau)
     return torch.where(positive, slot, matches.compensation), matches.pull
@@ -171,7 +184,8 @@ BUILT_IN = frozenset(MERGERS)  # tested here, so they are not checked at every u
 
 @fused
 def group_softmax(logits: torch.Tensor, groups: torch.Tensor, slots: int) -> torch.Tensor:
-    """Softmax of ``logits`` (B, N) within each of ``slots`` groups; a token whose group is :data:`NOWHERE` gets weight 0."""
+    """Softmax of ``logits`` (B, N) within each of ``slots`` groups; a token whose group is :data:`NOWHERE`
+    gets weight 0."""
     index = torch.where(groups == NOWHERE, slots, groups)
     shape = (len(logits), slots + 1)
     top = logits.new_full(shape, -torch.inf).scatter_reduce(1, index, logits, "amax")
@@ -181,7 +195,9 @@ def group_softmax(logits: torch.Tensor, groups: torch.Tensor, slots: int) -> tor
 
 
 @fused
-def merge_groups(hidden: torch.Tensor, groups: torch.Tensor, weights: torch.Tensor, slots: int) -> torch.Tensor:
+def merge_groups(
+    hidden: torch.Tensor, groups: torch.Tensor, weights: torch.Tensor, slots: int
+) -> torch.Tensor:
     """Eq. 7, V′ = W V, with W given by its one non-zero a column: (B, N, D) to (B, slots, D).
 
     Summed in float32, and float64 hidden states in float64.

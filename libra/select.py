@@ -1,6 +1,7 @@
 """Who is a target token (§3.2 and the baselines).
 
-A selector takes what the compression layer knows and returns (B, N) bool with exactly ``layout.keeps`` targets in each span.
+A selector takes what the compression layer knows and returns (B, N) bool with exactly ``layout.keeps``
+targets in each span.
 """
 
 from collections.abc import Callable
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .fuse import fused
-from .layout import Layout, take
 from .methods import SELECTORS
-from .sentences import show
-from .similarity import cosine, most_similar
+from .ops.dispatch import fused
+from .ops.similarity import cosine, most_similar
+from .ops.spans import Layout, take
+from .utils.sentences import show
 
 if TYPE_CHECKING:
     from .config import Compression
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a selector may look at: hidden states (B, N, D), importance (B, N) float32 (0 for padding), the layout of the spans.
+    """What a selector may look at: hidden states (B, N, D), importance (B, N) float32 (0 for padding), the
+    layout of the spans.
 
-    ``score_rows`` (B, N) says which attention row of its row scored a token; None where there is one. ``keys`` (B,) has
-    a number per row from which pseudo-random choices are drawn; None for zeros.
+    ``score_rows`` (B, N) says which attention row of its row scored a token; None where there is one.
+    ``keys`` (B,) has a number per row from which pseudo-random choices are drawn; None for zeros.
     """
 
     hidden: torch.Tensor
@@ -53,15 +55,19 @@ Selector = Callable[[Candidates, "Compression"], torch.Tensor]
 def register_select(name: str) -> Callable[[Selector], Selector]:
     """Make a selector usable as ``select: name`` in every configuration.
 
-    What it returns is checked at every use (:func:`check_targets`). Raises ValueError for a name that is taken.
+    What it returns is checked at every use (:func:`check_targets`). Raises ValueError for a name that is
+    taken.
     """
     return register(SELECTORS, "select", name)
 
 
 def register(table: dict[str, Callable], what: str, name: str) -> Callable[[Callable], Callable]:
-    """A decorator that puts a function into ``table``. Raises ValueError for what is no name, or another function's name."""
+    """A decorator that puts a function into ``table``. Raises ValueError for what is no name, or another
+    function's name."""
     if not isinstance(name, str) or not name or not name.isprintable():
-        raise ValueError(f'register_{what} takes a name: write @register_{what}("mine") above the function, not {show(name)}')
+        raise ValueError(
+            f'register_{what} takes a name: write @register_{what}("mine") above the function, not {show(name)}'
+        )
 
     def add(function: Callable) -> Callable:
         # A notebook's cell that is run again defines the same function once more.
@@ -81,14 +87,17 @@ def check_targets(name: str, is_target, layout: Layout) -> torch.Tensor:
     """What selector ``name`` returned, if it keeps to the contract; this waits for the device.
 
     Raises:
-        ValueError: unless it is (B, N) bool with exactly ``layout.keeps`` targets in each span and none outside.
+        ValueError: unless it is (B, N) bool with exactly ``layout.keeps`` targets in each span and none
+            outside.
     """
     shape = layout.valid.shape
     if not isinstance(is_target, torch.Tensor) or is_target.dtype != torch.bool or is_target.shape != shape:
         given = type(is_target).__name__
         if isinstance(is_target, torch.Tensor):
             given = f"{tuple(is_target.shape)} {is_target.dtype}"
-        raise ValueError(f"select {name} returned {given}; it has to return {tuple(shape)} bool, True at the targets")
+        raise ValueError(
+            f"select {name} returned {given}; it has to return {tuple(shape)} bool, True at the targets"
+        )
     is_target = is_target.to(layout.device)
     width = max(map(len, layout.spans)) + 1  # the last one collects what lies in the padding
     counts = torch.zeros(len(is_target), width, dtype=torch.long, device=layout.device)
@@ -96,7 +105,11 @@ def check_targets(name: str, is_target, layout: Layout) -> torch.Tensor:
         wanted = [*layout.keeps[row], *[0] * (width - len(layout.keeps[row]))]
         wrong = next((i for i in range(width) if found[i] != wanted[i]), None)
         if wrong is not None:
-            place = f"span {wrong} of row {row}" if wrong < len(layout.keeps[row]) else f"the padding of row {row}"
+            place = (
+                f"span {wrong} of row {row}"
+                if wrong < len(layout.keeps[row])
+                else f"the padding of row {row}"
+            )
             raise ValueError(
                 f"select {name} chose {found[wrong]} targets in {place}, which keeps {wanted[wrong]}; choose exactly"
                 " layout.keeps of each span, as libra.select.top_of_span does"
@@ -105,9 +118,12 @@ def check_targets(name: str, is_target, layout: Layout) -> torch.Tensor:
 
 
 def top_of_span(scores: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The highest scores (B, N) of each span, as many as it keeps; ties go to the first token. Returns (B, N) bool."""
+    """The highest scores (B, N) of each span, as many as it keeps; ties go to the first token. Returns (B, N)
+    bool."""
     by_score = scores.argsort(dim=1, descending=True, stable=True)
-    by_span = layout.span.gather(1, by_score).argsort(dim=1, stable=True)  # keeps the order of the scores within a span
+    by_span = layout.span.gather(1, by_score).argsort(
+        dim=1, stable=True
+    )  # keeps the order of the scores within a span
     order = by_score.gather(1, by_span)
     rank = torch.empty_like(order).scatter_(1, order, layout.index.expand_as(order)) - layout.first_token
     return layout.valid & (rank < layout.span_keeps)
@@ -123,11 +139,14 @@ def intervals(candidates: Candidates, c: "Compression") -> torch.Tensor:
 def best_of_intervals(importance: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The highest ``importance`` (B, N) of each interval, the first of several. Returns (B, N) bool.
 
-    Interval i of a span of n tokens covers [⌊i·n/N_t⌋, ⌊(i+1)·n/N_t⌋), so token j lies in interval ⌊((j+1)·N_t − 1)/n⌋.
+    Interval i of a span of n tokens covers [⌊i·n/N_t⌋, ⌊(i+1)·n/N_t⌋), so token j lies in interval
+    ⌊((j+1)·N_t − 1)/n⌋.
     """
     local = layout.index - layout.first_token
     interval = ((local + 1) * layout.span_keeps - 1) // layout.span_length.clamp(min=1) + layout.first_target
-    interval = torch.where(layout.valid, interval, layout.targets)  # padded places share one slot behind the others
+    interval = torch.where(
+        layout.valid, interval, layout.targets
+    )  # padded places share one slot behind the others
     batch, slots = len(interval), layout.targets + 1
     best = importance.new_full((batch, slots), -torch.inf).scatter_reduce(1, interval, importance, "amax")
     is_best = layout.valid & (importance == best.gather(1, interval))
@@ -146,7 +165,8 @@ def topk(candidates: Candidates, c: "Compression") -> torch.Tensor:
 def information(candidates: Candidates, c: "Compression") -> torch.Tensor:
     """Turbo's information degree E = redundancy − λ · α / mean(α); the tokens with the lowest E are targets.
 
-    Redundancy is a token's highest cosine similarity to another token of its span. It alone compares all with all.
+    Redundancy is a token's highest cosine similarity to another token of its span. It alone compares all with
+    all.
     """
     layout, hidden = candidates.layout, candidates.hidden.detach()
     spans = layout.span.masked_fill(~layout.valid, -1)
@@ -159,7 +179,8 @@ def information(candidates: Candidates, c: "Compression") -> torch.Tensor:
 
 @register_select("random")
 def random(candidates: Candidates, c: "Compression") -> torch.Tensor:
-    """A pseudo-random choice that depends on seed, row key and place alone: the same in any batch, on any device."""
+    """A pseudo-random choice that depends on seed, row key and place alone: the same in any batch, on any
+    device."""
     layout = candidates.layout
     start = (c.seed * 7_919 + 2**63) % 2**64 - 2**63  # as a 64-bit number, which wraps
     state = start + layout.index + layout.tokens_of_row[:, None] * 104_729

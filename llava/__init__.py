@@ -1,7 +1,8 @@
-"""LLaVA rewritten for libra-merging: the original's public names, prompts and checkpoints, with visual-token compression."""
+"""LLaVA rewritten for libra-merging: the original's public names, prompts and checkpoints, with visual-token
+compression."""
 
-from libra.cli import only_commands
-from libra.lazy import lazily
+from libra.utils.cli import only_commands
+from libra.utils.lazy import lazily
 
 # As in the original, but only when asked for: `import llava.constants` need not load torch.
 __getattr__ = lazily(__name__, {"LlavaLlamaForCausalLM": "model.language_model.llava_llama"})

@@ -1,4 +1,5 @@
-"""Names and ids shared by the data pipeline and the models; the values are fixed by the published checkpoints."""
+"""Names and ids shared by the data pipeline and the models; the values are fixed by the published
+checkpoints."""
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200

@@ -1,4 +1,5 @@
-"""Conversations and the templates that turn them into prompts; names and texts are those of the published LLaVA projects."""
+"""Conversations and the templates that turn them into prompts; names and texts are those of the published
+LLaVA projects."""
 
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -23,7 +24,8 @@ class Conversation:
     Attributes:
         system: text in front of everything; may be empty.
         roles: names of the user and of the model.
-        messages: [role, text] in order. The text is None where the model is to answer; a tuple (text, image, mode) in demos.
+        messages: [role, text] in order. The text is None where the model is to answer; a tuple (text, image,
+            mode) in demos.
         offset: how many of the first messages are examples that belong to the template.
         sep, sep2: what ends a turn; ``sep2`` ends the model's turns in the styles TWO, PLAIN and LLAMA_2.
         version: decides how ``llava.train`` masks the labels.
@@ -53,7 +55,9 @@ class Conversation:
 
     def dict(self) -> dict:
         """Plain values, images left out."""
-        texts = [[role, message[0] if isinstance(message, tuple) else message] for role, message in self.messages]
+        texts = [
+            [role, message[0] if isinstance(message, tuple) else message] for role, message in self.messages
+        ]
         kept = {name: getattr(self, name) for name in ("system", "roles", "offset", "sep", "sep2")}
         return {**kept, "messages": texts}
 
@@ -61,19 +65,26 @@ class Conversation:
         """The whole conversation as one text.
 
         Raises:
-            ValueError: for an answered turn in a PLAIN template, which says how a caption ends only in training.
+            ValueError: for an answered turn in a PLAIN template, which says how a caption ends only in
+                training.
         """
         return getattr(self, f"_{self.sep_style.name.lower()}")(self._texts())
 
     def _texts(self) -> list[tuple[str, str | None]]:
-        """The messages as text. An image that came with the first one stands in front, or in a turn of its own (``mmtag``)."""
-        texts = [(role, message[0] if isinstance(message, tuple) else message) for role, message in self.messages]
+        """The messages as text. An image that came with the first one stands in front, or in a turn of its
+        own (``mmtag``)."""
+        texts = [
+            (role, message[0] if isinstance(message, tuple) else message) for role, message in self.messages
+        ]
         if not self.messages or not isinstance(self.messages[0][1], tuple):
             return texts
         role, first = texts[0]
         first = first.replace(DEFAULT_IMAGE_TOKEN, "").strip()
         if "mmtag" in self.version:
-            received = [(self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"), (self.roles[1], "Received.")]
+            received = [
+                (self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"),
+                (self.roles[1], "Received."),
+            ]
             return [*received, (role, first), *texts[1:]]
         return [(role, f"{DEFAULT_IMAGE_TOKEN}\n{first}"), *texts[1:]]
 
@@ -84,17 +95,27 @@ class Conversation:
         return self._named_turns(texts, (self.sep, self.sep2))
 
     def _named_turns(self, texts, ends) -> str:
-        turns = [f"{role}: {text}{ends[i % 2]}" if text else f"{role}:" for i, (role, text) in enumerate(texts)]
+        turns = [
+            f"{role}: {text}{ends[i % 2]}" if text else f"{role}:" for i, (role, text) in enumerate(texts)
+        ]
         return "".join([self.system + self.sep if self.system else "", *turns])
 
     def _mpt(self, texts) -> str:
-        return self.system + self.sep + "".join(f"{role}{text}{self.sep}" if text else role for role, text in texts)
+        return (
+            self.system
+            + self.sep
+            + "".join(f"{role}{text}{self.sep}" if text else role for role, text in texts)
+        )
 
     def _plain(self, texts) -> str:
         ends = (self.sep, self.sep2)
         if self.sep2 is None and any(text for _, text in texts[1::2]):
-            raise ValueError("a plain template has no end for an answered turn; use a chat template such as 'vicuna_v1'")
-        return self.system + "".join(f"{text}{ends[i % 2]}" if text else "" for i, (_, text) in enumerate(texts))
+            raise ValueError(
+                "a plain template has no end for an answered turn; use a chat template such as 'vicuna_v1'"
+            )
+        return self.system + "".join(
+            f"{text}{ends[i % 2]}" if text else "" for i, (_, text) in enumerate(texts)
+        )
 
     def _llama_2(self, texts) -> str:
         system = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
@@ -161,15 +182,23 @@ def _two(system: str, version: str = "v1") -> Conversation:
 
 def _chatml(system: str) -> Conversation:
     return Conversation(
-        f"<|im_start|>system\n{system}", _CHATML_ROLES, sep_style=SeparatorStyle.MPT, sep="<|im_end|>", version="mpt"
+        f"<|im_start|>system\n{system}",
+        _CHATML_ROLES,
+        sep_style=SeparatorStyle.MPT,
+        sep="<|im_end|>",
+        version="mpt",
     )
 
 
 def _llama_2(system: str, sep: str = "<s>") -> Conversation:
-    return Conversation(system, _USER, sep_style=SeparatorStyle.LLAMA_2, sep=sep, sep2="</s>", version="llama_v2")
+    return Conversation(
+        system, _USER, sep_style=SeparatorStyle.LLAMA_2, sep=sep, sep2="</s>", version="llama_v2"
+    )
 
 
-_V0 = Conversation(_polite("human"), _HUMAN, [["Human", _EXAMPLE_QUESTION], ["Assistant", _EXAMPLE_ANSWER]], offset=2)
+_V0 = Conversation(
+    _polite("human"), _HUMAN, [["Human", _EXAMPLE_QUESTION], ["Assistant", _EXAMPLE_ANSWER]], offset=2
+)
 _PLAIN = Conversation("", ("", ""), sep_style=SeparatorStyle.PLAIN, sep="\n")
 _V1 = _two(_polite("user"))
 _DIRECT = _chatml("Answer the questions.")
@@ -194,7 +223,9 @@ conv_templates: dict[str, Conversation] = {
     "llava_llama_3": Conversation(
         f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{_VISION}",
         ("<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
-        sep_style=SeparatorStyle.MPT, sep="<|eot_id|>", version="llama3",
+        sep_style=SeparatorStyle.MPT,
+        sep="<|eot_id|>",
+        version="llama3",
     ),
     "mpt": _chatml(
         "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
@@ -215,7 +246,8 @@ _BY_NAME = (
 
 
 def conversation_name(model_name: str, config=None, explicit: str | None = None) -> str:
-    """The template for a checkpoint: ``explicit``, else the key ``conversation`` of its config, else inferred from its name.
+    """The template for a checkpoint: ``explicit``, else the key ``conversation`` of its config, else inferred
+    from its name.
 
     Raises:
         ValueError: if a name that was given is not in ``conv_templates``.
@@ -224,5 +256,7 @@ def conversation_name(model_name: str, config=None, explicit: str | None = None)
     if given is None:
         return next((template for part, template in _BY_NAME if part in model_name.lower()), "llava_v0")
     if given not in conv_templates:
-        raise ValueError(f"there is no conversation template {given!r}; use one of {', '.join(conv_templates)}")
+        raise ValueError(
+            f"there is no conversation template {given!r}; use one of {', '.join(conv_templates)}"
+        )
     return given

@@ -15,8 +15,11 @@ from libra.media import COMMAND, FILES, check_size, open_image, to_rgb
 from .constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 
-def select_best_resolution(original_size: tuple[int, int], possible_resolutions: list[tuple[int, int]]) -> tuple[int, int]:
-    """The (width, height) that keeps most of an image's pixels; among equals the one with the least padding."""
+def select_best_resolution(
+    original_size: tuple[int, int], possible_resolutions: list[tuple[int, int]]
+) -> tuple[int, int]:
+    """The (width, height) that keeps most of an image's pixels; among equals the one with the least
+    padding."""
     width, height = original_size
 
     def quality(resolution):
@@ -61,7 +64,9 @@ def _pinpoints(grid_pinpoints: str | list) -> list[tuple[int, int]]:
     return points
 
 
-def get_anyres_image_grid_shape(image_size: tuple[int, int], grid_pinpoints: str | list, patch_size: int) -> tuple[int, int]:
+def get_anyres_image_grid_shape(
+    image_size: tuple[int, int], grid_pinpoints: str | list, patch_size: int
+) -> tuple[int, int]:
     """Tiles across and down for an image of (width, height); ``patch_size`` is a tile's edge in pixels."""
     width, height = select_best_resolution(image_size, _pinpoints(grid_pinpoints))
     return width // patch_size, height // patch_size
@@ -76,7 +81,8 @@ def process_anyres_image(image: Image.Image, processor, grid_pinpoints: str | li
 
 
 def unpad_image(tensor: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
-    """Cut off what padding added to the feature map (C, H, W) of an image that was (width, height) in the beginning."""
+    """Cut off what padding added to the feature map (C, H, W) of an image that was (width, height) in the
+    beginning."""
     width, height = original_size
     rows, columns = tensor.shape[1:]
     if width / height > columns / rows:
@@ -98,7 +104,8 @@ def expand2square(pil_img: Image.Image, background_color: tuple[int, int, int] |
 
 
 def load_image(path_or_url: str | Path) -> Image.Image:
-    """An upright RGB image from a file, an http(s) address or a data URI (see :func:`libra.media.open_image`).
+    """An upright RGB image from a file, an http(s) address or a data URI (see
+    :func:`libra.media.open_image`).
 
     Raises:
         ValueError: if it is missing, cannot be fetched, is not a readable image, or is too large.
@@ -115,26 +122,32 @@ def load_image_from_base64(image: str | bytes) -> Image.Image:
 def _pixels(image: Image.Image, processor) -> torch.Tensor:
     """(3, H, W) normalised pixels of one image.
 
-    The scaling is Pillow's, by which the checkpoints were trained, whatever the processor's own: torchvision rounds some values
-    to the next grey level. What is left for the processor is the crop and the normalisation.
+    The scaling is Pillow's, by which the checkpoints were trained, whatever the processor's own: torchvision
+    rounds some values to the next grey level. What is left for the processor is the crop and the
+    normalisation.
     """
     edge = processor.size["shortest_edge"] if processor.do_resize else None
     if edge:
         short = min(image.size)
-        image = image.resize([int(edge * side / short) if side > short else edge for side in image.size], processor.resample)
+        image = image.resize(
+            [int(edge * side / short) if side > short else edge for side in image.size], processor.resample
+        )
     return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
 
-def process_images(images: list[Image.Image], image_processor, model_cfg) -> torch.Tensor | list[torch.Tensor]:
+def process_images(
+    images: list[Image.Image], image_processor, model_cfg
+) -> torch.Tensor | list[torch.Tensor]:
     """Images to what the model takes, by the configuration's ``image_aspect_ratio``.
 
-    "pad" pads to a square of the mean colour and None or "square" cuts the middle out: both give (B, 3, H, W). "anyres" gives
-    (1 + tiles, 3, H, W) an image, stacked if the shapes agree, else as a list.
+    "pad" pads to a square of the mean colour and None or "square" cuts the middle out: both give (B, 3, H,
+    W). "anyres" gives (1 + tiles, 3, H, W) an image, stacked if the shapes agree, else as a list.
 
     Images are taken as they lie, since the caller knows their sizes; :func:`load_image` turns them upright.
 
     Raises:
-        ValueError: for another ``image_aspect_ratio``, and for an image too large or too narrow to be padded or scaled.
+        ValueError: for another ``image_aspect_ratio``, and for an image too large or too narrow to be padded
+            or scaled.
     """
     images = [_as_it_lies(image) for image in images]
     aspect = getattr(model_cfg, "image_aspect_ratio", None)
@@ -142,11 +155,15 @@ def process_images(images: list[Image.Image], image_processor, model_cfg) -> tor
         background = tuple(int(mean * 255) for mean in image_processor.image_mean)
         pixels = [_pixels(expand2square(image, background), image_processor) for image in images]
     elif aspect == "anyres":
-        pixels = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
+        pixels = [
+            process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images
+        ]
     elif aspect in (None, "square"):
         pixels = [_pixels(image, image_processor) for image in images]
     else:
-        raise ValueError(f"image_aspect_ratio {aspect!r} is unknown; use pad, anyres or square in the checkpoint's config.json")
+        raise ValueError(
+            f"image_aspect_ratio {aspect!r} is unknown; use pad, anyres or square in the checkpoint's config.json"
+        )
     return torch.stack(pixels) if len({picture.shape for picture in pixels}) == 1 else pixels
 
 
@@ -160,10 +177,15 @@ def _as_it_lies(image) -> Image.Image:
 def _encode(tokenizer, text: str) -> list[int]:
     """Token ids of one piece of a prompt.
 
-    SentencePiece puts a space in front of every text; the Metaspace pre-tokenizer that stands for it only if there is none yet.
+    SentencePiece puts a space in front of every text; the Metaspace pre-tokenizer that stands for it only if
+    there is none yet.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace) and text.startswith(" "):
+    if (
+        backend is not None
+        and isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace)
+        and text.startswith(" ")
+    ):
         text = " " + text
     return tokenizer(text).input_ids
 
@@ -177,7 +199,9 @@ def tokenizer_image_token(
         ValueError: for other values of ``return_tensors``.
     """
     if return_tensors not in (None, "pt"):
-        raise ValueError(f"return_tensors {return_tensors!r} is unknown; use 'pt' for a tensor or None for a list")
+        raise ValueError(
+            f"return_tensors {return_tensors!r} is unknown; use 'pt' for a tensor or None for a list"
+        )
     first, *rest = [_encode(tokenizer, piece) for piece in prompt.split(DEFAULT_IMAGE_TOKEN)]
     # Each piece was given a bos; only the first keeps it.
     extra = 1 if first and first[0] == tokenizer.bos_token_id else 0
@@ -186,13 +210,19 @@ def tokenizer_image_token(
 
 
 def special_spellings(tokenizer) -> set[str]:
-    """What a tokenizer takes for one token with a meaning of its own, such as ``</s>``, wherever it stands in a text."""
+    """What a tokenizer takes for one token with a meaning of its own, such as ``</s>``, wherever it stands in
+    a text."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return {spelling for spelling in added.union(tokenizer.all_special_tokens) if re.fullmatch(r"\S{2,}", spelling)}
+    return {
+        spelling
+        for spelling in added.union(tokenizer.all_special_tokens)
+        if re.fullmatch(r"\S{2,}", spelling)
+    }
 
 
 def as_text(text: str, tokenizer, spellings: set[str]) -> str:
-    """Somebody else's text with a space inside each of ``spellings``, so that none of them does anything in a prompt.
+    """Somebody else's text with a space inside each of ``spellings``, so that none of them does anything in a
+    prompt.
 
     Raises:
         ValueError: where the tokenizer, which may change letters first, finds one all the same.
@@ -201,7 +231,9 @@ def as_text(text: str, tokenizer, spellings: set[str]) -> str:
     text = re.sub(longest_first, lambda found: f"{found[0][0]} {found[0][1:]}", text) if spellings else text
     tokens = set(tokenizer.convert_tokens_to_ids(sorted(spellings))) - {tokenizer.unk_token_id, None}
     if tokens.intersection(tokenizer(text, add_special_tokens=False).input_ids):
-        raise ValueError(f"the text holds one of {', '.join(sorted(spellings))} in letters that mean the same; leave it out")
+        raise ValueError(
+            f"the text holds one of {', '.join(sorted(spellings))} in letters that mean the same; leave it out"
+        )
     return text
 
 
@@ -225,7 +257,9 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         self.keyword_ids = []
         for keyword in keywords:
             ids = tokenizer(keyword).input_ids
-            self.keyword_ids.append(torch.tensor(ids[1:] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else ids))
+            self.keyword_ids.append(
+                torch.tensor(ids[1:] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else ids)
+            )
         self.max_keyword_len = max(len(ids) for ids in self.keyword_ids)
         self.start_len = input_ids.shape[1]
 

@@ -1,7 +1,7 @@
 """The embedded model's training; the questions that it is measured by are in :mod:`libra.mini`."""
 
-from libra.cli import only_commands
-from libra.shadow import warn_if_llava_is_another
+from libra.utils.cli import only_commands
+from libra.utils.other_llava import warn_if_llava_is_another
 
 only_commands("mini", "card", "finetune", "next.card", "next.look", "next.train", "train")
 warn_if_llava_is_another()

@@ -1,10 +1,11 @@
-"""Draw the training curve of the embedded model from its log: ``python -m mini.card mini/run/work/log.json --output mini``."""
+"""Draw the training curve of the embedded model from its log: ``python -m mini.card mini/run/work/log.json
+--output mini``."""
 
 import json
 from pathlib import Path
 
-from libra.cli import Parser
-from libra.files import replacing, write_text
+from libra.utils.cli import Parser
+from libra.utils.files import replacing, write_text
 
 
 def draw(log: dict[str, list[dict]], path: Path) -> None:
@@ -26,7 +27,8 @@ def draw(log: dict[str, list[dict]], path: Path) -> None:
 
 
 def one_clock(entries: list[dict]) -> list[dict]:
-    """The entries that have a loss, with seconds that go on where a resumed run began to count from 0 again."""
+    """The entries that have a loss, with seconds that go on where a resumed run began to count from 0
+    again."""
     points, before, last = [], 0.0, 0.0
     for entry in entries:
         if "loss" in entry:
@@ -40,7 +42,9 @@ def one_clock(entries: list[dict]) -> list[dict]:
 def main() -> None:
     parser = Parser(prog="python -m mini.card", description=__doc__)
     parser.add_argument("log", type=Path, help="log.json of mini.train")
-    parser.add_argument("--output", type=Path, default=Path("mini"), help="folder for curve.png and training_log.json")
+    parser.add_argument(
+        "--output", type=Path, default=Path("mini"), help="folder for curve.png and training_log.json"
+    )
     options = parser.parse_args()
     log = json.loads(options.log.read_text())
     kept = {stage: one_clock(entries) for stage, entries in log.items()}
@@ -48,7 +52,9 @@ def main() -> None:
     write_text(options.output / "training_log.json", json.dumps(kept) + "\n")
     for stage, entries in kept.items():
         last = entries[-1]
-        print(f"{stage}: {last['step']} steps, {last['seconds'] / 60:.0f} minutes, last loss {last['loss']:.3f}")
+        print(
+            f"{stage}: {last['step']} steps, {last['seconds'] / 60:.0f} minutes, last loss {last['loss']:.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Training samples of the embedded model: image number i is the same on every machine, in every process, after every resume."""
+"""Training samples of the embedded model: image number i is the same on every machine, in every process,
+after every resume."""
 
 from dataclasses import dataclass
 
@@ -63,11 +64,16 @@ class ImageTexts(Dataset):
             paths, by_image = easy_vqa("train")
             number = list(paths)[rng.integers(len(paths))]
             image = easy_vqa_image(paths[number])
-            questions = [by_image[number][i] for i in rng.permutation(len(by_image[number]))[:TEXTS_PER_IMAGE]]
+            questions = [
+                by_image[number][i] for i in rng.permutation(len(by_image[number]))[:TEXTS_PER_IMAGE]
+            ]
         else:
             scene = draw_scene(rng, "train", GRID)
             image, questions = Image.fromarray(scene.image), ask(rng, scene.digits, TEXTS_PER_IMAGE)
-            digit_labels, color_labels = torch.from_numpy(scene.digit_labels), torch.from_numpy(scene.color_labels)
+            digit_labels, color_labels = (
+                torch.from_numpy(scene.digit_labels),
+                torch.from_numpy(scene.color_labels),
+            )
         input_ids = torch.full((TEXTS_PER_IMAGE, TEXT_LENGTH), self.tokenizer.pad_token_id)
         labels = torch.full((TEXTS_PER_IMAGE, TEXT_LENGTH), IGNORE_INDEX)
         for row, (question, answer) in enumerate(questions):
@@ -75,7 +81,9 @@ class ImageTexts(Dataset):
             reply = self.tokenizer(answer, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]
             text = torch.tensor(prompt + reply)
             input_ids[row, : len(text) - 1] = text[:-1]
-            labels[row, len(prompt) - 1 : len(text) - 1] = text[len(prompt) :]  # already shifted: the next token
+            labels[row, len(prompt) - 1 : len(text) - 1] = text[
+                len(prompt) :
+            ]  # already shifted: the next token
         return {
             "images": self.image_processor(image, return_tensors="pt").pixel_values[0],
             "input_ids": input_ids.flatten(),

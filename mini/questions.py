@@ -29,5 +29,11 @@ def every_word() -> list[str]:
         "what digit is at the ? color read all digits in order . how many are there row next one a".split()
     )
     _, by_image = easy_vqa("train")
-    words |= {word for questions in by_image.values() for pair in questions for text in pair for word in text.split()}
+    words |= {
+        word
+        for questions in by_image.values()
+        for pair in questions
+        for text in pair
+        for word in text.split()
+    }
     return sorted(words)

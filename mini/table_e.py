@@ -1,6 +1,8 @@
-"""Table E: the embedded model fine-tuned with its visual tokens compressed and without, and the page with its four cells.
+"""Table E: the embedded model fine-tuned with its visual tokens compressed and without, and the page with its
+four cells.
 
-:mod:`mini.finetune` is the command. Everything that is finished is kept; the same command goes on after an interruption.
+:mod:`mini.finetune` is the command. Everything that is finished is kept; the same command goes on after an
+interruption.
 """
 
 import json
@@ -19,15 +21,15 @@ from tqdm import tqdm
 
 from eval.cells import read_cell, read_json
 from libra import Compression
+from libra.budget import actual
 from libra.config import Row
-from libra.files import write_text
 from libra.flops import layer_flops
 from libra.identity import checkpoint_identity, code_identity, digest, row_identity
 from libra.mini.questions import TYPES, easy_vqa, easy_vqa_image
 from libra.mini.scenes import draw_scene
-from libra.provenance import REPOSITORY, commit, machine, require_clean, versions
-from libra.schedule import actual
-from libra.timing import in_turns, median_interval, now, peak_memory
+from libra.utils.files import write_text
+from libra.utils.provenance import REPOSITORY, commit, machine, require_clean, versions
+from libra.utils.timing import in_turns, median_interval, now, peak_memory
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.runs import RECORD
 
@@ -62,7 +64,8 @@ class Sizes:
         return sum(layer_flops(n + self.text, self.width, self.inner, self.width) for n in counts)
 
 
-# LLaVA-1.5-7B's proportions at an eighth of its width and a quarter of its depth, with its visual tokens; the embedded model.
+# LLaVA-1.5-7B's proportions at an eighth of its width and a quarter of its depth, with its visual tokens; the
+# embedded model.
 MEASURED = (
     Sizes("8 layers × 512", 512, 1376, 8, 4, 576, 64, 1, (1, 3, 5)),
     Sizes("embedded, 12 layers × 128", 128, 352, 12, 4, 256, 40, 8, (2, 5, 8)),
@@ -70,7 +73,8 @@ MEASURED = (
 
 
 def write_data(folder: Path, count: int, seed: int) -> None:
-    """Conversations about ``count`` fresh images in LLaVA's format; nothing is done where they are there already."""
+    """Conversations about ``count`` fresh images in LLaVA's format; nothing is done where they are there
+    already."""
     stamp = json.dumps({"count": count, "seed": seed, "turns": TURNS})
     if (folder / "made.json").is_file() and (folder / "made.json").read_text() == stamp:
         return
@@ -87,7 +91,9 @@ def write_data(folder: Path, count: int, seed: int) -> None:
             scene = draw_scene(rng, "train")
             image, questions = Image.fromarray(scene.image), ask(rng, scene.digits, TURNS)
         image.save(folder / "images" / f"{number}.png")
-        turns = [{"from": who, "value": text} for pair in questions for who, text in zip(("human", "gpt"), pair)]
+        turns = [
+            {"from": who, "value": text} for pair in questions for who, text in zip(("human", "gpt"), pair)
+        ]
         turns[0]["value"] = f"<image>\n{turns[0]['value']}"
         samples.append({"id": number, "image": f"{number}.png", "conversations": turns})
     write_text(folder / "data.json", json.dumps(samples))
@@ -96,7 +102,9 @@ def write_data(folder: Path, count: int, seed: int) -> None:
 
 def _call(arguments: list[str], quiet: bool = False) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    env.update(TOKENIZERS_PARALLELISM="false", PYTHONPATH=f"{REPOSITORY}{os.pathsep}{env.get('PYTHONPATH', '')}")
+    env.update(
+        TOKENIZERS_PARALLELISM="false", PYTHONPATH=f"{REPOSITORY}{os.pathsep}{env.get('PYTHONPATH', '')}"
+    )
     output = subprocess.DEVNULL if quiet else None  # of what is printed; errors and progress are always shown
     subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, env=env, check=True, stdout=output)
 
@@ -106,18 +114,58 @@ def fine_tune(folder: Path, data: Path, kind: str, options) -> dict:
     state = folder / "trainer_state.json"
     if not (read_json(folder / RECORD) or {}).get("finished"):  # the state is written before the model is
         print(f"fine-tuning, visual tokens {kind}", file=sys.stderr)
-        _call([
-            "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes),
-            "-m", "llava.train.train",
-            "--model_name_or_path", str(START), "--version", "mini", "--data_path", str(data / "data.json"),
-            "--image_folder", str(data / "images"), "--output_dir", str(folder), "--max_steps", str(options.steps),
-            "--per_device_train_batch_size", str(options.batch), "--learning_rate", str(options.learning_rate),
-            "--lr_scheduler_type", "cosine", "--warmup_steps", "0.03", "--adam_beta2", "0.98", "--weight_decay", "0.03",
-            "--model_max_length", "1024", "--seed", str(options.seed), "--bf16", "True",
-            "--logging_steps", str(max(1, options.steps // 40)),
-            "--save_steps", "100", "--save_total_limit", "1", "--report_to", "none", "--dataloader_num_workers", "0",
-            *(["--compression", str(CONFIG)] if kind == "compressed" else []),
-        ])
+        _call(
+            [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(options.processes),
+                "-m",
+                "llava.train.train",
+                "--model_name_or_path",
+                str(START),
+                "--version",
+                "mini",
+                "--data_path",
+                str(data / "data.json"),
+                "--image_folder",
+                str(data / "images"),
+                "--output_dir",
+                str(folder),
+                "--max_steps",
+                str(options.steps),
+                "--per_device_train_batch_size",
+                str(options.batch),
+                "--learning_rate",
+                str(options.learning_rate),
+                "--lr_scheduler_type",
+                "cosine",
+                "--warmup_steps",
+                "0.03",
+                "--adam_beta2",
+                "0.98",
+                "--weight_decay",
+                "0.03",
+                "--model_max_length",
+                "1024",
+                "--seed",
+                str(options.seed),
+                "--bf16",
+                "True",
+                "--logging_steps",
+                str(max(1, options.steps // 40)),
+                "--save_steps",
+                "100",
+                "--save_total_limit",
+                "1",
+                "--report_to",
+                "none",
+                "--dataloader_num_workers",
+                "0",
+                *(["--compression", str(CONFIG)] if kind == "compressed" else []),
+            ]
+        )
     history = (read_json(state) or {"log_history": []})["log_history"]
     if not history:
         raise ValueError(f"{state} tells of no training: delete {folder} and run the same command again")
@@ -128,16 +176,37 @@ def made_of() -> dict:
     """What the two runs depend on besides their options: the start, the compression, the code."""
     folders = {"training": REPOSITORY / "llava" / "train", "mini": REPOSITORY / "mini"}
     code = code_identity(**{name: sorted(folder.glob("*.py")) for name, folder in folders.items()})
-    return {"start": checkpoint_identity(str(START)), "row": row_identity(Row.from_yaml(CONFIG)), "code": code}
+    return {
+        "start": checkpoint_identity(str(START)),
+        "row": row_identity(Row.from_yaml(CONFIG)),
+        "code": code,
+    }
 
 
 def evaluate(output: Path, checkpoint: Path, options) -> dict[str, dict[str, list[float]]]:
     """{whole, compressed} → question type → 1 or 0 for each held-out question."""
-    _call([
-        "-m", "eval.run", "--table", "1", "--suite", "mini", "--rows", ",".join(EVALUATED), "--checkpoint", str(checkpoint),
-        "--output", str(output), "--benchmark", str(options.benchmark), "--processes", str(options.processes),
-        *(["--limit", str(options.limit)] if options.limit else []),
-    ], quiet=True)
+    _call(
+        [
+            "-m",
+            "eval.run",
+            "--table",
+            "1",
+            "--suite",
+            "mini",
+            "--rows",
+            ",".join(EVALUATED),
+            "--checkpoint",
+            str(checkpoint),
+            "--output",
+            str(output),
+            "--benchmark",
+            str(options.benchmark),
+            "--processes",
+            str(options.processes),
+            *(["--limit", str(options.limit)] if options.limit else []),
+        ],
+        quiet=True,
+    )
     scores: dict[str, dict[str, list[float]]] = {name: {} for name in EVALUATED.values()}
     for row, name in EVALUATED.items():
         for kind in TYPES:
@@ -151,16 +220,27 @@ def evaluate(output: Path, checkpoint: Path, options) -> dict[str, dict[str, lis
 
 def _model(sizes: Sizes) -> tuple[LlavaLlamaForCausalLM, dict]:
     torch.manual_seed(0)
-    model = LlavaLlamaForCausalLM(LlavaConfig(
-        vocab_size=256, hidden_size=sizes.width, intermediate_size=sizes.inner, num_hidden_layers=sizes.depth,
-        num_attention_heads=sizes.heads, num_key_value_heads=sizes.heads, use_cache=False,
-    )).train()
+    model = LlavaLlamaForCausalLM(
+        LlavaConfig(
+            vocab_size=256,
+            hidden_size=sizes.width,
+            intermediate_size=sizes.inner,
+            num_hidden_layers=sizes.depth,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.heads,
+            use_cache=False,
+        )
+    ).train()
     length = sizes.visual + sizes.text
     visual = torch.zeros(sizes.rows, length, dtype=torch.bool)
     visual[:, 8 : 8 + sizes.visual] = True
     labels = torch.full((sizes.rows, length), -100)
     labels[:, -sizes.text // 4 :] = 7
-    return model, {"inputs_embeds": torch.randn(sizes.rows, length, sizes.width), "visual_mask": visual, "labels": labels}
+    return model, {
+        "inputs_embeds": torch.randn(sizes.rows, length, sizes.width),
+        "visual_mask": visual,
+        "labels": labels,
+    }
 
 
 def _step(model, given) -> None:
@@ -178,13 +258,15 @@ def _peak(sizes: Sizes, compression: Compression | None) -> int:
 
 
 def _peaks(sizes: Sizes, compression: Compression) -> list[int]:
-    """Of a step with all visual tokens and of a compressed one; memory that one has freed would hide what the other needs."""
+    """Of a step with all visual tokens and of a compressed one; memory that one has freed would hide what the
+    other needs."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         return pool.starmap(_peak, [(sizes, None), (sizes, compression)], chunksize=1)
 
 
 def measure(sizes: Sizes, base: Compression, pairs: int) -> dict:
-    """Forward and backward of the language model, compressed against whole, in turns in this process, one thread."""
+    """Forward and backward of the language model, compressed against whole, in turns in this process, one
+    thread."""
     compression = Compression.from_dict({**base.to_dict(), "layers": list(sizes.compressed)})
     memory = _peaks(sizes, compression)
     threads = torch.get_num_threads()
@@ -202,8 +284,12 @@ def measure(sizes: Sizes, base: Compression, pairs: int) -> dict:
     whole, short = seconds[False][1:], seconds[True][1:]  # the first two warm up
     ratio = median_interval([b / a for a, b in zip(whole, short)])
     return {
-        "sizes": asdict(sizes), "pairs": pairs, "cpu_seconds": [median(whole), median(short)], "ratio": asdict(ratio),
-        "flops_ratio": sizes.flops(compression) / sizes.flops(Compression(method="vanilla")), "peak_bytes": memory,
+        "sizes": asdict(sizes),
+        "pairs": pairs,
+        "cpu_seconds": [median(whole), median(short)],
+        "ratio": asdict(ratio),
+        "flops_ratio": sizes.flops(compression) / sizes.flops(Compression(method="vanilla")),
+        "peak_bytes": memory,
     }
 
 
@@ -227,14 +313,28 @@ LIBRA = NAMES["compressed"]
 
 def report(result: dict) -> str:
     """The Markdown page of a result."""
-    return "\n".join([
-        "# Training with compression (Table E)", "",
-        "The paper's training table is in a supplement that was not at hand: its cells stay empty.", "",
-        f"| LLaVA-1.5-7B, the paper's | evaluated whole | evaluated with {LIBRA} | time a step |", "|---|--:|--:|--:|",
-        *[f"| fine-tuned with {NAMES[name]} |  |  |  |" for name in TRAINED[1:]], "",
-        "## The embedded model, measured", "", *_accuracy(result), "",
-        "## What a step costs", "", *_cost(result["cost"]), "", *_origin(result), "",
-    ])
+    return "\n".join(
+        [
+            "# Training with compression (Table E)",
+            "",
+            "The paper's training table is in a supplement that was not at hand: its cells stay empty.",
+            "",
+            f"| LLaVA-1.5-7B, the paper's | evaluated whole | evaluated with {LIBRA} | time a step |",
+            "|---|--:|--:|--:|",
+            *[f"| fine-tuned with {NAMES[name]} |  |  |  |" for name in TRAINED[1:]],
+            "",
+            "## The embedded model, measured",
+            "",
+            *_accuracy(result),
+            "",
+            "## What a step costs",
+            "",
+            *_cost(result["cost"]),
+            "",
+            *_origin(result),
+            "",
+        ]
+    )
 
 
 def _accuracy(result: dict) -> list[str]:
@@ -254,11 +354,15 @@ def _accuracy(result: dict) -> list[str]:
     ]
     for name in TRAINED:
         cells = ["{:.1f} ± {:.1f}".format(*_mean(scores[name][how])) for how in EVALUATED.values()]
-        cells.append("{:+.1f} ± {:.1f}".format(*_difference(scores[name]["compressed"], scores[name]["whole"])))
+        cells.append(
+            "{:+.1f} ± {:.1f}".format(*_difference(scores[name]["compressed"], scores[name]["whole"]))
+        )
         cells.append("" if name == "start" else f"{_last_loss(result['training'][name]):.3f}")
         lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
     lines += [
-        "", "Question type by question type:", "",
+        "",
+        "Question type by question type:",
+        "",
         f"| fine-tuned with, evaluated | {' | '.join(kind.replace('_', ' ') for kind in TYPES)} |",
         "|---|" + "--:|" * len(TYPES),
     ]
@@ -282,10 +386,12 @@ def _cost(entries: list[dict]) -> list[str]:
     for entry in entries:
         sizes, ratio = entry["sizes"], entry["ratio"]
         cells = [
-            sizes["name"], f"{sizes['rows']} × ({sizes['visual']} + {sizes['text']})",
+            sizes["name"],
+            f"{sizes['rows']} × ({sizes['visual']} + {sizes['text']})",
             *(f"{seconds:.3f}" for seconds in entry["cpu_seconds"]),
             f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}, {entry['pairs']} pairs)",
-            f"{entry['flops_ratio']:.3f}", f"{ratio['median'] / entry['flops_ratio']:.2f}",
+            f"{entry['flops_ratio']:.3f}",
+            f"{ratio['median'] / entry['flops_ratio']:.2f}",
             " → ".join(f"{size / 2**20:.0f}" for size in entry["peak_bytes"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -293,7 +399,9 @@ def _cost(entries: list[dict]) -> list[str]:
 
 
 def _origin(result: dict) -> list[str]:
-    minutes = [f"{result['training'][name]['train_runtime'] / 60:.1f} ({NAMES[name]})" for name in TRAINED[1:]]
+    minutes = [
+        f"{result['training'][name]['train_runtime'] / 60:.1f} ({NAMES[name]})" for name in TRAINED[1:]
+    ]
     where = result["origin"]
     return [
         f"Wall clock of the two fine-tuning runs, one after the other, {result['setup']['processes']} processes each: minutes"
@@ -311,11 +419,18 @@ def _last_loss(training: dict) -> float:
 
 
 def run(options, commands) -> int:
-    """Fill the table by the options of :mod:`mini.finetune`; its parser ``commands`` tells errors. Returns the status."""
+    """Fill the table by the options of :mod:`mini.finetune`; its parser ``commands`` tells errors. Returns
+    the status."""
     options.output, options.benchmark = options.output.resolve(), options.benchmark.resolve()
     rows = options.batch * options.processes
-    setup = {"samples": options.steps * rows, "steps": options.steps, "rows": rows, "learning_rate": options.learning_rate,
-             "seed": options.seed, "processes": options.processes}
+    setup = {
+        "samples": options.steps * rows,
+        "steps": options.steps,
+        "rows": rows,
+        "learning_rate": options.learning_rate,
+        "seed": options.seed,
+        "processes": options.processes,
+    }
     try:
         if options.publish:
             require_clean()
@@ -331,14 +446,19 @@ def run(options, commands) -> int:
             costs = [measure(sizes, base, options.pairs) for sizes in MEASURED]
             write_text(cost, json.dumps({"costs": costs}, indent=1) + "\n")
     except subprocess.CalledProcessError as error:
-        commands.error(f"{' '.join(error.cmd[1:6])} … ended with status {error.returncode}; what it says stands above")
+        commands.error(
+            f"{' '.join(error.cmd[1:6])} … ended with status {error.returncode}; what it says stands above"
+        )
     except (ValueError, OSError) as error:
         commands.error(str(error))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     result = {
-        "setup": setup, "training": training, "scores": scores, "cost": costs,
+        "setup": setup,
+        "training": training,
+        "scores": scores,
+        "cost": costs,
         "origin": {"commit": commit(), "machine": machine(), "versions": versions(("torch", "transformers"))},
     }
     write_text(options.output / "training.json", json.dumps(result, indent=1) + "\n")
@@ -348,4 +468,3 @@ def run(options, commands) -> int:
         write_text(REPOSITORY / "docs" / "results" / "training.md", page)
     print(page)
     return 0
-

@@ -1,7 +1,8 @@
 """Both stages of the embedded model's training; :mod:`mini.train` is the command.
 
-Stage 1 teaches the vision tower to name the digit and colour on each patch (it stands in for a pretrained CLIP). Stage 2
-trains everything on questions; a fading copy of stage 1's loss on the projector's output keeps the projector from collapsing.
+Stage 1 teaches the vision tower to name the digit and colour on each patch (it stands in for a pretrained
+CLIP). Stage 2 trains everything on questions; a fading copy of stage 1's loss on the projector's output keeps
+the projector from collapsing.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from libra.files import write_text
 from libra.mini.scenes import COLOR_NAMES, NO_DIGIT
+from libra.utils.files import write_text
 from llava.constants import IGNORE_INDEX
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.train.runs import last_checkpoint
@@ -42,12 +43,15 @@ class PatchLabels(nn.Module):
     @staticmethod
     def _loss(logits, labels) -> torch.Tensor:
         """Mean over the labelled patches; 0 where a batch has none (only easy-VQA images)."""
-        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX
+        )
         return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def train_tower(tower: CLIPVisionTower) -> CLIPVisionTower:
-    """Make a tower trainable but for its final norm, which lies behind the selected layer: DDP would wait for its gradient."""
+    """Make a tower trainable but for its final norm, which lies behind the selected layer: DDP would wait for
+    its gradient."""
     tower.requires_grad_(True)
     for name, parameter in tower.named_parameters():
         if "post_layernorm" in name:
@@ -81,14 +85,18 @@ class LlavaWithLabels(nn.Module):
         visual = self.llava.encode_images(images)
         head = embed(self.prefix).expand(len(images), -1, -1)
         prefix_length = head.shape[1] + visual.shape[1]
-        positions = torch.cat([
-            torch.arange(prefix_length),
-            (prefix_length + torch.arange(TEXT_LENGTH)).repeat(TEXTS_PER_IMAGE),
-        ])
+        positions = torch.cat(
+            [
+                torch.arange(prefix_length),
+                (prefix_length + torch.arange(TEXT_LENGTH)).repeat(TEXTS_PER_IMAGE),
+            ]
+        )
         hidden = self.llava.model(
             inputs_embeds=torch.cat([head, visual, embed(input_ids)], 1),
             position_ids=positions[None].expand(len(images), -1),
-            use_cache=False, text_length=TEXT_LENGTH, prefix_length=prefix_length,
+            use_cache=False,
+            text_length=TEXT_LENGTH,
+            prefix_length=prefix_length,
         ).last_hidden_state
         answers = labels != IGNORE_INDEX
         logits = self.llava.lm_head(hidden[:, prefix_length:][answers]).float()
@@ -106,12 +114,28 @@ class FadeAuxiliaryLoss(TrainerCallback):
 
 def training_arguments(folder: Path, steps: int, batch: int, lr: float, seed: int) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch, learning_rate=lr, seed=seed,
-        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.02}, warmup_steps=max(1, steps // 25),
-        adam_beta2=0.98, weight_decay=0.03, max_grad_norm=1.0, bf16=True, use_cpu=True,
-        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None, ddp_find_unused_parameters=False,
-        dataloader_num_workers=0, remove_unused_columns=False, report_to="none", average_tokens_across_devices=False,
-        logging_steps=25, save_steps=250, save_total_limit=1,
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=lr,
+        seed=seed,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.02},
+        warmup_steps=max(1, steps // 25),
+        adam_beta2=0.98,
+        weight_decay=0.03,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=True,
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+        ddp_find_unused_parameters=False,
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+        report_to="none",
+        average_tokens_across_devices=False,
+        logging_steps=25,
+        save_steps=250,
+        save_total_limit=1,
     )
 
 
@@ -138,7 +162,9 @@ def train(options: argparse.Namespace) -> None:
     torch.set_flush_denormal(True)
 
     work = options.output / "work"
-    stage1 = training_arguments(work / "stage1", options.stage1_steps, 2 * options.batch, 1.5e-3, options.seed)
+    stage1 = training_arguments(
+        work / "stage1", options.stage1_steps, 2 * options.batch, 1.5e-3, options.seed
+    )
     stage2 = training_arguments(work / "stage2", options.stage2_steps, options.batch, 1.2e-3, options.seed)
     tower_folder = work / "tower"
     tokenizer = build_tokenizer()
@@ -151,7 +177,9 @@ def train(options: argparse.Namespace) -> None:
     select = argparse.Namespace(mm_vision_select_layer=-1)
     if not (trained_tower / "config.json").exists():
         tower = CLIPVisionTower(str(tower_folder / "untrained"), select)
-        images = SceneLabels(options.stage1_steps * 2 * options.batch * processes, options.seed, tower.image_processor)
+        images = SceneLabels(
+            options.stage1_steps * 2 * options.batch * processes, options.seed, tower.image_processor
+        )
         log = run_stage(TowerWithLabels(tower), images, stage1)
         if stage1.should_save:
             write_text(history, json.dumps({"stage1": log}))
@@ -161,15 +189,23 @@ def train(options: argparse.Namespace) -> None:
         torch.distributed.barrier()
 
     llava = build_model(trained_tower, tokenizer, options.seed)
-    llava.config._attn_implementation = SHARED_PREFIX  # the decoder only: the tower has a configuration of its own
-    for layer in [*llava.model.layers, *llava.get_vision_tower().vision_tower.encoder.layers] if options.compile else []:
+    llava.config._attn_implementation = (
+        SHARED_PREFIX  # the decoder only: the tower has a configuration of its own
+    )
+    for layer in (
+        [*llava.model.layers, *llava.get_vision_tower().vision_tower.encoder.layers]
+        if options.compile
+        else []
+    ):
         layer.compile(dynamic=False)
     module = LlavaWithLabels(llava, tokenizer)
-    size, processor = options.stage2_steps * options.batch * processes, llava.get_vision_tower().image_processor
+    size, processor = (
+        options.stage2_steps * options.batch * processes,
+        llava.get_vision_tower().image_processor,
+    )
     texts = ImageTexts(size, options.seed + 1_000_000, processor, tokenizer)
     log = run_stage(module, texts, stage2, [FadeAuxiliaryLoss()])
     if stage2.should_save:
         logs = json.loads(history.read_text()) if history.exists() else {}
         write_text(history, json.dumps({**logs, "stage2": log}))
         save_llava(llava.half(), tokenizer, options.output)
-

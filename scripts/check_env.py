@@ -1,12 +1,13 @@
 """Can this Python run the project? ``python scripts/check_env.py [EXTRA …]``, with extras of setup.py.
 
-The environment is tried, not compared: scripts/try_env.py imports what the extras need and answers one question with
-compressed visual tokens. Before that only what is missing or too old is looked for; a package newer than setup.py's ranges
-is tried as well. Prints the interpreter's path and exits with 0, or prints one sentence that names the package and why and
-exits with 1.
+The environment is tried, not compared: scripts/try_env.py imports what the extras need and answers one
+question with compressed visual tokens. Before that only what is missing or too old is looked for; a package
+newer than setup.py's ranges is tried as well. Prints the interpreter's path and exits with 0, or prints one
+sentence that names the package and why and exits with 1.
 
-.env_checked.jsonl, next to setup.py, remembers the outcome, so that the next call takes no half minute. It is forgotten when a
-package comes, goes or changes its version, with another Python, other requirements or another PYTHONPATH.
+.env_checked.jsonl, next to setup.py, remembers the outcome, so that the next call takes no half minute. It is
+forgotten when a package comes, goes or changes its version, with another Python, other requirements or
+another PYTHONPATH.
 """
 
 import hashlib
@@ -72,13 +73,24 @@ def too_new(requirements: list) -> list[str]:
 
 
 def fingerprint(extras: list[str]) -> str:
-    """A hash of all that the outcome depends on; it reads names of folders, no package, and takes a few milliseconds."""
-    added = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and Path(entry) != ROOT]
+    """A hash of all that the outcome depends on; it reads names of folders, no package, and takes a few
+    milliseconds."""
+    added = [
+        Path(entry)
+        for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if entry and Path(entry) != ROOT
+    ]
     parts = [
-        sorted(extras), sys.version, sys.prefix,
+        sorted(extras),
+        sys.version,
+        sys.prefix,
         sorted({info.name for entry in sys.path if entry for info in Path(entry).glob("*-info")}),
         [(str(folder), sorted((p.name, p.stat().st_mtime_ns) for p in folder.glob("*"))) for folder in added],
-        [hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in WRITTEN_HERE if (ROOT / name).exists()],
+        [
+            hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
+            for name in WRITTEN_HERE
+            if (ROOT / name).exists()
+        ],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -107,13 +119,24 @@ def remember(key: str, problem: str) -> None:
 
 def try_out(extras: list[str], requirements: list) -> str:
     """Run scripts/try_env.py; what went wrong, in one clause that names the package, or an empty string."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory(prefix="libra-try-") as folder:
         environment["HF_HOME"] = folder
         command = [sys.executable, str(ROOT / "scripts/try_env.py"), *extras]
         answer = subprocess.run(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
     steps = answer.stdout.splitlines()
     if answer.returncode == 0 and steps and steps[-1] == "all works":

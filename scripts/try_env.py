@@ -1,7 +1,8 @@
-"""Use the installed packages as the project does: ``python scripts/try_env.py [EXTRA …]``; scripts/check_env.py calls it.
+"""Use the installed packages as the project does: ``python scripts/try_env.py [EXTRA …]``;
+scripts/check_env.py calls it.
 
-Prints a line before each step and "all works" at the end. A step that fails ends it with one line on stderr that names the
-package at fault, exit status 1.
+Prints a line before each step and "all works" at the end. A step that fails ends it with one line on stderr
+that names the package at fault, exit status 1.
 """
 
 import importlib
@@ -12,8 +13,14 @@ from pathlib import Path
 from check_env import ROOT, required
 
 MODULES = {  # where the module is not named as the distribution, or more than the top module is needed
-    "filelock": "filelock._api", "flash-attn": "flash_attn", "lmms-eval": "lmms_eval.evaluator", "pillow": "PIL.Image",
-    "playwright": "playwright.sync_api", "protobuf": "google.protobuf.message", "pytest-xdist": "xdist", "pyyaml": "yaml",
+    "filelock": "filelock._api",
+    "flash-attn": "flash_attn",
+    "lmms-eval": "lmms_eval.evaluator",
+    "pillow": "PIL.Image",
+    "playwright": "playwright.sync_api",
+    "protobuf": "google.protobuf.message",
+    "pytest-xdist": "xdist",
+    "pyyaml": "yaml",
     "scikit-learn": "sklearn.datasets",
 }
 
@@ -34,14 +41,27 @@ def generate() -> None:
 
     import libra
 
-    text = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    text = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
     tower = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
     )
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=tower, image_token_index=63)).eval()
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=tower, image_token_index=63)
+    ).eval()
     ids = torch.tensor([[1, *[63] * 16, 5, 6]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(1, 3, 32, 32)}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.zeros(1, 3, 32, 32),
+    }
     with libra.attach(model, libra.Compression(method="libra", layers=(0,), ratio=0.5)) as handle:
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
     if not handle.stats["flops_ratio"][0] < 1:
@@ -57,21 +77,33 @@ def evaluate() -> None:
 
     from libra.lmms.lmms_libra import LibraModel
 
-    question = {"question": "what digit is at the top left ?", "answer": "3", "image": new("RGB", (96, 96), "white")}
+    question = {
+        "question": "what digit is at the top left ?",
+        "answer": "3",
+        "image": new("RGB", (96, 96), "white"),
+    }
     features = Features({"question": Value("string"), "answer": Value("string"), "image": Image()})
     Dataset.from_list([question], features=features).to_parquet("one.parquet")
     data = {"data_files": {"test": str(Path("one.parquet").resolve())}}
-    tasks = TaskManager(verbosity="ERROR", include_path=str(ROOT / "libra/lmms/tasks"), include_defaults=False)
-    model = LibraModel(str(ROOT / "configs/mini/r50.yaml"), str(ROOT / "mini/checkpoint"), device="cpu", batch_size=1)
+    tasks = TaskManager(
+        verbosity="ERROR", include_path=str(ROOT / "libra/lmms/tasks"), include_defaults=False
+    )
+    model = LibraModel(
+        str(ROOT / "configs/mini/r50.yaml"), str(ROOT / "mini/checkpoint"), device="cpu", batch_size=1
+    )
     simple_evaluate(
-        model=model, tasks=[{"task": "mini_reading", "dataset_kwargs": data}], task_manager=tasks, limit=1, bootstrap_iters=0,
+        model=model,
+        tasks=[{"task": "mini_reading", "dataset_kwargs": data}],
+        task_manager=tasks,
+        limit=1,
+        bootstrap_iters=0,
         verbosity="ERROR",
     )
 
 
 def at_fault(error: BaseException) -> str:
-    """The error in one line. Of a failed import also the package whose module it is: where it lies if not in this
-    environment, otherwise its version."""
+    """The error in one line. Of a failed import also the package whose module it is: where it lies if not in
+    this environment, otherwise its version."""
     lines = str(error).strip().splitlines() or ["no message"]
     what = f"{type(error).__name__}: {lines[0]}"
     while not isinstance(error, ImportError):

@@ -1,9 +1,12 @@
-"""What every test shares: no network, one thread a process, and the options for slow tests and tests that need a GPU."""
+"""What every test shares: no network, one thread a process, and the options for slow tests and tests that
+need a GPU."""
 
 import os
 
 # Before anything imports Hugging Face's packages or torch, which read these once.
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small for more to pay
 
 import pytest  # noqa: E402
@@ -18,13 +21,22 @@ if not torch.cuda.is_available():
 
 # Reasons to skip a test that no package, browser or other program that could be installed would change.
 NOTHING_TO_INSTALL = (
-    "slow: ", "soak: ", "needs a CUDA device", "kernels are compiled", "this torch's FSDP needs GPUs", "newer ones take",
+    "slow: ",
+    "soak: ",
+    "needs a CUDA device",
+    "kernels are compiled",
+    "this torch's FSDP needs GPUs",
+    "newer ones take",
 )
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", "--run-slow", action="store_true", dest="run_slow", help="also run the tests marked slow")
-    parser.addoption("--complete", action="store_true", help="fail if a test is skipped for want of something to install")
+    parser.addoption(
+        "--all", "--run-slow", action="store_true", dest="run_slow", help="also run the tests marked slow"
+    )
+    parser.addoption(
+        "--complete", action="store_true", help="fail if a test is skipped for want of something to install"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -51,7 +63,11 @@ def skipped_for_want(session) -> list[str]:
 
 
 def pytest_sessionfinish(session):
-    if session.config.getoption("complete") and not hasattr(session.config, "workerinput") and skipped_for_want(session):
+    if (
+        session.config.getoption("complete")
+        and not hasattr(session.config, "workerinput")
+        and skipped_for_want(session)
+    ):
         session.exitstatus = max(session.exitstatus, pytest.ExitCode.TESTS_FAILED)
 
 

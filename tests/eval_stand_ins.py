@@ -25,7 +25,14 @@ def stand_in(settings):
         print("chatter of a library")
         on_samples(2)
         figures = {"score": 50.0, "stderr": 25.0, "n": 4, "correct": [1.0, 0.0, 1.0, 0.0]}
-        return {"status": "ok", **figures, "tokens_per_layer": [4.0], "groups": {}, "trace": [], "seconds": 1.0}
+        return {
+            "status": "ok",
+            **figures,
+            "tokens_per_layer": [4.0],
+            "groups": {},
+            "trace": [],
+            "seconds": 1.0,
+        }
 
     return evaluate
 
@@ -40,6 +47,13 @@ def ratio_as_score(settings):
     def evaluate(cell, on_samples):
         on_samples(4)
         figures = {"score": 100 * cell.spec.compression.ratio, "stderr": None, "n": 4, "correct": None}
-        return {"status": "ok", **figures, "tokens_per_layer": None, "groups": {}, "trace": [], "seconds": 1.0}
+        return {
+            "status": "ok",
+            **figures,
+            "tokens_per_layer": None,
+            "groups": {},
+            "trace": [],
+            "seconds": 1.0,
+        }
 
     return evaluate

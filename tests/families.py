@@ -1,5 +1,7 @@
-"""A tiny random model of every family that libra.attach supports, batches for it (text, images and videos in any order), and
-the same computation by hand: one sample, no cache, no padding, around the layers of a twin with eager attention."""
+"""A tiny random model of every family that libra.attach supports, batches for it (text, images and videos in
+any order), and
+the same computation by hand: one sample, no cache, no padding, around the layers of a twin with eager
+attention."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,19 +17,35 @@ from libra import Compression
 VOCABULARY = 100
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 WIDE = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
-    num_hidden_layers=6, max_position_embeddings=512, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_hidden_layers=6,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
 )
 CLIP = dict(
-    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7,
-    projection_dim=16, initializer_range=0.2,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=7,
+    projection_dim=16,
+    initializer_range=0.2,
 )
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image or video: its placeholder tokens, as they stand in a prompt, and the arguments it adds to a batch."""
+    """One image or video: its placeholder tokens, as they stand in a prompt, and the arguments it adds to a
+    batch."""
 
     ids: list[int]
     given: dict[str, torch.Tensor]
@@ -35,7 +53,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Kind:
-    """How to make a model of a family and its pictures; ``video`` is None where the family takes images alone."""
+    """How to make a model of a family and its pictures; ``video`` is None where the family takes images
+    alone."""
 
     config: Callable[[str], object]
     image: Callable[[torch.Generator], Picture]
@@ -44,7 +63,12 @@ class Kind:
 
 
 def text_config(name: str, **changes):
-    classes = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
+    classes = {
+        "llama": "LlamaConfig",
+        "mistral": "MistralConfig",
+        "qwen2": "Qwen2Config",
+        "qwen3": "Qwen3Config",
+    }
     extra = {"mistral": dict(sliding_window=None), "qwen3": dict(head_dim=8)}.get(name, {})
     return getattr(transformers, classes[name])(**{**WIDE, **extra, **changes})
 
@@ -55,8 +79,12 @@ def noise(draw: torch.Generator, *shape: int) -> torch.Tensor:
 
 def llava(text):
     return transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**CLIP), text_config=text_config(text), image_token_id=IMAGE,
-        image_seq_length=16, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        vision_config=transformers.CLIPVisionConfig(**CLIP),
+        text_config=text_config(text),
+        image_token_id=IMAGE,
+        image_seq_length=16,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
     )
 
 
@@ -66,32 +94,48 @@ def llava_image(draw):
 
 def llava_next(text):
     return transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(**CLIP), text_config=text_config(text), image_token_id=IMAGE,
-        image_grid_pinpoints=[[28, 56], [56, 28]], vision_feature_layer=-2, vision_feature_select_strategy="default",
+        vision_config=transformers.CLIPVisionConfig(**CLIP),
+        text_config=text_config(text),
+        image_token_id=IMAGE,
+        image_grid_pinpoints=[[28, 56], [56, 28]],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
     )
 
 
 def llava_next_image(draw):
     """A wide image of two tiles: the overview's 16 tokens, then four rows of eight, with a newline each."""
     return Picture(
-        [IMAGE] * (16 + 4 * (8 + 1)), {"pixel_values": noise(draw, 1, 3, 3, 28, 28), "image_sizes": torch.tensor([[28, 56]])}
+        [IMAGE] * (16 + 4 * (8 + 1)),
+        {"pixel_values": noise(draw, 1, 3, 3, 28, 28), "image_sizes": torch.tensor([[28, 56]])},
     )
 
 
 def llava_onevision(text):
     vision = transformers.SiglipVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=7,
         vision_use_head=False,
     )
     return transformers.LlavaOnevisionConfig(
-        vision_config=vision, text_config=text_config(text), image_token_index=IMAGE, video_token_index=VIDEO,
-        image_grid_pinpoints=[[28, 28], [28, 56]], vision_feature_layer=-1, vision_feature_select_strategy="full",
+        vision_config=vision,
+        text_config=text_config(text),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[28, 28], [28, 56]],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
     )
 
 
 def llava_onevision_image(draw):
     return Picture(
-        [IMAGE] * (16 + 4 * (4 + 1)), {"pixel_values": noise(draw, 1, 2, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]])}
+        [IMAGE] * (16 + 4 * (4 + 1)),
+        {"pixel_values": noise(draw, 1, 2, 3, 28, 28), "image_sizes": torch.tensor([[28, 28]])},
     )
 
 
@@ -102,8 +146,12 @@ def llava_onevision_video(draw):
 
 def video_llava(text):
     return transformers.VideoLlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**CLIP), text_config=text_config(text), image_token_index=IMAGE,
-        video_token_index=VIDEO, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        vision_config=transformers.CLIPVisionConfig(**CLIP),
+        text_config=text_config(text),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
     )
 
 
@@ -117,26 +165,38 @@ def video_llava_video(draw):
 
 def internvl(text):
     vision = transformers.InternVLVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=[56, 56],
-        patch_size=[7, 7], initializer_range=0.2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=[56, 56],
+        patch_size=[7, 7],
+        initializer_range=0.2,
     )
     return transformers.InternVLConfig(
-        vision_config=vision, text_config=text_config(text), image_token_id=IMAGE, image_seq_length=16,
+        vision_config=vision,
+        text_config=text_config(text),
+        image_token_id=IMAGE,
+        image_seq_length=16,
     )
 
 
 def internvl_image(draw):
-    """Two tiles: a run of tokens each, with text between them, as its processor writes them for several images."""
+    """Two tiles: a run of tokens each, with text between them, as its processor writes them for several
+    images."""
     return Picture([IMAGE] * 16, {"pixel_values": noise(draw, 1, 3, 56, 56)})
 
 
-QWEN_IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
+QWEN_IDS = dict(
+    image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END
+)
 
 
 def qwen2_vl(_):
     return transformers.Qwen2VLConfig(
         text_config={**WIDE, "rope_parameters": MROPE},
-        vision_config=dict(depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4), **QWEN_IDS,
+        vision_config=dict(depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4),
+        **QWEN_IDS,
     )
 
 
@@ -144,9 +204,17 @@ def qwen2_5_vl(_):
     return transformers.Qwen2_5_VLConfig(
         text_config={**WIDE, "rope_parameters": MROPE},
         vision_config=dict(
-            depth=2, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, out_hidden_size=32, window_size=16,
-            fullatt_block_indexes=[1], tokens_per_second=2,
-        ), **QWEN_IDS,
+            depth=2,
+            hidden_size=16,
+            intermediate_size=32,
+            num_heads=2,
+            patch_size=4,
+            out_hidden_size=32,
+            window_size=16,
+            fullatt_block_indexes=[1],
+            tokens_per_second=2,
+        ),
+        **QWEN_IDS,
     )
 
 
@@ -154,9 +222,16 @@ def qwen3_vl(_):
     return transformers.Qwen3VLConfig(
         text_config={**WIDE, "head_dim": 8, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         vision_config=dict(
-            depth=3, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, out_hidden_size=32,
-            num_position_embeddings=64, deepstack_visual_indexes=[0, 1],
-        ), **QWEN_IDS,
+            depth=3,
+            hidden_size=16,
+            intermediate_size=32,
+            num_heads=2,
+            patch_size=4,
+            out_hidden_size=32,
+            num_position_embeddings=64,
+            deepstack_visual_indexes=[0, 1],
+        ),
+        **QWEN_IDS,
     )
 
 
@@ -172,13 +247,18 @@ def qwen_video(draw):
     """Two steps in time of 2 x 4 merged patches."""
     return Picture(
         [START, *[VIDEO] * 16, END],
-        {"pixel_values_videos": noise(draw, 2 * 4 * 8, 3 * 2 * 4 * 4), "video_grid_thw": torch.tensor([[2, 4, 8]])},
+        {
+            "pixel_values_videos": noise(draw, 2 * 4 * 8, 3 * 2 * 4 * 4),
+            "video_grid_thw": torch.tensor([[2, 4, 8]]),
+        },
     )
 
 
 def qwen3_video(draw):
     """The same, each step by itself behind the text of its time."""
-    return Picture([10, 11, START, *[VIDEO] * 8, END, 10, 12, START, *[VIDEO] * 8, END], qwen_video(draw).given)
+    return Picture(
+        [10, 11, START, *[VIDEO] * 8, END, 10, 12, START, *[VIDEO] * 8, END], qwen_video(draw).given
+    )
 
 
 KINDS = {
@@ -195,12 +275,15 @@ KINDS = {
 }
 
 
-EVERY = [(family, text) for family, kind in KINDS.items() for text in kind.texts]  # with each of its text decoders
+EVERY = [
+    (family, text) for family, kind in KINDS.items() for text in kind.texts
+]  # with each of its text decoders
 SAID = dict(do_sample=False, suppress_tokens=[IMAGE, VIDEO, START, END])  # greedy, and never a placeholder
 
 
 def own_model(family: str, text: str = "", attention: str = "sdpa", seed: int = 0, **sizes):
-    """A model of random weights, larger than usual ones so that attention is far from uniform; ``sizes`` of its decoder."""
+    """A model of random weights, larger than usual ones so that attention is far from uniform; ``sizes`` of
+    its decoder."""
     torch.manual_seed(seed)
     kind = KINDS[family]
     config = kind.config(text or kind.texts[0])
@@ -219,7 +302,8 @@ model = cache(own_model)  # shared: leave it as it is
 
 @dataclass(frozen=True)
 class Talk:
-    """One sample: ids (S,), labels (S,) with -100 outside the answers, and what its pictures add to a batch."""
+    """One sample: ids (S,), labels (S,) with -100 outside the answers, and what its pictures add to a
+    batch."""
 
     ids: torch.Tensor
     labels: torch.Tensor
@@ -231,7 +315,8 @@ class Talk:
 
 
 def talk(family: str, pattern: str, seed: int) -> Talk:
-    """From a pattern such as "t4 i t5 v t2 a3": text, an image, a video (an image where the family has none), an answer."""
+    """From a pattern such as "t4 i t5 v t2 a3": text, an image, a video (an image where the family has none),
+    an answer."""
     draw, kind = torch.Generator().manual_seed(seed), KINDS[family]
     ids, labels, given = [], [], []
     for part in pattern.split():
@@ -245,7 +330,9 @@ def talk(family: str, pattern: str, seed: int) -> Talk:
     return Talk(torch.cat(ids), torch.cat(labels), given)
 
 
-def collate(family: str, talks: list[Talk], side: str = "left", labels: bool = False) -> dict[str, torch.Tensor]:
+def collate(
+    family: str, talks: list[Talk], side: str = "left", labels: bool = False
+) -> dict[str, torch.Tensor]:
     """The model's arguments for a batch."""
 
     def padded(parts, value):
@@ -270,7 +357,8 @@ class Seen(Exception):
 
 
 def decoder_arguments(model, given: dict) -> dict:
-    """What a model hands to its decoder: embeddings with the images in them, positions, Qwen3-VL's deeper features."""
+    """What a model hands to its decoder: embeddings with the images in them, positions, Qwen3-VL's deeper
+    features."""
     seen = []
 
     def spy(module, args, kwargs):
@@ -298,13 +386,20 @@ def window_of(config, layer: int) -> int | None:
 
 
 def by_hand(
-    twin, family: str, t: Talk, c: Compression, said=(), scorers: list[int] | None = None, starts: tuple[int, ...] = (0,)
+    twin,
+    family: str,
+    t: Talk,
+    c: Compression,
+    said=(),
+    scorers: list[int] | None = None,
+    starts: tuple[int, ...] = (0,),
 ) -> plain.Outcome:
-    """A sample with the ids ``said`` behind it, compressed as ``plain`` reads it; ``twin`` has eager attention.
+    """A sample with the ids ``said`` behind it, compressed as ``plain`` reads it; ``twin`` has eager
+    attention.
 
-    It comes in turns that begin at the columns ``starts``; the last column of a turn scores its visual tokens, unless
-    ``scorers`` has one for each run of them. A layer's window counts the columns that are left; everything else about a layer
-    is its own business.
+    It comes in turns that begin at the columns ``starts``; the last column of a turn scores its visual
+    tokens, unless ``scorers`` has one for each run of them. A layer's window counts the columns that are
+    left; everything else about a layer is its own business.
     """
     longer = Talk(torch.cat([t.ids, torch.tensor(list(said), dtype=torch.long)]), t.labels, t.given)
     given = decoder_arguments(twin, collate(family, [longer]))
@@ -329,7 +424,10 @@ def by_hand(
             unseen = unseen | (place[None] <= place[:, None] - window)
         mask = torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)[None, None]
         hidden = layer(
-            hidden, attention_mask=mask, position_embeddings=decoder.rotary_emb(hidden, positions), position_ids=None
+            hidden,
+            attention_mask=mask,
+            position_embeddings=decoder.rotary_emb(hidden, positions),
+            position_ids=None,
         )
         hook.remove()
         return hidden, heads[0][0].mean(0).detach()
@@ -337,7 +435,9 @@ def by_hand(
     for i in range(len(decoder.layers)):
         hidden, alpha = run(i, hidden, positions)
         if i < len(deep):
-            hidden = hidden.index_put((given["visual_pos_masks"],), hidden[given["visual_pos_masks"]] + deep[i])
+            hidden = hidden.index_put(
+                (given["visual_pos_masks"],), hidden[given["visual_pos_masks"]] + deep[i]
+            )
         if i in c.layers:
             for turn in range(len(prefills)):
                 if c.score_layer == "next":

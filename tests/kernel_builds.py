@@ -1,8 +1,8 @@
 """Compile every Triton kernel as the models of this repository launch it, for GPUs that need not be there.
 
-``python tests/kernel_builds.py 80 90`` prints a JSON line for each build: kernel, compute capability, what differs between its
-builds, shared memory in bytes, registers of a thread and spilled bytes; with ``--one`` for one build of each kernel. It has to
-run without TRITON_INTERPRET.
+``python tests/kernel_builds.py 80 90`` prints a JSON line for each build: kernel, compute capability, what
+differs between its builds, shared memory in bytes, registers of a thread and spilled bytes; with ``--one``
+for one build of each kernel. It has to run without TRITON_INTERPRET.
 """
 
 import json
@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from libra import kernels  # noqa: E402
-from libra.layout import Layout  # noqa: E402
+from libra.ops import kernels  # noqa: E402
+from libra.ops.spans import Layout  # noqa: E402
 
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
@@ -31,7 +31,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def described(kernel, args, kwargs) -> tuple[dict, dict, set, dict]:
-    """Of one launch, as Triton itself takes it: the signature, what is compiled in, the aligned arguments and the options."""
+    """Of one launch, as Triton itself takes it: the signature, what is compiled in, the aligned arguments and
+    the options."""
     given = dict(zip(kernel.arg_names, args)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
     signature, constants, aligned = {}, {}, set()
     for place, parameter in enumerate(kernel.params):
@@ -63,7 +64,8 @@ def source(kernel, signature, constants, aligned):
 
 
 def usage(built) -> tuple[int, int]:
-    """Registers of a thread and the bytes of its stack, where registers spill to, by the tool that comes with Triton."""
+    """Registers of a thread and the bytes of its stack, where registers spill to, by the tool that comes with
+    Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(built.asm["cubin"])
         cubin.flush()
@@ -73,14 +75,25 @@ def usage(built) -> tuple[int, int]:
 
 
 def launches(dtype: torch.dtype) -> None:
-    """Call the functions of the kernels at the sizes of the models; on the meta device nothing is computed."""
+    """Call the functions of the kernels at the sizes of the models; on the meta device nothing is
+    computed."""
     empty = partial(torch.empty, device="meta")
     numbers = partial(empty, dtype=torch.long)
     for width, heads, kv_heads in ((128, 32, 32), (128, 28, 4), (80, 20, 20), (64, 14, 2), (256, 16, 8)):
-        query, key, rows = empty(2, heads, 640, width, dtype=dtype), empty(2, kv_heads, 700, width, dtype=dtype), numbers(2, 1)
+        query, key, rows = (
+            empty(2, heads, 640, width, dtype=dtype),
+            empty(2, kv_heads, 700, width, dtype=dtype),
+            numbers(2, 1),
+        )
         kernels.score_row(query, key, rows, 0.1)
         kernels.score_row(query, key, rows, 0.1, empty(2, 700, dtype=torch.bool), 512)
-    for batch, count, width in ((1, 288, 4096), (8, 288, 4096), (1, 1440, 3584), (4, 8192, 5120), (1, 7, 896)):
+    for batch, count, width in (
+        (1, 288, 4096),
+        (8, 288, 4096),
+        (1, 1440, 3584),
+        (4, 8192, 5120),
+        (1, 7, 896),
+    ):
         tokens = empty(batch, count, width, dtype=dtype)
         groups = numbers(batch, count), numbers(batch, count)
         kernels.most_similar(tokens, tokens)
@@ -112,14 +125,20 @@ def builds(capabilities: list[int], one: bool):
     for kernel, signature, constants, aligned, options in found.values():
         for capability in capabilities:
             built = triton.compile(
-                source(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32), options=options
+                source(kernel, signature, constants, aligned),
+                target=GPUTarget("cuda", capability, 32),
+                options=options,
             )
             registers, spilled = usage(built)
             types = sorted({kind for kind in signature.values() if kind in ("*bf16", "*fp16", "*fp32")})
             variant = " ".join([*types, *(f"{name}={value}" for name, value in constants.items())])
             yield {
-                "kernel": kernel.__name__, "capability": capability, "variant": variant, "shared": built.metadata.shared,
-                "registers": registers, "spilled": spilled,
+                "kernel": kernel.__name__,
+                "capability": capability,
+                "variant": variant,
+                "shared": built.metadata.shared,
+                "registers": registers,
+                "spilled": spilled,
             }
 
 

@@ -1,7 +1,9 @@
-"""A handful of rows of the real benchmarks, in the very layout in which lmms-eval's own tasks read them from the hub.
+"""A handful of rows of the real benchmarks, in the very layout in which lmms-eval's own tasks read them from
+the hub.
 
-Every writer makes ``ROOT/<data set>/{README.md, <folder>/<split>-00000-of-00001.parquet}``; ``load_dataset`` with the name on
-the hub finds them when ROOT is the working directory. Video-MME's films and subtitles lie where ``HF_HOME=ROOT`` puts them.
+Every writer makes ``ROOT/<data set>/{README.md, <folder>/<split>-00000-of-00001.parquet}``; ``load_dataset``
+with the name on the hub finds them when ROOT is the working directory. Video-MME's films and subtitles lie
+where ``HF_HOME=ROOT`` puts them.
 """
 
 import json
@@ -24,7 +26,8 @@ TEXT, NUMBER, IMAGE, TEXTS = Value("string"), Value("int64"), Image(), List(Valu
 
 @dataclass(frozen=True)
 class Question:
-    """A scene with something to ask: ``text`` alone is answered by yes or no, ``options`` belong to ``choice``."""
+    """A scene with something to ask: ``text`` alone is answered by yes or no, ``options`` belong to
+    ``choice``."""
 
     image: Picture.Image
     text: str
@@ -50,18 +53,40 @@ def write(root: Path, name: str, split: str, features: dict, rows: list[dict], c
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}-00000-of-00001.parquet"
     Dataset.from_list(rows, features=Features(features)).to_parquet(path)
-    entries = [f"- config_name: {part.name if part.name != 'data' else 'default'}\n  data_files:\n" + "".join(
-        f"  - split: {file.name.split('-')[0]}\n    path: {part.name}/{file.name}\n" for file in sorted(part.glob("*.parquet"))
-    ) for part in sorted((root / name).iterdir()) if part.is_dir()]
+    entries = [
+        f"- config_name: {part.name if part.name != 'data' else 'default'}\n  data_files:\n"
+        + "".join(
+            f"  - split: {file.name.split('-')[0]}\n    path: {part.name}/{file.name}\n"
+            for file in sorted(part.glob("*.parquet"))
+        )
+        for part in sorted((root / name).iterdir())
+        if part.is_dir()
+    ]
     (root / name / "README.md").write_text("---\nconfigs:\n" + "".join(entries) + "---\n")
     return path
 
 
 def gqa(root: Path, asked: list[Question], answers: list[str]) -> None:
     name = "lmms-lab-encoder/GQA"
-    rows = [{"id": str(i), "imageId": f"n{i}", "question": q.text, "answer": a, "fullAnswer": a, "isBalanced": True}
-            for i, (q, a) in enumerate(zip(asked, answers, strict=True))]
-    features = {"id": TEXT, "imageId": TEXT, "question": TEXT, "answer": TEXT, "fullAnswer": TEXT, "isBalanced": Value("bool")}
+    rows = [
+        {
+            "id": str(i),
+            "imageId": f"n{i}",
+            "question": q.text,
+            "answer": a,
+            "fullAnswer": a,
+            "isBalanced": True,
+        }
+        for i, (q, a) in enumerate(zip(asked, answers, strict=True))
+    ]
+    features = {
+        "id": TEXT,
+        "imageId": TEXT,
+        "question": TEXT,
+        "answer": TEXT,
+        "fullAnswer": TEXT,
+        "isBalanced": Value("bool"),
+    }
     write(root, name, "testdev", features, rows, "testdev_balanced_instructions")
     pictures = [{"id": f"n{i}", "image": q.image} for i, q in enumerate(asked)]
     write(root, name, "testdev", {"id": TEXT, "image": IMAGE}, pictures, "testdev_balanced_images")
@@ -69,7 +94,13 @@ def gqa(root: Path, asked: list[Question], answers: list[str]) -> None:
 
 def scienceqa(root: Path, asked: list[Question], letters: list[str], hints: list[str]) -> None:
     rows = [
-        {"image": q.image, "question": q.choice, "choices": q.options, "answer": "ABCD".index(letter), "hint": hint}
+        {
+            "image": q.image,
+            "question": q.choice,
+            "choices": q.options,
+            "answer": "ABCD".index(letter),
+            "hint": hint,
+        }
         for q, letter, hint in zip(asked, letters, hints, strict=True)
     ]
     features = {"image": IMAGE, "question": TEXT, "choices": TEXTS, "answer": NUMBER, "hint": TEXT}
@@ -79,8 +110,13 @@ def scienceqa(root: Path, asked: list[Question], letters: list[str], hints: list
 def mme(root: Path, asked: list[Question], answers: list[str], categories: list[str]) -> Path:
     """Two questions of one category a ``question_id``."""
     rows = [
-        {"question_id": f"{category}/{i // 2}.png", "image": q.image, "question": q.text + " Please answer yes or no.",
-         "answer": answer, "category": category}
+        {
+            "question_id": f"{category}/{i // 2}.png",
+            "image": q.image,
+            "question": q.text + " Please answer yes or no.",
+            "answer": answer,
+            "category": category,
+        }
         for i, (q, answer, category) in enumerate(zip(asked, answers, categories, strict=True))
     ]
     features = {"question_id": TEXT, "image": IMAGE, "question": TEXT, "answer": TEXT, "category": TEXT}
@@ -90,8 +126,18 @@ def mme(root: Path, asked: list[Question], answers: list[str], categories: list[
 def mmbench(root: Path, asked: list[Question], letters: list[str], hints: list[str], language: str) -> None:
     """Absent hints and options are the text "nan", as there; the last row has three options."""
     rows = [
-        {"index": 100 + i, "question": q.choice, "hint": hint, "answer": letter, **dict(zip("ABCD", q.options)),
-         "category": "ocr", "L2-category": "perception", "image": q.image, "source": "made", "split": "dev"}
+        {
+            "index": 100 + i,
+            "question": q.choice,
+            "hint": hint,
+            "answer": letter,
+            **dict(zip("ABCD", q.options)),
+            "category": "ocr",
+            "L2-category": "perception",
+            "image": q.image,
+            "source": "made",
+            "split": "dev",
+        }
         for i, (q, letter, hint) in enumerate(zip(asked, letters, hints, strict=True))
     ]
     rows[-1]["D"] = "nan"
@@ -105,19 +151,42 @@ def textvqa(root: Path, asked: list[Question], answers: list[list[str]], tokens:
         {"question_id": i, "image": q.image, "question": q.text, "answers": ten, "ocr_tokens": ocr}
         for i, (q, ten, ocr) in enumerate(zip(asked, answers, tokens, strict=True))
     ]
-    features = {"question_id": NUMBER, "image": IMAGE, "question": TEXT, "answers": TEXTS, "ocr_tokens": TEXTS}
+    features = {
+        "question_id": NUMBER,
+        "image": IMAGE,
+        "question": TEXT,
+        "answers": TEXTS,
+        "ocr_tokens": TEXTS,
+    }
     write(root, "lmms-lab-encoder/textvqa", "validation", features, rows)
 
 
 def videomme(root: Path, asked: list[Question], letters: list[str], durations: list[str]) -> None:
     """The questions; :func:`film` makes what they are about."""
     rows = [
-        {"duration": duration, "domain": "Knowledge", "sub_category": "Geography", "videoID": f"film{i}",
-         "question_id": f"{i}-1", "task_type": "OCR Problems", "question": q.choice, "answer": letter,
-         "options": [f"{name}. {option}" for name, option in zip("ABCD", q.options)]}
+        {
+            "duration": duration,
+            "domain": "Knowledge",
+            "sub_category": "Geography",
+            "videoID": f"film{i}",
+            "question_id": f"{i}-1",
+            "task_type": "OCR Problems",
+            "question": q.choice,
+            "answer": letter,
+            "options": [f"{name}. {option}" for name, option in zip("ABCD", q.options)],
+        }
         for i, (q, letter, duration) in enumerate(zip(asked, letters, durations, strict=True))
     ]
-    texts = ("duration", "domain", "sub_category", "videoID", "question_id", "task_type", "question", "answer")
+    texts = (
+        "duration",
+        "domain",
+        "sub_category",
+        "videoID",
+        "question_id",
+        "task_type",
+        "question",
+        "answer",
+    )
     write(root, "lmms-eval/Video-MME", "test", {**dict.fromkeys(texts, TEXT), "options": TEXTS}, rows)
 
 
@@ -169,5 +238,7 @@ def lettered(checkpoint: Path, folder: Path) -> Path:
     path.write_text(json.dumps(content))
     path = folder / "generation_config.json"
     others = [number for word, number in words.items() if word not in ("A", "B", "</s>")]
-    path.write_text(json.dumps({**json.loads(path.read_text()), "suppress_tokens": others, "begin_suppress_tokens": [2]}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "suppress_tokens": others, "begin_suppress_tokens": [2]})
+    )
     return folder

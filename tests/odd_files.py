@@ -11,8 +11,13 @@ from PIL import Image, ImageCms, features
 SIZE = (24, 16)  # width, height
 # What turns stored pixels upright, by EXIF orientation.
 TURNS = {
-    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: np.rot90(a),
 }
 
@@ -35,7 +40,12 @@ def png_16_bit(array: np.ndarray) -> bytes:
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     head = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def png_of_size(width: int, height: int) -> bytes:
@@ -84,13 +94,19 @@ def _modes(picture: Image.Image, array: np.ndarray) -> dict[str, tuple[bytes, np
         "grey and clear.png": (stored(Image.fromarray(np.dstack([level, 255 - level])), "PNG"), grey(level)),
         "one bit.png": (stored(on, "PNG"), grey((level > 100).astype(np.uint8) * 255)),
         "16 bits.png": (stored(Image.fromarray(deep), "PNG"), grey(level)),
-        "16 bits, dark.png": (stored(Image.fromarray(deep // 300), "PNG"), grey((deep // 300 // 256).astype(np.uint8))),
+        "16 bits, dark.png": (
+            stored(Image.fromarray(deep // 300), "PNG"),
+            grey((deep // 300 // 256).astype(np.uint8)),
+        ),
         "16 bits, colour.png": (png_16_bit(array.astype(np.uint16) * 256 + 9), array),
         "16 bits.tif": (stored(Image.fromarray(deep), "TIFF"), grey(level)),
         "float.tif": (stored(Image.fromarray(level.astype(np.float32) / 255), "TIFF"), grey(level)),
         "float to 255.tif": (stored(Image.fromarray(level.astype(np.float32)), "TIFF"), grey(level)),
         "32 bits.tif": (stored(Image.fromarray(level.astype(np.int32)), "TIFF"), grey(level)),
-        "cmyk.tif": (stored(picture.convert("CMYK"), "TIFF"), np.asarray(picture.convert("CMYK").convert("RGB"))),
+        "cmyk.tif": (
+            stored(picture.convert("CMYK"), "TIFF"),
+            np.asarray(picture.convert("CMYK").convert("RGB")),
+        ),
         "16 bits.pgm": (b"P5 24 16 65535\n" + deep.astype(">u2").tobytes(), grey(level)),
     }
 
@@ -100,9 +116,12 @@ def _formats(picture: Image.Image, array: np.ndarray) -> dict[str, tuple[bytes, 
     other = Image.fromarray(255 - array)
     jpeg = stored(picture, "JPEG")
     usual = {
-        "photo.jpg": jpeg, "grey.jpeg": stored(picture.convert("L"), "JPEG"),
-        "cmyk.jpg": stored(picture.convert("CMYK"), "JPEG"), "progressive.JPG": stored(picture, "JPEG", progressive=True),
-        "lossy.webp": stored(picture, "WEBP"), "still.gif": stored(picture, "GIF"),
+        "photo.jpg": jpeg,
+        "grey.jpeg": stored(picture.convert("L"), "JPEG"),
+        "cmyk.jpg": stored(picture.convert("CMYK"), "JPEG"),
+        "progressive.JPG": stored(picture, "JPEG", progressive=True),
+        "lossy.webp": stored(picture, "WEBP"),
+        "still.gif": stored(picture, "GIF"),
     }
     files = {name: (data, plain_pixels(data)) for name, data in usual.items()}
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
@@ -116,8 +135,11 @@ def _formats(picture: Image.Image, array: np.ndarray) -> dict[str, tuple[bytes, 
         "moving.webp": (stored(picture, "WEBP", save_all=True, append_images=[other], lossless=True), array),
         "moving.gif": (stored(picture, "GIF", save_all=True, append_images=[other]), files["still.gif"][1]),
         "two in one.mpo": (stored(picture, "MPO", save_all=True, append_images=[other]), plain_pixels(jpeg)),
-        "a jpeg named.png": files["photo.jpg"], "no suffix": files["photo.jpg"], "a, b,c.jpg": files["photo.jpg"],
-        "~tilde.png": (stored(picture, "PNG"), array), "ünï ☃.png": (stored(picture, "PNG"), array),
+        "a jpeg named.png": files["photo.jpg"],
+        "no suffix": files["photo.jpg"],
+        "a, b,c.jpg": files["photo.jpg"],
+        "~tilde.png": (stored(picture, "PNG"), array),
+        "ünï ☃.png": (stored(picture, "PNG"), array),
     }
     if features.check("jpg_2000"):
         files["wavelets.jp2"] = (stored(picture, "JPEG2000", irreversible=False), array)
@@ -153,8 +175,10 @@ def write_bad(folder: Path) -> dict[str, str]:
     picture = Image.fromarray(scene())
     png = stored(picture, "PNG")
     files = {
-        "text.png": (b"no image", "is in no known format"), "empty.jpg": (b"", "is in no known format"),
-        "cut.png": (png[: len(png) // 2], "is damaged"), "cut.jpg": (stored(picture, "JPEG")[:400], "is damaged"),
+        "text.png": (b"no image", "is in no known format"),
+        "empty.jpg": (b"", "is in no known format"),
+        "cut.png": (png[: len(png) // 2], "is damaged"),
+        "cut.jpg": (stored(picture, "JPEG")[:400], "is damaged"),
         "script.eps": (stored(picture, "EPS"), "is in no known format"),
         "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is in no known format"),
         "stick.png": (png_of_size(1, 20000), "is too narrow (1 × 20000 pixels"),
@@ -162,9 +186,18 @@ def write_bad(folder: Path) -> dict[str, str]:
         "flat.png": (png_of_size(3000, 1), "is too narrow (3000 × 1 pixels"),
         "wide.png": (png_of_size(14000, 2000), "is too large (14000 × 2000 pixels"),
         "bomb.png": (png_of_size(50000, 50000), "is too large"),
-        "far from colours.tif": (stored(Image.fromarray(np.full((4, 4), 1e6, np.float32)), "TIFF"), "has values from 1e+06"),
-        "nan.tif": (stored(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "has values from nan"),
-        "negative.tif": (stored(Image.fromarray(np.full((4, 4), -5, np.int32)), "TIFF"), "has values from -5"),
+        "far from colours.tif": (
+            stored(Image.fromarray(np.full((4, 4), 1e6, np.float32)), "TIFF"),
+            "has values from 1e+06",
+        ),
+        "nan.tif": (
+            stored(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"),
+            "has values from nan",
+        ),
+        "negative.tif": (
+            stored(Image.fromarray(np.full((4, 4), -5, np.int32)), "TIFF"),
+            "has values from -5",
+        ),
     }
     for name, (data, _) in files.items():
         (folder / name).write_bytes(data)

@@ -61,7 +61,10 @@ class RunningPage:
         try:
             try:
                 connection.request(method, path, body, headers)
-            except (BrokenPipeError, ConnectionResetError):  # refused before all was sent; the answer is there
+            except (
+                BrokenPipeError,
+                ConnectionResetError,
+            ):  # refused before all was sent; the answer is there
                 pass
             response = connection.getresponse()
             status, content = response.status, response.read()
@@ -77,14 +80,24 @@ class RunningPage:
         head = f'--{mark}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
         body = head.encode() + data + f"\r\n--{mark}--\r\n".encode()
         sent = (body[start : start + 65536] for start in range(0, len(body), 65536)) if chunked else body
-        status, answer = self.post("/gradio_api/upload", sent, **{"Content-Type": f"multipart/form-data; boundary={mark}"})
+        status, answer = self.post(
+            "/gradio_api/upload", sent, **{"Content-Type": f"multipart/form-data; boundary={mark}"}
+        )
         return status if refused else json.loads(answer)[0]
 
     def join(self, values: list, session: str | None = None) -> tuple[int, bytes]:
         body = {"data": values, "fn_index": self.ask_index, "session_hash": session or uuid.uuid4().hex}
         return self.post("/gradio_api/queue/join", json.dumps(body))
 
-    def ask(self, image, question="how many digits are there ?", choice="mini/r50.yaml", method="libra", layers="2", ratio=0.5):
+    def ask(
+        self,
+        image,
+        question="how many digits are there ?",
+        choice="mini/r50.yaml",
+        method="libra",
+        layers="2",
+        ratio=0.5,
+    ):
         """What the page's fields are set to, as Gradio's events tell it."""
         session = uuid.uuid4().hex
         if isinstance(image, dict) and "path" in image:

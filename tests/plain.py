@@ -1,7 +1,10 @@
-"""A compressed decoder by hand: one sample, no cache, no padding, whole attention matrices; slow, readable, differentiable.
+"""A compressed decoder by hand: one sample, no cache, no padding, whole attention matrices; slow, readable,
+differentiable.
 
-Who is a target and what the weights are comes from ``compress_layout``, which test_maths.py holds against the equations.
-Everything around it is done here a second time: who scores, which columns stay, positions, later turns of a chat, labels.
+Who is a target and what the weights are comes from ``compress_layout``, which test_maths.py holds against the
+equations.
+Everything around it is done here a second time: who scores, which columns stay, positions, later turns of a
+chat, labels.
 """
 
 from dataclasses import dataclass
@@ -10,21 +13,25 @@ import torch
 import torch.nn.functional as F
 
 from libra import Compression
-from libra.compress import compress_layout
-from libra.layout import Layout
+from libra.ops.spans import Layout
+from libra.step import compress_layout
 
 
 @dataclass
 class Prefill:
-    """The visual tokens that one call brings: the columns of each span, and those whose mean attention scores it."""
+    """The visual tokens that one call brings: the columns of each span, and those whose mean attention scores
+    it."""
 
     spans: list[list[int]]
     askers: list[list[int]]
     key: int = 0  # what pseudo-random selection draws from
 
     @classmethod
-    def of(cls, visual: torch.Tensor, scorer: int | list[int], c: Compression, start: int = 0, key: int = 0) -> "Prefill":
-        """From a mask (S,) whose first column is column ``start`` of the whole; one scorer for all spans or one for each."""
+    def of(
+        cls, visual: torch.Tensor, scorer: int | list[int], c: Compression, start: int = 0, key: int = 0
+    ) -> "Prefill":
+        """From a mask (S,) whose first column is column ``start`` of the whole; one scorer for all spans or
+        one for each."""
         spans, before = [], None
         for j in visual.nonzero().flatten().tolist():
             if before is None or j > before + 1:
@@ -41,7 +48,8 @@ class Prefill:
 
 @dataclass
 class Outcome:
-    """``logits`` (S', vocabulary) of the columns that are left; ``source``: which each was, None for a compensation token."""
+    """``logits`` (S', vocabulary) of the columns that are left; ``source``: which each was, None for a
+    compensation token."""
 
     logits: torch.Tensor
     source: list[int | None]
@@ -52,7 +60,9 @@ class Outcome:
         return F.cross_entropy(self.logits[:-1], goals[1:], reduction="sum")
 
 
-def attention(decoder, layer, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(
+    decoder, layer, hidden: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention (H, S, S) of a layer on hidden states (S, D), and the values (H, S, d) of its heads."""
     heads, normed = layer.self_attn, layer.input_layernorm(hidden)
     query, key, value = (
@@ -66,7 +76,11 @@ def attention(decoder, layer, hidden: torch.Tensor, positions: torch.Tensor) -> 
         return x * cos + torch.cat([-second, first], -1) * sin
 
     sharing = len(query) // len(key)
-    query, key, value = rotate(query), rotate(key).repeat_interleave(sharing, 0), value.repeat_interleave(sharing, 0)
+    query, key, value = (
+        rotate(query),
+        rotate(key).repeat_interleave(sharing, 0),
+        value.repeat_interleave(sharing, 0),
+    )
     future = torch.ones(len(hidden), len(hidden), dtype=torch.bool).triu(1)
     scores = query @ key.transpose(1, 2) / heads.head_dim**0.5
     return scores.masked_fill(future, -torch.inf).softmax(-1), value
@@ -93,16 +107,22 @@ def decode(decoder, head, embeds: torch.Tensor, c: Compression, prefills: list[P
 
 
 def importance(alpha: torch.Tensor, prefill: Prefill) -> tuple[torch.Tensor, torch.Tensor]:
-    """α of a prefill's visual tokens (N,) from the attention (S, S), and which of its score rows each token has (N,)."""
+    """α of a prefill's visual tokens (N,) from the attention (S, S), and which of its score rows each token
+    has (N,)."""
     rows = sorted(set(map(tuple, prefill.askers)))
     values = [alpha[askers].mean(0)[span] for span, askers in zip(prefill.spans, prefill.askers, strict=True)]
-    owners = [rows.index(tuple(askers)) for span, askers in zip(prefill.spans, prefill.askers, strict=True) for _ in span]
+    owners = [
+        rows.index(tuple(askers))
+        for span, askers in zip(prefill.spans, prefill.askers, strict=True)
+        for _ in span
+    ]
     return torch.cat(values), torch.tensor(owners)
 
 
 def shorten(hidden, alpha, c: Compression, prefills: list[Prefill], turn: int):
-    """Compress one prefill: the matrix (S', S) that makes the new columns of the old ones; for each new column the old one
-    whose position it takes and whether it is a compensation token; the prefills in new numbers."""
+    """Compress one prefill: the matrix (S', S) that makes the new columns of the old ones; for each new
+    column the old one whose position it takes and whether it is a compensation token; the prefills in new
+    numbers."""
     length = len(hidden)
     rows = {j: F.one_hot(torch.tensor(j), length).float() for j in range(length)}
     behind = {}  # the compensation token's row, by the last visual column
@@ -111,7 +131,9 @@ def shorten(hidden, alpha, c: Compression, prefills: list[Prefill], turn: int):
         visual = [j for span in prefill.spans for j in span]
         values, owners = importance(alpha, prefill)
         layout = Layout.build([[len(span) for span in prefill.spans]], c.ratio, c.rounding, "cpu")
-        step = compress_layout(hidden[visual][None], values[None], c, layout, owners[None], torch.tensor([prefill.key]))
+        step = compress_layout(
+            hidden[visual][None], values[None], c, layout, owners[None], torch.tensor([prefill.key])
+        )
         targets = [visual[t] for t in step.targets[0].tolist()]
         spread = torch.zeros(step.weights.shape[1], length)
         spread[:, visual] = step.weights[0]

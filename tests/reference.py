@@ -1,9 +1,11 @@
-"""The paper's equations 4 to 7 and the baselines, read word by word: plain Python loops in float64, one function an equation.
+"""The paper's equations 4 to 7 and the baselines, read word by word: plain Python loops in float64, one
+function an equation.
 
-Nothing here is meant to be fast. One sample at a time: ``tokens`` is a list of N visual tokens, each a list of D numbers;
-``alpha`` lists their N importances, ``score_rows`` the number of the attention row that scored each of them (all the same,
-except in a chat that is prefilled with its earlier turns), ``spans`` the lengths of the contiguous runs of visual tokens. A
-*slot* is a place in the output: 0 to N_t - 1 hold the targets in order, N_t the compensation token; a dropped token has None.
+Nothing here is meant to be fast. One sample at a time: ``tokens`` is a list of N visual tokens, each a list
+of D numbers; ``alpha`` lists their N importances, ``score_rows`` the number of the attention row that scored
+each of them (all the same, except in a chat that is prefilled with its earlier turns), ``spans`` the lengths
+of the contiguous runs of visual tokens. A *slot* is a place in the output: 0 to N_t - 1 hold the targets in
+order, N_t the compensation token; a dropped token has None.
 """
 
 import math
@@ -40,8 +42,9 @@ def cosine(a: Vector, b: Vector) -> float:
 def attention_row(query: Matrix, keys: list[Matrix], scaling: float, visible: list[bool]) -> Vector:
     """Eq. 4: α = softmax(Q_output Kᵀ · scaling) over all keys, the mean over the heads (reading 1).
 
-    query: one vector per head. keys: for each key-value head, one vector per token. visible: which tokens the query may see.
-    With fewer key-value heads than heads, each of them serves a run of neighbouring heads (grouped-query attention).
+    query: one vector per head. keys: for each key-value head, one vector per token. visible: which tokens the
+    query may see. With fewer key-value heads than heads, each of them serves a run of neighbouring heads
+    (grouped-query attention).
     """
     heads_per_key_head = len(query) // len(keys)
     rows = []
@@ -53,7 +56,11 @@ def attention_row(query: Matrix, keys: list[Matrix], scaling: float, visible: li
 
 def kept(n: int, ratio: float) -> int:
     """§3.1 and reading 3: N_t = max(1, round((1 - R) · N)), of the fraction R that the float stands for."""
-    simple = [Fraction(top, bottom) for bottom in range(1, 2 * n + 1) if (top := round(ratio * bottom)) / bottom == ratio]
+    simple = [
+        Fraction(top, bottom)
+        for bottom in range(1, 2 * n + 1)
+        if (top := round(ratio * bottom)) / bottom == ratio
+    ]
     exact = simple[0] if simple else Fraction(ratio)
     return max(1, round((1 - exact) * n))
 
@@ -75,7 +82,8 @@ def intervals(n: int, n_t: int) -> list[range]:
 
 
 def interval_targets(alpha: Vector, spans: list[int], ratio: float) -> list[int]:
-    """§3.2 (ii): from each interval the token of highest α, the first where several have it (readings 3 and 12)."""
+    """§3.2 (ii): from each interval the token of highest α, the first where several have it (readings 3 and
+    12)."""
     targets = []
     for span in members(spans):
         for interval in intervals(len(span), kept(len(span), ratio)):
@@ -88,7 +96,8 @@ def interval_targets(alpha: Vector, spans: list[int], ratio: float) -> list[int]
 
 
 def lowest(values: Vector, span: list[int], count: int) -> list[int]:
-    """The ``count`` tokens of a span with the lowest values, the first where values tie, in order of position."""
+    """The ``count`` tokens of a span with the lowest values, the first where values tie, in order of
+    position."""
     chosen = set()
     for _ in range(count):
         best = None
@@ -105,10 +114,13 @@ def top_k_targets(alpha: Vector, spans: list[int], ratio: float) -> list[int]:
     return [j for span in members(spans) for j in lowest(negated, span, kept(len(span), ratio))]
 
 
-def information_degree(tokens: Matrix, alpha: Vector, spans: list[int], score_rows: list[int], weight: float) -> Vector:
+def information_degree(
+    tokens: Matrix, alpha: Vector, spans: list[int], score_rows: list[int], weight: float
+) -> Vector:
     """Turbo, as the paper adapts it: E = redundancy - λ · importance, with λ = ``weight``.
 
-    Redundancy: the highest cosine similarity to another token of the span (reading 10). Importance: α / mean(α).
+    Redundancy: the highest cosine similarity to another token of the span (reading 10). Importance: α /
+        mean(α).
     """
     of = span_of_each(spans)
     average = temperatures(alpha, score_rows)
@@ -121,15 +133,19 @@ def information_degree(tokens: Matrix, alpha: Vector, spans: list[int], score_ro
 
 
 def information_targets(degrees: Vector, spans: list[int], ratio: float) -> list[int]:
-    """Turbo: the R% of highest information degree are merged away, so those of lowest degree are the targets."""
+    """Turbo: the R% of highest information degree are merged away, so those of lowest degree are the
+    targets."""
     return [j for span in members(spans) for j in lowest(degrees, span, kept(len(span), ratio))]
 
 
 def similarity(tokens: Matrix, targets: list[int], spans: list[int]) -> Matrix:
-    """S of eq. 5, N_t × N: cosine similarity of target i and token j; -inf across spans, which never match (reading 10)."""
+    """S of eq. 5, N_t × N: cosine similarity of target i and token j; -inf across spans, which never match
+    (reading 10)."""
     of = span_of_each(spans)
     n = len(tokens)
-    return [[cosine(tokens[i], tokens[j]) if of[i] == of[j] else -math.inf for j in range(n)] for i in targets]
+    return [
+        [cosine(tokens[i], tokens[j]) if of[i] == of[j] else -math.inf for j in range(n)] for i in targets
+    ]
 
 
 def matching(s: Matrix, targets: list[int]) -> list[list[int]]:
@@ -160,8 +176,11 @@ def negative_set(s: Matrix, targets: list[int], tau: float) -> list[int]:
     return [j for j in range(len(s[0])) if j not in targets and not highest_similarity(s, j) > tau]
 
 
-def slots_of_each(merge: str, s: Matrix, m: list[list[int]], targets: list[int], tau: float) -> list[int | None]:
-    """Where each token goes: what §3.3, Table 4 (prune, average) and Table 5 (IGM-pos, IGM-neg) do with the non-targets."""
+def slots_of_each(
+    merge: str, s: Matrix, m: list[list[int]], targets: list[int], tau: float
+) -> list[int | None]:
+    """Where each token goes: what §3.3, Table 4 (prune, average) and Table 5 (IGM-pos, IGM-neg) do with the
+    non-targets."""
     negative = negative_set(s, targets, tau)
     slots = []
     for j in range(len(s[0])):
@@ -180,7 +199,8 @@ def slots_of_each(merge: str, s: Matrix, m: list[list[int]], targets: list[int],
 
 
 def temperatures(alpha: Vector, score_rows: list[int]) -> Vector:
-    """η of each token: the mean of α over the sample's visual tokens (reading 2) that share its score row (reading 10).
+    """η of each token: the mean of α over the sample's visual tokens (reading 2) that share its score row
+    (reading 10).
 
     1 where all of these are 0, so that weights are uniform (reading 11).
     """
@@ -188,23 +208,32 @@ def temperatures(alpha: Vector, score_rows: list[int]) -> Vector:
 
 
 def masked_importance(slots: list[int | None], alpha: Vector, n_rows: int) -> Matrix:
-    """Eq. 6: M'_ij = α_j where token j goes to row i, else -inf; the negative set is out of M by now (reading 5)."""
+    """Eq. 6: M'_ij = α_j where token j goes to row i, else -inf; the negative set is out of M by now (reading
+    5)."""
     return [[alpha[j] if slots[j] == i else -math.inf for j in range(len(alpha))] for i in range(n_rows)]
 
 
 def merging_matrix(merge: str, slots: list[int | None], alpha: Vector, eta: Vector, n_t: int) -> Matrix:
-    """W = Softmax(M'_i / η) for each row i; unless the negative set is empty, the last row is the compensation token's.
+    """W = Softmax(M'_i / η) for each row i; unless the negative set is empty, the last row is the
+    compensation token's.
 
-    Average merging (Turbo, Table 4) weighs all members of a row alike; pruning (FastV) keeps each target as it is.
+    Average merging (Turbo, Table 4) weighs all members of a row alike; pruning (FastV) keeps each target as
+    it is.
     """
     n_rows = n_t + 1 if n_t in slots else n_t
     if merge in ("average", "drop"):
         sizes = [slots.count(i) for i in range(n_rows)]
         return [[1 / sizes[i] if slots[j] == i else 0.0 for j in range(len(alpha))] for i in range(n_rows)]
-    return [softmax([entry / eta[j] for j, entry in enumerate(row)]) for row in masked_importance(slots, alpha, n_rows)]
+    return [
+        softmax([entry / eta[j] for j, entry in enumerate(row)])
+        for row in masked_importance(slots, alpha, n_rows)
+    ]
 
 
 def merged(w: Matrix, tokens: Matrix) -> Matrix:
     """Eq. 7: V' = W × V."""
     width = len(tokens[0])
-    return [[sum(row[j] * tokens[j][d] for j in range(len(tokens)) if row[j] != 0) for d in range(width)] for row in w]
+    return [
+        [sum(row[j] * tokens[j][d] for j in range(len(tokens)) if row[j] != 0) for d in range(width)]
+        for row in w
+    ]

@@ -1,12 +1,14 @@
-"""The soak tier: ``--soak`` runs the tests marked ``soak`` and no others, and a second call goes on where the first stopped.
+"""The soak tier: ``--soak`` runs the tests marked ``soak`` and no others, and a second call goes on where the
+first stopped.
 
-results/soak/passed.jsonl remembers what passed, a line each: the test, the digest of the code, the date. A test that passed
-with the very same code, torch and transformers is skipped; delete the file to run everything again.
+results/soak/passed.jsonl remembers what passed, a line each: the test, the digest of the code, the date. A
+test that passed with the very same code, torch and transformers is skipped; delete the file to run everything
+again.
 """
 
 import hashlib
 import json
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +18,11 @@ CODE = ("libra", "llava", "eval", "mini", "configs", "scripts", "tests")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--soak", action="store_true", help="run the tests marked soak, and only these; goes on where it stopped")
+    parser.addoption(
+        "--soak",
+        action="store_true",
+        help="run the tests marked soak, and only these; goes on where it stopped",
+    )
 
 
 def pytest_configure(config):
@@ -45,12 +51,15 @@ class Soak:
     def __init__(self, config):
         self.selected = config.getoption("soak")
         self.records = config.rootpath / "results/soak/passed.jsonl"
-        self.writes = self.selected and not hasattr(config, "workerinput")  # of pytest-xdist's processes the first one only
+        self.writes = self.selected and not hasattr(
+            config, "workerinput"
+        )  # of pytest-xdist's processes the first one only
         self.digest = digest(config.rootpath) if self.selected else ""
         self.passing = set()
 
     def passed_before(self) -> dict[str, str]:
-        """The tests that passed with this code, and when. A line that was cut off in the writing does not count."""
+        """The tests that passed with this code, and when. A line that was cut off in the writing does not
+        count."""
         dates = {}
         if self.records.exists():
             for line in self.records.read_text(encoding="utf-8").splitlines():
@@ -73,7 +82,9 @@ class Soak:
         before = self.passed_before()
         for item in soak:
             if item.nodeid in before:
-                item.add_marker(pytest.mark.skip(reason=f"soak: passed with this code on {before[item.nodeid]}"))
+                item.add_marker(
+                    pytest.mark.skip(reason=f"soak: passed with this code on {before[item.nodeid]}")
+                )
 
     def pytest_runtest_logreport(self, report):
         if not self.writes or report.outcome != "passed":
@@ -81,7 +92,7 @@ class Soak:
         elif report.when == "call":
             self.passing.add(report.nodeid)
         elif report.when == "teardown" and report.nodeid in self.passing:
-            date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            date = datetime.now(UTC).isoformat(timespec="seconds")
             record = {"test": report.nodeid, "code": self.digest, "date": date}
             self.records.parent.mkdir(parents=True, exist_ok=True)
             with self.records.open("a", encoding="utf-8") as file:

@@ -1,4 +1,5 @@
-"""libra.attach on stock Hugging Face models: the same engine from outside, and the model given back as it was."""
+"""libra.attach on stock Hugging Face models: the same engine from outside, and the model given back as it
+was."""
 
 import copy
 
@@ -10,8 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, MistralModel, Qwen2Model
 
 import libra
-from libra import Compression, hybrid
-from libra.transformers_api import cache_argument, cache_of
+from libra import Compression
+from libra.engine import score
+from libra.engine.transformers_api import cache_argument, cache_of
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 LIBRA = Compression(method="libra", layers=(1, 3), ratio=0.5, tau=0.9)
@@ -93,7 +95,11 @@ def model(shared):
 def assert_untouched(model):
     decoder = model.model.language_model
     assert type(decoder) in (LlamaModel, MistralModel, Qwen2Model)
-    assert not model._forward_hooks and not model._forward_pre_hooks and "forward" not in vars(decoder) | vars(model)
+    assert (
+        not model._forward_hooks
+        and not model._forward_pre_hooks
+        and "forward" not in vars(decoder) | vars(model)
+    )
     assert not {"compression", "last_stats", "last_labels"} & vars(decoder).keys()
     assert decoder.config._attn_implementation in ("sdpa", "eager")
 
@@ -137,7 +143,9 @@ def test_ratio_zero_at_every_layer_changes_no_bit(attention):
             with libra.attach(model, Compression(method=method, layers=tuple(range(6)), ratio=0.0)):
                 out = model(**given)
             valid = given["attention_mask"].bool()
-            assert torch.equal(out.logits[valid], plainly.logits[valid]) and torch.equal(out.loss, plainly.loss)
+            assert torch.equal(out.logits[valid], plainly.logits[valid]) and torch.equal(
+                out.loss, plainly.loss
+            )
     given = collate(TALKS)
     answer = model.generate(**given, max_new_tokens=4, do_sample=False)
     with libra.attach(model, Compression(method="libra", layers=tuple(range(6)), ratio=0.0)):
@@ -148,7 +156,8 @@ def test_ratio_zero_at_every_layer_changes_no_bit(attention):
 @every_choice
 @torch.no_grad()
 def test_generate(model, name):
-    """A batch padded on the left: each sample alone, and the cache-free decoder by hand; beams and sampling run too."""
+    """A batch padded on the left: each sample alone, and the cache-free decoder by hand; beams and sampling
+    run too."""
     c, steps = CHOICES[name], 5
     embeds = embeddings(model, TALKS)
     options = dict(max_new_tokens=steps, do_sample=False)
@@ -180,7 +189,9 @@ def test_the_same_as_llavas_own_decoder(model, name):
     given = collate(ANSWERED, "right", labels=True)
     seen = []
     decoder = model.model.language_model
-    hook = decoder.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with libra.attach(model, CHOICES[name]):
@@ -191,7 +202,10 @@ def test_the_same_as_llavas_own_decoder(model, name):
     hook.remove()
     visual, mask = given["input_ids"] == tiny.IMAGE, given["attention_mask"]
     out = ours(
-        inputs_embeds=seen[0]["inputs_embeds"].detach(), attention_mask=mask, labels=given["labels"], visual_mask=visual,
+        inputs_embeds=seen[0]["inputs_embeds"].detach(),
+        attention_mask=mask,
+        labels=given["labels"],
+        visual_mask=visual,
         sample_keys=(given["input_ids"] * mask.cumsum(1) * mask * ~visual).sum(1),
     )
     out.loss.backward()
@@ -208,7 +222,9 @@ def test_hidden_states_of_every_stage(model):
     with libra.attach(model, LIBRA) as handle:
         out = model(**collate(TALKS[:1]), output_hidden_states=True)
     extra = [sum(map(sum, handle.stats["compensation_tokens"][:layer])) for layer in range(6)]
-    widths = [9 + visual[0] + more for visual, more in zip(handle.stats["visual_tokens"], extra)]  # 9 text tokens
+    widths = [
+        9 + visual[0] + more for visual, more in zip(handle.stats["visual_tokens"], extra)
+    ]  # 9 text tokens
     assert [state.shape[1] for state in out.hidden_states] == [25, *widths[:-1], out.logits.shape[1]]
     assert out.logits.shape[1] == widths[-1] < widths[0]
 
@@ -244,7 +260,10 @@ def test_stats(model):
     d, m, d_kv = 32, 64, 16
     layer = [(2 * d * d + 2 * d * d_kv) * n + 2 * n * n * d + 3 * n * d * m for n in (16, 8, 4)]
     assert stats["flops"][0] == pytest.approx(2 * sum(layer))
-    assert stats["flops_ratio"][0] == pytest.approx(sum(layer) / (3 * layer[0])) and stats["flops_ratio"][2] == 1.0
+    assert (
+        stats["flops_ratio"][0] == pytest.approx(sum(layer) / (3 * layer[0]))
+        and stats["flops_ratio"][2] == 1.0
+    )
 
 
 @torch.no_grad()
@@ -254,13 +273,19 @@ def test_a_second_turn_on_the_same_cache(model):
     (embeds,) = embeddings(model, [{"ids": ids, "pixels": first["pixels"] + second["pixels"]}])
     visual, start = ids == tiny.IMAGE, len(first["ids"])
     prefills = [
-        plain.Prefill.of(visual[:start], start - 1, LIBRA), plain.Prefill.of(visual[start:], len(visual) - 1, LIBRA, start),
+        plain.Prefill.of(visual[:start], start - 1, LIBRA),
+        plain.Prefill.of(visual[start:], len(visual) - 1, LIBRA, start),
     ]
     want = plain.decode(model.model.language_model, model.lm_head, embeds, LIBRA, prefills).logits[-1]
     cache = DynamicCache()
     with libra.attach(model, LIBRA):
         for turn in (first, second):
-            out = model(turn["ids"][None], pixel_values=torch.stack(turn["pixels"]), **cache_argument(cache), use_cache=True)
+            out = model(
+                turn["ids"][None],
+                pixel_values=torch.stack(turn["pixels"]),
+                **cache_argument(cache),
+                use_cache=True,
+            )
     torch.testing.assert_close(out.logits[0, -1], want, **CLOSE)
 
 
@@ -317,7 +342,11 @@ def test_two_models_with_two_methods_at_once(model):
     with libra.attach(model, CHOICES["libra"]) as first, libra.attach(other, CHOICES["fastv"]) as second:
         for (one, _), logits in zip(choices, want):
             assert torch.equal(one(**given).logits, logits)
-        assert first.stats["visual_tokens"][-1] == [4, 8, 0] and second.stats["visual_tokens"][-1] == [4, 8, 0]
+        assert first.stats["visual_tokens"][-1] == [4, 8, 0] and second.stats["visual_tokens"][-1] == [
+            4,
+            8,
+            0,
+        ]
         first.detach()
         assert torch.equal(other(**given).logits, want[1])
     assert_untouched(other)
@@ -335,7 +364,9 @@ def test_attaching_twice_is_refused(model):
 
 def test_models_that_are_not_supported_are_refused(model):
     text = LlamaForCausalLM(model.config.text_config)
-    with pytest.raises(ValueError, match="does not support LlamaForCausalLM; it supports .*LlavaForConditionalGeneration"):
+    with pytest.raises(
+        ValueError, match="does not support LlamaForCausalLM; it supports .*LlavaForConditionalGeneration"
+    ):
         libra.attach(text, LIBRA)
     with pytest.raises(ValueError, match="wrapper of torch.compile; attach to the model in it first"):
         libra.attach(torch.compile(model), LIBRA)
@@ -373,7 +404,7 @@ def test_a_placeholder_that_the_model_says_itself_is_text(model, name):
 @torch.no_grad()
 def test_a_plain_model_is_not_disturbed_by_wrapped_attention(model):
     """The attention functions stay wrapped in the process; without a probe they are what they were."""
-    hybrid.enable(model.config.text_config)
+    score.enable(model.config.text_config)
     other = tiny.hf_model(seed=5)
     with libra.attach(model, LIBRA):
         want = other(**collate(TALKS)).logits

@@ -68,7 +68,9 @@ def test_easy_vqa_asks_its_own_test_images_once_each():
     _, by_image = easy_vqa("test")
     pairs = {pair for questions in by_image.values() for pair in questions}
     assert all((sample.question, sample.answer) in pairs for sample in samples)
-    assert len({sample.image.tobytes() for sample in samples}) > 40  # images of their own, but some shapes look alike
+    assert (
+        len({sample.image.tobytes() for sample in samples}) > 40
+    )  # images of their own, but some shapes look alike
     with pytest.raises(ValueError, match="test images"):
         benchmark.easy_vqa_samples(10_000)
 
@@ -78,8 +80,12 @@ def test_questions_stay_the_same_when_there_are_more(folder, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert larger["sha256"] != manifest["sha256"]
     for kind in SCENE_TYPES:
-        few, more = (load_dataset("parquet", data_files=str(path / f"{kind}.parquet"), split="train", cache_dir=str(tmp_path))
-                     for path in (folder, tmp_path / "larger"))
+        few, more = (
+            load_dataset(
+                "parquet", data_files=str(path / f"{kind}.parquet"), split="train", cache_dir=str(tmp_path)
+            )
+            for path in (folder, tmp_path / "larger")
+        )
         assert few["question"] == more["question"][:6] and few["answer"] == more["answer"][:6]
 
 
@@ -92,7 +98,9 @@ def test_files_hold_what_the_manifest_says(folder, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert list(manifest["types"]) == list(TYPES)
     for kind, entry in manifest["types"].items():
-        rows = load_dataset("parquet", data_files=str(folder / entry["file"]), split="train", cache_dir=str(tmp_path))
+        rows = load_dataset(
+            "parquet", data_files=str(folder / entry["file"]), split="train", cache_dir=str(tmp_path)
+        )
         assert rows.column_names == ["question_id", "image", "question", "answer"]
         assert rows["question_id"] == [f"{kind}-{index}" for index in range(6)]
         counts = Counter(rows["answer"])
@@ -100,8 +108,11 @@ def test_files_hold_what_the_manifest_says(folder, tmp_path):
         assert entry["majority_share"] == max(counts.values()) / 6
         for row, sample in zip(rows, benchmark.samples_of(kind, 6), strict=True):
             assert np.array_equal(np.asarray(row["image"]), np.asarray(sample.image))
-    assert (64, 64) == tuple(load_dataset("parquet", data_files=str(folder / f"{EASY_VQA}.parquet"), split="train",
-                                          cache_dir=str(tmp_path))[0]["image"].size)
+    assert (64, 64) == tuple(
+        load_dataset(
+            "parquet", data_files=str(folder / f"{EASY_VQA}.parquet"), split="train", cache_dir=str(tmp_path)
+        )[0]["image"].size
+    )
 
 
 def test_the_right_folder_is_reused_and_a_damaged_one_written_anew(folder, monkeypatch):
@@ -118,7 +129,10 @@ def test_the_right_folder_is_reused_and_a_damaged_one_written_anew(folder, monke
 
 def test_another_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
-    for flags in (["--output", str(tmp_path), "--questions", "2"], ["--output", str(tmp_path / "new"), "--questions", "0"]):
+    for flags in (
+        ["--output", str(tmp_path), "--questions", "2"],
+        ["--output", str(tmp_path / "new"), "--questions", "0"],
+    ):
         with pytest.raises(SystemExit) as stop:
             benchmark.main(flags)
         assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")

@@ -48,7 +48,8 @@ def picture(seed: int) -> Image.Image:
 
 
 class Turn:
-    """A turn's token ids (with <s>, which matters to nobody here) and images, and what the model made of them."""
+    """A turn's token ids (with <s>, which matters to nobody here) and images, and what the model made of
+    them."""
 
     def __init__(self, loaded, text: str, *images: Image.Image):
         tokenizer, model, processor, _ = loaded
@@ -57,15 +58,23 @@ class Turn:
 
     def ask(self, model, cache, tokens: int = 4) -> None:
         out = model.generate(
-            self.ids, images=self.pixels, past_key_values=cache, do_sample=False, max_new_tokens=tokens, pad_token_id=0,
-            eos_token_id=None, return_dict_in_generate=True, output_logits=True,
+            self.ids,
+            images=self.pixels,
+            past_key_values=cache,
+            do_sample=False,
+            max_new_tokens=tokens,
+            pad_token_id=0,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
         self.answer, self.logits = out.sequences[0], torch.stack(out.logits, 1)[0]
 
 
 @torch.no_grad()
 def replayed(model, turns: list[Turn]) -> list[torch.Tensor]:
-    """The logits of each turn's answer by one cache-free pass by hand; a turn's images are scored by its own end."""
+    """The logits of each turn's answer by one cache-free pass by hand; a turn's images are scored by its own
+    end."""
     embed, parts, prefills, spans, start = model.get_input_embeddings(), [], [], [], 0
     c = model.compression or Compression(method="vanilla")
     for turn in turns:
@@ -93,7 +102,9 @@ def test_a_later_turn_appends_and_keeps_what_was_chosen(loaded, model, name):
     model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     turns = [
         Turn(loaded, "USER: <image>\nwhat digit is at the top left ? ASSISTANT:", picture(0)),
-        Turn(loaded, "USER: <image>\n<image>\nhow many digits are there ? ASSISTANT:", picture(1), picture(2)),
+        Turn(
+            loaded, "USER: <image>\n<image>\nhow many digits are there ? ASSISTANT:", picture(1), picture(2)
+        ),
         Turn(loaded, "USER: and in the bottom row ? ASSISTANT:"),
     ]
     try:
@@ -101,7 +112,9 @@ def test_a_later_turn_appends_and_keeps_what_was_chosen(loaded, model, name):
             turn.ask(model, cache)
     finally:
         model.model.layers[0]._forward_pre_hooks.clear()
-    assert [n for n in lengths if n > 1] == [len(turn.ids[0]) + 255 * (turn.ids < 0).sum().item() for turn in turns]
+    assert [n for n in lengths if n > 1] == [
+        len(turn.ids[0]) + 255 * (turn.ids < 0).sum().item() for turn in turns
+    ]
     for turn, want in zip(turns, replayed(model, turns), strict=True):
         torch.testing.assert_close(turn.logits, want, **CLOSE)
         assert turn.answer.tolist() == want.argmax(-1).tolist()
@@ -123,7 +136,9 @@ def test_images_may_come_after_text(loaded, model, name):
     padded = torch.nn.functional.pad(turns[0].ids, (2, 0))
     cache = DynamicCache()
     turns[1].ask(model, cache)
-    got = model.generate(padded, attention_mask=(padded > 0).long(), cache=cache, do_sample=False, max_new_tokens=3)
+    got = model.generate(
+        padded, attention_mask=(padded > 0).long(), cache=cache, do_sample=False, max_new_tokens=3
+    )
     cache = DynamicCache()
     turns[1].ask(model, cache)
     assert torch.equal(got, model.generate(turns[0].ids, cache=cache, do_sample=False, max_new_tokens=3))
@@ -135,7 +150,10 @@ def test_what_a_later_turn_cannot_be(loaded, model):
     for wrong, message in (
         (dict(inputs=turn.ids.repeat(2, 1)), "this call has 2 rows"),
         (dict(inputs=turn.ids, num_beams=2), "this call has num_beams above 1"),
-        (dict(inputs=turn.ids, num_return_sequences=2, do_sample=True), "this call has num_return_sequences above 1"),
+        (
+            dict(inputs=turn.ids, num_return_sequences=2, do_sample=True),
+            "this call has num_return_sequences above 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(**wrong, past_key_values=cache)
@@ -195,7 +213,11 @@ def test_a_session_runs_the_new_turn_alone(loaded, model, calls, name):
     assert not (first.reread or second.reread or third.reread)
     # <s> of the first turn; </s> and "USER :" … "ASSISTANT :" of the others.
     assert calls == [(1 + 2 + 1 + 8 + 2, 1), (1 + 2 + 6 + 2, 0), (1 + 2 + 1 + 6 + 2, 1)]
-    assert [message for _, message in chat.conversation.messages[1::2]] == [first.text, second.text, third.text]
+    assert [message for _, message in chat.conversation.messages[1::2]] == [
+        first.text,
+        second.text,
+        third.text,
+    ]
     assert 0 < third.first_token <= third.seconds
     counts = chat.visual_tokens
     assert counts[0] == 512 and counts == [2 * n for n in _counts_of_one(loaded, model)]
@@ -212,7 +234,8 @@ def _counts_of_one(loaded, model) -> list[int]:
 
 @torch.no_grad()
 def test_an_answer_that_is_written_otherwise_is_taken_out_of_the_cache(loaded, model, calls):
-    """The prompt has another text than the cached one from the first answer on; the compressed image stays."""
+    """The prompt has another text than the cached one from the first answer on; the compressed image
+    stays."""
     model.set_compression(CHOICES["libra"])
     chat = session(loaded, picture(0))
     chat.ask("what digit is at the top left ?", max_new_tokens=8)
@@ -227,7 +250,9 @@ def test_an_answer_that_is_written_otherwise_is_taken_out_of_the_cache(loaded, m
     cache = DynamicCache()
     turns[0].ask(model, cache, tokens=1)
     turns[1].ask(model, cache, tokens=8)
-    want = loaded[0].decode(turns[1].answer[: (turns[1].answer == 2).int().argmax()], skip_special_tokens=True)
+    want = loaded[0].decode(
+        turns[1].answer[: (turns[1].answer == 2).int().argmax()], skip_special_tokens=True
+    )
     assert second.text == want
 
 
@@ -267,14 +292,18 @@ def test_errors_keep_the_conversation(loaded, model, monkeypatch, tmp_path):
         chat.show(tmp_path, "video")
     with pytest.raises(ValueError, match="images to show: none, places for them in the question: <image>"):
         chat.ask("where is the <image> ?")
-    with pytest.raises(ValueError, match=r"the conversation has 10\d\d tokens and the model takes 1024; start a new one"):
+    with pytest.raises(
+        ValueError, match=r"the conversation has 10\d\d tokens and the model takes 1024; start a new one"
+    ):
         chat.ask("digit " * 750)
     assert chat.conversation.messages == before and len(chat.pictures) == 1
     assert chat.ask("how many ?", max_new_tokens=8).text == other.ask("how many ?", max_new_tokens=8).text
 
     before = chat.conversation.messages
     with monkeypatch.context() as patch:
-        patch.setattr(model, "generate", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        patch.setattr(
+            model, "generate", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("out of memory"))
+        )
         with pytest.raises(RuntimeError):
             chat.ask("what else ?")
     assert chat.conversation.messages == before
@@ -302,7 +331,10 @@ def test_marks_around_an_image(loaded, model, monkeypatch):
     chat.show(picture(0))
     chat.ask("and this ?", max_new_tokens=1)
     questions = [text for _, text in chat.conversation.messages[::2]]
-    assert questions == ["<im_start><image><im_end> or <im_start><image><im_end> ?", "<im_start><image><im_end>\nand this ?"]
+    assert questions == [
+        "<im_start><image><im_end> or <im_start><image><im_end> ?",
+        "<im_start><image><im_end>\nand this ?",
+    ]
 
 
 def test_a_mark_in_an_answer_is_no_image_later(loaded, model, monkeypatch):

@@ -1,4 +1,5 @@
-"""Checkpoints in every layout of the original, each with the logits of the golden one; and checkpoints that are refused."""
+"""Checkpoints in every layout of the original, each with the logits of the golden one; and checkpoints that
+are refused."""
 
 import json
 import os
@@ -37,7 +38,10 @@ def golden() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def case():
     with np.load(GOLDEN / "llava15" / "data.npz") as data:
-        return {name: torch.from_numpy(data[f"a.{name}"]) for name in ("input_ids", "attention_mask", "images", "logits")}
+        return {
+            name: torch.from_numpy(data[f"a.{name}"])
+            for name in ("input_ids", "attention_mask", "images", "logits")
+        }
 
 
 def load(path, base=None, **options):
@@ -75,7 +79,9 @@ def shard(folder: Path, weights: dict, kind: str = "safetensors", count: int = 3
     """Write weights as shards with an index, or as a single file where ``count`` is 1."""
     folder.mkdir(parents=True, exist_ok=True)
     stem, suffix = ("model", ".safetensors") if kind == "safetensors" else ("pytorch_model", ".bin")
-    names = [f"{stem}-{i + 1:05}-of-{count:05}{suffix}" for i in range(count)] if count > 1 else [stem + suffix]
+    names = (
+        [f"{stem}-{i + 1:05}-of-{count:05}{suffix}" for i in range(count)] if count > 1 else [stem + suffix]
+    )
     places = {name: names[i * count // len(weights)] for i, name in enumerate(weights)}
     for file in names:
         part = {name: weights[name].clone() for name in weights if places[name] == file}
@@ -87,7 +93,11 @@ def shard(folder: Path, weights: dict, kind: str = "safetensors", count: int = 3
 
 
 def language(golden) -> dict:
-    return {name: value for name, value in golden.items() if "mm_projector" not in name and "vision_tower" not in name}
+    return {
+        name: value
+        for name, value in golden.items()
+        if "mm_projector" not in name and "vision_tower" not in name
+    }
 
 
 def projector(golden, prefix: str = "") -> dict:
@@ -96,7 +106,11 @@ def projector(golden, prefix: str = "") -> dict:
 
 def put_base(folder: Path, weights: dict, kind: str = "bin") -> Path:
     """A plain Llama with the golden tokenizer, as sharded .bin unless told otherwise."""
-    plain = {name: value for name, value in settings().items() if not name.startswith(("mm_", "image_", "tokenizer_"))}
+    plain = {
+        name: value
+        for name, value in settings().items()
+        if not name.startswith(("mm_", "image_", "tokenizer_"))
+    }
     put(folder, plain | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     shard(folder, weights, kind)
     return folder
@@ -116,9 +130,14 @@ def home(tmp_path):
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("tower", ["inside", "beside"])
 def test_a_whole_model_as_one_file_or_in_shards(home, golden, case, kind, count, tower):
-    """Inside: the tower's folder has no weights of its own. Older versions' inverse frequencies are left aside in silence."""
+    """Inside: the tower's folder has no weights of its own. Older versions' inverse frequencies are left
+    aside in silence."""
     folder = put(home / "llava", settings(unfreeze_mm_vision_tower=tower == "inside"))
-    weights = golden if tower == "inside" else {name: value for name, value in golden.items() if "vision_tower" not in name}
+    weights = (
+        golden
+        if tower == "inside"
+        else {name: value for name, value in golden.items() if "vision_tower" not in name}
+    )
     shard(folder, weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, kind, count)
     if tower == "inside":
         (home / "vision_tower" / "model.safetensors").unlink()
@@ -142,13 +161,16 @@ def test_a_device_map_and_arguments_of_later_versions(home, golden, case):
 
 
 def test_a_tower_that_is_one_half_of_a_whole_clip(home, golden, case):
-    """As OpenAI published them: text and vision in one .bin file. The tower among the model's weights is not the one in use."""
+    """As OpenAI published them: text and vision in one .bin file. The tower among the model's weights is not
+    the one in use."""
     folder = home / "vision_tower"
     vision = json.loads((folder / "config.json").read_text())
     values = load_file(folder / "model.safetensors")
     values |= {"text_model.final_layer_norm.weight": torch.ones(8), "logit_scale": torch.ones(())}
     (folder / "model.safetensors").unlink()
-    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision, "text_config": {}}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "clip", "vision_config": vision, "text_config": {}})
+    )
     shard(folder, values | {"vision_model.embeddings.position_ids": torch.arange(17)[None]}, "bin", 1)
     shard(put(home / "llava", settings()), {name: v + ("vision_tower" in name) for name, v in golden.items()})
     assert_golden(load(home / "llava"), case)
@@ -161,7 +183,8 @@ def test_a_tower_alone_makes_no_weight_up(home):
 
 
 def test_names_on_the_hub_come_from_its_cache(home, golden, case):
-    """Of two formats one is enough. The tower's name, not the place of the cache, goes into copies of the model."""
+    """Of two formats one is enough. The tower's name, not the place of the cache, goes into copies of the
+    model."""
     cache, revision = home / "cache", "0" * 40
 
     def publish(name):
@@ -192,15 +215,24 @@ def test_a_projector_on_its_base_model(home, golden, case, prefix):
 
 
 def put_adapter(folder: Path, golden: dict, **changes) -> dict[str, torch.Tensor]:
-    """A LoRA folder as the original's training writes it; returns the base weights on which it makes the golden ones."""
+    """A LoRA folder as the original's training writes it; returns the base weights on which it makes the
+    golden ones."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = LlavaConfig.from_dict(settings(mm_vision_tower=str(GOLDEN / "llava15" / "vision_tower"), **changes))
+    config = LlavaConfig.from_dict(
+        settings(mm_vision_tower=str(GOLDEN / "llava15" / "vision_tower"), **changes)
+    )
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = get_peft_model(
         LlavaLlamaForCausalLM(config),
-        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=linear, exclude_modules=".*vision_tower.*", task_type="CAUSAL_LM"),
+        LoraConfig(
+            r=RANK,
+            lora_alpha=ALPHA,
+            target_modules=linear,
+            exclude_modules=".*vision_tower.*",
+            task_type="CAUSAL_LM",
+        ),
     )
     factors = {name: torch.randn_like(p) * 0.05 for name, p in model.named_parameters() if "lora_" in name}
     model.save_pretrained(folder, state_dict=factors)
@@ -221,7 +253,9 @@ def test_a_merged_adapter_is_base_plus_its_scaled_product(home, golden, case, ki
     model = load(home / "llava-lora", put_base(home / "vicuna", base, kind))
     assert type(model) is LlavaLlamaForCausalLM
     state = model.state_dict()
-    assert not torch.allclose(base["model.layers.3.mlp.up_proj.weight"], golden["model.layers.3.mlp.up_proj.weight"], atol=1e-2)
+    assert not torch.allclose(
+        base["model.layers.3.mlp.up_proj.weight"], golden["model.layers.3.mlp.up_proj.weight"], atol=1e-2
+    )
     for name, value in language(golden).items():
         torch.testing.assert_close(state[name], value, atol=1e-6, rtol=0)
     assert_golden(model, case)
@@ -244,11 +278,19 @@ def test_an_adapter_left_beside_the_weights(home, golden, case):
 
 
 def test_an_adapter_with_a_tuned_tower_and_a_larger_vocabulary(home, golden, case):
-    """Both come from non_lora_trainables.bin; the base's shorter tables give way, and the tower gets no adapter."""
+    """Both come from non_lora_trainables.bin; the base's shorter tables give way, and the tower gets no
+    adapter."""
     base = put_adapter(home / "llava-lora", golden, unfreeze_mm_vision_tower=True)
     tables = ("model.embed_tokens.weight", "lm_head.weight")
-    full = {name: golden[name] for name in golden if name in tables or "mm_projector" in name or "vision_tower" in name}
-    torch.save({f"base_model.model.{name}": value for name, value in full.items()}, home / "llava-lora/non_lora_trainables.bin")
+    full = {
+        name: golden[name]
+        for name in golden
+        if name in tables or "mm_projector" in name or "vision_tower" in name
+    }
+    torch.save(
+        {f"base_model.model.{name}": value for name, value in full.items()},
+        home / "llava-lora/non_lora_trainables.bin",
+    )
     for name in tables:
         base[name] = base[name][:300].clone()
     (home / "vision_tower" / "model.safetensors").unlink()
@@ -259,7 +301,10 @@ def test_an_adapter_with_a_tuned_tower_and_a_larger_vocabulary(home, golden, cas
 
 def test_an_adapter_on_a_llava_model(home, golden, case):
     base = put_adapter(home / "llava-lora", golden) | projector(golden)
-    shard(put(home / "llava", settings()), {name: value + ("mm_projector" in name) for name, value in base.items()})
+    shard(
+        put(home / "llava", settings()),
+        {name: value + ("mm_projector" in name) for name, value in base.items()},
+    )
     assert_golden(load(home / "llava-lora", home / "llava"), case)
 
 
@@ -267,7 +312,9 @@ def test_a_video_projector_on_mistral(tmp_path):
     pytest.importorskip("timm")
     source = GOLDEN / "videollama2"
     side = load_file(source / "checkpoint" / "model.safetensors")
-    config = json.loads((source / "checkpoint" / "config.json").read_text()) | {"mm_vision_tower": str(tmp_path / "tower")}
+    config = json.loads((source / "checkpoint" / "config.json").read_text()) | {
+        "mm_vision_tower": str(tmp_path / "tower")
+    }
     torch.manual_seed(0)
     base = MistralForCausalLM(MistralConfig.from_dict({**config, "model_type": "mistral"}))
     base.save_pretrained(tmp_path / "mistral")
@@ -276,7 +323,10 @@ def test_a_video_projector_on_mistral(tmp_path):
     CLIPVisionModel.from_pretrained(GOLDEN / "llava15" / "vision_tower").save_pretrained(tmp_path / "tower")
     CLIPImageProcessor.from_pretrained(source / "clip_tower").save_pretrained(tmp_path / "tower")
     put(tmp_path / "projector", config, tokenizer=False)
-    torch.save({name: value for name, value in side.items() if "mm_projector" in name}, tmp_path / "projector/mm_projector.bin")
+    torch.save(
+        {name: value for name, value in side.items() if "mm_projector" in name},
+        tmp_path / "projector/mm_projector.bin",
+    )
     state = load(tmp_path / "projector", tmp_path / "mistral").state_dict()
     for name, value in (base.state_dict() | {n: v for n, v in side.items() if "mm_projector" in n}).items():
         assert torch.equal(state[name], value), name
@@ -317,12 +367,19 @@ def drop(path: Path, name: str) -> None:
 
 SECOND = "model-00002-of-00003.safetensors"
 WHOLE = {
-    "missing shard": (lambda f: (f / SECOND).unlink(), f"lacks {SECOND}, one of the 3 shards that .*index.json names"),
+    "missing shard": (
+        lambda f: (f / SECOND).unlink(),
+        f"lacks {SECOND}, one of the 3 shards that .*index.json names",
+    ),
     "cut shard": (lambda f: cut(f / SECOND), rf"{SECOND} is damaged \(.*\); download it again"),
     "note of Git LFS": (
-        lambda f: (f / SECOND).write_text("version https://git-lfs.github.com/spec/v1\n"), "fetch them with git lfs pull",
+        lambda f: (f / SECOND).write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "fetch them with git lfs pull",
     ),
-    "index without a map": (lambda f: rewrite(f / "model.safetensors.index.json", weight_map=None), "has no weight_map"),
+    "index without a map": (
+        lambda f: rewrite(f / "model.safetensors.index.json", weight_map=None),
+        "has no weight_map",
+    ),
     "broken index": (lambda f: cut(f / "model.safetensors.index.json"), "index.json is no valid JSON"),
     "no weights": (lambda f: [file.unlink() for file in f.glob("model*")], "holds no weights"),
     "another shape": (
@@ -339,32 +396,48 @@ WHOLE = {
     ),
     "no configuration": (lambda f: (f / "config.json").unlink(), "config.json cannot be read: No such file"),
     "broken configuration": (lambda f: cut(f / "config.json"), "config.json is no valid JSON"),
-    "list as configuration": (lambda f: (f / "config.json").write_text("[1]"), "config.json holds no JSON object"),
+    "list as configuration": (
+        lambda f: (f / "config.json").write_text("[1]"),
+        "config.json holds no JSON object",
+    ),
     "word for a number": (
-        lambda f: rewrite(f / "config.json", hidden_size="wide"), "config.json cannot be used: .*hidden_size",
+        lambda f: rewrite(f / "config.json", hidden_size="wide"),
+        "config.json cannot be used: .*hidden_size",
     ),
     "plain language model": (
-        lambda f: rewrite(f / "config.json", model_type="llama"), "is a 'llama' checkpoint; the types that load are llava_",
+        lambda f: rewrite(f / "config.json", model_type="llama"),
+        "is a 'llama' checkpoint; the types that load are llava_",
     ),
     "Hugging Face's format": (
-        lambda f: rewrite(f / "config.json", model_type="llava", mm_vision_tower=None, text_config={}, vision_config={}),
+        lambda f: rewrite(
+            f / "config.json", model_type="llava", mm_vision_tower=None, text_config={}, vision_config={}
+        ),
         "convert it with python -m llava.convert",
     ),
-    "no tower named": (lambda f: rewrite(f / "config.json", mm_vision_tower=None), "names no mm_vision_tower"),
+    "no tower named": (
+        lambda f: rewrite(f / "config.json", mm_vision_tower=None),
+        "names no mm_vision_tower",
+    ),
     "unknown projector": (
-        lambda f: rewrite(f / "config.json", mm_projector_type="qformer"), "llava: mm_projector_type 'qformer' is unknown",
+        lambda f: rewrite(f / "config.json", mm_projector_type="qformer"),
+        "llava: mm_projector_type 'qformer' is unknown",
     ),
     "no tower": (
         lambda f: shutil.rmtree(f.parent / "vision_tower"),
         "the vision tower vision_tower, which .*config.json names as mm_vision_tower, is neither in this folder nor beside it",
     ),
     "no image processor": (
-        lambda f: (f.parent / "vision_tower" / "preprocessor_config.json").unlink(), "preprocessor_config.json cannot be read",
+        lambda f: (f.parent / "vision_tower" / "preprocessor_config.json").unlink(),
+        "preprocessor_config.json cannot be read",
     ),
     "tower without weights": (
-        lambda f: (f.parent / "vision_tower" / "model.safetensors").unlink(), "vision_tower holds no weights",
+        lambda f: (f.parent / "vision_tower" / "model.safetensors").unlink(),
+        "vision_tower holds no weights",
     ),
-    "cut tower": (lambda f: cut(f.parent / "vision_tower" / "model.safetensors"), "vision_tower/model.safetensors is damaged"),
+    "cut tower": (
+        lambda f: cut(f.parent / "vision_tower" / "model.safetensors"),
+        "vision_tower/model.safetensors is damaged",
+    ),
     "tower with a weight less": (
         lambda f: drop(f.parent / "vision_tower" / "model.safetensors", "vision_model.post_layernorm.bias"),
         "the vision tower .* lacks 1 weights, 'post_layernorm.bias' among",
@@ -374,7 +447,8 @@ WHOLE = {
         "has width 48, and mm_hidden_size .* is 32",
     ),
     "tower of another kind": (
-        lambda f: rewrite(f.parent / "vision_tower" / "config.json", model_type="siglip"), "is a 'siglip' model; only CLIP",
+        lambda f: rewrite(f.parent / "vision_tower" / "config.json", model_type="siglip"),
+        "is a 'siglip' model; only CLIP",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "has no tokenizer"),
     "cut tokenizer": (lambda f: cut(f / "tokenizer.model"), "the tokenizer in .* cannot be read"),
@@ -409,7 +483,10 @@ def test_a_layer_that_is_not_there_is_told_first(home, golden, unread):
 @pytest.mark.filterwarnings("error")
 def test_weights_that_are_left_over_are_told(home, golden):
     shard(put(home / "llava", settings()), golden | {"model.layers.8.mlp.up_proj.weight": torch.zeros(1)})
-    with pytest.raises(UserWarning, match="has 1 weights that its model lacks, 'model.layers.8.mlp.up_proj.weight' among them"):
+    with pytest.raises(
+        UserWarning,
+        match="has 1 weights that its model lacks, 'model.layers.8.mlp.up_proj.weight' among them",
+    ):
         load(home / "llava")
 
 
@@ -428,7 +505,9 @@ def test_the_harmful_pickle_is_one(tmp_path):
     assert (tmp_path / "made").is_dir()
 
 
-@pytest.mark.parametrize("where", ["shard", "mm_projector.bin", "non_lora_trainables.bin", "adapter_model.bin", "tower"])
+@pytest.mark.parametrize(
+    "where", ["shard", "mm_projector.bin", "non_lora_trainables.bin", "adapter_model.bin", "tower"]
+)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_wants_to_run_code_does_not(home, golden, unread, where, zipped):
     made, base = home / "made", None
@@ -448,8 +527,12 @@ def test_a_pickle_that_wants_to_run_code_does_not(home, golden, unread, where, z
             (folder / "adapter_model.safetensors").unlink()
         file = folder / where
     weights = torch.load(file) if file.is_file() else {}
-    torch.save(weights | {"model.mm_projector.0.weight": Harmful(made)}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=rf"{file.name} is not opened: it asks for \w+.mkdir, which could run code"):
+    torch.save(
+        weights | {"model.mm_projector.0.weight": Harmful(made)}, file, _use_new_zipfile_serialization=zipped
+    )
+    with pytest.raises(
+        ValueError, match=rf"{file.name} is not opened: it asks for \w+.mkdir, which could run code"
+    ):
         load(folder, base)
     assert not made.exists()
 
@@ -463,7 +546,9 @@ def test_a_damaged_bin_file_is_refused(home, golden, unread, kind):
         torch.save([torch.zeros(2)], file)
     else:
         file.write_text("" if kind == "empty" else "404: not found")
-    sentence = "holds something other than tensors" if kind == "list" else r"is damaged \(.*\); download it again"
+    sentence = (
+        "holds something other than tensors" if kind == "list" else r"is damaged \(.*\); download it again"
+    )
     with pytest.raises(ValueError, match=f"pytorch_model-00003-of-00003.bin {sentence}"):
         load(home / "llava")
 
@@ -475,19 +560,36 @@ def spoil_adapter(folder: Path, change) -> None:
 UP = "base_model.model.model.layers.7.mlp.up_proj"
 ADDED = {
     "no additions": (
-        lambda f, b: (f / "adapter_config.json").unlink(), "so nothing in it goes on a base model; leave model_base out",
+        lambda f, b: (f / "adapter_config.json").unlink(),
+        "so nothing in it goes on a base model; leave model_base out",
     ),
-    "no projector": (lambda f, b: (f / "non_lora_trainables.bin").unlink(), "lacks non_lora_trainables.bin, the projector"),
+    "no projector": (
+        lambda f, b: (f / "non_lora_trainables.bin").unlink(),
+        "lacks non_lora_trainables.bin, the projector",
+    ),
     "part of the projector": (
-        lambda f, b: torch.save({"model.mm_projector.0.weight": torch.zeros(64, 32)}, f / "non_lora_trainables.bin"),
+        lambda f, b: torch.save(
+            {"model.mm_projector.0.weight": torch.zeros(64, 32)}, f / "non_lora_trainables.bin"
+        ),
         "llava-lora on .*vicuna lacks 3 weights, 'model.mm_projector.0.bias' among them",
     ),
-    "no adapter weights": (lambda f, b: (f / "adapter_model.safetensors").unlink(), "lacks the adapter's weights"),
-    "cut adapter": (lambda f, b: cut(f / "adapter_model.safetensors"), "adapter_model.safetensors is damaged"),
-    "no LoRA": (lambda f, b: rewrite(f / "adapter_config.json", peft_type="IA3"), "describes a 'IA3' adapter; only LORA"),
+    "no adapter weights": (
+        lambda f, b: (f / "adapter_model.safetensors").unlink(),
+        "lacks the adapter's weights",
+    ),
+    "cut adapter": (
+        lambda f, b: cut(f / "adapter_model.safetensors"),
+        "adapter_model.safetensors is damaged",
+    ),
+    "no LoRA": (
+        lambda f, b: rewrite(f / "adapter_config.json", peft_type="IA3"),
+        "describes a 'IA3' adapter; only LORA",
+    ),
     "other names": (lambda f, b: spoil_adapter(f, lambda w: {"x": torch.zeros(1)}), "holds no LoRA weights"),
     "layer too many": (
-        lambda f, b: spoil_adapter(f, lambda w: w | {UP.replace("7", "8") + ".lora_A.weight": torch.zeros(4, 64)}),
+        lambda f, b: spoil_adapter(
+            f, lambda w: w | {UP.replace("7", "8") + ".lora_A.weight": torch.zeros(4, 64)}
+        ),
         "adapts 'model.layers.8.mlp.up_proj', which this model does not have",
     ),
     "another base's width": (
@@ -499,9 +601,13 @@ ADDED = {
         r"vicuna/.*.bin holds '(lm_head|model.embed_tokens).weight' in the shape \(320, 64\), .* asks for \(321, 64\)",
     ),
     "another family": (
-        lambda f, b: rewrite(b / "config.json", model_type="qwen2"), "vicuna is a 'qwen2' model, and .* llama or llava_llama",
+        lambda f, b: rewrite(b / "config.json", model_type="qwen2"),
+        "vicuna is a 'qwen2' model, and .* llama or llava_llama",
     ),
-    "adapter as base": (lambda f, b: (b / "adapter_config.json").write_text("{}"), "vicuna is a LoRA adapter, and"),
+    "adapter as base": (
+        lambda f, b: (b / "adapter_config.json").write_text("{}"),
+        "vicuna is a LoRA adapter, and",
+    ),
     "no tokenizer in the base": (lambda f, b: (b / "tokenizer.model").unlink(), "vicuna has no tokenizer"),
     "no base": (lambda f, b: shutil.rmtree(b), "there is no folder .*vicuna"),
 }
@@ -528,8 +634,13 @@ def test_an_adapter_without_peft_is_refused(home, golden, unread, monkeypatch):
 def test_an_adapter_that_lacks_a_factor_is_refused(home, golden):
     """peft would leave this layer as it is and say so in a warning."""
     base = put_base(home / "vicuna", put_adapter(home / "llava-lora", golden))
-    spoil_adapter(home / "llava-lora", lambda w: {name: value for name, value in w.items() if UP + ".lora_B" not in name})
-    with pytest.raises(ValueError, match=f"the adapter in .* lacks 1 weights, '{UP}.lora_B.weight' among them"):
+    spoil_adapter(
+        home / "llava-lora",
+        lambda w: {name: value for name, value in w.items() if UP + ".lora_B" not in name},
+    )
+    with pytest.raises(
+        ValueError, match=f"the adapter in .* lacks 1 weights, '{UP}.lora_B.weight' among them"
+    ):
         load(home / "llava-lora", base)
 
 
@@ -549,7 +660,9 @@ def test_weights_away_from_memory_take_no_projector(home, golden, monkeypatch):
         return model, info
 
     monkeypatch.setattr(LlavaLlamaForCausalLM, "from_pretrained", offloaded)
-    with pytest.raises(ValueError, match=r"'model.mm_projector.0\.\w+' is not in memory .* choose another device_map"):
+    with pytest.raises(
+        ValueError, match=r"'model.mm_projector.0\.\w+' is not in memory .* choose another device_map"
+    ):
         load(home / "projector", base)
 
 
@@ -557,7 +670,18 @@ def test_weights_away_from_memory_take_no_projector(home, golden, monkeypatch):
 
 
 def ask(capsys, folder, *more) -> tuple[int, str, str]:
-    argv = ["--model-path", str(folder), "--image-file", IMAGE, "--query", "What?", "--device", "cpu", "--max-new-tokens", "2"]
+    argv = [
+        "--model-path",
+        str(folder),
+        "--image-file",
+        IMAGE,
+        "--query",
+        "What?",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "2",
+    ]
     with pytest.raises(SystemExit) as stop:
         run_llava.main([*argv, *more])
     printed = capsys.readouterr()
@@ -572,12 +696,27 @@ def test_the_command_says_it_in_one_line(home, golden, capsys):
     assert err.startswith("error: ") and f"{files[1].name} is not opened" in err and err.count("\n") == 1
     files[1].unlink()
     code, out, err = ask(capsys, home / "llava", "--conv-mode", "vicuna_v1")
-    assert code == 2 and out == "" and err.startswith("error: ") and f"lacks {files[1].name}" in err and err.count("\n") == 1
+    assert (
+        code == 2
+        and out == ""
+        and err.startswith("error: ")
+        and f"lacks {files[1].name}" in err
+        and err.count("\n") == 1
+    )
 
 
 def test_the_command_takes_an_adapter_and_its_base(home, golden, capsys):
     base = put_base(home / "vicuna", put_adapter(home / "llava-lora", golden))
-    argv = ["--model-path", str(home / "llava-lora"), "--model-base", str(base), "--image-file", IMAGE, "--query", "What?"]
+    argv = [
+        "--model-path",
+        str(home / "llava-lora"),
+        "--model-base",
+        str(base),
+        "--image-file",
+        IMAGE,
+        "--query",
+        "What?",
+    ]
     run_llava.main([*argv, "--device", "cpu", "--max-new-tokens", "4", "--conv-mode", "vicuna_v1"])
     adapted = capsys.readouterr().out
     shard(put(home / "llava", settings()), golden)

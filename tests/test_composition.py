@@ -1,4 +1,5 @@
-"""libra.attach beside everything else that people do with a model: ways to generate, copies, threads, adapters, pipelines."""
+"""libra.attach beside everything else that people do with a model: ways to generate, copies, threads,
+adapters, pipelines."""
 
 import copy
 import threading
@@ -32,7 +33,7 @@ from transformers.cache_utils import DynamicLayer
 
 import libra
 from libra import Compression
-from libra.transformers_api import cache_argument, cache_of
+from libra.engine.transformers_api import cache_argument, cache_of
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 LIBRA = Compression(method="libra", layers=(1, 3), tau=0.6)
@@ -54,7 +55,9 @@ def batch_of(family: str) -> dict[str, torch.Tensor]:
 
 
 def answered(family: str) -> dict[str, torch.Tensor]:
-    return collate(family, [talk(family, "t3 i t3 a4", 3), talk(family, "t2 v t3 a2", 4)], "right", labels=True)
+    return collate(
+        family, [talk(family, "t3 i t3 a4", 3), talk(family, "t2 v t3 a2", 4)], "right", labels=True
+    )
 
 
 def hand(family: str, t: families.Talk, said=(), c: Compression = LIBRA) -> torch.Tensor:
@@ -62,7 +65,8 @@ def hand(family: str, t: families.Talk, said=(), c: Compression = LIBRA) -> torc
 
 
 def compressed(family: str, model=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of the batch, greedy ids, and the loss of the answers, as the shared model gives them under ``LIBRA``."""
+    """Logits of the batch, greedy ids, and the loss of the answers, as the shared model gives them under
+    ``LIBRA``."""
     model = families.model(family) if model is None else model
     with torch.no_grad(), libra.attach(model, LIBRA):
         return everything(family, model)
@@ -86,16 +90,22 @@ def assert_same(one: tuple, other: tuple) -> None:
 @every_family
 @torch.no_grad()
 def test_beams_and_several_sequences(family):
-    """A batch is each sample alone; every sampled sequence is what its own ids give by hand; a seed gives the same ones."""
+    """A batch is each sample alone; every sampled sequence is what its own ids give by hand; a seed gives the
+    same ones."""
     # One picture a row at most: older releases hand a row's second picture to the next sequence.
-    model, talks = families.model(family), [talk(family, pattern, 1) for pattern in ("t2 v t4", "t4 i t5", "t6")]
+    model, talks = (
+        families.model(family),
+        [talk(family, pattern, 1) for pattern in ("t2 v t4", "t4 i t5", "t6")],
+    )
     given = collate(family, talks)
     beams = dict(max_new_tokens=3, **SAID, num_beams=3, num_return_sequences=2)
     drawing = dict(max_new_tokens=3, **{**SAID, "do_sample": True}, num_return_sequences=2)
     with libra.attach(model, LIBRA) as handle:
         batch = model.generate(**given, **beams)[:, -3:]
         for b, t in enumerate(talks):
-            assert torch.equal(model.generate(**collate(family, [t]), **beams)[:, -3:], batch[2 * b : 2 * b + 2])
+            assert torch.equal(
+                model.generate(**collate(family, [t]), **beams)[:, -3:], batch[2 * b : 2 * b + 2]
+            )
         torch.manual_seed(1)
         drawn = model.generate(**given, **drawing, return_dict_in_generate=True, output_logits=True)
         assert len(handle.stats["visual_tokens"][0]) == 6
@@ -126,7 +136,8 @@ def test_assisted_generation_is_plain_greedy(family, c):
 @every_family
 @torch.no_grad()
 def test_a_guess_may_repeat_a_placeholder(family):
-    """Prompt lookup guesses what stood behind the same word before, here a picture's marks: without a picture they are text."""
+    """Prompt lookup guesses what stood behind the same word before, here a picture's marks: without a picture
+    they are text."""
     model, guessed = families.model(family), False
     few = [token for token in range(families.VOCABULARY) if token not in (5, 6, families.START, IMAGE)]
     options = dict(max_new_tokens=8, do_sample=False, suppress_tokens=few)
@@ -155,8 +166,13 @@ def test_a_second_turn_of_text(family):
         stats = handle.stats
         ids = torch.cat([first.sequences, torch.tensor([[5, 6, 7, 8]])], 1)
         again = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **cache_argument(cache_of(first)), max_new_tokens=3, **SAID,
-            return_dict_in_generate=True, output_logits=True,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            **cache_argument(cache_of(first)),
+            max_new_tokens=3,
+            **SAID,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
         assert handle.stats == stats
     want = hand(family, t, again.sequences[0, len(t.ids) : -1].tolist())[-3:]
@@ -166,30 +182,40 @@ def test_a_second_turn_of_text(family):
 @pytest.mark.parametrize("family", [family for family in families.KINDS if not family.startswith("Qwen")])
 @torch.no_grad()
 def test_a_second_turn_with_another_picture(family):
-    """Its tokens alone are compressed, scored by the new last token, beside the shorter first turn. (Qwen's own generate
-    cannot add a picture to a cache.)"""
+    """Its tokens alone are compressed, scored by the new last token, beside the shorter first turn. (Qwen's
+    own generate cannot add a picture to a cache.)"""
     model, twin = families.model(family), families.model(family, "", "eager")
     first, second = talk(family, "t2 i t3", 5), talk(family, "t3 i t4", 6)
-    whole = families.Talk(*(torch.cat(parts) for parts in ((first.ids, second.ids), (first.labels, second.labels))), [])
+    whole = families.Talk(
+        *(torch.cat(parts) for parts in ((first.ids, second.ids), (first.labels, second.labels))), []
+    )
     cache = DynamicCache(config=model.config.get_text_config())
     with libra.attach(model, LIBRA) as handle:
         model(**collate(family, [first]), **cache_argument(cache), use_cache=True)
         counts = handle.stats["visual_tokens"]
         given = {**collate(family, [second]), **collate(family, [whole])}
         out = model.generate(
-            **given, **cache_argument(cache), max_new_tokens=3, **SAID, return_dict_in_generate=True, output_logits=True
+            **given,
+            **cache_argument(cache),
+            max_new_tokens=3,
+            **SAID,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
         assert handle.stats["visual_tokens"] == counts and handle.stats["cache"]["earlier"] > 0
 
     both = families.Talk(whole.ids, whole.labels, first.given + second.given)
-    want = by_hand(twin, family, both, LIBRA, out.sequences[0, -3:-1].tolist(), starts=(0, len(first.ids))).logits[-3:]
+    want = by_hand(
+        twin, family, both, LIBRA, out.sequences[0, -3:-1].tolist(), starts=(0, len(first.ids))
+    ).logits[-3:]
     torch.testing.assert_close(torch.stack(out.logits, 1)[0], want, **CLOSE)
 
 
 @every_family
 @torch.no_grad()
 def test_embeddings(family):
-    """With the pictures beside them; or with the pictures in them, where the handle is told which columns they are."""
+    """With the pictures beside them; or with the pictures in them, where the handle is told which columns
+    they are."""
     model, given = families.model(family), batch_of(family)
     visual = (given["input_ids"] == IMAGE) | (given["input_ids"] == families.VIDEO)
     want, ids, _ = compressed(family)
@@ -212,7 +238,11 @@ def test_embeddings(family):
         assert handle.stats["visual_tokens"][0] == [int(n) for n in counts[0]]
         handle.mark_visual_tokens(visual)
         beams = model.generate(
-            inputs_embeds=inside["inputs_embeds"], attention_mask=given["attention_mask"], max_new_tokens=2, num_beams=2, **SAID
+            inputs_embeds=inside["inputs_embeds"],
+            attention_mask=given["attention_mask"],
+            max_new_tokens=2,
+            num_beams=2,
+            **SAID,
         )
         assert beams.shape == (3, 2) and len(handle.stats["visual_tokens"][0]) == 6
         with pytest.raises(ValueError, match="embeddings alone do not tell"):
@@ -230,23 +260,37 @@ def test_hidden_states_of_generate(family):
     model, t = families.model(family), talks_of(family)[0]
     with libra.attach(model, LIBRA) as handle:
         out = model.generate(
-            **collate(family, [t]), max_new_tokens=3, **SAID, return_dict_in_generate=True, output_hidden_states=True
+            **collate(family, [t]),
+            max_new_tokens=3,
+            **SAID,
+            return_dict_in_generate=True,
+            output_hidden_states=True,
         )
     widths = [state.shape[1] for state in out.hidden_states[0]]
     assert len(widths) == 7 and widths[1] == widths[2] > widths[3] == widths[4] > widths[5]
     visual = [row[0] for row in handle.stats["visual_tokens"]]
-    assert widths[1] - widths[5] == visual[0] - visual[5] - sum(map(sum, handle.stats["compensation_tokens"][:5]))
+    assert widths[1] - widths[5] == visual[0] - visual[5] - sum(
+        map(sum, handle.stats["compensation_tokens"][:5])
+    )
     assert all(state.shape[1] == 1 for step in out.hidden_states[1:] for state in step)
 
 
 def words() -> PreTrainedTokenizerFast:
     """One word for each of the models' ids."""
-    names = {families.IMAGE: "<image>", families.VIDEO: "<video>", families.START: "<start>", families.END: "<end>", 0: "<pad>"}
+    names = {
+        families.IMAGE: "<image>",
+        families.VIDEO: "<video>",
+        families.START: "<start>",
+        families.END: "<end>",
+        0: "<pad>",
+    }
     vocabulary = {names.get(i, f"w{i}"): i for i in range(families.VOCABULARY)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", padding_side="left",
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        padding_side="left",
         additional_special_tokens=["<image>", "<video>", "<start>", "<end>"],
     )
 
@@ -280,7 +324,9 @@ def quantized(config) -> QuantizedCache:
     return cache
 
 
-@pytest.mark.parametrize("make", [lambda config: StaticCache(config=config, max_cache_len=128), quantized, lambda _: Other()])
+@pytest.mark.parametrize(
+    "make", [lambda config: StaticCache(config=config, max_cache_len=128), quantized, lambda _: Other()]
+)
 @torch.no_grad()
 def test_other_caches_are_refused(make):
     model, given = families.model(LLAVA), batch_of(LLAVA)
@@ -337,7 +383,10 @@ def run_threads(jobs) -> list:
 def test_threads_on_two_models():
     want = {family: compressed(family) for family in (LLAVA, QWEN)}
     with libra.attach(families.model(LLAVA), LIBRA), libra.attach(families.model(QWEN), LIBRA):
-        jobs = [lambda family=family: [everything(family, families.model(family)) for _ in range(3)] for family in want]
+        jobs = [
+            lambda family=family: [everything(family, families.model(family)) for _ in range(3)]
+            for family in want
+        ]
         for family, results in zip(want, run_threads(jobs), strict=True):
             for result in results:
                 assert_same(result, want[family])
@@ -374,7 +423,9 @@ def test_a_deep_copy_outlives_the_original(family):
     assert_same(everything(family, model), plain)
     assert_same(everything(family, other), want)
     assert handle.stats is None
-    assert others.stats["visual_tokens"][0] == [int(t.visual.sum()) for t in (talk(family, "i", 0), talk(family, "v", 0))]
+    assert others.stats["visual_tokens"][0] == [
+        int(t.visual.sum()) for t in (talk(family, "i", 0), talk(family, "v", 0))
+    ]
     others.detach()
     assert_same(everything(family, other), plain)
     assert type(other.model.language_model) is type(model.model.language_model)
@@ -386,7 +437,9 @@ def test_another_dtype_while_attached(family):
     model, given = families.own_model(family), batch_of(family)
     with libra.attach(model, LIBRA) as handle:
         model.to(torch.bfloat16)
-        given = {name: value.bfloat16() if value.is_floating_point() else value for name, value in given.items()}
+        given = {
+            name: value.bfloat16() if value.is_floating_point() else value for name, value in given.items()
+        }
         out = model(**given)
         assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all()
         assert handle.stats["visual_tokens"][-1] == ([8, 4, 0] if family == LLAVA else [10, 6, 0])
@@ -401,7 +454,9 @@ def test_saving_leaves_no_trace(family, tmp_path):
     with libra.attach(model, LIBRA):
         everything(family, model)
         model.save_pretrained(tmp_path)
-    assert_same(everything(family, type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()), plain)
+    assert_same(
+        everything(family, type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()), plain
+    )
 
 
 # --- torch.compile ---
@@ -409,7 +464,8 @@ def test_saving_leaves_no_trace(family, tmp_path):
 
 @torch.no_grad()
 def test_compiled_layers():
-    """Regional compilation, before or while the compression is attached; the seams between the layers stay eager."""
+    """Regional compilation, before or while the compression is attached; the seams between the layers stay
+    eager."""
     torch._dynamo.reset()
     model, given = families.own_model(LLAVA, num_hidden_layers=3), collate(LLAVA, talks_of(LLAVA)[1:2])
     with libra.attach(model, Compression(method="libra", layers=(1,), tau=0.6)) as handle:
@@ -463,7 +519,9 @@ def test_a_replaced_forward_is_refused():
     model = families.own_model(LLAVA)
     decoder = model.model.language_model
     decoder.forward = torch.compile(decoder.forward, backend="eager")
-    with pytest.raises(ValueError, match=r"forward of this model's LlamaModel was replaced .*attach first, then replace it"):
+    with pytest.raises(
+        ValueError, match=r"forward of this model's LlamaModel was replaced .*attach first, then replace it"
+    ):
         libra.attach(model, LIBRA)
     with pytest.raises(ValueError, match="wrapper of torch.compile; attach to the model in it first"):
         libra.attach(torch.compile(model), LIBRA)
@@ -556,7 +614,9 @@ class Linear8bit(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear):
         super().__init__()
         self.scale = linear.weight.abs().amax(1, keepdim=True) / 127
-        self.weight = torch.nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+        self.weight = torch.nn.Parameter(
+            (linear.weight / self.scale).round().to(torch.int8), requires_grad=False
+        )
         self.bias = linear.bias
 
     def forward(self, x):
@@ -576,7 +636,10 @@ def quantise(model):
 def test_quantised_modules(family, name):
     positions = {"positions": "original"} if name == "pyramiddrop" else {"tau": 0.6}
     c = Compression(method=name, layers=(1, 3), **positions)
-    model, twin = quantise(families.own_model(family)), quantise(families.own_model(family, attention="eager"))
+    model, twin = (
+        quantise(families.own_model(family)),
+        quantise(families.own_model(family, attention="eager")),
+    )
     assert model.model.language_model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
     with libra.attach(model, c):
         for t in talks_of(family):
@@ -616,8 +679,13 @@ def picture(seed: int, width: int = 40, height: int = 28) -> Image.Image:
 def llava_processor() -> LlavaProcessor:
     size = {"height": 28, "width": 28}
     return LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size), words(), patch_size=7, num_additional_image_tokens=1,
-        vision_feature_select_strategy="default", image_token="<image>", chat_template=TEMPLATE.replace("PICTURE", "<image>"),
+        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size),
+        words(),
+        patch_size=7,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        chat_template=TEMPLATE.replace("PICTURE", "<image>"),
     )
 
 
@@ -626,7 +694,9 @@ def qwen_processor() -> Qwen2VLProcessor:
     tokenizer = words()
     tokenizer.image_token, tokenizer.video_token = "<image>", "<video>"
     return Qwen2VLProcessor(
-        Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes),
+        Qwen2VLImageProcessor(**sizes),
+        tokenizer,
+        Qwen2VLVideoProcessor(**sizes),
         chat_template=TEMPLATE.replace("PICTURE", "<start> <image> <end>"),
     )
 
@@ -636,22 +706,34 @@ def test_transformers_pipeline():
     model, processor = families.own_model(LLAVA), llava_processor()
     model.generation_config.update(**SAID)
     chats = [
-        [{"role": "user", "content": [
-            {"type": "text", "text": f"w{10 + seed} w7"}, {"type": "image", "image": picture(seed)},
-            {"type": "text", "text": "w8 w9 w11"},
-        ]}]
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": f"w{10 + seed} w7"},
+                    {"type": "image", "image": picture(seed)},
+                    {"type": "text", "text": "w8 w9 w11"},
+                ],
+            }
+        ]
         for seed in range(2)
     ]
 
     def ask():
         run = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
-        return [run(text=chat, max_new_tokens=STEPS, return_full_text=False)[0]["generated_text"] for chat in chats]
+        return [
+            run(text=chat, max_new_tokens=STEPS, return_full_text=False)[0]["generated_text"]
+            for chat in chats
+        ]
 
     plain = ask()
     with libra.attach(model, LIBRA) as handle:
         short = ask()
         assert [row[0] for row in handle.stats["visual_tokens"]] == [16, 16, 8, 8, 4, 4]
-        given = [processor.apply_chat_template(c, tokenize=True, return_dict=True, return_tensors="pt") for c in chats]
+        given = [
+            processor.apply_chat_template(c, tokenize=True, return_dict=True, return_tensors="pt")
+            for c in chats
+        ]
         ids = [model.generate(**inputs, max_new_tokens=STEPS)[0, -STEPS:] for inputs in given]
         assert [text.split() for text in short] == [processor.decode(row).split() for row in ids]
     assert ask() == plain != short
@@ -669,8 +751,16 @@ def test_a_loop_in_the_style_of_llava_hf():
             text = " ".join(["<image>"] * len(visuals)) + " w4 " + context if visuals else context
             inputs = processor(images=visuals or None, text=text, return_tensors="pt").to("cpu", model.dtype)
             out = model.generate(
-                **inputs, do_sample=False, temperature=None, top_p=None, num_beams=1, max_new_tokens=STEPS, use_cache=True,
-                pad_token_id=0, eos_token_id=99, suppress_tokens=SAID["suppress_tokens"],
+                **inputs,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                num_beams=1,
+                max_new_tokens=STEPS,
+                use_cache=True,
+                pad_token_id=0,
+                eos_token_id=99,
+                suppress_tokens=SAID["suppress_tokens"],
             )
             out = out[:, inputs["input_ids"].shape[-1] :]
             answers.append(processor.tokenizer.batch_decode(out, skip_special_tokens=True)[0])
@@ -690,7 +780,9 @@ def test_a_loop_in_the_style_of_qwen2_vl():
     """lmms-eval's adapter: batches of chats, padded on the left, images and none."""
     model, processor = families.own_model(QWEN), qwen_processor()
     documents = [
-        ("w5 w6 w7", [picture(1, 40, 32)]), ("w9 w5", [picture(2, 24, 24), picture(3, 16, 40)]), ("w8 w8 w6 w5", []),
+        ("w5 w6 w7", [picture(1, 40, 32)]),
+        ("w9 w5", [picture(2, 24, 24), picture(3, 16, 40)]),
+        ("w8 w8 w6 w5", []),
         ("w7 w7", [picture(4, 32, 32)]),
     ]
 
@@ -698,15 +790,25 @@ def test_a_loop_in_the_style_of_qwen2_vl():
         answers = []
         for chunk in (documents[:3], documents[3:]):
             chats = [
-                [{"role": "user", "content": [{"type": "image"}] * len(visuals) + [{"type": "text", "text": context}]}]
+                [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image"}] * len(visuals) + [{"type": "text", "text": context}],
+                    }
+                ]
                 for context, visuals in chunk
             ]
-            texts = [processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+            texts = [
+                processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                for chat in chats
+            ]
             visuals = [image for _, images in chunk for image in images]
             inputs = processor(text=texts, images=visuals, padding=True, return_tensors="pt")
             out = model.generate(**inputs, max_new_tokens=STEPS, use_cache=True, **SAID)
             trimmed = [o[len(i) :] for i, o in zip(inputs.input_ids, out)]
-            answers += processor.batch_decode(trimmed, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            answers += processor.batch_decode(
+                trimmed, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         return answers
 
     plain, seen = loop(), []
@@ -714,5 +816,9 @@ def test_a_loop_in_the_style_of_qwen2_vl():
         with tiny.watched() as steps:
             short = loop()
         seen = [step.visual.sum(1).tolist() for step in steps]
-    assert len(seen) == 4 and seen[0][2] == 0 and [sum(row) for row in seen[1::2]] == [sum(row) // 2 for row in seen[::2]]
+    assert (
+        len(seen) == 4
+        and seen[0][2] == 0
+        and [sum(row) for row in seen[1::2]] == [sum(row) // 2 for row in seen[::2]]
+    )
     assert short[2] == plain[2] and short != plain and loop() == plain

@@ -1,4 +1,5 @@
-"""The configuration: what a compression resolves to, and that every wrong one is a sentence naming the key and the file."""
+"""The configuration: what a compression resolves to, and that every wrong one is a sentence naming the key
+and the file."""
 
 import dataclasses
 import itertools
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from libra import registry
+from libra import rows
 from libra.config import Compression, ConfigError, Row
 from libra.merge import MERGERS
 from libra.methods import DEFAULTS, METHODS
@@ -39,7 +40,14 @@ def sentence(error) -> str:
 def test_without_a_method_it_is_intervals_and_igm():
     c = Compression()
     assert (c.method, c.select, c.merge, c.layers) == (None, "intervals", "igm", None)
-    assert (c.ratio, c.tau, c.eta, c.importance, c.information_weight, c.seed) == (0.5, 0.7, "mean", "last", 1.0, 0)
+    assert (c.ratio, c.tau, c.eta, c.importance, c.information_weight, c.seed) == (
+        0.5,
+        0.7,
+        "mean",
+        "last",
+        1.0,
+        0,
+    )
     assert (c.score_layer, c.positions, c.rounding) == ("same", "original", "round")
 
 
@@ -62,8 +70,16 @@ def test_a_method_expands(method, select, merge):
 
 
 def test_explicit_keys_override_the_method():
-    c = Compression(method="pyramiddrop", merge="average", rounding="round", positions="original", layers=(3,))
-    assert (c.select, c.merge, c.score_layer, c.positions, c.rounding) == ("topk", "average", "next", "original", "round")
+    c = Compression(
+        method="pyramiddrop", merge="average", rounding="round", positions="original", layers=(3,)
+    )
+    assert (c.select, c.merge, c.score_layer, c.positions, c.rounding) == (
+        "topk",
+        "average",
+        "next",
+        "original",
+        "round",
+    )
 
 
 def test_methods_name_only_what_exists():
@@ -197,7 +213,9 @@ def test_dict_round_trip_is_exact_through_json_and_yaml():
 
 def test_check_layers():
     Compression(layers=(0, 11)).check_layers(12)
-    with pytest.raises(ConfigError, match=r"^layers: 99 is out of range: the model has layers 0 to 11; use .* \[2, 5, 8\]$"):
+    with pytest.raises(
+        ConfigError, match=r"^layers: 99 is out of range: the model has layers 0 to 11; use .* \[2, 5, 8\]$"
+    ):
         Compression(layers=(3, 99)).check_layers(12)
     with pytest.raises(ConfigError, match=r"^a\.yaml: layers: 12 "):
         Compression(layers=(12,)).check_layers(12, "a.yaml")
@@ -208,7 +226,13 @@ def test_check_layers():
 def test_a_registered_select_and_merge_are_names_like_any_other(monkeypatch):
     monkeypatch.setitem(SELECTORS, "mine", SELECTORS["topk"])
     monkeypatch.setitem(MERGERS, "my-merge", MERGERS["drop"])
-    keys = {"select": "mine", "merge": "my-merge", "layers": [1], "tau": 0.1, "seed": 4}  # they may read any key
+    keys = {
+        "select": "mine",
+        "merge": "my-merge",
+        "layers": [1],
+        "tau": 0.1,
+        "seed": 4,
+    }  # they may read any key
     assert Compression.from_dict(Compression.from_dict(keys).to_dict()).seed == 4
 
 
@@ -269,7 +293,11 @@ def test_file_errors_name_the_key_and_the_file(write, text, words):
 
 def test_files_that_cannot_be_read(tmp_path, write):
     write(ROW)
-    for name, word in (("rows.yaml", "did you mean row.yaml?"), ("sub/x", "check the path"), ("", "cannot be read")):
+    for name, word in (
+        ("rows.yaml", "did you mean row.yaml?"),
+        ("sub/x", "check the path"),
+        ("", "cannot be read"),
+    ):
         path = tmp_path / name
         with pytest.raises(ConfigError) as error:
             Row.from_yaml(path)
@@ -282,7 +310,7 @@ def test_files_that_cannot_be_read(tmp_path, write):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_row_of_configs_loads_and_fits_its_model(path):
     row = Row.from_yaml(path)
-    row.compression.check_layers(registry.get_model(row.model).layers)
+    row.compression.check_layers(rows.get_model(row.model).layers)
     assert row.tasks
     assert path.read_text(encoding="utf-8").startswith("# Table ")
     accuracies = [row.paper[task] for task in row.tasks if task in row.paper]
@@ -301,13 +329,23 @@ def test_table_1_and_the_mini_rows_are_complete():
 
 
 def test_models():
-    models = registry.load_models()
-    assert list(models) == ["llava-1.5-7b", "llava-1.5-13b", "llava-next-8b", "videollama2-7b", "qwen2-vl-7b", "mini"]
-    mini = registry.get_model("mini")
+    models = rows.load_models()
+    assert list(models) == [
+        "llava-1.5-7b",
+        "llava-1.5-13b",
+        "llava-next-8b",
+        "videollama2-7b",
+        "qwen2-vl-7b",
+        "mini",
+    ]
+    mini = rows.get_model("mini")
     assert (mini.layers, mini.hidden_size, mini.intermediate_size, mini.kv_size) == (12, 128, 352, 128)
     assert mini.visual_tokens == (256,)
     assert (mini.checkpoint, mini.conversation) == ("mini/checkpoint", "mini")
     with pytest.raises(ConfigError) as error:
-        registry.get_model("llava-1.5-8b", "row.yaml")
+        rows.get_model("llava-1.5-8b", "row.yaml")
     text = sentence(error)
-    assert text.startswith("row.yaml: model: llava-1.5-8b is unknown; did you mean llava-1.5-7b?") and "qwen2-vl-7b" in text
+    assert (
+        text.startswith("row.yaml: model: llava-1.5-8b is unknown; did you mean llava-1.5-7b?")
+        and "qwen2-vl-7b" in text
+    )

@@ -8,7 +8,9 @@ import pytest
 
 from llava.conversation import conv_templates, conversation_name, default_conversation
 
-GOLDEN = json.loads((Path(__file__).parent / "golden/text_and_image_processing/conversation_prompts.json").read_text("utf-8"))
+GOLDEN = json.loads(
+    (Path(__file__).parent / "golden/text_and_image_processing/conversation_prompts.json").read_text("utf-8")
+)
 PROMPTS = [(name, dialogue) for name, entry in GOLDEN["templates"].items() for dialogue in entry["prompts"]]
 
 
@@ -67,9 +69,13 @@ def test_dict_has_text_alone():
 @pytest.mark.parametrize(
     "model_name,template",
     [
-        ("llava-llama-2-13b-chat", "llava_llama_2"), ("open-llava-next-llama3-8b", "llava_llama_3"),
-        ("llava-v1.6-mistral-7b", "mistral_instruct"), ("llava-v1.6-34b", "chatml_direct"), ("LLaVA-v1.5-7B", "llava_v1"),
-        ("llava-mpt-7b", "mpt"), ("llava-7b", "llava_v0"),
+        ("llava-llama-2-13b-chat", "llava_llama_2"),
+        ("open-llava-next-llama3-8b", "llava_llama_3"),
+        ("llava-v1.6-mistral-7b", "mistral_instruct"),
+        ("llava-v1.6-34b", "chatml_direct"),
+        ("LLaVA-v1.5-7B", "llava_v1"),
+        ("llava-mpt-7b", "mpt"),
+        ("llava-7b", "llava_v0"),
     ],
 )
 def test_template_by_name(model_name, template):

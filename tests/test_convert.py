@@ -32,7 +32,9 @@ GOLDEN = Path(__file__).parent / "golden"
 TOKENIZERS = GOLDEN / "text_and_image_processing/tokenizers"
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 SOURCES = {
-    "llava15": GOLDEN / "llava15/checkpoint", "next": GOLDEN / "llava_next_llama3/checkpoint", "mini": ROOT / "mini/checkpoint",
+    "llava15": GOLDEN / "llava15/checkpoint",
+    "next": GOLDEN / "llava_next_llama3/checkpoint",
+    "mini": ROOT / "mini/checkpoint",
 }
 TEMPLATES = {"llava15": "vicuna_v1", "next": "llava_llama_3", "mini": "mini"}
 QUESTION = {"llava15": "Is it?", "next": "Is it?", "mini": "how many digits are there ?"}
@@ -44,7 +46,9 @@ class Converted:
     def __init__(self, name: str, folder: Path):
         self.name, self.source, self.folder = name, SOURCES[name], folder
         convert(str(self.source), str(folder), conversation=TEMPLATES[name])
-        self.tokenizer, self.ours, self.image_processor, _ = load_pretrained_model(str(self.source), None, name, device="cpu")
+        self.tokenizer, self.ours, self.image_processor, _ = load_pretrained_model(
+            str(self.source), None, name, device="cpu"
+        )
         self.theirs, self.info = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
@@ -91,7 +95,11 @@ def pair(request, converted):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def with_tower(source: Path, target: Path) -> Path:
@@ -134,11 +142,18 @@ def shard(folder: Path, count: int, kind: str = "safetensors", metadata: dict | 
 
 
 def test_transformers_finds_every_weight_and_no_other(pair):
-    assert not pair.info["missing_keys"] and not pair.info["unexpected_keys"] and not pair.info["mismatched_keys"]
+    assert (
+        not pair.info["missing_keys"]
+        and not pair.info["unexpected_keys"]
+        and not pair.info["mismatched_keys"]
+    )
     stored = load_file(pair.folder / "model.safetensors")
     own = load_file(pair.source / "model.safetensors")
     assert stored["language_model.model.norm.weight"].dtype == own["model.norm.weight"].dtype
-    assert json.loads((pair.folder / "config.json").read_text())["dtype"] == str(own["model.norm.weight"].dtype)[6:]
+    assert (
+        json.loads((pair.folder / "config.json").read_text())["dtype"]
+        == str(own["model.norm.weight"].dtype)[6:]
+    )
 
 
 def test_processor_gives_our_ids_and_pixels(pair):
@@ -148,7 +163,9 @@ def test_processor_gives_our_ids_and_pixels(pair):
     expected[~held] = ours["input_ids"][ours["input_ids"] != IMAGE_TOKEN_INDEX]
     assert torch.equal(theirs.input_ids[0], expected)
     torch.testing.assert_close(theirs.pixel_values, ours["images"], atol=1e-6, rtol=0)
-    torchvision = AutoProcessor.from_pretrained(pair.folder)(images=pair.image, text="<image>", return_tensors="pt")
+    torchvision = AutoProcessor.from_pretrained(pair.folder)(
+        images=pair.image, text="<image>", return_tensors="pt"
+    )
     assert (torchvision.pixel_values - ours["images"]).abs().max() < 0.05  # two grey levels
 
 
@@ -158,7 +175,9 @@ def test_same_logits_and_answer(pair):
     got, want = pair.theirs(**theirs).logits, pair.ours(**ours).logits
     torch.testing.assert_close(got[..., : pair.vocabulary], want, **CLOSE)
     assert got.shape[-1] == pair.vocabulary + 1
-    torch.testing.assert_close(got[..., -1], want.mean(-1), atol=2e-3, rtol=0)  # as float16 rounds: never the largest
+    torch.testing.assert_close(
+        got[..., -1], want.mean(-1), atol=2e-3, rtol=0
+    )  # as float16 rounds: never the largest
     options = dict(do_sample=False, max_new_tokens=12)
     answer = pair.theirs.generate(**theirs, **options)[:, theirs["input_ids"].shape[1] :]
     assert torch.equal(answer, pair.ours.generate(**ours, **options))
@@ -167,7 +186,9 @@ def test_same_logits_and_answer(pair):
 @torch.no_grad()
 def test_same_logits_of_text(pair):
     ids = torch.tensor([tokenizer_image_token(pair.prompt.replace("<image>", ""), pair.tokenizer)])
-    torch.testing.assert_close(pair.theirs(input_ids=ids).logits[..., : pair.vocabulary], pair.ours(ids).logits, **CLOSE)
+    torch.testing.assert_close(
+        pair.theirs(input_ids=ids).logits[..., : pair.vocabulary], pair.ours(ids).logits, **CLOSE
+    )
 
 
 @pytest.mark.parametrize("case", ["a_wide", "c_square"])
@@ -177,9 +198,10 @@ def test_tiles_of_other_images(converted, case):
     pair = converted("next")
     with np.load(GOLDEN / "llava_next_llama3/data.npz") as data:
         image = Image.fromarray(data["image0" if case == "a_wide" else "image2"])
-        ids, logits = torch.from_numpy(data[f"{case}.input_ids"]), torch.from_numpy(data[
-            f"{case}.logits" if case == "a_wide" else f"{case}.logits_last16"
-        ])
+        ids, logits = (
+            torch.from_numpy(data[f"{case}.input_ids"]),
+            torch.from_numpy(data[f"{case}.logits" if case == "a_wide" else f"{case}.logits_last16"]),
+        )
     pixels = process_images([image], pair.image_processor, pair.ours.config)
     theirs = pair.processor(images=image, text="<image>", return_tensors="pt")
     torch.testing.assert_close(theirs.pixel_values, pixels, atol=1e-6, rtol=0)
@@ -187,7 +209,9 @@ def test_tiles_of_other_images(converted, case):
     tokens = (theirs.input_ids[0] == pair.theirs.config.image_token_id).sum()
     images = torch.full((1, tokens), pair.theirs.config.image_token_id)
     full = torch.cat([ids[:, :place], images, ids[:, place + 1 :]], 1)
-    got = pair.theirs(input_ids=full, pixel_values=pixels, image_sizes=torch.tensor([image.size[::-1]])).logits
+    got = pair.theirs(
+        input_ids=full, pixel_values=pixels, image_sizes=torch.tensor([image.size[::-1]])
+    ).logits
     columns = slice(None, None, 2) if case == "a_wide" else slice(-16, None)
     torch.testing.assert_close(got[:, columns, : pair.vocabulary], logits, atol=1e-4, rtol=1e-4)
 
@@ -218,11 +242,17 @@ def test_same_compressed_logits_with_the_plug_in(converted, name, method):
 @pytest.mark.parametrize("name", [name for name in conv_templates if chat_template(name)])
 def test_chat_template_gives_the_prompt(converted, name):
     conversation, messages = conv_templates[name].copy(), []
-    for i, text in enumerate(["<image>\n<image>\nWhat is {{ it }}?", " A \"cat\".\n", "Sure?", None]):
+    for i, text in enumerate(["<image>\n<image>\nWhat is {{ it }}?", ' A "cat".\n', "Sure?", None]):
         conversation.append_message(conversation.roles[i % 2], text)
         if text is not None:
-            messages.append({"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]})
-    messages[0]["content"] = [{"type": "text", "text": "What is {{ it }}?"}, {"type": "image"}, {"type": "image"}]
+            messages.append(
+                {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]}
+            )
+    messages[0]["content"] = [
+        {"type": "text", "text": "What is {{ it }}?"},
+        {"type": "image"},
+        {"type": "image"},
+    ]
     messages[2]["content"] = "Sure?"
     processor = converted("mini").processor
     options = dict(chat_template=chat_template(name), add_generation_prompt=True)
@@ -243,8 +273,13 @@ def test_tokenizer_encodes_what_follows_an_image_as_a_text_of_its_own(name, tmp_
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert image == len(plain) and tokenizer.padding_side == "left"
     for text in (
-        "USER: <image>\nWhat is it? ASSISTANT:", "<image>\nhi", "a<image><image> b <image>", "<image>", "x<image>  two 日本",
-        "q</s>USER: hi<image>\nq</s>USER: a", "<|begin_of_text|>a<|eot_id|>b<|im_end|>c<image>d<|im_start|>e",
+        "USER: <image>\nWhat is it? ASSISTANT:",
+        "<image>\nhi",
+        "a<image><image> b <image>",
+        "<image>",
+        "x<image>  two 日本",
+        "q</s>USER: hi<image>\nq</s>USER: a",
+        "<|begin_of_text|>a<|eot_id|>b<|im_end|>c<image>d<|im_start|>e",
     ):
         assert tokenizer(text).input_ids == tokenizer_image_token(text, plain, image_token_index=image), text
 
@@ -265,12 +300,15 @@ def test_back_again_is_byte_identical(pair, tmp_path):
     convert(str(pair.folder), str(tmp_path / "back"))
     expected = files(pair.source)
     if pair.name != "mini":  # its tower lies beside the checkpoint and moves into it
-        expected |= {f"vision_tower/{name}": data for name, data in files(pair.source.parent / "vision_tower").items()}
+        expected |= {
+            f"vision_tower/{name}": data for name, data in files(pair.source.parent / "vision_tower").items()
+        }
     assert files(tmp_path / "back") == expected
 
 
 def test_shards_buffers_and_a_second_tower_come_back_byte_by_byte(checkpoint, tmp_path):
-    """bfloat16 in three shards with metadata, an old table, and inside an unused tower other than the one beside."""
+    """bfloat16 in three shards with metadata, an old table, and inside an unused tower other than the one
+    beside."""
     tensors = {name: value.bfloat16() for name, value in load_file(checkpoint / "model.safetensors").items()}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(8.0)
     assert any("vision_tower" in name for name in tensors)
@@ -295,10 +333,18 @@ def test_bin_shards_come_back_as_safetensors_with_the_same_bits(checkpoint, tmp_
             torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
     convert(str(checkpoint), str(tmp_path / "hf"))
     convert(str(tmp_path / "hf"), str(tmp_path / "back"))
-    names = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+    names = {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    }
     small = {name: data for name, data in files(checkpoint).items() if ".bin" not in name}
     assert {name: data for name, data in files(tmp_path / "back").items() if name not in names} == small
-    back = {name: value for file in sorted(names)[:2] for name, value in load_file(tmp_path / "back" / file).items()}
+    back = {
+        name: value
+        for file in sorted(names)[:2]
+        for name, value in load_file(tmp_path / "back" / file).items()
+    }
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in tensors)
     index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())["weight_map"]
     assert index.keys() == tensors.keys() and set(index.values()) == set(sorted(names)[:2])
@@ -308,21 +354,27 @@ def test_a_tower_from_elsewhere_moves_in(checkpoint, tmp_path):
     """A whole CLIP at an absolute path: its vision side is written, and the configuration names it there."""
     clip = load_file(checkpoint / "vision_tower/model.safetensors")
     shutil.move(checkpoint / "vision_tower", tmp_path / "clip")
-    save_file({**clip, "text_model.final_layer_norm.bias": torch.ones(2), "logit_scale": torch.tensor(1.0)},
-        tmp_path / "clip/model.safetensors")
+    save_file(
+        {**clip, "text_model.final_layer_norm.bias": torch.ones(2), "logit_scale": torch.tensor(1.0)},
+        tmp_path / "clip/model.safetensors",
+    )
     change_config(checkpoint, mm_vision_tower=str(tmp_path / "clip"))
     convert(str(checkpoint), str(tmp_path / "hf"))
     shutil.rmtree(tmp_path / "clip")
     convert(str(tmp_path / "hf"), str(tmp_path / "back"))
     config = json.loads((tmp_path / "back/config.json").read_text())
-    assert config == {**json.loads((checkpoint / "config.json").read_text()), "mm_vision_tower": "vision_tower"}
+    assert config == {
+        **json.loads((checkpoint / "config.json").read_text()),
+        "mm_vision_tower": "vision_tower",
+    }
     back = load_file(tmp_path / "back/vision_tower/model.safetensors")
     assert back.keys() == clip.keys() and all(torch.equal(back[name], clip[name]) for name in clip)
     load_pretrained_model(str(tmp_path / "back"), None, "llava", device="cpu")
 
 
 def test_what_was_trained_in_between_comes_back(checkpoint, tmp_path):
-    """Weights changed in the llava-hf folder go into the original's files; another configuration makes it another model."""
+    """Weights changed in the llava-hf folder go into the original's files; another configuration makes it
+    another model."""
     convert(str(checkpoint), str(tmp_path / "hf"))
     tensors = load_file(tmp_path / "hf/model.safetensors")
     tensors["language_model.model.norm.weight"] += 1
@@ -336,12 +388,17 @@ def test_what_was_trained_in_between_comes_back(checkpoint, tmp_path):
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
     convert(str(tmp_path / "hf"), str(tmp_path / "other"))
     settings = json.loads((tmp_path / "other/config.json").read_text())
-    assert settings["rms_norm_eps"] == 0.5 and settings["vocab_size"] == 321 and settings["conversation"] == "llava_v1"
+    assert (
+        settings["rms_norm_eps"] == 0.5
+        and settings["vocab_size"] == 321
+        and settings["conversation"] == "llava_v1"
+    )
 
 
 @pytest.fixture(params=["llama", "mistral", "next"])
 def foreign(request, tmp_path, converted):
-    """A llava-hf folder that we did not make: transformers saved it, or it has the names of the published ones."""
+    """A llava-hf folder that we did not make: transformers saved it, or it has the names of the published
+    ones."""
     folder = tmp_path / "llava-hf"
     if request.param == "next":
         shutil.copytree(converted("next").folder, folder, ignore=shutil.ignore_patterns("original"))
@@ -378,7 +435,9 @@ def test_llava_hf_to_original_and_back(foreign, tmp_path):
     torch.testing.assert_close(theirs(input_ids=expanded, pixel_values=pixels, **extra).logits, want, **CLOSE)
 
     convert(str(tmp_path / "ours"), str(tmp_path / "again"))
-    again, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "again", dtype=torch.float32, output_loading_info=True)
+    again, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "again", dtype=torch.float32, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     before, after = theirs.state_dict(), again.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -396,32 +455,53 @@ def refused(source: Path, destination: Path, match: str, **options) -> None:
     assert sorted(destination.parent.iterdir()) == before
 
 
-@pytest.mark.parametrize(("settings", "match"), [
-    ({"model_type": "videollama2_mistral"}, "VideoLLaMA-2 checkpoint, for which transformers has no class"),
-    ({"model_type": "llava_mpt"}, "is a 'llava_mpt' checkpoint; the types that convert"),
-    ({"model_type": "gpt2", "mm_vision_tower": None}, "is a 'gpt2' checkpoint"),
-    ({"mm_projector_type": "linear"}, "projector 'linear'; transformers' classes have mlp2x_gelu alone"),
-    ({"mm_projector_type": "mlp3x_gelu"}, "projector 'mlp3x_gelu'"),
-    ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature 'cls'"),
-    ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres' with mm_patch_merge_type 'flat'"),
-    ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "mm_vision_select_feature": "cls_patch"},
-        "'spatial_unpad' and features 'cls_patch'"),
-    ({"mm_vision_tower": None}, "names no mm_vision_tower"),
-    ({"mm_vision_tower": "nowhere/to-be-found"}, "vision tower nowhere/to-be-found"),
-    ({"hidden_size": 32, "mm_vision_tower": "vision_tower"}, "in the shape .*config.json asks for"),
-])
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (
+            {"model_type": "videollama2_mistral"},
+            "VideoLLaMA-2 checkpoint, for which transformers has no class",
+        ),
+        ({"model_type": "llava_mpt"}, "is a 'llava_mpt' checkpoint; the types that convert"),
+        ({"model_type": "gpt2", "mm_vision_tower": None}, "is a 'gpt2' checkpoint"),
+        ({"mm_projector_type": "linear"}, "projector 'linear'; transformers' classes have mlp2x_gelu alone"),
+        ({"mm_projector_type": "mlp3x_gelu"}, "projector 'mlp3x_gelu'"),
+        ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature 'cls'"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres' with mm_patch_merge_type 'flat'"),
+        (
+            {
+                "image_aspect_ratio": "anyres",
+                "mm_patch_merge_type": "spatial_unpad",
+                "mm_vision_select_feature": "cls_patch",
+            },
+            "'spatial_unpad' and features 'cls_patch'",
+        ),
+        ({"mm_vision_tower": None}, "names no mm_vision_tower"),
+        ({"mm_vision_tower": "nowhere/to-be-found"}, "vision tower nowhere/to-be-found"),
+        ({"hidden_size": 32, "mm_vision_tower": "vision_tower"}, "in the shape .*config.json asks for"),
+    ],
+)
 def test_original_that_cannot_be_expressed(checkpoint, tmp_path, settings, match):
     change_config(checkpoint, **settings)
     refused(checkpoint, tmp_path / "hf", match)
 
 
-@pytest.mark.parametrize(("settings", "match"), [
-    ({"model_type": "llava_onevision"}, "is a 'llava_onevision' model; the types that convert are llava, llava_next"),
-    ({"projector_hidden_act": "relu"}, "not two layers with biases and gelu"),
-    ({"vision_feature_layer": [-2, -3]}, "the vision layers"),
-    ({"text_config": {"model_type": "qwen2"}}, "language model of .* is of type 'qwen2'"),
-    ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision tower of .* is of type 'siglip_vision_model'"),
-])
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (
+            {"model_type": "llava_onevision"},
+            "is a 'llava_onevision' model; the types that convert are llava, llava_next",
+        ),
+        ({"projector_hidden_act": "relu"}, "not two layers with biases and gelu"),
+        ({"vision_feature_layer": [-2, -3]}, "the vision layers"),
+        ({"text_config": {"model_type": "qwen2"}}, "language model of .* is of type 'qwen2'"),
+        (
+            {"vision_config": {"model_type": "siglip_vision_model"}},
+            "vision tower of .* is of type 'siglip_vision_model'",
+        ),
+    ],
+)
 def test_llava_hf_that_cannot_be_expressed(converted, tmp_path, settings, match):
     shutil.copytree(converted("llava15").folder, tmp_path / "hf")
     change_config(tmp_path / "hf", **settings)
@@ -469,7 +549,9 @@ def test_damaged_sources(checkpoint, tmp_path):
     tensors, data = load_file(weights), weights.read_bytes()
     weights.write_bytes(data[:-100])
     refused(checkpoint, hf, "model.safetensors is damaged")
-    save_file({name: value for name, value in tensors.items() if name != "model.mm_projector.0.bias"}, weights)
+    save_file(
+        {name: value for name, value in tensors.items() if name != "model.mm_projector.0.bias"}, weights
+    )
     refused(checkpoint, hf, "lacks 1 weights, 'model.mm_projector.0.bias'")
     save_file({**tensors, "model.vision_resampler.query": torch.ones(1)}, weights)
     with pytest.warns(UserWarning, match="vision_resampler"):
@@ -493,14 +575,22 @@ def test_damaged_llava_hf(converted, tmp_path):
     tensors = load_file(tmp_path / "hf/model.safetensors")
     del tensors["multi_modal_projector.linear_2.bias"]
     save_file(tensors, tmp_path / "hf/model.safetensors")
-    refused(tmp_path / "hf", tmp_path / "original", "lacks 1 weights, 'model.multi_modal_projector.linear_2.bias'")
+    refused(
+        tmp_path / "hf", tmp_path / "original", "lacks 1 weights, 'model.multi_modal_projector.linear_2.bias'"
+    )
     change_config(tmp_path / "hf", text_config={"model_type": "llama", "hidden_size": "wide"})
     refused(tmp_path / "hf", tmp_path / "original", "config.json cannot be used: hidden_size is wide")
     shutil.copytree(converted("mini").folder, tmp_path / "mini")
     (tmp_path / "mini/original/layout.json").write_text("{}")
-    refused(tmp_path / "mini", tmp_path / "original", "layout.json is damaged .*remove .*original to convert without it")
+    refused(
+        tmp_path / "mini",
+        tmp_path / "original",
+        "layout.json is damaged .*remove .*original to convert without it",
+    )
     data = (tmp_path / "mini/model.safetensors").read_bytes()
-    (tmp_path / "mini/model.safetensors").write_bytes(data.replace(b'"shape":[72,128]', b'"shape":[71,128]', 1))
+    (tmp_path / "mini/model.safetensors").write_bytes(
+        data.replace(b'"shape":[72,128]', b'"shape":[71,128]', 1)
+    )
     refused(tmp_path / "mini", tmp_path / "original", "model.safetensors is damaged .*contradicts itself")
 
 
@@ -531,7 +621,15 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(checkpoint, tmp_path, limit)
 
 def test_command(tmp_path, capsys):
     """In a process of its own there, in this one back."""
-    command = [sys.executable, "-m", "llava.convert", "mini/checkpoint", str(tmp_path / "hf"), "--max-shard-size", "2MB"]
+    command = [
+        sys.executable,
+        "-m",
+        "llava.convert",
+        "mini/checkpoint",
+        str(tmp_path / "hf"),
+        "--max-shard-size",
+        "2MB",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "<image> is token 71" in done.stdout and "weights: 100%" in done.stderr
@@ -540,11 +638,20 @@ def test_command(tmp_path, capsys):
     assert files(tmp_path / "back") == files(ROOT / "mini/checkpoint")
     assert "the original's own files" in capsys.readouterr().out
     for arguments, sentence in (
-        (["mini/checkpoint", str(tmp_path / "hf")], "exists"), (["no/where/at-all", str(tmp_path / "x")], "no/where/at-all"),
-        (["mini/checkpoint", str(tmp_path / "x"), "--max-shard-size", "many"], "many is not a size such as 500MB"),
+        (["mini/checkpoint", str(tmp_path / "hf")], "exists"),
+        (["no/where/at-all", str(tmp_path / "x")], "no/where/at-all"),
+        (
+            ["mini/checkpoint", str(tmp_path / "x"), "--max-shard-size", "many"],
+            "many is not a size such as 500MB",
+        ),
         (["configs", str(tmp_path / "x")], "config.json"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and sentence in error and error.count("\n") == 1
+        assert (
+            stop.value.code == 2
+            and error.startswith("error: ")
+            and sentence in error
+            and error.count("\n") == 1
+        )

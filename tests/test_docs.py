@@ -32,7 +32,8 @@ def find(dotted: str):
         try:
             value = importlib.import_module(".".join(parts[:end]))
         except ModuleNotFoundError as error:
-            # `libra.attach` and `libra.compress` are functions of the package that hide the modules of the same name.
+            # `libra.attach` and `libra.compress` are functions of the package that hide the modules of the
+            # same name.
             if error.name and not dotted.startswith(error.name):
                 raise
             continue
@@ -61,7 +62,20 @@ def test_every_equation_and_section_has_a_function():
     table = METHOD.read_text(encoding="utf-8").split("## Equations and functions")[1].split("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("|")][2:]
     places = " ".join(row.split("|")[1] for row in rows)
-    for place in ("eq. 1", "eqs. 2–3", "eq. 4", "eq. 5", "eq. 6", "eq. 7", "§3.1", "§3.2", "§3.3", "§3.4", "§4.1", "§4.4"):
+    for place in (
+        "eq. 1",
+        "eqs. 2–3",
+        "eq. 4",
+        "eq. 5",
+        "eq. 6",
+        "eq. 7",
+        "§3.1",
+        "§3.2",
+        "§3.3",
+        "§3.4",
+        "§4.1",
+        "§4.4",
+    ):
         assert place in places, place
     assert all(FUNCTION.search(row) for row in rows)
 
@@ -74,7 +88,9 @@ def test_functions_exist_where_the_links_say(page):
         except AttributeError:
             pytest.fail(f"{page.name}: there is no {dotted}")
         source = source_of(value)
-        assert source in (None, (page.parent / link).resolve()), f"{page.name}: {dotted} is in {source}, not in {link}"
+        assert source in (None, (page.parent / link).resolve()), (
+            f"{page.name}: {dotted} is in {source}, not in {link}"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -93,7 +109,9 @@ def test_links_and_paths_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_no_machine_paths(page):
-    found = re.findall(r"(?:^|[\s`'\"(=])(/(?:work|root|home|tmp|Users|mnt|data)\b\S*)", page.read_text(encoding="utf-8"))
+    found = re.findall(
+        r"(?:^|[\s`'\"(=])(/(?:work|root|home|tmp|Users|mnt|data)\b\S*)", page.read_text(encoding="utf-8")
+    )
     assert not found, f"{page.name}: {found}"
 
 
@@ -123,12 +141,19 @@ def test_the_recipe_is_runnable_and_registers_both():
 
 def test_every_method_is_in_the_table_with_its_select_and_merge():
     table = METHOD.read_text(encoding="utf-8").split("one grid")[1]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("| ")
+    ]
     named = {row[0].strip("`"): row for row in rows}
     for name, method in METHODS.items():
         assert name in named, f"method {name} is not in the table of baselines"
         row = named[name]
-        assert [row[1].strip("`"), row[2].strip("`")] == [method.keys.get("select", ""), method.keys.get("merge", "")], name
+        assert [row[1].strip("`"), row[2].strip("`")] == [
+            method.keys.get("select", ""),
+            method.keys.get("merge", ""),
+        ], name
         for key in ("score_layer", "positions", "rounding"):
             if key in method.keys:
                 assert f"`{key}: {method.keys[key]}`" in row[3], f"{name}: {key}"
@@ -145,5 +170,9 @@ def test_every_key_of_a_compression_is_explained():
 
 def test_the_readme_shows_the_published_table():
     published = (ROOT / "docs" / "results" / "table1.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- table1 -->\n(.*?)\n<!-- /table1 -->", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    shown = re.search(
+        r"<!-- table1 -->\n(.*?)\n<!-- /table1 -->",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
     assert shown[1].startswith("|") and shown[1] in published

@@ -1,4 +1,5 @@
-"""The runner, the sample log and the report, with a stand-in for the model; the real harness under ``slow``."""
+"""The runner, the sample log and the report, with a stand-in for the model; the real harness under
+``slow``."""
 
 import csv
 import json
@@ -26,7 +27,7 @@ from libra.flops import cost
 from libra.identity import row_identity
 from libra.lmms.samples import SampleLog
 from libra.mini.questions import TYPES
-from libra.registry import get_model
+from libra.rows import get_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TABLE = get_table(1)
@@ -45,7 +46,9 @@ def test_log_keeps_records_and_cuts_a_torn_line(tmp_path):
     for cut in (1, first - 1, first, first + 1, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with log_at(path) as log:
-            assert len(log) == whole[:cut].count(b"\n") + (cut in (first - 1, len(whole) - 1))  # only its line's end is missing
+            assert len(log) == whole[:cut].count(b"\n") + (
+                cut in (first - 1, len(whole) - 1)
+            )  # only its line's end is missing
             log.append([{"task": "t", "doc_id": 7, "answer": "z"}])
         assert all(json.loads(line) for line in path.read_bytes().splitlines())
         with log_at(path) as log:
@@ -73,7 +76,9 @@ def cell_of(row: str, task: str = "mini_color", limit: int | None = 4, data: str
 def fill(cells, output, devices=("cpu", "cpu"), factory=stand_in) -> int:
     settings = Settings(str(output), "cpu", 1, 4, "float32", False)
     output.mkdir(exist_ok=True)
-    failed, unwritten = run.fill(cells, {"questions": 4}, output, settings, devices, "python -m eval.run --table 1", factory)
+    failed, unwritten = run.fill(
+        cells, {"questions": 4}, output, settings, devices, "python -m eval.run --table 1", factory
+    )
     assert not unwritten
     return failed
 
@@ -98,11 +103,19 @@ def test_finished_cells_are_kept_and_others_done_again(tmp_path):
     cells = [cell_of("vanilla"), cell_of("raises"), cell_of("fastv")]
     fill(cells, output, devices=["cpu"])
     fill(cells, output, devices=["cpu"])
-    assert calls(output) == {"mini.vanilla.mini_color": 1, "mini.raises.mini_color": 2, "mini.fastv.mini_color": 1}
+    assert calls(output) == {
+        "mini.vanilla.mini_color": 1,
+        "mini.raises.mini_color": 2,
+        "mini.fastv.mini_color": 1,
+    }
     cells[2].path(output).write_text('{"status": "o')
     fill([cell_of("vanilla", limit=3), cell_of("fastv")], output, devices=["cpu"])
     fill([cell_of("vanilla", limit=3, data="other")], output, devices=["cpu"])
-    assert calls(output) == {"mini.vanilla.mini_color": 3, "mini.raises.mini_color": 2, "mini.fastv.mini_color": 2}
+    assert calls(output) == {
+        "mini.vanilla.mini_color": 3,
+        "mini.raises.mini_color": 2,
+        "mini.fastv.mini_color": 2,
+    }
 
 
 def test_finished_cells_need_no_worker_and_a_broken_one_is_one_sentence(tmp_path):
@@ -113,14 +126,17 @@ def test_finished_cells_need_no_worker_and_a_broken_one_is_one_sentence(tmp_path
     assert not cell_of("fastv").path(tmp_path).exists()
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["--rows", "r50,r51"], "error: row r51 is unknown"),
-    (["--tasks", "colour"], "error: task colour is not a task"),
-    (["--limit", "0"], "error: argument --limit: 0 is not a whole number"),
-    (["--checkpoint", "mini/nowhere"], "error: checkpoint mini/nowhere is missing"),
-    (["--suite", "qwen2vl7b"], "error: suite qwen2vl7b is not in table 1; use one of mini, llava7b"),
-    (["--suite", "llava7b"], "error: checkpoint liuhaotian/llava-v1.5-7b is not in the local cache"),
-])
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--rows", "r50,r51"], "error: row r51 is unknown"),
+        (["--tasks", "colour"], "error: task colour is not a task"),
+        (["--limit", "0"], "error: argument --limit: 0 is not a whole number"),
+        (["--checkpoint", "mini/nowhere"], "error: checkpoint mini/nowhere is missing"),
+        (["--suite", "qwen2vl7b"], "error: suite qwen2vl7b is not in table 1; use one of mini, llava7b"),
+        (["--suite", "llava7b"], "error: checkpoint liuhaotian/llava-v1.5-7b is not in the local cache"),
+    ],
+)
 def test_what_cannot_run_says_why_and_writes_nothing(arguments, sentence, tmp_path, monkeypatch, capsys):
     def unreachable(*_, **__):
         raise ConnectionError("no network")
@@ -156,13 +172,26 @@ def test_statistics_are_numpys():
 
 def test_a_cells_summary_counts_documents_in_order():
     samples = [{"doc_id": i, "exact_match": value} for i, value in enumerate((1.0, 0.0, 1.0, 1.0))]
-    records = [{"tokens": [8, 4], "seconds": 0.5}, {"tokens": [6, 3], "seconds": 0.25}, {"tokens": [], "seconds": 1.0}]
+    records = [
+        {"tokens": [8, 4], "seconds": 0.5},
+        {"tokens": [6, 3], "seconds": 0.25},
+        {"tokens": [], "seconds": 1.0},
+    ]
     cell = summary(0.75, get_task("mini_color"), samples, records)
-    assert cell["score"] == 75 and cell["correct"] == [1, 0, 1, 1] and cell["n"] == 4 and cell["seconds"] == 1.75
+    assert (
+        cell["score"] == 75 and cell["correct"] == [1, 0, 1, 1] and cell["n"] == 4 and cell["seconds"] == 1.75
+    )
     assert cell["stderr"] == pytest.approx(statistics.accuracy(cell["correct"]).stderr)
     assert cell["tokens_per_layer"] == [7.0, 3.5] and cell["trace"] == [] and cell["groups"] == {}
-    mme = summary(1500.0, get_task("mme"), [{"doc_id": 0, "mme_perception_score": {"score": 1}}, {"doc_id": 1}], [])
-    assert (mme["score"], mme["stderr"], mme["correct"], mme["tokens_per_layer"]) == (1500.0, None, None, None)
+    mme = summary(
+        1500.0, get_task("mme"), [{"doc_id": 0, "mme_perception_score": {"score": 1}}, {"doc_id": 1}], []
+    )
+    assert (mme["score"], mme["stderr"], mme["correct"], mme["tokens_per_layer"]) == (
+        1500.0,
+        None,
+        None,
+        None,
+    )
 
 
 def test_parts_of_a_benchmark_have_their_own_score():
@@ -182,19 +211,31 @@ def test_parts_of_a_benchmark_have_their_own_score():
 def test_a_trace_is_averaged_over_samples():
     traces = [[[0.9, 0.0], [0.5, 0.62]], [[0.7, 0.2], [None, 1.0]]]
     first, second = trace_summary(traces, (2, 5))
-    assert first["layer"] == 2 and first["similarity"] == pytest.approx(0.8) and first["share"] == pytest.approx(0.1)
+    assert (
+        first["layer"] == 2
+        and first["similarity"] == pytest.approx(0.8)
+        and first["share"] == pytest.approx(0.1)
+    )
     assert first["similarity_stderr"] == pytest.approx(0.1 / 2**0.5)
     assert second["similarity"] == 0.5 and second["similarity_stderr"] == 0
-    assert [i for i, count in enumerate(second["histogram"]) if count] == [12, 19] and sum(first["histogram"]) == 2
+    assert [i for i, count in enumerate(second["histogram"]) if count] == [12, 19] and sum(
+        first["histogram"]
+    ) == 2
     nothing = trace_summary([[[None, None]]], (1,))[0]
     assert nothing["similarity"] is None and nothing["share"] is None and sum(nothing["histogram"]) == 0
     assert trace_summary([], (1,)) == []
 
 
-@pytest.mark.parametrize("vanilla, majority, blind, expected", [
-    (80.0, 50.0, 55.0, True), (79.9, 10.0, 10.0, False), (80.0, 55.1, 10.0, False), (90.0, 10.0, 65.1, False),
-    (90.0, 65.0, 65.0, True),
-])
+@pytest.mark.parametrize(
+    "vanilla, majority, blind, expected",
+    [
+        (80.0, 50.0, 55.0, True),
+        (79.9, 10.0, 10.0, False),
+        (80.0, 55.1, 10.0, False),
+        (90.0, 10.0, 65.1, False),
+        (90.0, 65.0, 65.0, True),
+    ],
+)
 def test_learned(vanilla, majority, blind, expected):
     assert statistics.is_learned(vanilla, majority, blind) is expected
 
@@ -206,11 +247,18 @@ def fill_results(folder: Path, compressed: int = 70, failed: bool = False) -> No
     (folder / "cells").mkdir(parents=True)
     for row, percent in rows.items():
         for kind in TYPES:
-            cell = stored(TABLE, row, f"mini_{kind}", share(60 if (row, kind) == ("vanilla", "color") else percent))
+            cell = stored(
+                TABLE, row, f"mini_{kind}", share(60 if (row, kind) == ("vanilla", "color") else percent)
+            )
             if failed and (row, kind) == ("r50", "reading"):
                 cell = {**cell, "status": "failed", "reason": "OutOfMemoryError: too large"}
             (folder / "cells" / f"mini.{row}.mini_{kind}.json").write_text(json.dumps(cell))
-    benchmark = {"questions": 100, "seed": 1, "sha256": "feed", "types": {kind: {"majority_share": 0.25} for kind in TYPES}}
+    benchmark = {
+        "questions": 100,
+        "seed": 1,
+        "sha256": "feed",
+        "types": {kind: {"majority_share": 0.25} for kind in TYPES},
+    }
     (folder / "benchmark.json").write_text(json.dumps(benchmark))
 
 
@@ -233,17 +281,28 @@ def test_report_shows_measured_and_printed_figures(tmp_path):
     mini = table_rows(text, "## The embedded model")
     assert mini[""][:3] == ["FLOPs", "reading", "position"] and mini[""][5] == "color †"
     assert mini["vanilla"][0] == "100%" and mini["vanilla"][1] == "90.0 ± 3.0" and mini["vanilla"][-1] == "24"
-    assert mini["vanilla"][-3] == f"90.0 ± {3 / 7 ** 0.5:.1f}"  # Avg leaves colour out
-    pair = 100 * np.std([1.0] * 20 + [0.0] * 80, ddof=1) / 10 / 7 ** 0.5
+    assert mini["vanilla"][-3] == f"90.0 ± {3 / 7**0.5:.1f}"  # Avg leaves colour out
+    pair = 100 * np.std([1.0] * 20 + [0.0] * 80, ddof=1) / 10 / 7**0.5
     assert mini["Libra-Merging, 50%"][-2] == f"-20.0 ± {pair:.1f} *"  # more than two standard errors
-    assert mini["most frequent answer"][1] == "25.0" and mini["vanilla, grey images (blind)"][1] == "30.0 ± 4.6"
+    assert (
+        mini["most frequent answer"][1] == "25.0" and mini["vanilla, grey images (blind)"][1] == "30.0 ± 4.6"
+    )
     spec, c = get_model("mini"), Row.from_yaml(row_files(TABLE, "mini")["r50"]).compression
     plain = Compression(method="vanilla")
-    assert mini["Libra-Merging, 50%"][0] == f"{100 * cost(spec, c).total / cost(spec, plain).total:.0f}%" != "100%"
+    assert (
+        mini["Libra-Merging, 50%"][0]
+        == f"{100 * cost(spec, c).total / cost(spec, plain).total:.0f}%"
+        != "100%"
+    )
     paper = table_rows(text, "### LLaVA-1.5-7B")
     assert paper["Libra-Merging, 50%"][:4] == ["1.78 T (47%)", "1.78 T (47%)", "paper's", "61.3"]
     assert paper[""][2:] == ["ours"] + [""] * 8  # the last row without a name: not measured
-    for line in ("commit: abc", "A CPU, 2 cores, 2 processes", "sha256 feed", "`python -m eval.run --table 1`"):
+    for line in (
+        "commit: abc",
+        "A CPU, 2 cores, 2 processes",
+        "sha256 feed",
+        "`python -m eval.run --table 1`",
+    ):
         assert line in text
     assert str(tmp_path) not in text and os.uname().nodename not in text
     assert (tmp_path / "table1.png").read_bytes().startswith(b"\x89PNG")
@@ -266,7 +325,9 @@ def test_what_counts_is_decided_without_the_compressed_rows(tmp_path):
     for compressed in (0, 100):
         fill_results(tmp_path / str(compressed), compressed)
         majority = {f"mini_{kind}": 25.0 for kind in TYPES}
-        chosen.append(Measured(TABLE, "mini", list(read_cells(tmp_path / str(compressed)).values()), majority).averaged)
+        chosen.append(
+            Measured(TABLE, "mini", list(read_cells(tmp_path / str(compressed)).values()), majority).averaged
+        )
     assert chosen[0] == chosen[1] == [f"mini_{kind}" for kind in TYPES if kind != "color"]
 
 
@@ -305,9 +366,30 @@ def checkpoint(tmp_path_factory):
 
 
 def command(checkpoint, output, benchmark, *more) -> list[str]:
-    return [sys.executable, "-m", "eval.run", "--table", "1", "--rows", "vanilla,r50,blind", "--tasks", "reading,yes_no",
-            "--limit", "24", "--batch-size", "4", "--device", "cpu", "--checkpoint", str(checkpoint), "--output", str(output),
-            "--benchmark", str(benchmark), *more]
+    return [
+        sys.executable,
+        "-m",
+        "eval.run",
+        "--table",
+        "1",
+        "--rows",
+        "vanilla,r50,blind",
+        "--tasks",
+        "reading,yes_no",
+        "--limit",
+        "24",
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+        "--checkpoint",
+        str(checkpoint),
+        "--output",
+        str(output),
+        "--benchmark",
+        str(benchmark),
+        *more,
+    ]
 
 
 def answers(output: Path) -> dict[str, dict[int, tuple]]:
@@ -325,7 +407,10 @@ SEED = 20_261_121  # of the moments of the kills
 @pytest.mark.slow
 def test_three_kills_lose_no_finished_sample_and_change_no_number(checkpoint, tmp_path):
     data, moments = tmp_path / "benchmark", random.Random(SEED)
-    whole, output = tmp_path / "whole" / "table", tmp_path / "killed" / "table"  # apart, so that no cell is reused
+    whole, output = (
+        tmp_path / "whole" / "table",
+        tmp_path / "killed" / "table",
+    )  # apart, so that no cell is reused
     first = subprocess.run(command(checkpoint, whole, data), cwd=REPOSITORY, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     finished = answers(whole)
@@ -335,8 +420,13 @@ def test_three_kills_lose_no_finished_sample_and_change_no_number(checkpoint, tm
         # Few enough batches that every kill finds work left.
         goal = sum(map(len, kept.values())) // 4 + moments.randint(1, batches // 8)
         delay = moments.uniform(0, 0.3)
-        runner = subprocess.Popen(command(checkpoint, output, data), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.DEVNULL, start_new_session=True)
+        runner = subprocess.Popen(
+            command(checkpoint, output, data),
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         while runner.poll() is None and sum(map(len, answers(output).values())) < 4 * goal:
             time.sleep(0.02)
         time.sleep(delay)
@@ -361,7 +451,9 @@ def test_three_kills_lose_no_finished_sample_and_change_no_number(checkpoint, tm
             assert one[key] == resumed[key]
         if ".r50." in path.name:
             assert one["tokens_per_layer"] == [256] * 3 + [128] * 3 + [64] * 3 + [32] * 3
-    again = subprocess.run(command(checkpoint, output, data), cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    again = subprocess.run(
+        command(checkpoint, output, data), cwd=REPOSITORY, check=True, capture_output=True, text=True
+    )
     assert "6 cells, 0 failed" in again.stderr
 
 
@@ -372,11 +464,32 @@ def test_harness_command_line_from_a_plain_checkout(checkpoint, tmp_path):
     write_benchmark(tmp_path / "results" / "benchmark", 6)
     arguments = f"config={REPOSITORY}/configs/mini/r50.yaml,pretrained={checkpoint},blind=true,sample_log={tmp_path}/log.jsonl"
     subprocess.run(
-        [sys.executable, "-m", "libra.lmms", "--model_args", arguments, "--tasks", "mini_color", "--limit", "6",
-         "--batch_size", "4", "--device", "cpu",
-         "--output_path", str(tmp_path / "out")],
-        cwd=tmp_path, check=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        [
+            sys.executable,
+            "-m",
+            "libra.lmms",
+            "--model_args",
+            arguments,
+            "--tasks",
+            "mini_color",
+            "--limit",
+            "6",
+            "--batch_size",
+            "4",
+            "--device",
+            "cpu",
+            "--output_path",
+            str(tmp_path / "out"),
+        ],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "1",
+        },
     )
     (result,) = (tmp_path / "out").rglob("*results.json")
     assert "exact_match,none" in json.loads(result.read_text())["results"]["mini_color"]
@@ -391,7 +504,9 @@ def test_model_batches_text_only_rows_and_refuses_a_task_without_images(checkpoi
 
     from libra.lmms.lmms_libra import LibraModel
 
-    model = LibraModel(str(REPOSITORY / "configs/mini/r50.yaml"), pretrained=str(checkpoint), device="cpu", batch_size="3")
+    model = LibraModel(
+        str(REPOSITORY / "configs/mini/r50.yaml"), pretrained=str(checkpoint), device="cpu", batch_size="3"
+    )
     noise = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), np.uint8)
     documents = [{"images": [Image.fromarray(image)]} for image in noise] + [{"images": []}]
     model.task_dict = {"t": {"test": documents}}

@@ -1,5 +1,5 @@
-"""The models behind the plug-in: LLaVA and VideoLLaMA-2 in their own format, transformers' models through libra.attach; each
-against the same model called by hand, one sample at a time."""
+"""The models behind the plug-in: LLaVA and VideoLLaMA-2 in their own format, transformers' models through
+libra.attach; each against the same model called by hand, one sample at a time."""
 
 import json
 import shutil
@@ -52,10 +52,12 @@ def row(folder: Path, model: str, attention: str = "sdpa", **compression) -> Pat
 def ask(model: LibraModel, documents: list[tuple[str, list]]) -> list[str]:
     """The answers to (text, what is shown), through the plug-in's front door."""
     model.task_dict = {"t": {"test": documents}}
-    return model.generate_until([
-        SimpleNamespace(args=(text, OPTIONS, lambda document: document[1], number, "t", "test"))
-        for number, (text, _) in enumerate(documents)
-    ])
+    return model.generate_until(
+        [
+            SimpleNamespace(args=(text, OPTIONS, lambda document: document[1], number, "t", "test"))
+            for number, (text, _) in enumerate(documents)
+        ]
+    )
 
 
 # --- one model in two formats ---
@@ -80,17 +82,24 @@ def test_the_embedded_model_answers_alike_in_both_formats(converted, name):
         model.set_row(Row.from_yaml(CONFIGS / f"{name}.yaml"), trace=True)
         answers = ask(model, documents)
         records = [model.records["t", number] for number in range(len(documents))]
-        told[type(model.engine).__name__] = answers, [(r["tokens"], r["cache_bytes"], r["trace"]) for r in records]
+        told[type(model.engine).__name__] = (
+            answers,
+            [(r["tokens"], r["cache_bytes"], r["trace"]) for r in records],
+        )
     (ours, facts), (theirs, their_facts) = told["Llava"], told["HuggingFace"]
     assert theirs == ours and len(set(ours)) > 3 and ours[0].replace(" ", "").isdigit()
-    for (tokens, held, trace), (their_tokens, their_held, their_trace) in zip(facts, their_facts, strict=True):
+    for (tokens, held, trace), (their_tokens, their_held, their_trace) in zip(
+        facts, their_facts, strict=True
+    ):
         assert their_tokens == tokens and their_held == held
         assert [pytest.approx(stage, abs=1e-4) for stage in trace] == their_trace
     ends = [tokens[-1] if tokens else None for tokens, *_ in facts]
     assert ends == {"vanilla": [None] * 8, "r50": [32] * 6 + [64, None]}[name]
 
 
-@pytest.mark.parametrize("compression", [{"method": "vanilla"}, {"method": "libra", "layers": [1, 3], "ratio": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "compression", [{"method": "vanilla"}, {"method": "libra", "layers": [1, 3], "ratio": 0.5}], ids=str
+)
 def test_llava_next_answers_alike_in_both_formats(tmp_path, compression):
     """Tiles, a newline a row, and a template that begins with a token the tokenizer writes too."""
     source = GOLDEN / "llava_next_llama3" / "checkpoint"
@@ -102,7 +111,10 @@ def test_llava_next_answers_alike_in_both_formats(tmp_path, compression):
     for folder in (source, tmp_path / "hf"):
         model = LibraModel(str(path), str(folder), device="cpu", batch_size=3)
         answers = ask(model, documents)
-        told[type(model.engine).__name__] = answers, [model.records["t", number]["tokens"] for number in range(4)]
+        told[type(model.engine).__name__] = (
+            answers,
+            [model.records["t", number]["tokens"] for number in range(4)],
+        )
     assert told["Llava"] == told["HuggingFace"] and len(told) == 2 and len(set(told["Llava"][0])) == 4
     if compression["method"] == "libra":
         assert len({tokens[0] for tokens in told["Llava"][1]}) == 2  # the narrow image has fewer
@@ -118,7 +130,9 @@ def test_rows_follow_each_other_on_one_loaded_model(converted, tmp_path):
     with pytest.raises(ValueError, match="layers: 40 is out of range"):
         model.set_row(Row.from_yaml(row(tmp_path, "mini", method="fastv", layers=[40])))
     model.set_row(Row.from_yaml(CONFIGS / "vanilla.yaml"))
-    assert ask(model, documents) == ask(LibraModel(str(CONFIGS / "vanilla.yaml"), device="cpu", batch_size=2), documents)
+    assert ask(model, documents) == ask(
+        LibraModel(str(CONFIGS / "vanilla.yaml"), device="cpu", batch_size=2), documents
+    )
 
 
 # --- Qwen2-VL ---
@@ -131,17 +145,27 @@ def qwen(tmp_path_factory):
     made = families.own_model("Qwen2VLForConditionalGeneration")
     made.generation_config.eos_token_id, made.generation_config.suppress_tokens = 2, [0, 1, 90, 91, 92, 93]
     made.save_pretrained(folder)
-    marks = {"<|image_pad|>": families.IMAGE, "<|video_pad|>": families.VIDEO, "<|vision_start|>": families.START,
-             "<|vision_end|>": families.END}
+    marks = {
+        "<|image_pad|>": families.IMAGE,
+        "<|video_pad|>": families.VIDEO,
+        "<|vision_start|>": families.START,
+        "<|vision_end|>": families.END,
+    }
     words = {"<pad>": 0, "<unk>": 1, "<end>": 2, "what": 3, "is": 4, "this": 5, "answer": 6}
     words |= {f"w{i}": i for i in range(7, 90)} | marks | {f"w{i}": i for i in range(94, families.VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", unk_token="<unk>",
-        additional_special_tokens=list(marks), clean_up_tokenization_spaces=False,
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        additional_special_tokens=list(marks),
+        clean_up_tokenization_spaces=False,
     )
-    sizes = dict(patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 32768})
+    sizes = dict(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 32768}
+    )
     Qwen2VLProcessor(
         Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes), chat_template=TEMPLATE
     ).save_pretrained(folder)
@@ -156,11 +180,14 @@ def qwen_by_hand(folder: Path, compression, text: str, kind: str, shown) -> str:
     inputs = processor(text=[prompt], **{f"{kind}s": [shown]}, return_tensors="pt")
     with libra.attach(model, compression), torch.inference_mode():
         said = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    return processor.tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return processor.tokenizer.decode(
+        said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
 
 
 COMPRESSIONS = [
-    {"method": "vanilla"}, {"method": "libra", "layers": [1, 3], "ratio": 0.5},
+    {"method": "vanilla"},
+    {"method": "libra", "layers": [1, 3], "ratio": 0.5},
     {"method": "fastv", "layers": [2], "ratio": 0.75},
 ]
 
@@ -171,8 +198,12 @@ def test_qwen2_vl_in_batches(qwen, tmp_path, compression):
     path = row(tmp_path, "qwen2-vl-7b", **compression)
     model = LibraModel(str(path), str(qwen), device="cpu", batch_size=3)
     assert class_of(str(qwen)) == "Qwen2VLForConditionalGeneration"
-    documents = [("what is this", [ASKED[0].image]), ("w9 w10 w11 w12 w13 w14", [ASKED[1].image.crop((0, 0, 48, 96))]),
-                 ("w20", [ASKED[2].image]), ("w30 w31", [])]
+    documents = [
+        ("what is this", [ASKED[0].image]),
+        ("w9 w10 w11 w12 w13 w14", [ASKED[1].image.crop((0, 0, 48, 96))]),
+        ("w20", [ASKED[2].image]),
+        ("w30 w31", []),
+    ]
     answers = ask(model, documents)
     compression = Row.from_yaml(path).compression
     for (text, shown), answer in zip(documents[:3], answers):
@@ -180,7 +211,11 @@ def test_qwen2_vl_in_batches(qwen, tmp_path, compression):
     assert len(set(answers)) == 4 and all(answers)
     tokens = [model.records["t", number]["tokens"] for number in range(4)]
     if compression.layers:
-        assert [layers[0] for layers in tokens[:3]] == [16 * 12, 6 * 12, 16 * 12]  # merged patches of 8 pixels
+        assert [layers[0] for layers in tokens[:3]] == [
+            16 * 12,
+            6 * 12,
+            16 * 12,
+        ]  # merged patches of 8 pixels
         kept = round(round(192 * 0.5) * 0.5) if len(compression.layers) == 2 else 48
         assert [layers[-1] for layers in tokens[:3]] == [kept, kept * 6 // 16, kept]
     assert tokens[3] == []
@@ -195,7 +230,9 @@ def test_qwen2_vl_takes_videos_as_videos(qwen, tmp_path):
 
     frames = load_frames(film, 4)
     assert answer == qwen_by_hand(qwen, Row.from_yaml(path).compression, "what is this", "video", frames)
-    grid = Qwen2VLProcessor.from_pretrained(qwen).video_processor(videos=[frames], return_tensors="pt")["video_grid_thw"][0]
+    grid = Qwen2VLProcessor.from_pretrained(qwen).video_processor(videos=[frames], return_tensors="pt")[
+        "video_grid_thw"
+    ][0]
     assert grid[0] == 2 and model.records["t", 0]["tokens"][0] == int(grid.prod()) // 4
 
 
@@ -209,7 +246,9 @@ def videollama2(tmp_path_factory):
     shutil.copytree(golden / "checkpoint", folder)
     shutil.copytree(golden / "clip_tower", folder / "clip_tower")
     tokenizer = AutoTokenizer.from_pretrained(golden / "checkpoint")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -221,8 +260,12 @@ def test_videollama2(videollama2, tmp_path, compression):
     films = [fixtures.film(tmp_path / f"{i}.mp4", [q.image for q in ASKED[i : i + 3]]) for i in range(2)]
     model = LibraModel(str(path), str(videollama2), device="cpu", batch_size=3)
     texts = ["What is it?", "Which of these digits is shown first?", "Is it red?"]
-    answers = ask(model, [(texts[0], [str(films[0])]), (texts[1], [str(films[1])]), (texts[2], [ASKED[0].image])])
-    tokenizer, alone, processor, _ = load_pretrained_model(str(videollama2), None, "VideoLLaMA2-7B", device="cpu")
+    answers = ask(
+        model, [(texts[0], [str(films[0])]), (texts[1], [str(films[1])]), (texts[2], [ASKED[0].image])]
+    )
+    tokenizer, alone, processor, _ = load_pretrained_model(
+        str(videollama2), None, "VideoLLaMA2-7B", device="cpu"
+    )
     alone.set_compression(Row.from_yaml(path).compression)
     pixels = [process_video(film, processor, aspect_ratio=None, num_frames=8) for film in films]
     for place, shown in enumerate([*pixels, process_image(ASKED[0].image, processor, aspect_ratio=None)]):
@@ -230,7 +273,9 @@ def test_videollama2(videollama2, tmp_path, compression):
         assert answers[place] == mm_infer(shown, texts[place], alone, tokenizer, modal, max_new_tokens=5)
     assert len(set(answers)) > 1
     if compression["method"] == "libra":
-        assert [model.records["t", number]["tokens"] for number in range(3)] == [[45] * 2 + [22] * 2 + [11] * 4] * 3
+        assert [model.records["t", number]["tokens"] for number in range(3)] == [
+            [45] * 2 + [22] * 2 + [11] * 4
+        ] * 3
 
 
 # --- what cannot be ---
@@ -243,7 +288,9 @@ def test_frames_of_an_image_model_fit_or_it_says_so(tmp_path):
     ask(model, [("what digit ?", [str(film)])])
     assert model.records["t", 0]["tokens"][0] == 3 * 256
     model = LibraModel(str(CONFIGS / "r50.yaml"), device="cpu", frames=5)
-    with pytest.raises(ValueError, match=r"^task t, document 0: its prompt has 12\d\d tokens and the model takes 1024; show"):
+    with pytest.raises(
+        ValueError, match=r"^task t, document 0: its prompt has 12\d\d tokens and the model takes 1024; show"
+    ):
         ask(model, [("what digit ?", [str(film)])])
     with pytest.raises(ValueError, match="^frames must be a positive whole number, not '0'"):
         LibraModel(str(CONFIGS / "r50.yaml"), device="cpu", frames="0")
@@ -254,15 +301,21 @@ def test_a_video_that_is_not_one_is_named(tmp_path):
     (tmp_path / "film.mp4").write_text("no film")
     with pytest.raises(ValueError, match="^task t, document 0: the video .*film.mp4 cannot be read"):
         ask(model, [("what digit ?", [str(tmp_path / "film.mp4")])])
-    with pytest.raises(ValueError, match="^task t, document 0: it shows bytes: the model libra takes images and video files"):
+    with pytest.raises(
+        ValueError, match="^task t, document 0: it shows bytes: the model libra takes images and video files"
+    ):
         ask(model, [("what digit ?", [b"sound"])])
 
 
 def test_a_checkpoint_that_cannot_be_driven(converted, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text(json.dumps({"model_type": "paligemma", "vision_config": {}, "text_config": {}}))
-    with pytest.raises(ValueError, match="is of type 'paligemma', which libra.attach does not support; it supports Llava"):
+    (other / "config.json").write_text(
+        json.dumps({"model_type": "paligemma", "vision_config": {}, "text_config": {}})
+    )
+    with pytest.raises(
+        ValueError, match="is of type 'paligemma', which libra.attach does not support; it supports Llava"
+    ):
         LibraModel(str(CONFIGS / "r50.yaml"), str(other), device="cpu")
     mute = tmp_path / "mute"
     shutil.copytree(converted, mute)

@@ -1,4 +1,5 @@
-"""All eight families under libra.attach: the grid of choices against the computation by hand, and the plain model untouched."""
+"""All eight families under libra.attach: the grid of choices against the computation by hand, and the plain
+model untouched."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,9 @@ from families import EVERY, SAID, by_hand, collate, talk
 
 import libra
 from libra import Compression
-from libra.stream import VisualTokenStream
-from libra.trace import COMPENSATION
-from libra.transformers_api import cache_argument, cache_of
+from libra.engine.tokens import VisualTokenStream
+from libra.engine.trace import COMPENSATION
+from libra.engine.transformers_api import cache_argument, cache_of
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 LAYERS = (1, 3)
@@ -25,7 +26,9 @@ MERGES = ("drop", "average", "igm", "igm-pos", "igm-neg")
 LIBRA = Compression(method="libra", layers=LAYERS, tau=0.6)  # among these similarities both sets have members
 PATTERNS = ("t2 v t3 i t4", "t4 i t5", "t6")
 STEPS = 3
-every_decoder = pytest.mark.parametrize("family, text", EVERY, ids=lambda value: value.replace("ForConditionalGeneration", ""))
+every_decoder = pytest.mark.parametrize(
+    "family, text", EVERY, ids=lambda value: value.replace("ForConditionalGeneration", "")
+)
 every_family = pytest.mark.parametrize(
     "family", families.KINDS, ids=lambda value: value.replace("ForConditionalGeneration", "")
 )
@@ -53,7 +56,8 @@ def schedule(visual: torch.Tensor, c: Compression, layers: int = 6) -> list[int]
 
 @dataclass
 class Seam:
-    """One compression step: hidden states before and after it (B, S, D), and their visual and valid columns (B, S)."""
+    """One compression step: hidden states before and after it (B, S, D), and their visual and valid columns
+    (B, S)."""
 
     before: torch.Tensor
     visual: torch.Tensor
@@ -101,7 +105,9 @@ def seams() -> Iterator[list[Seam]]:
 def pairwise(*axes: tuple) -> list[tuple]:
     """Rows in which every pair of values of two axes occurs: greedily, always the same."""
     places = list(combinations(range(len(axes)), 2))
-    missing = {(i, j, a, b): None for i, j in places for a in axes[i] for b in axes[j]}  # a set that keeps its order
+    missing = {
+        (i, j, a, b): None for i, j in places for a in axes[i] for b in axes[j]
+    }  # a set that keeps its order
     rows = []
     while missing:
         i, j, a, b = next(iter(missing))
@@ -110,7 +116,8 @@ def pairwise(*axes: tuple) -> list[tuple]:
             row[k] = max(
                 axes[k],
                 key=lambda value: sum(
-                    (*sorted((k, other)), *((value, row[other]) if k < other else (row[other], value))) in missing
+                    (*sorted((k, other)), *((value, row[other]) if k < other else (row[other], value)))
+                    in missing
                     for other in row
                 ),
             )
@@ -135,7 +142,11 @@ def check(decoder: tuple[str, str], select: str, merge: str, side: str, batch: i
     """One cell of the matrix."""
     family, text = decoder
     c = Compression(select=select, merge=merge, layers=LAYERS, **({"tau": 0.6} if merge == "igm" else {}))
-    model, twin, talks = families.model(family, text), families.model(family, text, "eager"), talks_of(family)[:batch]
+    model, twin, talks = (
+        families.model(family, text),
+        families.model(family, text, "eager"),
+        talks_of(family)[:batch],
+    )
     given = collate(family, talks, side)
     with libra.attach(model, c, trace=True) as handle:
         with seams() as seen:
@@ -145,13 +156,17 @@ def check(decoder: tuple[str, str], select: str, merge: str, side: str, batch: i
         singles = [model(**collate(family, [t])).logits[0] for t in talks]
         said = None
         if side == "left" or batch == 1:
-            said = model.generate(**given, max_new_tokens=STEPS, **SAID, return_dict_in_generate=True, output_logits=True)
+            said = model.generate(
+                **given, max_new_tokens=STEPS, **SAID, return_dict_in_generate=True, output_logits=True
+            )
 
     assert out.logits.isfinite().all() and torch.equal(out.logits, again)
     wanted = [schedule(t.visual, c) for t in talks]
     assert list(map(list, zip(*stats["visual_tokens"], strict=True))) == wanted
     added = [[int((stage.fate == COMPENSATION).any()) for stage in row.stages] for row in traces]
-    assert [stats["compensation_tokens"][layer] for layer in c.layers] == list(map(list, zip(*added, strict=True)))
+    assert [stats["compensation_tokens"][layer] for layer in c.layers] == list(
+        map(list, zip(*added, strict=True))
+    )
     widths = [
         max(
             int((~t.visual).sum()) + counts[layer] + sum(a for a, at in zip(extra, c.layers) if at < layer)
@@ -195,21 +210,27 @@ def test_matrix_in_full(family, text, select, merge):
 @every_family
 @torch.no_grad()
 def test_pictures_in_any_order(family, pattern):
-    """Several of each, side by side (one run where the family puts no marks between them), at the start and at the end."""
+    """Several of each, side by side (one run where the family puts no marks between them), at the start and
+    at the end."""
     t, model = talk(family, pattern, 7), families.model(family)
     with seams() as seen, libra.attach(model, LIBRA) as handle:
         logits = model(**collate(family, [t])).logits[0]
         assert [row[0] for row in handle.stats["visual_tokens"]] == schedule(t.visual, LIBRA)
-    torch.testing.assert_close(logits, by_hand(families.model(family, "", "eager"), family, t, LIBRA).logits, **CLOSE)
+    torch.testing.assert_close(
+        logits, by_hand(families.model(family, "", "eager"), family, t, LIBRA).logits, **CLOSE
+    )
     for seam in seen:
         assert torch.equal(seam.text(0), seam.text_after(0))
 
 
-@pytest.mark.parametrize("method", ["pyramiddrop", "mean of the instruction", "one layer", "behind the last layer"])
+@pytest.mark.parametrize(
+    "method", ["pyramiddrop", "mean of the instruction", "one layer", "behind the last layer"]
+)
 @every_decoder
 @torch.no_grad()
 def test_further_choices(family, text, method):
-    """Scores by the next layer and compact positions, where the family has one position a token; the mean of several rows."""
+    """Scores by the next layer and compact positions, where the family has one position a token; the mean of
+    several rows."""
     keys = {
         "pyramiddrop": dict(method="pyramiddrop", layers=LAYERS),
         "mean of the instruction": dict(method="libra", layers=LAYERS, tau=0.6, importance="mean"),
@@ -218,22 +239,32 @@ def test_further_choices(family, text, method):
     }[method]
     model = families.model(family, text)
     if method == "pyramiddrop" and text == "own":
-        with pytest.raises(ValueError, match="compact cannot renumber the multi-axis positions of Qwen.*positions: original"):
+        with pytest.raises(
+            ValueError, match="compact cannot renumber the multi-axis positions of Qwen.*positions: original"
+        ):
             libra.attach(model, Compression(**keys))
         keys["positions"] = "original"
     c, talks = Compression(**keys), talks_of(family)
     with libra.attach(model, c):
         out = model.generate(
-            **collate(family, talks), max_new_tokens=STEPS, **SAID, return_dict_in_generate=True, output_logits=True
+            **collate(family, talks),
+            max_new_tokens=STEPS,
+            **SAID,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
     for b, t in enumerate(talks):
-        hand = by_hand(families.model(family, text, "eager"), family, t, c, out.sequences[b, -STEPS:-1].tolist()).logits
+        hand = by_hand(
+            families.model(family, text, "eager"), family, t, c, out.sequences[b, -STEPS:-1].tolist()
+        ).logits
         torch.testing.assert_close(torch.stack(out.logits, 1)[b], hand[-STEPS:], **CLOSE)
 
 
 def test_deep_features_come_before_the_compression():
     model = families.model("Qwen3VLForConditionalGeneration")
-    with pytest.raises(ValueError, match="layers: 0 is too early: .* adds visual features after its layers 0 to 1"):
+    with pytest.raises(
+        ValueError, match="layers: 0 is too early: .* adds visual features after its layers 0 to 1"
+    ):
         libra.attach(model, Compression(method="libra", layers=(0, 3)))
 
 
@@ -242,7 +273,8 @@ def test_deep_features_come_before_the_compression():
 
 @dataclass
 class Behaviour:
-    """What a model does with a batch: logits of a prefill and of two steps behind it, ids of greedy search and of beams."""
+    """What a model does with a batch: logits of a prefill and of two steps behind it, ids of greedy search
+    and of beams."""
 
     logits: list[torch.Tensor]
     ids: list[torch.Tensor]
@@ -261,7 +293,9 @@ class Behaviour:
                 given["position_ids"] = given["position_ids"].expand(3, -1, -1)
             logits.append(model(**given, **cache_argument(cache_of(out)), use_cache=True).logits)
         options = dict(max_new_tokens=STEPS, do_sample=False)
-        return cls(logits, [model.generate(**left, **options), model.generate(**left, **options, num_beams=2)])
+        return cls(
+            logits, [model.generate(**left, **options), model.generate(**left, **options, num_beams=2)]
+        )
 
     def __eq__(self, other: "Behaviour") -> bool:
         pairs = zip(self.logits + self.ids, other.logits + other.ids, strict=True)
@@ -299,7 +333,10 @@ def test_ratio_zero_at_every_layer_changes_no_bit(family, text, side):
     given = collate(family, talks, side, labels=True)
     plain, valid = model(**given), given["attention_mask"].bool()
     for method in ("libra", "turbo", "random"):
-        with tiny.watched() as steps, libra.attach(model, Compression(method=method, layers=layers, ratio=0.0)):
+        with (
+            tiny.watched() as steps,
+            libra.attach(model, Compression(method=method, layers=layers, ratio=0.0)),
+        ):
             out = model(**given)
             assert len(steps) == len(layers)
             assert torch.equal(out.logits[valid], plain.logits[valid]) and torch.equal(out.loss, plain.loss)
@@ -321,14 +358,19 @@ def test_the_loss_is_the_mean_over_the_rows_by_hand(family, text, side):
     talks = talks_of(family, ["t2 v t3 i t2 a2", "t1 i t2 a2 t3 v t2 a3", "t6 a4"])
     scorers = []
     for t in talks:
-        answers, ends = (t.labels != -100).nonzero().flatten(), (t.visual & ~torch.roll(t.visual, -1)).nonzero().flatten()
+        answers, ends = (
+            (t.labels != -100).nonzero().flatten(),
+            (t.visual & ~torch.roll(t.visual, -1)).nonzero().flatten(),
+        )
         scorers.append([int(answers[answers > end][0]) - 1 for end in ends])
     twin, model = families.model(family, text, "eager"), families.model(family, text)
     given = collate(family, talks, side, labels=True)
     total = sum(by_hand(twin, family, t, LIBRA, scorers=s).loss(t.labels) for t, s in zip(talks, scorers))
     with libra.attach(model, LIBRA):
         torch.testing.assert_close(model(**given).loss, total / 11, **CLOSE)
-        torch.testing.assert_close(model(**given, num_items_in_batch=torch.tensor(22)).loss, total / 22, **CLOSE)
+        torch.testing.assert_close(
+            model(**given, num_items_in_batch=torch.tensor(22)).loss, total / 22, **CLOSE
+        )
         loss, logits = model(**given, return_dict=False)[:2]
         torch.testing.assert_close(loss, total / 11, **CLOSE)
         assert logits.shape[1] < given["input_ids"].shape[1]
@@ -339,7 +381,9 @@ def test_the_loss_is_the_mean_over_the_rows_by_hand(family, text, side):
 WINDOWS = {
     "mistral": dict(sliding_window=8),
     "qwen2": dict(sliding_window=8, layer_types=["full_attention", "sliding_attention"] * 3),
-    "own": dict(sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"] * 2),
+    "own": dict(
+        sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"] * 2
+    ),
     "short": dict(sliding_window=8, layer_types=["full_attention"] * 2 + ["sliding_attention"] * 4),
 }
 WINDOWED = [
@@ -354,7 +398,8 @@ WINDOWED = [
 
 
 def asked(step: tiny.Step, attentions: torch.Tensor) -> torch.Tensor:
-    """Of attentions (B, H, S, S) the rows that a step's probe asked for, averaged over the heads: (B, R, S)."""
+    """Of attentions (B, H, S, S) the rows that a step's probe asked for, averaged over the heads: (B, R,
+    S)."""
     mean = attentions.float().mean(1)
     return mean.gather(1, step.queries[..., None].expand(-1, -1, mean.shape[-1]))
 
@@ -384,7 +429,9 @@ def test_the_score_row_is_eager_attentions_row(family, text, side):
 @torch.no_grad()
 def test_the_score_row_of_other_groups_of_heads(heads):
     for family in ("LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration"):
-        model, twin = (families.own_model(family, attention=a, num_key_value_heads=heads) for a in ("sdpa", "eager"))
+        model, twin = (
+            families.own_model(family, attention=a, num_key_value_heads=heads) for a in ("sdpa", "eager")
+        )
         check_rows(model, twin, collate(family, talks_of(family)), 1e-5)
 
 
@@ -416,7 +463,8 @@ def test_the_score_row_in_bfloat16(windows):
 )
 @torch.no_grad()
 def test_windows_count_the_remaining_tokens(name, family, text, windows):
-    """Prefill, cached decoding past the window, several samples: the computation by hand, whose windows do."""
+    """Prefill, cached decoding past the window, several samples: the computation by hand, whose windows
+    do."""
     c = LIBRA if name == "libra" else Compression(method=name, layers=(1, 3))
     model, twin = (families.own_model(family, text, a, **WINDOWS[windows]) for a in ("sdpa", "eager"))
     talks = talks_of(family)
@@ -424,7 +472,11 @@ def test_windows_count_the_remaining_tokens(name, family, text, windows):
     with libra.attach(model, c) as handle:
         logits = model(**collate(family, talks)).logits
         out = model.generate(
-            **collate(family, talks), max_new_tokens=10, **SAID, return_dict_in_generate=True, output_logits=True
+            **collate(family, talks),
+            max_new_tokens=10,
+            **SAID,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
     assert handle.stats["cache"]["window"] > 0
     for b, t in enumerate(talks):
@@ -453,7 +505,9 @@ class Flash:
         seen = place <= at if causal else torch.ones(len(at), key.shape[1], dtype=torch.bool)
         if window[0] >= 0:
             seen = seen & (place >= at - window[0])
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=softmax_scale)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, scale=softmax_scale
+        )
         return out.transpose(0, 1)
 
     def whole(self, q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
@@ -461,10 +515,22 @@ class Flash:
         return torch.stack([self.attend(*row, softmax_scale, causal, window_size) for row in zip(q, k, v)])
 
     def packed(
-        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+        self,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
         window_size=(-1, -1),
     ):
-        self.asked.append(("packed", {"queries": cu_seqlens_q.diff().tolist(), "keys": cu_seqlens_k.diff().tolist()}))
+        self.asked.append(
+            ("packed", {"queries": cu_seqlens_q.diff().tolist(), "keys": cu_seqlens_k.diff().tolist()})
+        )
         assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
         parts = [
             self.attend(q[a:b], k[c:d], v[c:d], softmax_scale, causal, window_size)
@@ -515,15 +581,20 @@ def test_flash_attention_gives_what_sdpa_gives(flash_reference, name, family, te
                 for layer, counts in enumerate(one.stats["visual_tokens"]):
                     lengths = [
                         width - first + count + sum(a[b] for a in added[:layer] if a)
-                        for b, (width, first, count) in enumerate(zip(widths, one.stats["visual_tokens"][0], counts))
+                        for b, (width, first, count) in enumerate(
+                            zip(widths, one.stats["visual_tokens"][0], counts)
+                        )
                     ]
                     kind, told = calls[layer]
-                    # Rows of one length are never taken for packed samples; padded ones are unpacked to their own lengths.
+                    # Rows of one length are never taken for packed samples; padded ones are unpacked to their
+                    # own lengths.
                     assert kind == ("whole" if len(set(lengths)) == 1 else "packed")
                     assert told["queries"] == told["keys"] == (lengths if kind == "packed" else lengths[0])
                 assert len(calls) == 6
                 for b, length in enumerate(lengths):
-                    torch.testing.assert_close(tiny.own(got[b], length, side), tiny.own(want[b], length, side), **CLOSE)
+                    torch.testing.assert_close(
+                        tiny.own(got[b], length, side), tiny.own(want[b], length, side), **CLOSE
+                    )
                 if side == "left":
                     said, again = model.generate(**given, **options), flashing.generate(**given, **options)
                     assert torch.equal(said.sequences, again.sequences)
@@ -534,11 +605,13 @@ def test_flash_attention_gives_what_sdpa_gives(flash_reference, name, family, te
 @every_family
 @torch.no_grad()
 def test_flash_attention_gets_no_position_ids_with_gaps(flash_reference, family):
-    """Which it would take for several samples in one row; without compression it gets what the plain model gives."""
+    """Which it would take for several samples in one row; without compression it gets what the plain model
+    gives."""
     model, t, seen = switched("flash_attention_2", family), talk(family, PATTERNS[0], 1), []
     hooks = [
         layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append((kwargs["position_ids"], kwargs["attention_mask"])), with_kwargs=True
+            lambda module, args, kwargs: seen.append((kwargs["position_ids"], kwargs["attention_mask"])),
+            with_kwargs=True,
         )
         for layer in model.model.language_model.layers
     ]
@@ -558,17 +631,27 @@ def test_flash_attention_gets_no_position_ids_with_gaps(flash_reference, family)
 
 
 @pytest.mark.parametrize(
-    "family, text, windows", [(family, families.KINDS[family].texts[0], None) for family in families.KINDS] + [WINDOWED[2]]
+    "family, text, windows",
+    [(family, families.KINDS[family].texts[0], None) for family in families.KINDS] + [WINDOWED[2]],
 )
 @torch.no_grad()
 def test_flex_attention_gives_what_sdpa_gives(family, text, windows):
     """Without its compiler, which takes half a minute on a CPU."""
     sizes, talks = WINDOWS.get(windows, {}), talks_of(family)
-    model, flexing = families.own_model(family, text, **sizes), switched("flex_attention", family, text, **sizes)
+    model, flexing = (
+        families.own_model(family, text, **sizes),
+        switched("flex_attention", family, text, **sizes),
+    )
     options = dict(max_new_tokens=STEPS, **SAID, return_dict_in_generate=True, output_logits=True)
-    with torch.compiler.set_stance("force_eager"), libra.attach(model, LIBRA), libra.attach(flexing, LIBRA) as handle:
+    with (
+        torch.compiler.set_stance("force_eager"),
+        libra.attach(model, LIBRA),
+        libra.attach(flexing, LIBRA) as handle,
+    ):
         for rows in (talks[:1], talks):
             said, again = (m.generate(**collate(family, rows), **options) for m in (model, flexing))
             assert torch.equal(said.sequences, again.sequences)
             torch.testing.assert_close(torch.stack(said.logits), torch.stack(again.logits), **CLOSE)
-            assert list(map(list, zip(*handle.stats["visual_tokens"]))) == [schedule(t.visual, LIBRA) for t in rows]
+            assert list(map(list, zip(*handle.stats["visual_tokens"]))) == [
+                schedule(t.visual, LIBRA) for t in rows
+            ]

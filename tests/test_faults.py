@@ -1,6 +1,7 @@
 """Every fault that users found has a test that is named after its entry, in the file of its room.
 
-The entries are listed with what is promised in docs/reliability.md. E 10, clocks on a busy machine, is still to come.
+The entries are listed with what is promised in docs/reliability.md. E 10, clocks on a busy machine, is still
+to come.
 """
 
 import ast
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 
 COUNTS = {"a": 4, "b": 17, "c": 3, "d": 9, "e": 9}
-ENTRIES = [*(f"{letter}{number}" for letter, count in COUNTS.items() for number in range(1, count + 1)), "e11"]
+ENTRIES = [
+    *(f"{letter}{number}" for letter, count in COUNTS.items() for number in range(1, count + 1)),
+    "e11",
+]
 TESTS = Path(__file__).parent
 
 

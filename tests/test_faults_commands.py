@@ -1,4 +1,5 @@
-"""Hostile configuration files and command lines: each runs or ends in one line that names the key or the flag."""
+"""Hostile configuration files and command lines: each runs or ends in one line that names the key or the
+flag."""
 
 import importlib
 import itertools
@@ -13,8 +14,8 @@ import torch
 
 import libra
 from libra import Compression
+from libra.budget import nominal
 from libra.config import ROW_KEYS, ConfigError, Row
-from libra.schedule import nominal
 
 
 def refused(error) -> str:
@@ -48,7 +49,9 @@ def run_hostile(path, content: bytes) -> str:
             said.add("ran")
         except ConfigError as error:
             sentence = str(error)
-            assert sentence.startswith(f"{path}: ") and sentence.isprintable() and len(sentence) < 900, sentence
+            assert sentence.startswith(f"{path}: ") and sentence.isprintable() and len(sentence) < 900, (
+                sentence
+            )
             assert TOLD.match(sentence.removeprefix(f"{path}: ")), sentence
             said.add(sentence)
     return " | ".join(sorted(said))
@@ -59,14 +62,23 @@ ALPHA = torch.rand(2, 12, generator=torch.Generator().manual_seed(1))
 
 
 def test_d1_every_odd_value_of_every_key(tmp_path):
-    """One odd value at a time, in a compression and in a row; the sentence names that key or, for bad YAML, the line."""
+    """One odd value at a time, in a compression and in a row; the sentence names that key or, for bad YAML,
+    the line."""
     draw = random.Random(0)
     for key in hostile.KEYS:
         for value in draw.sample(hostile.SCALARS, 6):
-            others = {"model": "mini", "compression": "{method: libra}"} if key in ROW_KEYS else {"method": "libra"}
+            others = (
+                {"model": "mini", "compression": "{method: libra}"}
+                if key in ROW_KEYS
+                else {"method": "libra"}
+            )
             text = "\n".join(f"{name}: {said}" for name, said in {**others, key: value}.items())
             sentence = run_hostile(tmp_path / "a.yaml", text.encode("utf-8", "ignore"))
-            assert re.search(rf"ran|{key}|not valid YAML.*line|text file|nested", sentence), (key, value, sentence)
+            assert re.search(rf"ran|{key}|not valid YAML.*line|text file|nested", sentence), (
+                key,
+                value,
+                sentence,
+            )
 
 
 def test_d1_hostile_yaml(tmp_path):
@@ -84,20 +96,41 @@ def test_d1_numbers_names_and_seeds(tmp_path):
     """Those that users met, each with its key and its mend."""
     path = tmp_path / "row.yaml"
     for text, words in (
-        ("method: libra\nratio: " + "9" * 310, "ratio: a whole number of 1030 bits is out of range; write a number in"),
+        (
+            "method: libra\nratio: " + "9" * 310,
+            "ratio: a whole number of 1030 bits is out of range; write a number in",
+        ),
         ("method: libra\ntau: -" + "9" * 310, "tau: a whole number of 1030 bits is out of range"),
-        ("method: libra\nlayers: [" + "9" * 310 + "]", "layers: a whole number of 1030 bits is out of range: the model has"),
-        ("method: libra\nlayers: !!map [a]", "layers: the tag tag:yaml.org,2002:map is not taken here; .* .line 2."),
+        (
+            "method: libra\nlayers: [" + "9" * 310 + "]",
+            "layers: a whole number of 1030 bits is out of range: the model has",
+        ),
+        (
+            "method: libra\nlayers: !!map [a]",
+            "layers: the tag tag:yaml.org,2002:map is not taken here; .* .line 2.",
+        ),
         ("method: libra\nratio: !!int ''", "ratio: '' is not a number that can be read .line 2."),
         ("method: libra\nratio: " + "9" * 5000, "ratio: 9{80}… is not a number that can be read"),
-        (f"method: random\nseed: {2**64}", "seed: 18446744073709551616 is not a whole number from 0 to 2.64 - 1"),
-        ("method: libra\neta: 1e-300", "eta: 1e-300 is not a number; .* without quotes, such as 0.001 or 1.0e-3"),
+        (
+            f"method: random\nseed: {2**64}",
+            "seed: 18446744073709551616 is not a whole number from 0 to 2.64 - 1",
+        ),
+        (
+            "method: libra\neta: 1e-300",
+            "eta: 1e-300 is not a number; .* without quotes, such as 0.001 or 1.0e-3",
+        ),
         ("method: libra\neta: 1.0e-300", "eta: 1e-300 is out of range; .* 1e-30 to 1e30"),
         ("method: turbo\ninformation_weight: 1.0e+300", "information_weight: 1e.300 is out of range"),
         ("a: &a [x]\nmethod: *a", "the alias .a is not taken; write the value out .line 2."),
-        ("b: &b {ratio: 0.5}\n<<: {ratio: 0.5}", "the merge key << is not taken; write the keys out .line 2."),
+        (
+            "b: &b {ratio: 0.5}\n<<: {ratio: 0.5}",
+            "the merge key << is not taken; write the keys out .line 2.",
+        ),
         ("method: " + "[" * 50, "more than 20 lists and mappings within each other"),
-        ('model: mini\ncompression: {method: libra}\nname: "a\\nb"', r"name: 'a\\nb' is not a name; write a text of one line"),
+        (
+            'model: mini\ncompression: {method: libra}\nname: "a\\nb"',
+            r"name: 'a\\nb' is not a name; write a text of one line",
+        ),
         ('model: "x\\ny"\ncompression: {method: libra}', r"model: 'x\\ny' is not a name"),
         ('"me\\nthod": libra', r"'me\\nthod': is no key of compression; did you mean method\?"),
         ("method: libra\n# " + "x" * 70_000, "is larger than 64 KB"),
@@ -115,7 +148,14 @@ def test_d1_numbers_names_and_seeds(tmp_path):
 
 def test_d1_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path, tmp_path / ("x" * 5000), Path("a\0b"), tmp_path / "no\nfile"):
+    for path in (
+        tmp_path / "pipe",
+        Path("/dev/zero"),
+        tmp_path,
+        tmp_path / ("x" * 5000),
+        Path("a\0b"),
+        tmp_path / "no\nfile",
+    ):
         with pytest.raises(ConfigError, match="cannot be read|there is no such file") as error:
             Row.from_yaml(path)
         refused(error)
@@ -134,7 +174,9 @@ def test_d8_the_harness_takes_a_compressions_keys_only(tmp_path):
     model = LibraModel(str(path), pretrained="mini/checkpoint", device="cpu")
     assert model.engine.model.compression == Compression(method="libra", layers=(2, 5, 8), ratio="2/3")
     assert row_identity(Row.from_yaml(path, needs_model=False))["compression"]["ratio"] == 2 / 3
-    with pytest.raises(ValueError, match=r"mine.yaml: it names no model; add `model:` to it, or .* pretrained=") as error:
+    with pytest.raises(
+        ValueError, match=r"mine.yaml: it names no model; add `model:` to it, or .* pretrained="
+    ) as error:
         LibraModel(str(path), device="cpu")
     refused(error)
     with pytest.raises(ConfigError, match="method: is a key of the compression"):
@@ -149,16 +191,27 @@ COMMANDS = {
     "libra.latency": (
         ["--config=mini/r50", "--random-weights"],
         [
-            "--layers", "--compression-layers", "--visual-tokens", "--text-tokens", "--batch", "--images", "--pairs",
-            "--decode", "--threads",
+            "--layers",
+            "--compression-layers",
+            "--visual-tokens",
+            "--text-tokens",
+            "--batch",
+            "--images",
+            "--pairs",
+            "--decode",
+            "--threads",
         ],
         ["--config"],
     ),
     "libra.figures": (
-        ["--output=a.png", "--model=none", "--image=none", "--prompt=x", "--config=mini/r50"], ["--dpi"], ["--config"],
+        ["--output=a.png", "--model=none", "--image=none", "--prompt=x", "--config=mini/r50"],
+        ["--dpi"],
+        ["--config"],
     ),
     "llava.eval.true_size": (
-        ["--config=llava7b_r50"], ["--layers", "--pairs", "--new-tokens", "--text-tokens", "--threads"], ["--config"],
+        ["--config=llava7b_r50"],
+        ["--layers", "--pairs", "--new-tokens", "--text-tokens", "--threads"],
+        ["--config"],
     ),
     "eval.run": (["--table=1", "--dry-run"], ["--limit", "--batch-size", "--processes"], []),
     "eval.throughput": ([], ["--batch-sizes", "--limit", "--repeats"], []),
@@ -179,5 +232,7 @@ def test_d1_command_lines(command, tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             main([*(word for word in base if not word.startswith(f"{flag}=")), f"{flag}={value}"])
         error = capsys.readouterr().err.rstrip("\n")
-        assert ended.value.code == 2 and error.startswith("error: ") and error.isprintable() and len(error) < 700, (flag, error)
+        assert (
+            ended.value.code == 2 and error.startswith("error: ") and error.isprintable() and len(error) < 700
+        ), (flag, error)
         assert flag in error or str(value)[:20].split("\n")[0] in error, (flag, value, error)

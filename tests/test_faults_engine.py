@@ -18,14 +18,15 @@ import torch
 from transformers import DynamicCache
 
 import libra
-from libra import Compression, kernels
+from libra import Compression
+from libra.budget import actual, kept, nominal
 from libra.config import ConfigError, Row
 from libra.flops import report
 from libra.merge import MERGERS
 from libra.methods import METHODS
-from libra.schedule import actual, kept, nominal
+from libra.ops import kernels
+from libra.ops.similarity import most_similar
 from libra.select import SELECTORS, top_of_span
-from libra.similarity import most_similar
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
 
@@ -43,10 +44,16 @@ def refused(error) -> str:
 
 
 def prompt(*parts: int, answer: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A row for tiny.hf_model from ids, each tiny.IMAGE an image; the last id is an answer where there are labels."""
-    ids = torch.tensor([[i for part in parts for i in ([part] * (tiny.IMAGE_TOKENS if part == tiny.IMAGE else 1))]])
+    """A row for tiny.hf_model from ids, each tiny.IMAGE an image; the last id is an answer where there are
+    labels."""
+    ids = torch.tensor(
+        [[i for part in parts for i in ([part] * (tiny.IMAGE_TOKENS if part == tiny.IMAGE else 1))]]
+    )
     draw = torch.Generator().manual_seed(seed)
-    given = {"input_ids": ids, "pixel_values": torch.randn(parts.count(tiny.IMAGE), 3, 56, 56, generator=draw)}
+    given = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(parts.count(tiny.IMAGE), 3, 56, 56, generator=draw),
+    }
     if answer:
         given["labels"] = torch.where(torch.arange(ids.shape[1]) == ids.shape[1] - 1, ids, -100)
     return given
@@ -60,7 +67,15 @@ OTHER = prompt(4, tiny.IMAGE, 11, 12, answer=True, seed=1)
 # --- B 13: layers default to each method's natural places ---
 
 PLACES = {
-    "libra": {12: (2, 5, 8), 32: (7, 15, 23), 40: (9, 19, 29), 28: (6, 13, 20), 6: (1, 2, 3), 2: (0, 1), 1: (0,)},
+    "libra": {
+        12: (2, 5, 8),
+        32: (7, 15, 23),
+        40: (9, 19, 29),
+        28: (6, 13, 20),
+        6: (1, 2, 3),
+        2: (0, 1),
+        1: (0,),
+    },
     "pyramiddrop": {12: (2, 5, 8), 32: (7, 15, 23), 2: (0,)},
     "fastv": {12: (1,), 32: (3,), 28: (3,), 24: (2,), 80: (9,), 1: (0,)},
 }
@@ -81,9 +96,17 @@ def test_b13_natural_places(method):
 
 def test_b13_a_wrong_layer_is_told_the_natural_ones():
     for keys, depth, words in (
-        (dict(method="libra", layers=(7, 15, 23)), 12, r"15 is out of range: .* 0 to 11; use for example \[2, 5, 8\]"),
+        (
+            dict(method="libra", layers=(7, 15, 23)),
+            12,
+            r"15 is out of range: .* 0 to 11; use for example \[2, 5, 8\]",
+        ),
         (dict(method="fastv", layers=(10**30,)), 12, r"10{30} is out of range: .*; use for example \[1\]"),
-        (dict(method="pyramiddrop", layers=(11,)), 12, r"11 is the last layer .*; use for example \[2, 5, 8\]"),
+        (
+            dict(method="pyramiddrop", layers=(11,)),
+            12,
+            r"11 is the last layer .*; use for example \[2, 5, 8\]",
+        ),
         (dict(method="pyramiddrop"), 1, "a model of 1 layers has no natural place"),
     ):
         with pytest.raises(ConfigError) as error:
@@ -149,10 +172,14 @@ def interrupted(module: torch.nn.Module, error: BaseException):
 @pytest.mark.parametrize("where", ["vision_tower", "language_model.layers.2", "lm_head"])
 @torch.no_grad()
 def test_b11_an_interrupted_call_leaves_nothing_behind(where, error):
-    """Neither its labels nor its choice of visual tokens; not even while its traceback is kept, as a notebook does."""
+    """Neither its labels nor its choice of visual tokens; not even while its traceback is kept, as a notebook
+    does."""
     model = tiny.hf_model()
     with libra.attach(model, LIBRA) as handle:
-        plain_loss, plain = model(**ONE).loss, model(input_ids=OTHER["input_ids"], pixel_values=OTHER["pixel_values"])
+        plain_loss, plain = (
+            model(**ONE).loss,
+            model(input_ids=OTHER["input_ids"], pixel_values=OTHER["pixel_values"]),
+        )
         stats = handle.stats
         for call in (model, model.model):
             module = model.lm_head if where == "lm_head" else model.model.get_submodule(where)
@@ -163,7 +190,9 @@ def test_b11_an_interrupted_call_leaves_nothing_behind(where, error):
                 assert kept.value.__traceback__ is not None
             again = model(input_ids=OTHER["input_ids"], pixel_values=OTHER["pixel_values"])
             assert again.loss is None and torch.equal(again.logits, plain.logits) and handle.stats == stats
-            body = model.model(input_ids=OTHER["input_ids"], pixel_values=OTHER["pixel_values"]).last_hidden_state
+            body = model.model(
+                input_ids=OTHER["input_ids"], pixel_values=OTHER["pixel_values"]
+            ).last_hidden_state
             assert torch.equal(model.lm_head(body), plain.logits)
             assert torch.equal(model(**ONE).loss, plain_loss)
             model(input_ids=OTHER["input_ids"], pixel_values=OTHER["pixel_values"])
@@ -171,7 +200,8 @@ def test_b11_an_interrupted_call_leaves_nothing_behind(where, error):
 
 @torch.no_grad()
 def test_b11_what_was_marked_goes_with_the_call():
-    """Marked visual tokens belong to one call, also to one that fails before it reaches them, and to their own thread."""
+    """Marked visual tokens belong to one call, also to one that fails before it reaches them, and to their
+    own thread."""
     model = tiny.hf_model()
     embeds = torch.randn(1, 9, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(9) > 3)[None] & (torch.arange(9) < 8)[None]
@@ -231,7 +261,9 @@ def test_b12_logits_to_keep_does_not_change_who_scores(keep):
     with libra.attach(model, Compression(method="fastv", layers=(1,), ratio=0.75)):
         want = model(**given).logits[:, -keep:]
         for cached in ({}, {"past_key_values": DynamicCache(), "use_cache": True}):
-            torch.testing.assert_close(model(**given, **cached, logits_to_keep=keep).logits, want, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                model(**given, **cached, logits_to_keep=keep).logits, want, atol=1e-5, rtol=1e-4
+            )
 
 
 # --- B 14: compact positions count on from a layer group's cache ---
@@ -250,7 +282,8 @@ def test_b14_compact_positions_after_a_prompt_that_ends_with_visual_tokens(door,
             given = prompt(5, 7, 3, tiny.IMAGE, *[8] * tail, seed=seed)
             seen = []
             hook = model.model.language_model.register_forward_pre_hook(
-                lambda module, args, kwargs, seen=seen: seen.append(kwargs["inputs_embeds"][0]), with_kwargs=True
+                lambda module, args, kwargs, seen=seen: seen.append(kwargs["inputs_embeds"][0]),
+                with_kwargs=True,
             )
             model(**given)
             hook.remove()
@@ -282,10 +315,13 @@ def test_b15_vanilla_compresses_nothing():
 
 @TORCH_AND_TRITON
 def test_b15_no_cosine_is_above_one(search):
-    """Pairs of the same token at every length and scale, some of which come out as 1.0000001 without a limit."""
+    """Pairs of the same token at every length and scale, some of which come out as 1.0000001 without a
+    limit."""
     draw, found = torch.Generator().manual_seed(0), []
     for width in (3, 7, 24):
-        tokens = torch.randn(1, 40, width, generator=draw) * 10 ** torch.empty(1, 40, 1).uniform_(-2, 2, generator=draw)
+        tokens = torch.randn(1, 40, width, generator=draw) * 10 ** torch.empty(1, 40, 1).uniform_(
+            -2, 2, generator=draw
+        )
         groups = torch.arange(40)[None]
         for sign in (1, -1):
             found.append(search(tokens, sign * tokens, (groups, groups))[0])
@@ -306,7 +342,9 @@ def test_b15_at_tau_one_nothing_merges():
 def test_b15_the_first_of_equal_targets_wins_in_every_batch(search):
     """A matrix product rounds its last columns otherwise than its first ones."""
     draw = torch.Generator().manual_seed(0)
-    for width, count in ((141, 7), (64, 33), (100, 18), (257, 9)) if search is not kernels.most_similar else ((37, 33),):
+    for width, count in (
+        ((141, 7), (64, 33), (100, 18), (257, 9)) if search is not kernels.most_similar else ((37, 33),)
+    ):
         others = torch.randn(1, count, width, generator=draw)
         for first, last in itertools.combinations((0, 3, count - 1), 2):
             twins = others.clone()
@@ -318,7 +356,8 @@ def test_b15_the_first_of_equal_targets_wins_in_every_batch(search):
 
 
 def test_b15_ties_of_information_do_not_depend_on_the_batch():
-    """Equal α: tokens that have a twin are all equally redundant, and so are two that are each other's nearest."""
+    """Equal α: tokens that have a twin are all equally redundant, and so are two that are each other's
+    nearest."""
     draw = torch.Generator().manual_seed(1)
     one, noise = torch.randn(1, 40, 33, generator=draw), torch.randn(1, 40, 33, generator=draw)
     twins = torch.stack([one, 3 * one], 2).flatten(1, 2)
@@ -347,7 +386,10 @@ def own():
 
     def own(function=None, **keys):
         """The outcome on two ragged rows of two spans."""
-        hidden, alpha = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0)), torch.rand(2, 12) + 0.1
+        hidden, alpha = (
+            torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0)),
+            torch.rand(2, 12) + 0.1,
+        )
         return libra.compress(hidden, alpha, Compression(ratio=0.5, **keys), spans=[[8, 4], [6, 3]])
 
     yield own
@@ -357,11 +399,23 @@ def own():
 
 
 SELECTS = {
-    "nobody": (lambda x, c: torch.zeros_like(x.layout.valid), "chose 0 targets in span 0 of row 0, which keeps 4"),
+    "nobody": (
+        lambda x, c: torch.zeros_like(x.layout.valid),
+        "chose 0 targets in span 0 of row 0, which keeps 4",
+    ),
     "everybody": (lambda x, c: x.layout.valid, "chose 8 targets in span 0 of row 0, which keeps 4"),
-    "another span's": (lambda x, c: top_of_span(-x.layout.index.float().expand(2, -1), x.layout).roll(2, 1), "chose"),
-    "padding": (lambda x, c: top_of_span(x.importance, x.layout) | ~x.layout.valid, "in the padding of row 1, which keeps 0"),
-    "numbers": (lambda x, c: x.importance, r"returned \(2, 12\) torch.float32; it has to return \(2, 12\) bool"),
+    "another span's": (
+        lambda x, c: top_of_span(-x.layout.index.float().expand(2, -1), x.layout).roll(2, 1),
+        "chose",
+    ),
+    "padding": (
+        lambda x, c: top_of_span(x.importance, x.layout) | ~x.layout.valid,
+        "in the padding of row 1, which keeps 0",
+    ),
+    "numbers": (
+        lambda x, c: x.importance,
+        r"returned \(2, 12\) torch.float32; it has to return \(2, 12\) bool",
+    ),
     "a row": (lambda x, c: x.layout.valid[0], r"returned \(12,\) torch.bool"),
     "nothing": (lambda x, c: None, "returned NoneType"),
 }
@@ -377,10 +431,19 @@ def test_b16_a_select_keeps_to_the_contract(own, name):
 
 
 MERGES = {
-    "a slot that is not there": (lambda m: (m.own_slot.masked_fill(~m.is_target, 99), m.pull), "slot 99; a target stays"),
+    "a slot that is not there": (
+        lambda m: (m.own_slot.masked_fill(~m.is_target, 99), m.pull),
+        "slot 99; a target stays",
+    ),
     "another span's target": (lambda m: (m.own_slot.masked_fill(~m.is_target, 5), m.pull), "slot 5; "),
-    "targets that move": (lambda m: (torch.full_like(m.own_slot, m.compensation), m.pull), "a target stays in its own slot"),
-    "everybody dropped": (lambda m: (torch.full_like(m.own_slot, -1), m.pull), "a target stays in its own slot"),
+    "targets that move": (
+        lambda m: (torch.full_like(m.own_slot, m.compensation), m.pull),
+        "a target stays in its own slot",
+    ),
+    "everybody dropped": (
+        lambda m: (torch.full_like(m.own_slot, -1), m.pull),
+        "a target stays in its own slot",
+    ),
     "NaN": (lambda m: (m.nearest[1], m.pull * torch.nan), "a weight's logit nan"),
     "infinite": (lambda m: (m.nearest[1], (m.pull * 0).log()), "a weight's logit -inf"),
     "floats for slots": (lambda m: (m.nearest[1].float(), m.pull), "torch.float32 slots"),
@@ -430,7 +493,9 @@ def test_b16_taken_names_are_refused(own):
             with pytest.raises(ValueError, match="takes a name: write @register_") as error:
                 register(name)
             refused(error)
-        assert register("own")(mine) is mine and register("own")(mine) is mine  # a notebook's cell that is run again
+        assert (
+            register("own")(mine) is mine and register("own")(mine) is mine
+        )  # a notebook's cell that is run again
         with pytest.raises(ValueError, match="own is taken by"):
             register("own")(lambda candidates, c: None)
     assert SELECTORS["topk"].__module__ == "libra.select"
@@ -445,7 +510,11 @@ def test_e3_halves_go_to_the_even_number():
         for top in range(0, bottom, max(1, bottom // 20)):
             for n in (*range(1, 26), 75, 135, 256, 576, 2880):
                 exact = (1 - Fraction(top, bottom)) * n
-                for name, whole in (("round", round(exact)), ("floor", exact.__floor__()), ("ceil", exact.__ceil__())):
+                for name, whole in (
+                    ("round", round(exact)),
+                    ("floor", exact.__floor__()),
+                    ("ceil", exact.__ceil__()),
+                ):
                     assert kept(n, top / bottom, name) == min(n, max(1, whole)), (n, top, bottom, name)
                 wrong += round((1 - top / bottom) * n) != round(exact)
     assert wrong > 5  # floats would have got that many wrong, such as 4.5 of 15 at 0.7
@@ -460,7 +529,8 @@ def test_e3_ratio_zero_changes_no_bit_of_a_float64_model(method):
     ids = torch.tensor([[5, 7, *[tiny.IMAGE] * 16, 6], [0, 5, *[tiny.IMAGE] * 16, 8]])
     draw = torch.Generator().manual_seed(0)
     given = dict(
-        input_ids=ids, attention_mask=(ids > 0).long(),
+        input_ids=ids,
+        attention_mask=(ids > 0).long(),
         pixel_values=torch.randn(2, 3, 56, 56, generator=draw, dtype=torch.float64),
     )
     rows = tiny.collate([tiny.row("t3 v12 t4", 1), tiny.row("t2 v5 t1", 2)])
@@ -497,10 +567,18 @@ def test_e3_odd_inputs_of_compress_are_sentences():
             libra.compress(*given, Compression())
         refused(error)
     for keys in (
-        {"lengths": [5.5, 6]}, {"lengths": torch.tensor([5.0, 6.5])}, {"lengths": 6}, {"lengths": ["6", "6"]},
-        {"lengths": [[6], [6]]}, {"spans": [6, 6]}, {"spans": [[3, 3], None]}, {"spans": [[-1, 7], [6]]},
+        {"lengths": [5.5, 6]},
+        {"lengths": torch.tensor([5.0, 6.5])},
+        {"lengths": 6},
+        {"lengths": ["6", "6"]},
+        {"lengths": [[6], [6]]},
+        {"spans": [6, 6]},
+        {"spans": [[3, 3], None]},
+        {"spans": [[-1, 7], [6]]},
     ):
-        with pytest.raises(ValueError, match="lengths and spans must describe 2 rows|every row needs 1 to 6") as error:
+        with pytest.raises(
+            ValueError, match="lengths and spans must describe 2 rows|every row needs 1 to 6"
+        ) as error:
             libra.compress(hidden, alpha, Compression(), **keys)
         refused(error)
     nan[1, 2] = 0.5
@@ -515,7 +593,11 @@ def test_e3_odd_inputs_of_compress_are_sentences():
 def test_b17_the_docs_know_sparsevlms_lists():
     text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
     said = " ".join(text[text.index("**SparseVLM**") :].split("\n\n")[0].split())
-    assert "fixed list" in said and "300, 200, 110" in said and "is not a number of the configuration" not in said
+    assert (
+        "fixed list" in said
+        and "300, 200, 110" in said
+        and "is not a number of the configuration" not in said
+    )
 
 
 # --- D 7: what cannot work is a sentence ---
@@ -530,7 +612,9 @@ def test_d7_a_compressed_cache_without_its_compression():
         cache = model(**given, use_cache=True).past_key_values
         model(**follow, past_key_values=cache)
         even = model(torch.tensor([[5, 6]]), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"filled with compression after layers \[1, 3\].* start with an empty cache") as error:
+    with pytest.raises(
+        ValueError, match=r"filled with compression after layers \[1, 3\].* start with an empty cache"
+    ) as error:
         model(**follow, past_key_values=cache)
     refused(error)
     assert model(**follow, past_key_values=even).logits.shape[1] == 1
@@ -590,7 +674,9 @@ def test_e2_a_dropped_handle_says_so_and_the_model_can_be_given_back():
     libra.attach(model, LIBRA)
     with pytest.warns(UserWarning, match=r"handle of libra.attach is gone .* libra\.detach\(model\)"):
         assert model(**given).logits.shape[1] < before.shape[1]
-    with pytest.raises(ValueError, match=r"attached to this model already; detach it first, .* libra\.detach\(model\)"):
+    with pytest.raises(
+        ValueError, match=r"attached to this model already; detach it first, .* libra\.detach\(model\)"
+    ):
         libra.attach(model, LIBRA)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -607,7 +693,9 @@ def test_e2_a_dropped_handle_says_so_and_the_model_can_be_given_back():
 @pytest.fixture(scope="module")
 def seeing():
     """A llava model with its vision tower, of 36 visual tokens an image, and its tokenizer."""
-    tokenizer, model, processor, _ = load_pretrained_model(str(ROOT / "mini" / "checkpoint"), None, "llava", device="cpu")
+    tokenizer, model, processor, _ = load_pretrained_model(
+        str(ROOT / "mini" / "checkpoint"), None, "llava", device="cpu"
+    )
     return model, tokenizer, processor
 
 
@@ -629,12 +717,16 @@ def test_b10_llava_refuses_more_images_than_places(seeing):
             lambda ids, images: model(ids, images=images),
             lambda ids, images: model(ids, images=images, labels=ids.clamp(min=0)),
             lambda ids, images: model.generate(ids, images=images, max_new_tokens=1, pad_token_id=0),
-            lambda ids, images: model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, images),
+            lambda ids, images: model.prepare_inputs_labels_for_multimodal(
+                ids, None, None, None, None, images
+            ),
         )
         for call in calls:
             call(PLACE, pictures(model, 2))
             for count in (1, 3):
-                with pytest.raises(ValueError, match=f"the prompts need 2 images .* but {count} were given") as error:
+                with pytest.raises(
+                    ValueError, match=f"the prompts need 2 images .* but {count} were given"
+                ) as error:
                     call(PLACE, pictures(model, count))
                 refused(error)
     model.set_compression(None)
@@ -643,13 +735,16 @@ def test_b10_llava_refuses_more_images_than_places(seeing):
 @torch.no_grad()
 def test_d7_llava_reads_its_prompt_in_one_piece(seeing):
     model = seeing[0]
-    with pytest.raises(ValueError, match="prefill_chunk_size: a llava model reads its prompt in one piece") as error:
+    with pytest.raises(
+        ValueError, match="prefill_chunk_size: a llava model reads its prompt in one piece"
+    ) as error:
         model.generate(PLACE, images=pictures(model, 2), prefill_chunk_size=8)
     refused(error)
 
 
 def between(trace) -> Compression:
-    """A compression whose τ lies between the least similar tokens of two rows, so that one gets a compensation token."""
+    """A compression whose τ lies between the least similar tokens of two rows, so that one gets a
+    compensation token."""
     least = [float(row.stages[0].similarity.min()) for row in trace]
     return Compression(layers=(1,), tau=sum(least) / 2)
 
@@ -694,8 +789,12 @@ def test_d9_attach_tells_on_which_side_the_logits_are_padded(labelled):
         c = between(handle.trace)
     with libra.attach(model, c) as handle:
         logits, stats = model(**given).logits, handle.stats
-        assert sorted(stats["columns"]) == [logits.shape[1] - 1, logits.shape[1]] and stats["padding"] == "left"
+        assert (
+            sorted(stats["columns"]) == [logits.shape[1] - 1, logits.shape[1]] and stats["padding"] == "left"
+        )
         for b in range(2):
             alone = model(**{name: value[b : b + 1] for name, value in given.items()}).logits[0]
-            assert handle.stats["padding"] is None and handle.stats["columns"] == [len(alone)] == [stats["columns"][b]]
+            assert handle.stats["padding"] is None and handle.stats["columns"] == [len(alone)] == [
+                stats["columns"][b]
+            ]
             torch.testing.assert_close(logits[b, -len(alone) :], alone, atol=1e-4, rtol=1e-4)

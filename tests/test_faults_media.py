@@ -1,5 +1,5 @@
-"""The faults of pictures, sizes and videos that were found by using the product, one test an entry; those of the running page
-stand in test_web.py and every odd file at every entry point in test_media.py."""
+"""The faults of pictures, sizes and videos that were found by using the product, one test an entry; those of
+the running page stand in test_web.py and every odd file at every entry point in test_media.py."""
 
 import os
 import resource
@@ -56,19 +56,38 @@ def training_on(loaded, folder: Path, *names: str, **settings) -> LazySupervised
     samples = [{"image": name, "conversations": TURNS} for name in names]
     template = training_template("v1")
     return LazySupervisedDataset(
-        samples, tokenizer, template, processor, settings.pop("pictures", pictures), str(folder), str(folder), 1024, **settings
+        samples,
+        tokenizer,
+        template,
+        processor,
+        settings.pop("pictures", pictures),
+        str(folder),
+        str(folder),
+        1024,
+        **settings,
     )
 
 
 def test_a2_a_picture_that_would_fill_memory_is_one_sentence_everywhere(loaded, tmp_path, capsys):
-    """At the commands before a model is loaded; in training the sample is skipped and counted; on the page at its field."""
+    """At the commands before a model is loaded; in training the sample is skipped and counted; on the page at
+    its field."""
     bad = odd_files.write_bad(tmp_path)
     names = ("stick.png", "longer stick.png", "flat.png", "wide.png", "bomb.png")
-    drawing = ("--model", "none", "--prompt", "?", "--config", ROOT / "configs/mini/r50.yaml", "--output", "a.pdf")
+    drawing = (
+        "--model",
+        "none",
+        "--prompt",
+        "?",
+        "--config",
+        ROOT / "configs/mini/r50.yaml",
+        "--output",
+        "a.pdf",
+    )
     for name in names:
         path, options = tmp_path / name, ("--model-path", "none", "--image-file", tmp_path / name)
         said = {
-            refused(run_llava.main, capsys, *options, "--query", "what ?"), refused(cli.main, capsys, *options),
+            refused(run_llava.main, capsys, *options, "--query", "what ?"),
+            refused(cli.main, capsys, *options),
             refused(figures.main, capsys, *drawing, "--image", path),
         }
         assert len(said) == 1 and bad[name] in said.pop()
@@ -84,8 +103,11 @@ def test_a3_the_commands_refuse_what_never_ends(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     with serving() as server:
         server.bodies = {"/endless": endless}
-        for name, sentence in ((tmp_path / "pipe", "not a regular file"), ("/dev/zero", "not a regular file"),
-                               (f"{server.address}/endless", "more than 268,435,456 bytes")):
+        for name, sentence in (
+            (tmp_path / "pipe", "not a regular file"),
+            ("/dev/zero", "not a regular file"),
+            (f"{server.address}/endless", "more than 268,435,456 bytes"),
+        ):
             options = ("--model-path", "none", "--image-file", name)
             assert sentence in refused(run_llava.main, capsys, *options, "--query", "what ?")
 
@@ -108,16 +130,26 @@ def test_a2_a_size_is_refused_before_anything_is_allocated(loaded, tmp_path):
                 process_images([Image.new("1", size)], processor, config)
     for points in ([[10**6, 10**6]], [[0, 96]], [[-96, 96]]):
         with pytest.raises(ValueError, match="image_grid_pinpoints"):
-            process_images([Image.new("1", (9, 9))], processor, SimpleNamespace(
-                image_aspect_ratio="anyres", image_grid_pinpoints=points
-            ))
+            process_images(
+                [Image.new("1", (9, 9))],
+                processor,
+                SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=points),
+            )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
 
 
 def test_a3_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("/dev/zero")
-    for path in (tmp_path / "pipe.png", tmp_path / "link.png", "/dev/zero", tmp_path, "none.png", "a\0b", "x" * 5000):
+    for path in (
+        tmp_path / "pipe.png",
+        tmp_path / "link.png",
+        "/dev/zero",
+        tmp_path,
+        "none.png",
+        "a\0b",
+        "x" * 5000,
+    ):
         with pytest.raises(ValueError, match="cannot be opened") as refused:
             media.open_image(path)
         assert len(str(refused.value)) < 400
@@ -165,25 +197,41 @@ def test_a3_downloads_end_and_private_networks_are_closed(odd):
     limits = media.Limits(bytes=100_000, seconds=1.0, addresses="any")
     with serving() as server:
         server.bodies = {
-            "/a.png": image.read_bytes(), "/endless": endless, "/drip": dripping("body"), "/heads": dripping("head"),
-            "/packed": packed, "/loop": redirecting("/loop"), "/to/a": redirecting("/a.png"), "/file": redirecting("file:///etc/passwd"),
-            "/text": b"no image", "/long": b"x" * 100_001,
+            "/a.png": image.read_bytes(),
+            "/endless": endless,
+            "/drip": dripping("body"),
+            "/heads": dripping("head"),
+            "/packed": packed,
+            "/loop": redirecting("/loop"),
+            "/to/a": redirecting("/a.png"),
+            "/file": redirecting("file:///etc/passwd"),
+            "/text": b"no image",
+            "/long": b"x" * 100_001,
         }
         for path in ("/a.png", "/to/a"):
             assert np.array_equal(media.open_image(server.address + path, limits), pixels)
         start = time.monotonic()
         for path, sentence in {
-            "/endless": "it has more than 100,000 bytes", "/long": "it has more than 100,000 bytes",
-            "/drip": "it takes longer than 1 seconds", "/heads": "it takes longer than 1 seconds", "/packed": "sends it packed",
-            "/loop": "redirects more than 5 times", "/file": "is not valid", "/none": "answers 404 Not Found",
+            "/endless": "it has more than 100,000 bytes",
+            "/long": "it has more than 100,000 bytes",
+            "/drip": "it takes longer than 1 seconds",
+            "/heads": "it takes longer than 1 seconds",
+            "/packed": "sends it packed",
+            "/loop": "redirects more than 5 times",
+            "/file": "is not valid",
+            "/none": "answers 404 Not Found",
         }.items():
-            with pytest.raises(ValueError, match=f"the image {server.address}{path} cannot be fetched: .*{sentence}"):
+            with pytest.raises(
+                ValueError, match=f"the image {server.address}{path} cannot be fetched: .*{sentence}"
+            ):
                 media.open_image(server.address + path, limits)
         assert time.monotonic() - start < 10
         with pytest.raises(ValueError, match="in no known format"):
             media.open_image(f"{server.address}/text", limits)
-        for limits, sentence in ((media.FILES, "is an address, which is not taken here"),
-                                 (media.Limits(addresses="public"), "on this machine or in a private network")):
+        for limits, sentence in (
+            (media.FILES, "is an address, which is not taken here"),
+            (media.Limits(addresses="public"), "on this machine or in a private network"),
+        ):
             with pytest.raises(ValueError, match=sentence):
                 media.open_image(f"{server.address}/a.png", limits)
         port = server.server_address[1]
@@ -206,14 +254,17 @@ def test_b9_a_folder_of_frames_is_in_natural_order_and_holds_pictures_only(tmp_p
     (tmp_path / ".hidden.png").write_bytes(b"no image")
     (tmp_path / "sub.png").mkdir()
     frames = load_frames(tmp_path, num_frames=12)
-    assert [frame.getpixel((0, 0))[0] // 20 for frame in frames] == [round((i + 0.5) * 11 / 12 + 1e-6) for i in range(12)]
+    assert [frame.getpixel((0, 0))[0] // 20 for frame in frames] == [
+        round((i + 0.5) * 11 / 12 + 1e-6) for i in range(12)
+    ]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no pictures"):
         load_frames(tmp_path / "empty")
 
 
 def write_film(path: Path, times: list[int], matrix: tuple[int, ...] | None = None) -> None:
-    """Frames of 64 x 48 with a green corner, each brighter than the one before, from ``times`` on in hundredths of a second."""
+    """Frames of 64 x 48 with a green corner, each brighter than the one before, from ``times`` on in
+    hundredths of a second."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=100)
@@ -235,7 +286,8 @@ def write_film(path: Path, times: list[int], matrix: tuple[int, ...] | None = No
 def test_b9_a_video_is_turned_by_its_matrix(tmp_path):
     one, last = 65536, 1 << 30
     corners = {  # where the green corner of the stored frames is shown
-        (one, 0, 0, 0, one, 0, 0, 0, last): "top left", (0, one, 0, -one, 0, 0, 48 * one, 0, last): "top right",
+        (one, 0, 0, 0, one, 0, 0, 0, last): "top left",
+        (0, one, 0, -one, 0, 0, 48 * one, 0, last): "top right",
         (-one, 0, 0, 0, -one, 0, 64 * one, 48 * one, last): "bottom right",
         (0, -one, 0, one, 0, 0, 0, 64 * one, last): "bottom left",
     }
@@ -245,8 +297,12 @@ def test_b9_a_video_is_turned_by_its_matrix(tmp_path):
         turned = corner in ("top right", "bottom left")
         assert frame.size == ((48, 64) if turned else (64, 48))
         pixels = np.asarray(frame)[:, :, 1] > 128
-        half = {"top left": pixels[:8, :8], "top right": pixels[:8, -8:], "bottom right": pixels[-8:, -8:],
-                "bottom left": pixels[-8:, :8]}
+        half = {
+            "top left": pixels[:8, :8],
+            "top right": pixels[:8, -8:],
+            "bottom right": pixels[-8:, -8:],
+            "bottom left": pixels[-8:, :8],
+        }
         assert {name for name, part in half.items() if part.mean() > 0.5} == {corner}
 
 
@@ -258,7 +314,11 @@ def test_b9_a_part_of_a_video_goes_by_the_frames_own_times(tmp_path):
         frames = load_frames(tmp_path / "a.mp4", count, s=start, e=end)
         return [round(np.asarray(frame)[30:, 30:, 0].mean() / 6) for frame in frames]
 
-    assert shown(5, 2.4, 2.8) == [4, 5, 6, 7, 8] and shown(1, 1.0, 2.0) == [4] and shown(4, 0.0, 0.4) == [0, 1, 2, 3]
+    assert (
+        shown(5, 2.4, 2.8) == [4, 5, 6, 7, 8]
+        and shown(1, 1.0, 2.0) == [4]
+        and shown(4, 0.0, 0.4) == [0, 1, 2, 3]
+    )
     with pytest.raises(ValueError, match="no frame in the part asked for"):
         load_frames(tmp_path / "a.mp4", 3, s=9.0, e=10.0)
 
@@ -284,11 +344,16 @@ def test_e6_an_image_that_would_lose_its_tiles_is_refused(tmp_path):
     chat = Session(*loaded, "llava_llama_3")
     Image.new("RGB", (50, 1)).save(tmp_path / "line.png")
     Image.new("RGB", (50, 20)).save(tmp_path / "wide.png")
-    with pytest.raises(ValueError, match=r"the image is too narrow \(50 x 1 pixels\): none of its tiles' tokens would be left"):
+    with pytest.raises(
+        ValueError,
+        match=r"the image is too narrow \(50 x 1 pixels\): none of its tiles' tokens would be left",
+    ):
         chat.show(tmp_path / "line.png")
     assert chat.pictures == [] and chat.show(tmp_path / "wide.png").tokens > 17
     tower, config = model.get_vision_tower(), model.config
-    counts = VisualTokens(tower.num_patches, tower.config.image_size, config.mm_patch_merge_type, config.image_grid_pinpoints)
+    counts = VisualTokens(
+        tower.num_patches, tower.config.image_size, config.mm_patch_merge_type, config.image_grid_pinpoints
+    )
     data = training_on(loaded, tmp_path, "line.png", "wide.png", pictures=config, visual_tokens=counts)
     assert [bool(data[0]["unreadable"]), bool(data[1]["unreadable"])] == [True, False]
 
@@ -304,10 +369,18 @@ def test_e7_special_tokens_that_somebody_types_are_text(loaded):
         turn = chat.conversation.copy()
         turn.messages = turn.messages[-2:]
         turn.messages[1][1] = None
-        return [token for token in tokenizer_image_token(turn.get_prompt(), tokenizer) if token in special or token < 0]
+        return [
+            token
+            for token in tokenizer_image_token(turn.get_prompt(), tokenizer)
+            if token in special or token < 0
+        ]
 
     plain = specials("what digit is it ?")
     for typed in ("what </s> is it ?", "</s></s> <s>what", "<</s>/s> it"):
         assert specials(typed) == specials(typed, typed_places=False) == plain, typed
-    for typed in ("what is <image> it ?", "<image><image> <image-placeholder>", "<video> </s> <<image>image>"):
+    for typed in (
+        "what is <image> it ?",
+        "<image><image> <image-placeholder>",
+        "<video> </s> <<image>image>",
+    ):
         assert specials(typed, typed_places=False) == plain, typed

@@ -22,7 +22,7 @@ from libra import identity
 from libra.config import Row
 from libra.identity import checkpoint_identity, code_digests, digest, file_digest
 from libra.mini.questions import TYPES
-from libra.provenance import require_clean
+from libra.utils.provenance import require_clean
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = get_table(1)
@@ -51,20 +51,28 @@ def shown_rows(text: str) -> list[str]:
 
 # A wrong result without a word.
 
+
 def test_b1_a_row_edited_while_its_table_runs_takes_no_part_in_it(make_plan, tmp_path):
     output, row = tmp_path / "table1", tmp_path / "configs" / "mini" / "r50.yaml"
     plan = make_plan()
     row.write_text(row.read_text().replace("ratio: 0.5", "ratio: 0.8"))
     assert Row.from_yaml(row).compression.ratio == 0.8
-    assert run.fill(plan.cells, plan.manifest, output, settings_for(output), ["cpu"], "command", ratio_as_score) == (0, [])
+    assert run.fill(
+        plan.cells, plan.manifest, output, settings_for(output), ["cpu"], "command", ratio_as_score
+    ) == (0, [])
     cell = read_cell(plan.cells[0].path(output))
-    assert cell["settings"]["row"]["compression"]["ratio"] == 0.5 and cell["score"] == 50.0  # settings and answers agree
+    assert (
+        cell["settings"]["row"]["compression"]["ratio"] == 0.5 and cell["score"] == 50.0
+    )  # settings and answers agree
     shown = table_rows(report.write_report(output, TABLE, plan=plan), "## The embedded model")
     assert shown["Libra-Merging, 50%"][5] == "50.0"  # the run's own table has it, under the row as it was
     again = make_plan()
     assert not again.cells[0].is_finished(output)  # and the edited row is another one
     text = report.write_report(output, TABLE, plan=again)
-    assert "No cell has been computed yet." in text and "- left out: 1 cell with ratio 0.5, not 0.8 (r50, color)" in text
+    assert (
+        "No cell has been computed yet." in text
+        and "- left out: 1 cell with ratio 0.5, not 0.8 (r50, color)" in text
+    )
 
 
 @pytest.mark.parametrize("changed", ["checkpoint", "code", "benchmark"])
@@ -78,7 +86,9 @@ def test_b1_what_changes_between_plan_and_worker_fails_the_cell(make_plan, tmp_p
         (tmp_path / "color.parquet").write_bytes(b"others")
     else:
         loaded[changed] = {"sha256": "another"}
-    with pytest.raises(ValueError, match=f"^the {changed} changed after the run was planned; run the same command again$"):
+    with pytest.raises(
+        ValueError, match=f"^the {changed} changed after the run was planned; run the same command again$"
+    ):
         check_unchanged(cell, loaded)
 
 
@@ -90,15 +100,32 @@ def checkpoint(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"mm_vision_tower": "tower"}))
     (folder.parent / "tower" / "config.json").write_text("{}")
-    for name in ("model.safetensors", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "README.md"):
+    for name in (
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "README.md",
+    ):
         (folder / name).write_text("1")
     return folder
 
 
-@pytest.mark.parametrize("file", [
-    "config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja",
-    "../tower/config.json", "../tower/model.safetensors", "additional_chat_templates/x.jinja",
-])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "../tower/config.json",
+        "../tower/model.safetensors",
+        "additional_chat_templates/x.jinja",
+    ],
+)
 def test_b2_everything_that_can_change_an_answer_changes_the_checkpoint(checkpoint, file):
     before = checkpoint_identity(str(checkpoint))
     assert checkpoint_identity(str(checkpoint)) == before
@@ -147,7 +174,9 @@ def test_b2_a_hub_name_counts_with_its_revision(tmp_path, monkeypatch):
         for revision in ("a" * 40, "b" * 40):
             place = tmp_path / f"models--{name.replace('/', '--')}"
             (place / "snapshots" / revision).mkdir(parents=True)
-            (place / "snapshots" / revision / "config.json").write_text(json.dumps({"mm_vision_tower": "org/tower"}))
+            (place / "snapshots" / revision / "config.json").write_text(
+                json.dumps({"mm_vision_tower": "org/tower"})
+            )
             (place / "refs").mkdir(exist_ok=True)
             (place / "refs" / "main").write_text(revision)
     now = {"hub": "org/model", "revision": "b" * 40, "tower": {"hub": "org/tower", "revision": "b" * 40}}
@@ -171,11 +200,16 @@ def test_b2_code_counts_by_what_it_says_wherever_it_stands(tmp_path):
 
     before = digest_of(texts)
     joined = '"""Both."""\nimport torch\ndef step(n): return weights(n)\n\ndef weights(n):\n  return (torch.ones(n)\n / n)\n'
-    moved = {"ops/merge.py": texts["merge.py"], "step.py": texts["step.py"].replace(".merge", "pack.ops.merge")}
+    moved = {
+        "ops/merge.py": texts["merge.py"],
+        "step.py": texts["step.py"].replace(".merge", "pack.ops.merge"),
+    }
     assert digest_of({"one.py": joined}) == digest_of(moved) == before
     for name, old, new in (
-        ("merge.py", "/ n ", "* n "), ("merge.py", "import torch", "import numpy as torch"),
-        ("step.py", "weights(n)", "weights(1)"), ("step.py", "import weights", "import other as weights"),
+        ("merge.py", "/ n ", "* n "),
+        ("merge.py", "import torch", "import numpy as torch"),
+        ("step.py", "weights(n)", "weights(1)"),
+        ("step.py", "import weights", "import other as weights"),
     ):
         assert digest_of({**texts, name: texts[name].replace(old, new)}) != before
     # Of two functions of one name it matters which is imported.
@@ -204,13 +238,18 @@ def test_b2_and_c1_the_models_own_log_keeps_rows_apart_and_a_lost_answer_comes_f
     log, batches = tmp_path / "log.jsonl", []
 
     def answers(row: str, texts=questions) -> list[str]:
-        model = LibraModel(Row.from_yaml(ROOT / f"configs/mini/{row}.yaml"), device="cpu", batch_size=3, sample_log=str(log))
+        model = LibraModel(
+            Row.from_yaml(ROOT / f"configs/mini/{row}.yaml"), device="cpu", batch_size=3, sample_log=str(log)
+        )
         model.task_dict = {"t": {"test": documents}}
         plain = model.engine.generate
-        model.engine.generate = lambda samples, options: batches.append(len(samples)) or plain(samples, options)
+        model.engine.generate = lambda samples, options: (
+            batches.append(len(samples)) or plain(samples, options)
+        )
         options = {"max_new_tokens": 4}
         requests = [
-            SimpleNamespace(args=(text, options, lambda doc: doc["images"], i, "t", "test")) for i, text in enumerate(texts)
+            SimpleNamespace(args=(text, options, lambda doc: doc["images"], i, "t", "test"))
+            for i, text in enumerate(texts)
         ]
         said = model.generate_until(requests)
         model.sample_log.close()
@@ -225,7 +264,12 @@ def test_b2_and_c1_the_models_own_log_keeps_rows_apart_and_a_lost_answer_comes_f
     lines = log.read_bytes().splitlines(True)
     assert len(lines) == 7
     log.write_bytes(b"".join([lines[0], lines[1][:20] + b"\n", *lines[2:6]]))
-    assert answers("r50") == first and batches == [3, 3, 3, 3]  # not alone: in another batch it may round otherwise
+    assert answers("r50") == first and batches == [
+        3,
+        3,
+        3,
+        3,
+    ]  # not alone: in another batch it may round otherwise
     assert len(log.read_bytes().splitlines()) == 7
 
 
@@ -248,16 +292,21 @@ def test_b3_only_cells_that_fit_are_shown_and_the_others_named(tmp_path):
         stored(TABLE, "turbo", "mini_color", share(10), run={**RUN, "checkpoint": {"sha256": "other"}}),
         stored(TABLE, "random", "mini_color", share(10), run={**RUN, "code": {"libra": "old"}}),
         stored(TABLE, "blind", "mini_color", share(10), run={**RUN, "dtype": "float16"}),
-        stored(TABLE, "r50", "mini_reading", share(10), settings={**fits[1]["settings"], "data": {"sha256": "d"}}),
+        stored(
+            TABLE, "r50", "mini_reading", share(10), settings={**fits[1]["settings"], "data": {"sha256": "d"}}
+        ),
         stored(TABLE, "vanilla", "mini_reading", share(10), date=late),
     ]
     text = report.write_report(put(tmp_path, *fits, *others), TABLE)
     rows = table_rows(text, "## The embedded model")
     assert shown_rows(text) == ["vanilla", "Libra-Merging, 50%"] and rows["Libra-Merging, 50%"][1] == ""
     for line in (
-        "1 cell with ratio 0.9, not 0.6667 (r67, color)", "1 cell with limit 20, not none (fastv, color)",
-        "1 cell with another checkpoint (turbo, color)", "1 cell with other code (random, color)",
-        "1 cell with dtype float16, not float32 (blind, color)", "1 cell with other questions (r50, reading)",
+        "1 cell with ratio 0.9, not 0.6667 (r67, color)",
+        "1 cell with limit 20, not none (fastv, color)",
+        "1 cell with another checkpoint (turbo, color)",
+        "1 cell with other code (random, color)",
+        "1 cell with dtype float16, not float32 (blind, color)",
+        "1 cell with other questions (r50, reading)",
     ):
         assert f"- left out: {line}\n" in text
     csv = (tmp_path / "table1.csv").read_text()
@@ -270,14 +319,29 @@ def test_b3_another_checkpoint_stands_in_heading_captions_and_command(make_plan,
     plan = make_plan(checkpoint=str(other))
     assert plan.cells[0].other == str(other)
     assert make_plan(checkpoint="mini/checkpoint").cells[0].other is None
-    assert make_plan(checkpoint="mini/checkpoint").cells[0].config_hash == plan.cells[0].config_hash  # the same weights
-    arguments = ["--table", "1", "--rows", "r50", "--checkpoint", str(other), "--dtype", "bfloat16", "--batch-size", "2"]
+    assert (
+        make_plan(checkpoint="mini/checkpoint").cells[0].config_hash == plan.cells[0].config_hash
+    )  # the same weights
+    arguments = [
+        "--table",
+        "1",
+        "--rows",
+        "r50",
+        "--checkpoint",
+        str(other),
+        "--dtype",
+        "bfloat16",
+        "--batch-size",
+        "2",
+    ]
     told = run.command(run.parser().parse_args(arguments))
     assert f"--checkpoint '{other}' --batch-size 2 --dtype bfloat16" in told.replace("--rows r50 ", "")
     output = tmp_path / "table1"
     run.fill(plan.cells, plan.manifest, output, settings_for(output), ["cpu"], told, ratio_as_score)
     text = report.write_report(output, TABLE)
-    assert f"## The embedded model, checkpoint {other}, measured" in text and f"--checkpoint '{other}'" in text
+    assert (
+        f"## The embedded model, checkpoint {other}, measured" in text and f"--checkpoint '{other}'" in text
+    )
     assert f"checkpoint {other}" in (tmp_path / "table1" / "table1.tex").read_text().replace(r"\_", "_")
 
 
@@ -290,6 +354,7 @@ def test_b3_cells_of_other_versions_are_shown_as_such(tmp_path):
 
 
 # Lost or stuck.
+
 
 def test_c1_one_bad_line_costs_only_its_own_answer(tmp_path):
     path = tmp_path / "log.jsonl"
@@ -307,11 +372,16 @@ def test_c1_one_bad_line_costs_only_its_own_answer(tmp_path):
 
 
 WRONG = {
-    "empty": lambda cell: {}, "list": lambda cell: [cell], "old": lambda cell: {**cell, "format": 1},
+    "empty": lambda cell: {},
+    "list": lambda cell: [cell],
+    "old": lambda cell: {**cell, "format": 1},
     "no score": lambda cell: {key: value for key, value in cell.items() if key != "score"},
-    "short": lambda cell: {**cell, "correct": cell["correct"][:-1]}, "no answers": lambda cell: {**cell, "n": 0, "correct": []},
-    "words": lambda cell: {**cell, "correct": ["yes"] * 4}, "nan": lambda cell: {**cell, "score": float("nan")},
-    "status": lambda cell: {**cell, "status": "done"}, "machine": lambda cell: {**cell, "machine": {}},
+    "short": lambda cell: {**cell, "correct": cell["correct"][:-1]},
+    "no answers": lambda cell: {**cell, "n": 0, "correct": []},
+    "words": lambda cell: {**cell, "correct": ["yes"] * 4},
+    "nan": lambda cell: {**cell, "score": float("nan")},
+    "status": lambda cell: {**cell, "status": "done"},
+    "machine": lambda cell: {**cell, "machine": {}},
     "relabelled": lambda cell: {**cell, "settings": {**cell["settings"], "data": {"sha256": "other"}}},
 }
 
@@ -339,15 +409,23 @@ def test_c3_a_damaged_cell_is_computed_again_and_the_others_are_kept(tmp_path):
     assert fill(cells, output) == (0, []) and all(cell.is_finished(output) for cell in cells)
     calls = {path.name: path.stat().st_size for path in (output / "calls").iterdir()}
     assert calls == {"mini.vanilla.mini_color": 1, "mini.r50.mini_color": 2}
-    assert sorted(path.name for path in (output / "cells").iterdir()) == sorted(cell.path(output).name for cell in cells)
+    assert sorted(path.name for path in (output / "cells").iterdir()) == sorted(
+        cell.path(output).name for cell in cells
+    )
 
 
 # Found later in the same round.
 
+
 def test_e5_a_record_without_an_answer_is_computed_again(tmp_path):
     path = tmp_path / "log.jsonl"
     with log_at(path) as log:
-        log.append([{"task": "t", "doc_id": i, **answer} for i, answer in enumerate(({"answer": "a"}, {}, {"answer": 7}))])
+        log.append(
+            [
+                {"task": "t", "doc_id": i, **answer}
+                for i, answer in enumerate(({"answer": "a"}, {}, {"answer": 7}))
+            ]
+        )
     with log_at(path) as log:
         assert log.get("t", 0) and log.get("t", 1) is None and log.get("t", 2) is None
 
@@ -374,12 +452,15 @@ def checkout(tmp_path, monkeypatch):
     """A git repository in the place of ours."""
     folder = tmp_path / "checkout"
     (folder / "docs" / "results").mkdir(parents=True)
-    monkeypatch.setattr("libra.provenance.REPOSITORY", folder)
+    monkeypatch.setattr("libra.utils.provenance.REPOSITORY", folder)
     (folder / "code.py").write_text("1")
 
     def git(*arguments):
-        subprocess.run(["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True,
-                       capture_output=True)
+        subprocess.run(
+            ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
+            check=True,
+            capture_output=True,
+        )
 
     for arguments in (("init", "-q"), ("add", "."), ("commit", "-qm", "first")):
         git(*arguments)
@@ -393,14 +474,18 @@ def test_e9_what_is_published_comes_from_a_clean_commit(checkout, tmp_path, caps
     report.write_report(tmp_path / "table1", TABLE, publish=published)
     report.write_report(tmp_path / "table1", TABLE, publish=published)  # what was published is no change
     for suffix in ("md", "csv", "tex", "png"):
-        assert (published / f"table1.{suffix}").read_bytes() == (tmp_path / "table1" / f"table1.{suffix}").read_bytes()
+        assert (published / f"table1.{suffix}").read_bytes() == (
+            tmp_path / "table1" / f"table1.{suffix}"
+        ).read_bytes()
     before = (published / "table1.md").read_bytes()
     (checkout / "new.py").write_text("2")
     with pytest.raises(SystemExit) as stopped:
         run.main(["--table", "1", "--publish", "--output", str(tmp_path / "out")])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and not (tmp_path / "out").exists()
-    assert error.startswith("error: what is published names its commit, and this checkout differs from it (new.py): commit the")
+    assert error.startswith(
+        "error: what is published names its commit, and this checkout differs from it (new.py): commit the"
+    )
     with pytest.raises(ValueError, match="differs from it"):
         report.write_report(tmp_path / "table1", TABLE, publish=published)
     assert (published / "table1.md").read_bytes() == before
@@ -410,7 +495,9 @@ def test_e9_cells_of_an_edited_checkout_are_not_published(checkout, tmp_path):
     from eval.cells import code
 
     put(tmp_path / "table1", stored(TABLE, "vanilla", "mini_color", share(90), commit="abc-dirty"))
-    with pytest.raises(ValueError, match="1 of 1 cells were computed in an edited checkout, mini.vanilla.mini_color at abc-d"):
+    with pytest.raises(
+        ValueError, match="1 of 1 cells were computed in an edited checkout, mini.vanilla.mini_color at abc-d"
+    ):
         report.write_report(tmp_path / "table1", TABLE, publish=tmp_path / "published")
     assert not (tmp_path / "published").exists() and (tmp_path / "table1" / "table1.md").exists()
     # Unless all that was edited took no part in the answers.
@@ -423,14 +510,21 @@ def test_e9_cells_of_an_edited_checkout_are_not_published(checkout, tmp_path):
 
 def test_e9_no_error_is_told_that_the_answers_do_not_carry(tmp_path):
     cells = [
-        stored(TABLE, "vanilla", "mini_color", share(100, 6)), stored(TABLE, "r50", "mini_color", [1.0, 0.0] * 3),
-        stored(TABLE, "vanilla", "mini_reading", share(100)), stored(TABLE, "r50", "mini_reading", share(90)),
+        stored(TABLE, "vanilla", "mini_color", share(100, 6)),
+        stored(TABLE, "r50", "mini_color", [1.0, 0.0] * 3),
+        stored(TABLE, "vanilla", "mini_reading", share(100)),
+        stored(TABLE, "r50", "mini_reading", share(90)),
     ]
     text = report.write_report(put(tmp_path, *cells), TABLE)
     rows = table_rows(text, "## The embedded model")
     column = {name: number for number, name in enumerate(rows[""])}
-    assert rows["vanilla"][column["color"]] == "100.0" and rows["Libra-Merging, 50%"][column["color"]] == "50.0"
-    assert rows["vanilla"][column["reading"]] == "100.0" and rows["Libra-Merging, 50%"][column["reading"]] == "90.0 ± 3.0"
+    assert (
+        rows["vanilla"][column["color"]] == "100.0" and rows["Libra-Merging, 50%"][column["color"]] == "50.0"
+    )
+    assert (
+        rows["vanilla"][column["reading"]] == "100.0"
+        and rows["Libra-Merging, 50%"][column["reading"]] == "90.0 ± 3.0"
+    )
     assert "± 0.0" not in text and "nan" not in text
 
 
@@ -441,7 +535,9 @@ def test_e9_rows_that_were_not_chosen_are_not_printed(tmp_path):
     assert shown_rows(text) == ["vanilla", "Libra-Merging, 50%"]
     part = text[text.index("### LLaVA-1.5-7B") : text.index("### LLaVA-1.5-13B")]
     assert part.count("| ours |") == 1 and part.count("| paper's |") == 5  # the paper's figures stay
-    assert text[text.index("### LLaVA-1.5-13B") : text.index("### LLaVA-NeXT")].count("| ours |") == 5  # nothing was run
+    assert (
+        text[text.index("### LLaVA-1.5-13B") : text.index("### LLaVA-NeXT")].count("| ours |") == 5
+    )  # nothing was run
 
 
 def test_e9_a_dry_run_tells_the_time_from_the_published_tables(tmp_path, monkeypatch, capsys):
@@ -450,19 +546,34 @@ def test_e9_a_dry_run_tells_the_time_from_the_published_tables(tmp_path, monkeyp
     monkeypatch.setattr("libra.mini.benchmark.write_benchmark", lambda _: manifest)
     assert run.main(["--table", "6", "--dry-run", "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
     told = capsys.readouterr().out
-    assert "judging by the tables in docs/results, on their machine, and FLOPs" in told and "cannot be told" not in told
+    assert (
+        "judging by the tables in docs/results, on their machine, and FLOPs" in told
+        and "cannot be told" not in told
+    )
 
 
 # Tracebacks and unclear sentences.
 
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments, status, sentence", [
-    (["--tasks", "mini_color", "--model_args", "config=nowhere.yaml"], 1, "error: nowhere.yaml: there is no such file"),
-    (["--tasks", "mini_colour", "--model_args", "config=configs/mini/r50.yaml"], 1, "error: Tasks not found: mini_colour"),
-    (["--model_args", "config=configs/mini/r50.yaml"], 1, "error: name tasks with --tasks"),
-    (["--config", "nowhere.yaml"], 2, "error: Config file does not exist: nowhere.yaml"),
-    (["--tasks", "list"], 0, ""),
-])
+@pytest.mark.parametrize(
+    "arguments, status, sentence",
+    [
+        (
+            ["--tasks", "mini_color", "--model_args", "config=nowhere.yaml"],
+            1,
+            "error: nowhere.yaml: there is no such file",
+        ),
+        (
+            ["--tasks", "mini_colour", "--model_args", "config=configs/mini/r50.yaml"],
+            1,
+            "error: Tasks not found: mini_colour",
+        ),
+        (["--model_args", "config=configs/mini/r50.yaml"], 1, "error: name tasks with --tasks"),
+        (["--config", "nowhere.yaml"], 2, "error: Config file does not exist: nowhere.yaml"),
+        (["--tasks", "list"], 0, ""),
+    ],
+)
 def test_d8_the_harness_does_not_exit_with_0_after_an_error(arguments, status, sentence):
     command = [sys.executable, "-m", "libra.lmms", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

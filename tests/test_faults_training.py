@@ -40,7 +40,9 @@ def refused(call, sentence: str) -> None:
     assert time.process_time() - start < 10
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "{root}/outside.safetensors", "inner/x.safetensors", ".."])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "{root}/outside.safetensors", "inner/x.safetensors", ".."]
+)
 def test_a4_an_index_names_files_of_its_own_folder_only(checkpoint, name, tmp_path):
     second = checkpoint / "model-00002-of-00003.safetensors"
     shutil.copy(second, tmp_path / "outside.safetensors")
@@ -49,7 +51,9 @@ def test_a4_an_index_names_files_of_its_own_folder_only(checkpoint, name, tmp_pa
     index = checkpoint / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"]
     wrong = name.format(root=tmp_path)
-    rewrite(index, weight_map={key: wrong if place == second.name else place for key, place in places.items()})
+    rewrite(
+        index, weight_map={key: wrong if place == second.name else place for key, place in places.items()}
+    )
     for call in (lambda: load(checkpoint), lambda: convert(str(checkpoint), str(tmp_path / "hf"))):
         refused(call, "index.json names .* which is not a file of its own folder")
     assert not (tmp_path / "hf").exists()
@@ -65,7 +69,11 @@ ODD = {
     "no heads": (CONFIG, dict(num_attention_heads=0), "num_attention_heads is 0, which is not a size"),
     "fewer than no layers": (CONFIG, dict(num_hidden_layers=-3), "num_hidden_layers is -3"),
     "layers without end": (CONFIG, dict(num_hidden_layers=10**5), "num_hidden_layers is 100000"),
-    "layers that nobody stored": (CONFIG, dict(num_hidden_layers=900), "is 900 and the weights have 8 layers"),
+    "layers that nobody stored": (
+        CONFIG,
+        dict(num_hidden_layers=900),
+        "is 900 and the weights have 8 layers",
+    ),
     "no positions": (CONFIG, dict(max_position_embeddings=0), "max_position_embeddings is 0"),
     "a limit of no tokens": (CONFIG, dict(tokenizer_model_max_length=-1), "tokenizer_model_max_length is -1"),
     "unknown activation": (CONFIG, dict(hidden_act="zelu"), "describes no model that can be built .*zelu"),
@@ -73,26 +81,67 @@ ODD = {
     "no rotation": (CONFIG, dict(rope_theta=0), "rope_theta is 0, not a number from"),
     "a tower that is a number": (CONFIG, dict(mm_vision_tower=5), "mm_vision_tower is 5, not the name"),
     "a layer that is a word": (CONFIG, dict(mm_vision_select_layer="x"), "mm_vision_select_layer is x, not"),
-    "a layer that is not there": (CONFIG, dict(mm_vision_select_layer=9), "mm_vision_select_layer 9 is out of range"),
-    "a projector without end": (CONFIG, dict(mm_projector_type="mlp99999x_gelu"), "mm_projector_type is mlp99999x"),
-    "an unknown shape": (CONFIG, dict(image_aspect_ratio="wide"), "image_aspect_ratio is wide; it is one of square"),
+    "a layer that is not there": (
+        CONFIG,
+        dict(mm_vision_select_layer=9),
+        "mm_vision_select_layer 9 is out of range",
+    ),
+    "a projector without end": (
+        CONFIG,
+        dict(mm_projector_type="mlp99999x_gelu"),
+        "mm_projector_type is mlp99999x",
+    ),
+    "an unknown shape": (
+        CONFIG,
+        dict(image_aspect_ratio="wide"),
+        "image_aspect_ratio is wide; it is one of square",
+    ),
     "tiles without end": (
-        CONFIG, dict(image_aspect_ratio="anyres", image_grid_pinpoints=[[5600, 5600]]), "more than 64 tiles"),
+        CONFIG,
+        dict(image_aspect_ratio="anyres", image_grid_pinpoints=[[5600, 5600]]),
+        "more than 64 tiles",
+    ),
     "labels without end": (CONFIG, dict(num_labels=10**12), None),
     "other weights": (CONFIG, dict(transformers_weights="../x.safetensors"), None),
     "a list as type": (CONFIG, dict(model_type=["llava"]), "is a .* checkpoint; the types that load"),
-    "a list as template": (CONFIG, dict(conversation=["v1"]), "conversation is .*, not the name of a template"),
-    "an end that is a word": ("llava/generation_config.json", dict(eos_token_id="x"), "eos_token_id is x, not the id"),
-    "a length that is a word": ("llava/tokenizer_config.json", dict(model_max_length="x"), "the tokenizer in .* cannot"),
-    "an index without metadata": ("llava/model.safetensors.index.json", dict(metadata=None), 'has no metadata.*add "metadata"'),
-    "a tower without end": ("vision_tower/config.json", dict(num_hidden_layers=10**5), "num_hidden_layers is 100000"),
-    "a tower of no type": ("vision_tower/config.json", dict(torch_dtype=7), "torch_dtype is 7, not the name of a type"),
+    "a list as template": (
+        CONFIG,
+        dict(conversation=["v1"]),
+        "conversation is .*, not the name of a template",
+    ),
+    "an end that is a word": (
+        "llava/generation_config.json",
+        dict(eos_token_id="x"),
+        "eos_token_id is x, not the id",
+    ),
+    "a length that is a word": (
+        "llava/tokenizer_config.json",
+        dict(model_max_length="x"),
+        "the tokenizer in .* cannot",
+    ),
+    "an index without metadata": (
+        "llava/model.safetensors.index.json",
+        dict(metadata=None),
+        'has no metadata.*add "metadata"',
+    ),
+    "a tower without end": (
+        "vision_tower/config.json",
+        dict(num_hidden_layers=10**5),
+        "num_hidden_layers is 100000",
+    ),
+    "a tower of no type": (
+        "vision_tower/config.json",
+        dict(torch_dtype=7),
+        "torch_dtype is 7, not the name of a type",
+    ),
     "a tower's labels": ("vision_tower/config.json", dict(num_labels=10**12), None),
-    "a tower's activation": ("vision_tower/config.json", dict(hidden_act="zelu"), "describes no model that can be built"),
-    "huge pixels": (
-        PIXELS, dict(size={"shortest_edge": 10**9}), "scales images to 1000000000 pixels"),
-    "other pixels": (
-        PIXELS, dict(crop_size={"height": 48, "width": 48}), r"crops images to \(48, 48\)"),
+    "a tower's activation": (
+        "vision_tower/config.json",
+        dict(hidden_act="zelu"),
+        "describes no model that can be built",
+    ),
+    "huge pixels": (PIXELS, dict(size={"shortest_edge": 10**9}), "scales images to 1000000000 pixels"),
+    "other pixels": (PIXELS, dict(crop_size={"height": 48, "width": 48}), r"crops images to \(48, 48\)"),
     "pixels divided by nothing": (PIXELS, dict(image_std=[0, 0, 0]), "preprocessor_config.json"),
 }
 
@@ -124,11 +173,15 @@ def test_e1_weights_of_another_type(checkpoint, dtype, kind):
     for file in checkpoint.glob("model*"):
         file.unlink()
     shard(checkpoint, weights, kind)
-    refused(lambda: load(checkpoint), "holds 'model.norm.weight' as .*, and weights are floating-point numbers")
+    refused(
+        lambda: load(checkpoint), "holds 'model.norm.weight' as .*, and weights are floating-point numbers"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["llava/model-00003-of-00003.safetensors", "vision_tower/model.safetensors"])
+@pytest.mark.parametrize(
+    "where", ["llava/model-00003-of-00003.safetensors", "vision_tower/model.safetensors"]
+)
 def test_e1_weights_that_are_not_numbers(checkpoint, value, where):
     file = checkpoint.parent / where
     weights = load_file(file)
@@ -149,12 +202,17 @@ def test_b7_a_prompt_that_would_be_cut_is_refused(checkpoint):
         return model.generate(ids, images=images[:count], do_sample=False, max_new_tokens=1, pad_token_id=0)
 
     assert ask(16, 2).shape == (1, 1)
-    refused(lambda: ask(17, 2), "row 0 of the prompt has 49 tokens with its visual tokens and the model takes 48")
+    refused(
+        lambda: ask(17, 2), "row 0 of the prompt has 49 tokens with its visual tokens and the model takes 48"
+    )
     refused(lambda: ask(1, 3), "row 0 of the prompt has 49 tokens")
     padded = torch.tensor([[0] * 20 + [5] * 16 + [-200] * 2, [5] * 22 + [-200] + [5] * 15])
     mask = torch.ones_like(padded)
     mask[0, :20] = 0  # padding does not count
-    refused(lambda: model.generate(padded, images=images, attention_mask=mask), "row 1 of the prompt has 53 tokens")
+    refused(
+        lambda: model.generate(padded, images=images, attention_mask=mask),
+        "row 1 of the prompt has 53 tokens",
+    )
 
 
 # Hugging Face's folders
@@ -175,13 +233,30 @@ def spoil(file: Path, name: str, change) -> None:
 NORM = "language_model.model.norm.weight"
 SPOILT = {
     "an index": (
-        lambda f: (f / "model.safetensors").rename(f / "x.safetensors") and (f / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": {NORM: "../x.safetensors"}})), "not a file of its own folder"),
+        lambda f: (
+            (f / "model.safetensors").rename(f / "x.safetensors")
+            and (f / "model.safetensors.index.json").write_text(
+                json.dumps({"metadata": {}, "weight_map": {NORM: "../x.safetensors"}})
+            )
+        ),
+        "not a file of its own folder",
+    ),
     "layers": (
-        lambda f: rewrite(f / "config.json", text_config={"model_type": "llama", "num_hidden_layers": 900}), "is 900 and the"),
-    "a type": (lambda f: spoil(f / "model.safetensors", NORM, torch.Tensor.bool), f"holds '{NORM}' as BOOL, and weights are"),
-    "infinite": (lambda f: spoil(f / "model.safetensors", NORM, lambda norm: norm / 0), "not numbers or infinite"),
-    "a weight less": (lambda f: spoil(f / "model.safetensors", NORM, lambda norm: None), "lacks 1 weights, .*norm.weight'"),
+        lambda f: rewrite(f / "config.json", text_config={"model_type": "llama", "num_hidden_layers": 900}),
+        "is 900 and the",
+    ),
+    "a type": (
+        lambda f: spoil(f / "model.safetensors", NORM, torch.Tensor.bool),
+        f"holds '{NORM}' as BOOL, and weights are",
+    ),
+    "infinite": (
+        lambda f: spoil(f / "model.safetensors", NORM, lambda norm: norm / 0),
+        "not numbers or infinite",
+    ),
+    "a weight less": (
+        lambda f: spoil(f / "model.safetensors", NORM, lambda norm: None),
+        "lacks 1 weights, .*norm.weight'",
+    ),
 }
 
 
@@ -219,21 +294,30 @@ def pictured(question: str = "<image>\nwhat ?", **more) -> dict:
 
 # Forty samples that cannot be trained on as they were meant, and why each is left out.
 FAULTY = [
-    (7, "not an object"), ([], "not an object"), ({"id": "a", "text": "x"}, 'no list "conversations" or "messages"'),
-    ({"conversations": "what ?"}, "its conversation is not a list"), ({"conversations": [1]}, 'a turn needs "from"'),
+    (7, "not an object"),
+    ([], "not an object"),
+    ({"id": "a", "text": "x"}, 'no list "conversations" or "messages"'),
+    ({"conversations": "what ?"}, "its conversation is not a list"),
+    ({"conversations": [1]}, 'a turn needs "from"'),
     ({"conversations": [{"from": "human", "value": 3}, *turns()[1:]]}, 'a turn needs "from"'),
     ({"conversations": [{"from": "alien", "value": "what ?"}, *turns()[1:]]}, 'a turn needs "from"'),
     ({"messages": [{"role": "tool", "content": "x"}]}, 'a turn needs "from"'),
     ({"conversations": turns(), "messages": [{"role": "user", "content": "x"}]}, "both"),
-    ({"conversations": turns()[:1]}, "no answer"), ({"conversations": turns("what ?", "")}, "no answer"),
-    ({"conversations": turns("what ?", " \n")}, "no answer"), ({"conversations": turns("", "two")}, "no round"),
-    ({"conversations": turns("what ?", None)}, "no answer"), ({"conversations": [*turns("a"), *turns("b")[1:]]}, "take turns"),
+    ({"conversations": turns()[:1]}, "no answer"),
+    ({"conversations": turns("what ?", "")}, "no answer"),
+    ({"conversations": turns("what ?", " \n")}, "no answer"),
+    ({"conversations": turns("", "two")}, "no round"),
+    ({"conversations": turns("what ?", None)}, "no answer"),
+    ({"conversations": [*turns("a"), *turns("b")[1:]]}, "take turns"),
     ({"conversations": [*turns("a")[:1], *turns("b")]}, "take turns"),
     ({"conversations": [{"from": "system", "value": "Be kind."}, *turns("what ?")]}, "system text"),
-    ({**pictured(), "system": "Be kind."}, "system text"), ({**pictured(), "tools": "[{}]"}, "tools of its own"),
+    ({**pictured(), "system": "Be kind."}, "system text"),
+    ({**pictured(), "tools": "[{}]"}, "tools of its own"),
     ({"conversations": turns("what \ud800 ?")}, "half of a surrogate pair"),
-    (asked("<image>\nwhat ?"), "it has <image> and no image"), (pictured("<Image>\nwhat ?"), "it writes <Image> where"),
-    (pictured("<image_1> what ?"), "it writes <image_1> where"), (pictured("what is in [img] ?"), r"it writes \[img\] where"),
+    (asked("<image>\nwhat ?"), "it has <image> and no image"),
+    (pictured("<Image>\nwhat ?"), "it writes <Image> where"),
+    (pictured("<image_1> what ?"), "it writes <image_1> where"),
+    (pictured("what is in [img] ?"), r"it writes \[img\] where"),
     ({"image": ["0.png"], **asked("<image> or <image> ?")}, "it has 1 images and 2 <image>"),
     ({"images": ["0.png", "2.png"], **asked("<image> ?")}, "it has 2 images and 1 <image>"),
     ({"image": "0.png", "conversations": turns() + turns()}, "<image> in several turns"),
@@ -247,8 +331,12 @@ FAULTY = [
     ({"audio": "a.wav", **asked("what ?")}, "its key audio looks like media"),
     ({"meta": {"source": "0.png"}, **asked("what ?")}, "its key meta looks like media"),
     ({"conversations": [{**turns("what ?")[0], "image": "0.png"}, *turns()[1:]]}, "a turn has the key image"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "0.png"}}]}]}, "parts that are not"),
-    (pictured(image="x" * 5000 + ".png"), "name too long|cannot be opened"), (pictured(image="torn.png"), "torn.png"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "0.png"}}]}]},
+        "parts that are not",
+    ),
+    (pictured(image="x" * 5000 + ".png"), "name too long|cannot be opened"),
+    (pictured(image="torn.png"), "torn.png"),
 ]
 
 
@@ -280,7 +368,16 @@ def test_b6_d3_forty_good_and_forty_faulty_samples(tmp_path, capfd):
     (tmp_path / "images" / "torn.png").write_bytes((tmp_path / "images" / "0.png").read_bytes()[:100])
     mixed = [sample for pair in zip(good, (sample for sample, _ in FAULTY)) for sample in pair]
     (tmp_path / "data.json").write_text("\ufeff" + json.dumps(mixed), encoding="utf-8")
-    log = run(tmp_path / "out", flags, "--num_train_epochs", 1, "--per_device_train_batch_size", 6, "--save_strategy", "no")
+    log = run(
+        tmp_path / "out",
+        flags,
+        "--num_train_epochs",
+        1,
+        "--per_device_train_batch_size",
+        6,
+        "--save_strategy",
+        "no",
+    )
     out, err = capfd.readouterr()
     assert "It learned from 40 of 80 samples; 40 were skipped (" in out and "2 unreadable" in out
     assert (log[-1]["samples_used"], log[-1]["samples_skipped"]) == (40, 40) and "38 of the 80 samples" in err
@@ -292,9 +389,11 @@ def test_b6_d3_forty_good_and_forty_faulty_samples(tmp_path, capfd):
 def test_b6_what_is_put_right_is_counted(tmp_path):
     path = tmp_path / "data.json"
     samples = [
-        pictured("what ?"), {"image": ["0.png", "1.png"], "conversations": [*turns("<image> ?", ""), *turns("and <image> ?")]},
+        pictured("what ?"),
+        {"image": ["0.png", "1.png"], "conversations": [*turns("<image> ?", ""), *turns("and <image> ?")]},
         {"image": "0.png", "conversations": [*turns("what ?"), *turns("<image> and ?", "")]},
-        {"image": "", **asked("what ?")}, {"images": None, **asked("what ?")},
+        {"image": "", **asked("what ?")},
+        {"images": None, **asked("what ?")},
         {"image": "0.png", "url": "https://a.example/0.png", "width": 3, **asked("<image>")},
         {"video": "a.mp4", **asked("<image> what ?")},
     ]
@@ -308,14 +407,24 @@ def test_b6_what_is_put_right_is_counted(tmp_path):
 
 def test_d3_files_of_samples(tmp_path):
     path = tmp_path / "data.JSONL"
-    path.write_bytes('\ufeff{"text": "a\u2028b\u2029c\u0085d\x0b"}\r\n\n{"text": "e"}'.encode().replace(b"\x0b", b"\\u000b"))
+    path.write_bytes(
+        '\ufeff{"text": "a\u2028b\u2029c\u0085d\x0b"}\r\n\n{"text": "e"}'.encode().replace(
+            b"\x0b", b"\\u000b"
+        )
+    )
     assert [sample["text"] for sample in read_samples(str(path))] == ["a\u2028b\u2029c\x85d\x0b", "e"]
-    for content, sentence in (("[" * 10**5, "nested too deeply"), ('{"a": 1}\n{"a"', "line 2: no valid JSON"), ("", "no list")):
+    for content, sentence in (
+        ("[" * 10**5, "nested too deeply"),
+        ('{"a": 1}\n{"a"', "line 2: no valid JSON"),
+        ("", "no list"),
+    ):
         path.write_text(content)
         refused(lambda: read_samples(str(path)), sentence)
     refused(lambda: read_samples("x" * 5000), "cannot be read")
     (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}')
-    refused(lambda: read_samples(str(tmp_path / "lines.json")), "name it .jsonl if it has one sample in each line")
+    refused(
+        lambda: read_samples(str(tmp_path / "lines.json")), "name it .jsonl if it has one sample in each line"
+    )
 
 
 def stopped(output: Path, *flags, capsys) -> str:
@@ -335,15 +444,23 @@ def few(tmp_path) -> list[str]:
 def test_b5_d3_a_training_that_would_learn_nothing_is_refused(few, tmp_path, capsys, monkeypatch, case):
     monkeypatch.setattr(recipe, "build_model", lambda *args: pytest.fail("a model was loaded"))
     flags, sentence = {
-        "length": (["--model_max_length", 200], "in 4 every answer lies behind --model_max_length 200; raise it"),
+        "length": (
+            ["--model_max_length", 200],
+            "in 4 every answer lies behind --model_max_length 200; raise it",
+        ),
         "images": ([], "in 4 the image .*png is in no known format"),
-        "template": (["--version", "chatml_direct"], "in 4 the tokens do not add up with --version chatml_direct"),
+        "template": (
+            ["--version", "chatml_direct"],
+            "in 4 the tokens do not add up with --version chatml_direct",
+        ),
     }[case]
     if case == "images":
         for path in Path(few[3]).iterdir():
             path.write_bytes(b"no picture")
     said = stopped(tmp_path / "out", few, *flags, "--max_steps", 1, capsys=capsys)
-    with pytest.raises(AssertionError, match=f"nothing would be learned from .*data.json: of 4 samples {sentence}"):
+    with pytest.raises(
+        AssertionError, match=f"nothing would be learned from .*data.json: of 4 samples {sentence}"
+    ):
         raise AssertionError(said)
     assert not (tmp_path / "out").exists()
 
@@ -371,7 +488,11 @@ def again(trained, tmp_path) -> tuple[list[str], Path]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 OTHER = {
@@ -435,20 +556,44 @@ def test_c2_a_torn_checkpoint_gives_way(again, trained, capsys, case):
     TORN[case](folder / "checkpoint-4")
     log = run(folder, flags, "--save_total_limit", 1)
     err = capsys.readouterr().err
-    assert "checkpoint-4 was not written to its end and is removed" in err and "goes on from" in err and "checkpoint-2" in err
+    assert (
+        "checkpoint-4 was not written to its end and is removed" in err
+        and "goes on from" in err
+        and "checkpoint-2" in err
+    )
     one, two = (load_file(place / "model.safetensors") for place in (folder, trained[1]))
     assert all(torch.equal(one[name], two[name]) for name in two) and len(losses(log)) == 4
     assert (folder / "checkpoint-best" / "mine").exists() and (folder / "checkpoint-12.old").exists()
-    assert not (folder / "checkpoint-2").exists() and Run(folder, json.loads((folder / "run.json").read_text())["run"]).newest()
+    assert (
+        not (folder / "checkpoint-2").exists()
+        and Run(folder, json.loads((folder / "run.json").read_text())["run"]).newest()
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error, sentence", [
-    (OSError(28, "No space left on device"), "cannot be written to .*the same command goes on from .*checkpoint-2"),
-    (RuntimeError("[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file"), "cannot be written"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "not enough memory for --per_device_train_batch_size 2"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory .*the same command goes on from"),
-])
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (
+            OSError(28, "No space left on device"),
+            "cannot be written to .*the same command goes on from .*checkpoint-2",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file"
+            ),
+            "cannot be written",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            "not enough memory for --per_device_train_batch_size 2",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "not enough memory .*the same command goes on from",
+        ),
+    ],
+)
 def test_e11_a_full_disk_and_too_little_memory_are_sentences(again, capsys, monkeypatch, error, sentence):
     flags, folder = again
     (folder / "model.safetensors").unlink()

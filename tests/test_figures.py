@@ -14,10 +14,10 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 import libra
-from libra import drawing, figures
-from libra.drawing import Block, Canvas, Record
-from libra.figures import prefill
-from libra.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, Recorder, RowTrace
+from libra import figures
+from libra.engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, Recorder, RowTrace
+from libra.figures import drawing, prefill
+from libra.figures.drawing import Block, Canvas, Record
 from llava.convert import convert
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +54,11 @@ def cells(panel, color: str) -> set[tuple[float, float]]:
     found = set()
     for collection in panel.collections:
         faces = collection.get_facecolor()
-        if isinstance(collection, PolyCollection) and len(faces) and to_hex(faces[0]).lower() == color.lower():
+        if (
+            isinstance(collection, PolyCollection)
+            and len(faces)
+            and to_hex(faces[0]).lower() == color.lower()
+        ):
             found |= {tuple(path.vertices[0]) for path in collection.get_paths()}
     return found
 
@@ -66,7 +70,11 @@ def framed(panel) -> set[tuple[float, float]]:
 
 
 def lines(panel, color: str) -> set[tuple]:
-    found = [c for c in panel.collections if isinstance(c, LineCollection) and to_hex(c.get_color()[0]) == color.lower()]
+    found = [
+        c
+        for c in panel.collections
+        if isinstance(c, LineCollection) and to_hex(c.get_color()[0]) == color.lower()
+    ]
     return {tuple(map(tuple, segment.tolist())) for c in found for segment in c.get_segments()}
 
 
@@ -91,13 +99,16 @@ def test_intervals_are_those_of_the_selector():
 
 
 def test_fastv_is_what_fastv_would_have_kept(trace):
-    """Of the first layer exactly its own choice on the same tokens; later as many as there are, still of the first layer."""
+    """Of the first layer exactly its own choice on the same tokens; later as many as there are, still of the
+    first layer."""
     same = traced(libra.Compression(method="fastv", layers=(2,), ratio=0.5), [24, 12])
     assert same.stages[0].importance.equal(trace.stages[0].importance)
     assert drawing.fastv(trace, 0).nonzero().flatten().tolist() == same.kept(0)
     later = drawing.fastv(trace, 1)
     assert later[:24].sum() == 6 and later[24:].sum() == 3
-    assert trace.stages[0].importance[:24][later[:24]].min() > trace.stages[0].importance[:24][~later[:24]].max()
+    assert (
+        trace.stages[0].importance[:24][later[:24]].min() > trace.stages[0].importance[:24][~later[:24]].max()
+    )
 
 
 def test_groups_join_members_and_their_target(trace):
@@ -113,16 +124,39 @@ def test_blocks_stand_in_lines_with_newlines_beside():
     canvas = Canvas([Block(4, 2), Block(9, 2, newline=True), Block(3, 2)])
     assert canvas.places == [(0, 0), (3, 0), (0, 4)] and (canvas.width, canvas.height) == (6, 6)
     assert canvas.corners.tolist() == [
-        [0, 0], [1, 0], [0, 1], [1, 1],
-        [3, 0], [4, 0], [5, 0], [3, 1], [4, 1], [5, 1], [3, 2], [4, 2], [5, 2],
-        [0, 4], [1, 4], [0, 5],
+        [0, 0],
+        [1, 0],
+        [0, 1],
+        [1, 1],
+        [3, 0],
+        [4, 0],
+        [5, 0],
+        [3, 1],
+        [4, 1],
+        [5, 1],
+        [3, 2],
+        [4, 2],
+        [5, 2],
+        [0, 4],
+        [1, 4],
+        [0, 5],
     ]
 
 
 def test_borders_lie_between_labels_and_around():
-    edges = {tuple(map(tuple, edge)) for edge in Canvas([Block(4, 2)]).borders(torch.tensor([0, 0, 1, 2])).tolist()}
-    around = {((0, 0), (0, 1)), ((0, 1), (0, 2)), ((2, 0), (2, 1)), ((2, 1), (2, 2)),
-              ((0, 0), (1, 0)), ((1, 0), (2, 0)), ((0, 2), (1, 2)), ((1, 2), (2, 2))}
+    edges = {
+        tuple(map(tuple, edge)) for edge in Canvas([Block(4, 2)]).borders(torch.tensor([0, 0, 1, 2])).tolist()
+    }
+    around = {
+        ((0, 0), (0, 1)),
+        ((0, 1), (0, 2)),
+        ((2, 0), (2, 1)),
+        ((2, 1), (2, 2)),
+        ((0, 0), (1, 0)),
+        ((1, 0), (2, 0)),
+        ((0, 2), (1, 2)),
+        ((1, 2), (2, 2)),
+    }
     assert edges == around | {((0, 1), (1, 1)), ((1, 1), (2, 1)), ((1, 1), (1, 2))}
 
 
@@ -150,7 +184,9 @@ def test_cells_have_the_colours_of_their_fates(trace, figure):
         assert cells(merging, drawing.COMPENSATION_COLOR) == places(stage.fate == COMPENSATION, canvas)
         groups = drawing.groups(stage)
         for k, color in enumerate(drawing.GROUP_COLORS):
-            assert cells(merging, color) == places((groups >= 0) & (groups % len(drawing.GROUP_COLORS) == k), canvas)
+            assert cells(merging, color) == places(
+                (groups >= 0) & (groups % len(drawing.GROUP_COLORS) == k), canvas
+            )
 
 
 def test_lines_are_interval_borders_and_ways_to_targets(trace, figure):
@@ -160,19 +196,28 @@ def test_lines_are_interval_borders_and_ways_to_targets(trace, figure):
         borders = canvas.borders(drawing.intervals(trace, number)).float().tolist()
         assert lines(targets, drawing.BORDER_COLOR) == {tuple(map(tuple, edge)) for edge in borders}
         middle = (canvas.corners + 0.5).tolist()
-        ways = {(tuple(middle[i]), tuple(middle[stage.slot[i]])) for i in (stage.fate == MERGED).nonzero().flatten()}
+        ways = {
+            (tuple(middle[i]), tuple(middle[stage.slot[i]]))
+            for i in (stage.fate == MERGED).nonzero().flatten()
+        }
         assert lines(merging, "#000000") == ways
 
 
 def test_titles_tell_layer_tokens_and_share(trace, figure):
     titles = [panel.get_title() for panel in figure.axes]
-    assert figure.get_suptitle() == "libra: select intervals, merge igm, ratio 0.5 after layers 2, 5; 36 visual tokens"
+    assert (
+        figure.get_suptitle()
+        == "libra: select intervals, merge igm, ratio 0.5 after layers 2, 5; 36 visual tokens"
+    )
     assert titles[0] == "FastV: top-k by the importance at layer 2\n18 of 36 tokens kept (50%)"
     assert titles[3] == "FastV: top-k by the importance at layer 2\n9 of 36 tokens kept (25%)"
     assert titles[4] == "layer 5: the best of each interval\n9 of 36 tokens kept (25%)"
     merged, rest = (int((trace.stages[1].fate == fate).sum()) for fate in (MERGED, COMPENSATION))
     assert merged + rest == 9
-    assert titles[5] == f"layer 5: the other 9 of 18 tokens:\n{merged} merged, {rest} into the compensation token"
+    assert (
+        titles[5]
+        == f"layer 5: the other 9 of 18 tokens:\n{merged} merged, {rest} into the compensation token"
+    )
 
 
 def test_pictures_lie_under_their_tokens_and_numbers_beside_the_others(figure):
@@ -180,7 +225,9 @@ def test_pictures_lie_under_their_tokens_and_numbers_beside_the_others(figure):
         (image,) = panel.images
         assert image.get_extent() == [0, 6, 4, 0]
         assert [(text.get_text(), text.get_position()) for text in panel.texts] == [
-            ("24", (6.6, 0.5)), ("28", (6.6, 1.5)), ("32", (6.6, 2.5)),
+            ("24", (6.6, 0.5)),
+            ("28", (6.6, 1.5)),
+            ("32", (6.6, 2.5)),
         ]
         assert panel.get_xlim() == (-0.3, 11.3) and panel.get_ylim() == (4.3, -0.3)
 
@@ -223,20 +270,38 @@ def test_a_trace_file_gives_back_an_equal_record(trace, tmp_path):
             torch.testing.assert_close(getattr(one, name), value, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (lambda data: data.pop("trace"), "'trace' is missing"),
-    (lambda data: data["trace"]["stages"][0].pop("slot"), "no trace: 'slot' is missing"),
-    (lambda data: data["trace"]["stages"][0]["fate"].pop(), "layer 2 has not one fate for each of 36 tokens"),
-    (lambda data: data["trace"]["stages"][0]["fate"].__setitem__(0, 5), "fates or slots that do not exist"),
-    (lambda data: data["trace"]["stages"][0]["slot"].__setitem__(0, 36), "fates or slots that do not exist"),
-    (lambda data: data["trace"]["stages"][0].update(fate=[MERGED] * 36), "merges tokens into one that is no target"),
-    (lambda data: data["trace"]["stages"][0].update(fate=[GONE] * 36), "a span without a target"),
-    (lambda data: data["trace"]["stages"][0].update(fate=["target"] * 36), "no trace: too many dimensions"),
-    (lambda data: data["compression"].update(merge="glue"), "merge: glue is unknown"),
-    (lambda data: data["blocks"][0].update(columns=0), "a block needs tokens and columns"),
-    (lambda data: data["blocks"][0].update(picture="AAAA"), "the image in it is in no known format"),
-    (lambda data: data["blocks"].pop(), "the blocks hold 24 tokens"),
-])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda data: data.pop("trace"), "'trace' is missing"),
+        (lambda data: data["trace"]["stages"][0].pop("slot"), "no trace: 'slot' is missing"),
+        (
+            lambda data: data["trace"]["stages"][0]["fate"].pop(),
+            "layer 2 has not one fate for each of 36 tokens",
+        ),
+        (
+            lambda data: data["trace"]["stages"][0]["fate"].__setitem__(0, 5),
+            "fates or slots that do not exist",
+        ),
+        (
+            lambda data: data["trace"]["stages"][0]["slot"].__setitem__(0, 36),
+            "fates or slots that do not exist",
+        ),
+        (
+            lambda data: data["trace"]["stages"][0].update(fate=[MERGED] * 36),
+            "merges tokens into one that is no target",
+        ),
+        (lambda data: data["trace"]["stages"][0].update(fate=[GONE] * 36), "a span without a target"),
+        (
+            lambda data: data["trace"]["stages"][0].update(fate=["target"] * 36),
+            "no trace: too many dimensions",
+        ),
+        (lambda data: data["compression"].update(merge="glue"), "merge: glue is unknown"),
+        (lambda data: data["blocks"][0].update(columns=0), "a block needs tokens and columns"),
+        (lambda data: data["blocks"][0].update(picture="AAAA"), "the image in it is in no known format"),
+        (lambda data: data["blocks"].pop(), "the blocks hold 24 tokens"),
+    ],
+)
 def test_a_damaged_trace_file_is_refused_by_name(trace, tmp_path, capsys, change, sentence):
     path, output = tmp_path / "trace.json", tmp_path / "figure.png"
     Record(trace, LIBRA).save(path)
@@ -250,23 +315,30 @@ def test_a_damaged_trace_file_is_refused_by_name(trace, tmp_path, capsys, change
 
 # Where a processor puts the tokens of an image.
 
-PROCESSOR = SimpleNamespace(image_processor=SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.25] * 3, merge_size=2))
+PROCESSOR = SimpleNamespace(
+    image_processor=SimpleNamespace(image_mean=[0.5] * 3, image_std=[0.25] * 3, merge_size=2)
+)
 
 
-@pytest.mark.parametrize("family, shapes", [
-    ("LlavaForConditionalGeneration", [(4, 4)]),
-    ("LlavaNextForConditionalGeneration", [(4, 4), (4, 8)]),
-    ("LlavaOnevisionForConditionalGeneration", [(4, 4), (4, 4)]),
-    ("VideoLlavaForConditionalGeneration", [(4, 4)]),
-    ("InternVLForConditionalGeneration", [(4, 4)]),
-    ("Qwen2VLForConditionalGeneration", [(4, 6)]),
-    ("Qwen3VLForConditionalGeneration", [(4, 6)]),
-])
+@pytest.mark.parametrize(
+    "family, shapes",
+    [
+        ("LlavaForConditionalGeneration", [(4, 4)]),
+        ("LlavaNextForConditionalGeneration", [(4, 4), (4, 8)]),
+        ("LlavaOnevisionForConditionalGeneration", [(4, 4), (4, 4)]),
+        ("VideoLlavaForConditionalGeneration", [(4, 4)]),
+        ("InternVLForConditionalGeneration", [(4, 4)]),
+        ("Qwen2VLForConditionalGeneration", [(4, 6)]),
+        ("Qwen3VLForConditionalGeneration", [(4, 6)]),
+    ],
+)
 def test_the_places_of_each_family(family, shapes):
     """As many rows and columns as the family's own tokens of an image need."""
     sample = families.talk(family, "t4 i t5", 3)
     inputs = families.collate(family, [sample])
-    blocks = figures.blocks_of(inputs, picture(), [int(sample.visual.sum())], PROCESSOR, families.model(family).config)
+    blocks = figures.blocks_of(
+        inputs, picture(), [int(sample.visual.sum())], PROCESSOR, families.model(family).config
+    )
     assert [(block.rows, block.columns) for block in blocks] == shapes
     assert all(block.picture is not None for block in blocks)
     assert [block.newline for block in blocks] == [False, True][: len(blocks)]
@@ -277,7 +349,11 @@ def test_several_squares_are_tiles_and_unknown_counts_strips():
     pixels[1] = 2.0
     tiles = figures.blocks_of({"pixel_values": pixels}, picture(), [48], PROCESSOR, None)
     assert [(tile.tokens, tile.columns) for tile in tiles] == [(16, 4)] * 3
-    assert tiles[0].picture.getpixel((0, 0)) == (128, 128, 128) and tiles[1].picture.getpixel((9, 9)) == (255, 255, 255)
+    assert tiles[0].picture.getpixel((0, 0)) == (128, 128, 128) and tiles[1].picture.getpixel((9, 9)) == (
+        255,
+        255,
+        255,
+    )
     for inputs in ({"pixel_values": pixels}, {"pixel_values": torch.zeros(1, 3, 28, 42)}, {}):
         strips = figures.blocks_of(inputs, picture(), [17, 30], PROCESSOR, None)
         assert [(b.tokens, b.columns, b.picture) for b in strips] == [(17, 17, None), (30, 30, None)]
@@ -314,7 +390,12 @@ def refused(capsys, *args) -> str:
 
 def test_from_a_model_to_a_figure_and_again_from_its_trace(checkpoint, scene, tmp_path):
     output, saved = tmp_path / "new folder" / "tokens.png", tmp_path / "trace.json"
-    assert figures.main([str(a) for a in [*arguments(checkpoint, scene, output), "--save-trace", saved, "--dpi", 60]]) == 0
+    assert (
+        figures.main(
+            [str(a) for a in [*arguments(checkpoint, scene, output), "--save-trace", saved, "--dpi", 60]]
+        )
+        == 0
+    )
     record = Record.load(saved)
     assert record.compression == libra.Compression.from_yaml(ROOT / "configs/mini/r50.yaml")
     assert [len(record.trace.kept(i)) for i in range(3)] == [128, 64, 32]
@@ -322,12 +403,21 @@ def test_from_a_model_to_a_figure_and_again_from_its_trace(checkpoint, scene, tm
     assert (block.tokens, block.columns) == (256, 16)
     seen = torch.tensor(list(block.picture.tobytes())) - torch.tensor(list(picture(96, 96).tobytes()))
     assert seen.abs().max() <= 1  # what the model saw is the scene, up to half precision
-    assert figures.main(["--from-trace", str(saved), "--output", str(tmp_path / "again.png"), "--dpi", "60"]) == 0
+    assert (
+        figures.main(["--from-trace", str(saved), "--output", str(tmp_path / "again.png"), "--dpi", "60"])
+        == 0
+    )
     first, again = Image.open(output).convert("RGB"), Image.open(tmp_path / "again.png").convert("RGB")
     assert first.size == again.size and first.tobytes() == again.tobytes()
     assert figures.main(["--from-trace", str(saved), "--output", str(tmp_path / "tokens.svg")]) == 0
     assert "<svg" in (tmp_path / "tokens.svg").read_text()[:600]
-    assert {path.name for path in tmp_path.iterdir()} == {"new folder", "scene.png", "trace.json", "again.png", "tokens.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "new folder",
+        "scene.png",
+        "trace.json",
+        "again.png",
+        "tokens.svg",
+    }
 
 
 def test_b8_a_figure_opens_pictures_as_the_commands_do(checkpoint, tmp_path):
@@ -350,19 +440,27 @@ def test_a_model_without_a_chat_template_gets_the_image_before_the_prompt(checkp
     processor.chat_template = None
     for prompt in ("USER: <image>\nhow many ? ASSISTANT:", "how many ?"):
         record = figures.trace_image(model, processor, c, image, prompt)
-        same = [one.fate.equal(other.fate) for one, other in zip(record.trace.stages, with_template.trace.stages)]
+        same = [
+            one.fate.equal(other.fate) for one, other in zip(record.trace.stages, with_template.trace.stages)
+        ]
         assert all(same) == ("ASSISTANT" in prompt) and record.trace.spans == (256,)
 
 
 def test_what_cannot_be_drawn_is_one_sentence(checkpoint, scene, tmp_path, capsys, monkeypatch):
     output = tmp_path / "tokens.png"
     given = arguments(checkpoint, scene, output)
-    assert "--model, --prompt missing" in refused(capsys, "--image", scene, "--config", "x", "--output", output)
+    assert "--model, --prompt missing" in refused(
+        capsys, "--image", scene, "--config", "x", "--output", output
+    )
     assert "must end in .png, .svg, .pdf" in refused(capsys, *given[:-1], "tokens.gif")
     assert "--dpi: 0" in refused(capsys, *given, "--dpi", 0)
     assert "leave out --model" in refused(capsys, "--from-trace", "x", *given)
-    assert "leave out --save-trace" in refused(capsys, "--from-trace", "x", "--save-trace", "y", "--output", output)
-    assert "none.json cannot be read" in refused(capsys, "--from-trace", tmp_path / "none.json", "--output", output)
+    assert "leave out --save-trace" in refused(
+        capsys, "--from-trace", "x", "--save-trace", "y", "--output", output
+    )
+    assert "none.json cannot be read" in refused(
+        capsys, "--from-trace", tmp_path / "none.json", "--output", output
+    )
     assert "none.png cannot be opened (No such file" in refused(
         capsys, *arguments(checkpoint, tmp_path / "none.png", output)
     )
@@ -370,12 +468,19 @@ def test_what_cannot_be_drawn_is_one_sentence(checkpoint, scene, tmp_path, capsy
     text.write_text("no picture")
     assert "text.png is in no known format" in refused(capsys, *arguments(checkpoint, text, output))
     vanilla = ROOT / "configs/mini/vanilla.yaml"
-    assert "vanilla.yaml compresses nothing" in refused(capsys, *arguments(checkpoint, scene, output, vanilla))
+    assert "vanilla.yaml compresses nothing" in refused(
+        capsys, *arguments(checkpoint, scene, output, vanilla)
+    )
     too_deep = tmp_path / "deep.yaml"
     too_deep.write_text("method: libra\nlayers: [40]\n")
     assert "layers: 40 is out of range" in refused(capsys, *arguments(checkpoint, scene, output, too_deep))
-    for model, why in ((tmp_path / "nothing", ""), (ROOT / "mini/checkpoint", "it is in LLaVA's own format; convert it with")):
-        assert f"the model {model} cannot be loaded: {why}" in refused(capsys, *arguments(model, scene, output))
+    for model, why in (
+        (tmp_path / "nothing", ""),
+        (ROOT / "mini/checkpoint", "it is in LLaVA's own format; convert it with"),
+    ):
+        assert f"the model {model} cannot be loaded: {why}" in refused(
+            capsys, *arguments(model, scene, output)
+        )
     monkeypatch.setattr(prefill, "load", lambda path: (torch.nn.Linear(1, 1), None))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert refused(capsys, *given) == "error: drawing needs matplotlib; pip install matplotlib"
@@ -390,7 +495,11 @@ def test_an_unsupported_model_is_refused_by_name(scene, tmp_path, capsys, monkey
         def to(self, *_):
             return self
 
-    processor = SimpleNamespace(image_token="<image>", chat_template="{}", apply_chat_template=lambda *_, **__: Inputs())
+    processor = SimpleNamespace(
+        image_token="<image>", chat_template="{}", apply_chat_template=lambda *_, **__: Inputs()
+    )
     monkeypatch.setattr(prefill, "load", lambda path: (OtherForConditionalGeneration(1, 1), processor))
     error = refused(capsys, *arguments("other", scene, tmp_path / "tokens.png"))
-    assert "does not support OtherForConditionalGeneration; it supports LlavaForConditionalGeneration" in error
+    assert (
+        "does not support OtherForConditionalGeneration; it supports LlavaForConditionalGeneration" in error
+    )

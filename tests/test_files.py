@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from libra import files
+from libra.utils import files
 
 
 @pytest.fixture
@@ -26,8 +26,12 @@ def test_a_file_is_whole_and_on_the_disk(tmp_path, synced):
     files.write_text(path, "é")
     assert path.read_bytes() == "é".encode() and [entry.name for entry in path.parent.iterdir()] == ["x.json"]
     *folders, content, named = synced
-    assert folders == [str(tmp_path), str(tmp_path / "new")] and named == str(path.parent)  # every name on the way to it
-    assert content.startswith(f"{path.parent}/.x.json.") and content.endswith(".tmp")  # before it took the name
+    assert folders == [str(tmp_path), str(tmp_path / "new")] and named == str(
+        path.parent
+    )  # every name on the way to it
+    assert content.startswith(f"{path.parent}/.x.json.") and content.endswith(
+        ".tmp"
+    )  # before it took the name
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
 
 
@@ -54,7 +58,9 @@ def test_a_folder_comes_whole_and_takes_the_place_of_an_older_one(tmp_path, sync
     with pytest.raises(ValueError), files.new_folder(target) as stage:
         (stage / "z").write_text("3")
         raise ValueError
-    assert [path.name for path in target.iterdir()] == ["y"] and [path.name for path in target.parent.iterdir()] == ["folder"]
+    assert [path.name for path in target.iterdir()] == ["y"] and [
+        path.name for path in target.parent.iterdir()
+    ] == ["folder"]
 
 
 def test_what_killed_writers_left_is_removed(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from libra.config import Compression, ConfigError, Row
 from libra.flops import cost, layer_flops, main, model_flops, report
-from libra.registry import get_model
+from libra.rows import get_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -73,7 +73,9 @@ def test_every_cell_of_tables_1_to_3(table, model, compression, flops, percent):
         assert ours == str(PRINTED_HIGHER.get((model, percent), percent))
 
 
-@pytest.mark.parametrize("path", sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("table2/*.yaml")]), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("table2/*.yaml")]), ids=lambda path: path.stem
+)
 def test_the_figures_in_configs_are_those_of_the_tables(path):
     row = Row.from_yaml(path)
     cells = {(table, model, c): (float(flops), percent) for table, model, c, flops, percent in CELLS}
@@ -129,17 +131,27 @@ def test_table(capsys):
     assert line(out, "total") == "total 1.78 T 1.78 T (the paper's Table 1: 1.78 T)".split()
     assert line(out, "ratio to vanilla") == "ratio to vanilla 47% 47% (the paper's Table 1: 47%)".split()
     assert line(out, "average tokens kept") == "average tokens kept 270 270".split()
-    layers = [words[0] + " " + words[1] for words in map(str.split, out.splitlines()) if words and words[0][0].isdigit()]
+    layers = [
+        words[0] + " " + words[1]
+        for words in map(str.split, out.splitlines())
+        if words and words[0][0].isdigit()
+    ]
     assert layers == ["0-7 576", "8-15 288", "16-23 144", "24-31 72"]
 
 
 def test_notes_say_what_differs(capsys):
-    assert "the paper prints 47%; its formula gives 45.8%" in run(capsys, "--config", CONFIGS / "next8b_r50.yaml")
+    assert "the paper prints 47%; its formula gives 45.8%" in run(
+        capsys, "--config", CONFIGS / "next8b_r50.yaml"
+    )
     assert "a fit" in run(capsys, "--config", CONFIGS / "table2" / "videollama2_libra.yaml")
     assert "layers [2] here, 2.07 T" in run(capsys, "--config", CONFIGS / "llava7b_fastv.yaml")
     # Another number of tokens is no longer the paper's row.
     own = run(capsys, "--config", CONFIGS / "next8b_r50.yaml", "--visual-tokens", 576)
-    assert "the paper prints" not in own and "Table 1" not in own.split("note:")[0] and "visual tokens  576" in own
+    assert (
+        "the paper prints" not in own
+        and "Table 1" not in own.split("note:")[0]
+        and "visual tokens  576" in own
+    )
 
 
 def test_json_is_unrounded_and_says_all(capsys):
@@ -147,7 +159,9 @@ def test_json_is_unrounded_and_says_all(capsys):
     spec, c = get_model("llava-1.5-7b"), libra(QUARTERS, "2/3")
     nominal, actual = cost(spec, c), cost(spec, c, whole=True)
     assert data["nominal"]["flops"] == nominal.total and data["actual"]["flops"] == actual.total
-    assert data["nominal"]["tokens_per_layer"] == nominal.tokens and data["actual"]["tokens_per_layer"][-1] == 21
+    assert (
+        data["nominal"]["tokens_per_layer"] == nominal.tokens and data["actual"]["tokens_per_layer"][-1] == 21
+    )
     assert data["nominal"]["flops_per_layer"] == nominal.layers and len(nominal.layers) == 32
     assert data["nominal"]["ratio"] == nominal.total / data["vanilla_flops"]
     assert data["actual"]["average_tokens"] == actual.average_tokens
@@ -184,7 +198,10 @@ def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path):
 def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit) as error:
         main(["--help"])
-    assert error.value.code == 0 and "python -m libra.flops --config configs/llava7b_r50.yaml" in capsys.readouterr().out
+    assert (
+        error.value.code == 0
+        and "python -m libra.flops --config configs/llava7b_r50.yaml" in capsys.readouterr().out
+    )
 
 
 def test_as_a_command():

@@ -1,12 +1,14 @@
-"""The score row beside the model's own attention: it equals eager attention's row, and nothing else changes."""
+"""The score row beside the model's own attention: it equals eager attention's row, and nothing else
+changes."""
 
 import pytest
 import tiny
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from libra import Compression, hybrid
-from libra.transformers_api import cache_argument, cache_of
+from libra import Compression
+from libra.engine import score
+from libra.engine.transformers_api import cache_argument, cache_of
 
 LAYER = 2
 ROWS = [tiny.row("t3 v12 t4 v8 t3", 1), tiny.row("t2 v20 t6", 2), tiny.row("v5 t2 v7 t9", 3)]
@@ -20,7 +22,8 @@ def same_weights(attention: str, **sizes):
 
 
 def asked(step: tiny.Step, attentions: torch.Tensor) -> torch.Tensor:
-    """Of attentions (B, H, S, S) the rows that a step's probe asked for, averaged over the heads: (B, R, S)."""
+    """Of attentions (B, H, S, S) the rows that a step's probe asked for, averaged over the heads: (B, R,
+    S)."""
     mean = attentions.mean(1)
     return mean.gather(1, step.queries[..., None].expand(-1, -1, mean.shape[-1]))
 
@@ -38,7 +41,9 @@ def test_the_score_row_is_eager_attentions_row(attention, kv_heads, padding):
     given = arguments(padding)
     attentions = twin(**given, output_attentions=True).attentions
     for score_layer, layer in (("same", LAYER), ("next", LAYER + 1)):
-        model.set_compression(Compression(select="topk", merge="drop", layers=(LAYER,), score_layer=score_layer))
+        model.set_compression(
+            Compression(select="topk", merge="drop", layers=(LAYER,), score_layer=score_layer)
+        )
         with tiny.watched() as steps:
             model(**given)
         want = asked(steps[0], attentions[layer])
@@ -72,7 +77,9 @@ def test_in_bfloat16(attention):
     model.set_compression(Compression(method="libra", layers=(LAYER,)))
     with tiny.watched() as steps:
         out = model(**given)
-    torch.testing.assert_close(steps[0].attention, asked(steps[0], attentions[LAYER]).float(), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        steps[0].attention, asked(steps[0], attentions[LAYER]).float(), atol=1e-2, rtol=0
+    )
     assert out.logits.dtype == torch.bfloat16 and out.logits.isfinite().all()
 
 
@@ -86,19 +93,19 @@ def test_compressed_logits_do_not_depend_on_the_attention_implementation():
     torch.testing.assert_close(logits[0][:, valid], logits[1][:, valid], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sdpa", hybrid.HYBRID_EAGER])
+@pytest.mark.parametrize("name", ["sdpa", score.HYBRID_EAGER])
 @torch.no_grad()
 def test_a_probe_changes_nothing_but_itself(name):
-    model = tiny.llava_model(attention="eager" if name == hybrid.HYBRID_EAGER else name)
+    model = tiny.llava_model(attention="eager" if name == score.HYBRID_EAGER else name)
     for _ in range(2):
-        hybrid.enable(model.config)
+        score.enable(model.config)
         attend = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
     assert model.config._attn_implementation == name
     assert not getattr(attend.__wrapped__, "takes_probe", False)  # wrapped once, however often it is enabled
     module, draw = model.model.layers[0].self_attn, torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 7, 8, generator=draw) for heads in (4, 2, 2))
     rows = torch.tensor([[6], [3]])
-    probe = hybrid.Probe(rows, None)
+    probe = score.Probe(rows, None)
     options = dict(scaling=8**-0.5, dropout=0.0)
     plain = attend.__wrapped__(module, query, key, value, None, **options)[0]
     assert torch.equal(attend(module, query, key, value, None, **options)[0], plain)
@@ -116,7 +123,9 @@ def test_a_later_turn_is_scored_on_all_keys_and_reads_its_own_columns():
     cache = cache_of(model(**tiny.alone(first), use_cache=True))
     with tiny.watched() as steps:
         model(**tiny.alone(second), **cache_argument(cache))
-    joined = tiny.Row(torch.cat([first.embeds, second.embeds]), torch.cat([first.visual, second.visual]), first.labels)
+    joined = tiny.Row(
+        torch.cat([first.embeds, second.embeds]), torch.cat([first.visual, second.visual]), first.labels
+    )
     attentions = twin(**tiny.alone(joined), output_attentions=True).attentions[LAYER].mean(1)
     torch.testing.assert_close(steps[0].attention[0, 0], attentions[0, -1, len(first) :], atol=1e-5, rtol=0)
     assert steps[0].attention.sum() < 0.99

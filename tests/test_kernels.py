@@ -1,7 +1,8 @@
-"""The Triton kernels against the torch functions they stand in for: as Python in Triton's interpreter, or on a GPU.
+"""The Triton kernels against the torch functions they stand in for: as Python in Triton's interpreter, or on
+a GPU.
 
-tests/conftest.py has Triton interpret kernels where there is no GPU. That a compiler takes them too is checked without a GPU by
-tests/kernel_builds.py.
+tests/conftest.py has Triton interpret kernels where there is no GPU. That a compiler takes them too is
+checked without a GPU by tests/kernel_builds.py.
 """
 
 import json
@@ -18,23 +19,33 @@ import tiny
 import torch
 from hypothesis import given, settings
 
-from libra import Compression, fuse
-from libra.compress import compress
-from libra.importance import score_row
-from libra.layout import Layout, ordinals, repack
+from libra import Compression
 from libra.merge import group_softmax, merge_groups
+from libra.ops import dispatch as fuse
+from libra.ops.scores import score_row
+from libra.ops.similarity import most_similar
+from libra.ops.spans import Layout, ordinals, repack
 from libra.select import best_of_intervals
-from libra.similarity import most_similar
+from libra.step import compress
 
-kernels = pytest.importorskip("libra.kernels", reason="Triton is not installed")
+kernels = pytest.importorskip("libra.ops.kernels", reason="Triton is not installed")
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILDS = Path(__file__).with_name("kernel_builds.py")
 SHARED_LIMIT = 99 * 1024  # bytes of shared memory of a block on consumer GPUs since Ampere
-NAMES = {"score_row", "most_similar", "group_softmax", "merge_groups", "ordinals", "repack", "best_of_intervals"}
+NAMES = {
+    "score_row",
+    "most_similar",
+    "group_softmax",
+    "merge_groups",
+    "ordinals",
+    "repack",
+    "best_of_intervals",
+}
 TOOLS = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin"
 needs_assembler = pytest.mark.skipif(
-    not all((TOOLS / tool).exists() for tool in ("ptxas", "cuobjdump")), reason="a Triton without NVIDIA's assembler"
+    not all((TOOLS / tool).exists() for tool in ("ptxas", "cuobjdump")),
+    reason="a Triton without NVIDIA's assembler",
 )
 floats = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 # In the interpreter a row without any visible key warns where a GPU silently computes what is not used.
@@ -43,7 +54,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) e
 
 @pytest.fixture(
     params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(not kernels.INTERPRETED, reason="kernels are compiled on this machine")),
+        pytest.param(
+            "cpu",
+            marks=pytest.mark.skipif(not kernels.INTERPRETED, reason="kernels are compiled on this machine"),
+        ),
         pytest.param("cuda", marks=pytest.mark.gpu),
     ]
 )
@@ -53,7 +67,8 @@ def device(request):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Every kernel is used, on a CPU too; which ones did their twins' work. A kernel that fails fails the test."""
+    """Every kernel is used, on a CPU too; which ones did their twins' work. A kernel that fails fails the
+    test."""
     counts = Counter()
 
     def launch(name, args, kwargs):
@@ -80,7 +95,8 @@ def drawn(seed: int, device: str):
 
 
 def same_choices(got, want, tokens, others):
-    """Equal similarities and places; a place may differ only where both are as similar up to float32 rounding."""
+    """Equal similarities and places; a place may differ only where both are as similar up to float32
+    rounding."""
     torch.testing.assert_close(got[0], want[0], atol=2e-6, rtol=2e-6)
     assert got[1].dtype == torch.int64 and got[1].shape == want[1].shape
     for b, q in (got[1] != want[1]).nonzero().tolist():
@@ -103,7 +119,12 @@ def test_score_row(device, dtype, heads, kv_heads, width, length, keys, picked):
     rows = whole(0, length, 2, picked)
     mask = whole(0, 4, 2, keys + 5) > 0
     mask[:, keys + 4 :] = True
-    for scaling, key_mask, window in ((0.2, None, None), (1.5, mask, None), (0.2, mask.long(), 7), (0.2, None, 1)):
+    for scaling, key_mask, window in (
+        (0.2, None, None),
+        (1.5, mask, None),
+        (0.2, mask.long(), 7),
+        (0.2, None, 1),
+    ):
         given = query.transpose(1, 2), key.transpose(1, 2), rows, scaling, key_mask, window
         got, want = kernels.score_row(*given), score_row.__wrapped__(*given)
         torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-5, equal_nan=True)
@@ -129,10 +150,14 @@ def test_a_query_that_sees_no_key(device):
     (torch.float32, 2, 33, 65, 36),
 ])  # fmt: skip
 def test_most_similar(device, dtype, multiprocessors, batch, count, total, width, monkeypatch):
-    """Large tiles and no splits as where there is much to do, small tiles and splits as where there is little."""
+    """Large tiles and no splits as where there is much to do, small tiles and splits as where there is
+    little."""
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
     normal, whole = drawn(width, device)
-    tokens, others = normal(batch, count + 2, width, dtype=dtype)[:, 1:-1], normal(batch, total, width, dtype=dtype)
+    tokens, others = (
+        normal(batch, count + 2, width, dtype=dtype)[:, 1:-1],
+        normal(batch, total, width, dtype=dtype),
+    )
     tokens[0, 0] = 0
     others[:, total // 2] = 0
     groups = whole(-1, 3, batch, count), whole(0, 4, batch, total)
@@ -145,7 +170,8 @@ def test_most_similar(device, dtype, multiprocessors, batch, count, total, width
 @floats
 @pytest.mark.parametrize("multiprocessors", [1, 108], ids=["one split", "many splits"])
 def test_the_first_of_equals_is_the_most_similar(device, dtype, multiprocessors, monkeypatch):
-    """Vectors whose cosines come out exactly, far apart in the row: within a tile, across tiles and across splits."""
+    """Vectors whose cosines come out exactly, far apart in the row: within a tile, across tiles and across
+    splits."""
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
     _, whole = drawn(3, device)
     signs = (whole(0, 2, 1, 300, 4) * 2 - 1).to(dtype) * 2.0 ** whole(-2, 3, 1, 300, 1)
@@ -154,7 +180,9 @@ def test_the_first_of_equals_is_the_most_similar(device, dtype, multiprocessors,
         got, want = kernels.most_similar(*given, None, itself), most_similar.__wrapped__(*given, None, itself)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
         if itself:
-            assert (want[1][0].cpu() < torch.arange(40)).sum() > 5  # as similar to an earlier one as to itself
+            assert (
+                want[1][0].cpu() < torch.arange(40)
+            ).sum() > 5  # as similar to an earlier one as to itself
 
 
 @pytest.mark.parametrize("batch, count, slots", [(1, 1, 1), (2, 140, 12), (1, 60, 55), (3, 40, 1)])
@@ -166,9 +194,15 @@ def test_group_softmax_and_merge_groups(device, batch, count, slots):
         weights = kernels.group_softmax(*asked, slots)
         torch.testing.assert_close(weights, group_softmax.__wrapped__(*asked, slots), atol=1e-6, rtol=1e-5)
         assert (weights[groups == -1] == 0).all()
-    for dtype, width in ((torch.float32, 260 if slots == 12 else 3), (torch.bfloat16, 24), (torch.float16, 1)):
+    for dtype, width in (
+        (torch.float32, 260 if slots == 12 else 3),
+        (torch.bfloat16, 24),
+        (torch.float16, 1),
+    ):
         hidden = normal(batch, count, 2 * width, dtype=dtype)[..., width:]
-        got, want = (f(hidden, groups, weights, slots) for f in (kernels.merge_groups, merge_groups.__wrapped__))
+        got, want = (
+            f(hidden, groups, weights, slots) for f in (kernels.merge_groups, merge_groups.__wrapped__)
+        )
         assert got.dtype == dtype and got.shape == (batch, slots, width)
         # The interpreter rounds to bfloat16 towards zero.
         room = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
@@ -208,7 +242,10 @@ def test_best_of_intervals(device, ratio):
         layout = Layout.build(spans, ratio, "round", device)
         for steps in 2, 1000:
             importance = whole(0, steps, len(spans), layout.tokens) / steps
-            got, want = kernels.best_of_intervals(importance, layout), best_of_intervals.__wrapped__(importance, layout)
+            got, want = (
+                kernels.best_of_intervals(importance, layout),
+                best_of_intervals.__wrapped__(importance, layout),
+            )
             assert torch.equal(got, want) and got.sum() == sum(layout.target_counts)
 
 
@@ -216,7 +253,11 @@ def test_what_kernels_leave_to_torch(device, launched):
     normal, whole = drawn(0, device)
     hidden, groups = normal(2, 9, 4).double(), whole(0, 3, 2, 9)
     weights = group_softmax(hidden[..., 0], groups, 3)
-    assert weights.dtype == torch.float64 and merge_groups(hidden, groups, weights.float(), 3).shape == (2, 3, 4)
+    assert weights.dtype == torch.float64 and merge_groups(hidden, groups, weights.float(), 3).shape == (
+        2,
+        3,
+        4,
+    )
     assert most_similar(hidden, hidden)[1].shape == (2, 9)
     assert score_row(hidden[:, None], hidden[:, None], groups[:, :1], 1.0).shape == (2, 1, 9)
     assert ordinals(groups > 5, 0).shape == (2, 0) and ordinals(groups[:0] > 5, 2).shape == (0, 2)
@@ -261,13 +302,20 @@ def test_the_same_bits_every_time():
 def test_a_step_of_kernels_is_the_torch_step(device, select, merge, launched, monkeypatch):
     normal, _ = drawn(5, device)
     hidden, importance = normal(2, 75, 20), normal(2, 75).softmax(1)
-    c, spans = Compression(select=select, merge=merge, ratio=0.6, **({"tau": 0.2} if merge == "igm" else {})), [[40, 35], [60]]
+    c, spans = (
+        Compression(select=select, merge=merge, ratio=0.6, **({"tau": 0.2} if merge == "igm" else {})),
+        [[40, 35], [60]],
+    )
     got = compress(hidden, importance, c, spans=spans)
     assert set(launched) >= {"ordinals"} | (set() if merge == "drop" else {"group_softmax", "merge_groups"})
     monkeypatch.undo()
     monkeypatch.setattr(fuse, "runs_kernels", lambda tensor: False)
     want = compress(hidden, importance, c, spans=spans)
-    assert torch.equal(got.targets, want.targets) and torch.equal(got.groups, want.groups) and torch.equal(got.mask, want.mask)
+    assert (
+        torch.equal(got.targets, want.targets)
+        and torch.equal(got.groups, want.groups)
+        and torch.equal(got.mask, want.mask)
+    )
     torch.testing.assert_close(got.token_weights, want.token_weights)
     torch.testing.assert_close(got.tokens, want.tokens)
     if want.similarity is not None:
@@ -289,7 +337,9 @@ PROMPTS = {
 def test_a_model_with_kernels_is_the_model_without(device, keys, side, launched, monkeypatch):
     """Ragged prompts with no, one and several images, through decoder, stream and masks."""
     patterns = ("t3 v12 t4 v8 t3", "t2 v20 t6", "t7")
-    rows = [tiny.row(pattern, seed, alike=0.95 if seed == 1 else 0.0) for seed, pattern in enumerate(patterns)]
+    rows = [
+        tiny.row(pattern, seed, alike=0.95 if seed == 1 else 0.0) for seed, pattern in enumerate(patterns)
+    ]
     model = tiny.llava_model(layers=4).to(device)
     model.set_compression(Compression(**keys))
     given = {name: value.to(device) for name, value in tiny.collate(rows, side).items()}
@@ -357,15 +407,21 @@ def test_a_kernel_that_fails_is_named_once_and_torch_goes_on(monkeypatch):
 
 
 def builds(tmp_path, *arguments: str) -> list[dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, BUILDS, *arguments], capture_output=True, text=True, env=environment)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
+    done = subprocess.run(
+        [sys.executable, BUILDS, *arguments], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def check_builds(found: list[dict]) -> None:
     """A few registers may spill: less than a line of cache for each thread."""
-    assert {entry["kernel"] for entry in found} == {name for name, k in vars(kernels).items() if hasattr(k, "arg_names")}
+    assert {entry["kernel"] for entry in found} == {
+        name for name, k in vars(kernels).items() if hasattr(k, "arg_names")
+    }
     for entry in found:
         assert entry["shared"] <= SHARED_LIMIT and entry["spilled"] <= 64, entry
 

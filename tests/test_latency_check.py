@@ -48,9 +48,14 @@ def test_what_was_written_is_what_is_found(small, capsys):
     assert written["counts"]["vanilla"]["cache_bytes"] == 4 * 2 * 128 * layers * tokens
 
 
-@pytest.mark.parametrize("figure, words", [
-    ("operations", "multiply-accumulates"), ("cache_bytes", "bytes of the KV cache"), ("memory_bytes", "peak bytes"),
-])
+@pytest.mark.parametrize(
+    "figure, words",
+    [
+        ("operations", "multiply-accumulates"),
+        ("cache_bytes", "bytes of the KV cache"),
+        ("memory_bytes", "peak bytes"),
+    ],
+)
 def test_a_count_that_is_off_by_one_is_a_line(counted, capsys, figure, words):
     counts = json.loads(counted.read_text())["counts"]
     value = counts["fastv"][figure]
@@ -75,9 +80,16 @@ def test_peak_bytes_of_another_torch_are_not_compared(counted, capsys):
     assert guard.check(path=counted, progress=False) == 1
 
 
-@pytest.mark.parametrize("first, second, status", [
-    (0.57, None, 0), (0.43, None, 0), (0.58, 0.56, 0), (0.58, 0.59, 1), (0.42, 0.41, 1),
-])
+@pytest.mark.parametrize(
+    "first, second, status",
+    [
+        (0.57, None, 0),
+        (0.43, None, 0),
+        (0.58, 0.56, 0),
+        (0.58, 0.59, 1),
+        (0.42, 0.41, 1),
+    ],
+)
 def test_a_time_ratio_has_to_leave_the_margin_twice(counted, capsys, monkeypatch, first, second, status):
     answers, asked = [{"libra": first, "fastv": 0.5}, {"libra": second}], []
     monkeypatch.setattr(guard, "time_ratios", lambda made, **_: asked.append(list(made)) or answers.pop(0))
@@ -112,18 +124,24 @@ def test_it_runs_on_one_thread_and_gives_the_others_back(small, monkeypatch):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"counts": {}, "time_ratios": {}, "versions": {"torch": "2"}}'])
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "{}", '{"counts": {}, "time_ratios": {}, "versions": {"torch": "2"}}']
+)
 def test_damaged_figures_are_one_sentence(tmp_path, content):
     path = tmp_path / "expected.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match="expected.json is missing or damaged; write it with python -m libra.latency --check"):
+    with pytest.raises(
+        ValueError, match="expected.json is missing or damaged; write it with python -m libra.latency --check"
+    ):
         guard.check(path=path, progress=False)
 
 
 def test_the_committed_figures_are_of_this_slice():
     expected = guard.read()
-    assert expected["counts"]["vanilla"]["cache_bytes"] == 4 * 2 * guard.SLICE.kv_size * guard.SLICE.layers * (576 + 64)
+    assert expected["counts"]["vanilla"][
+        "cache_bytes"
+    ] == 4 * 2 * guard.SLICE.kv_size * guard.SLICE.layers * (576 + 64)
     for name, ratio in expected["time_ratios"].items():
         promised = expected["counts"][name]["operations"] / expected["counts"]["vanilla"]["operations"]
         assert abs(ratio / promised - 1) < guard.MARGIN, f"{name}: the slice is not bound by its operations"

@@ -14,20 +14,48 @@ GRID = {(20, 1), (20, 2), (40, 1)}  # 40 × 2 is over the limit
 
 
 def grow(folder, *more: str) -> int:
-    return main(command(
-        "--random-weights", "--layers", "4", "--compression-layers", "1,2", "--visual-tokens", "40,20", "--batch", "1,2",
-        "--max-tokens", "40", "--text-tokens", "8", "--pairs", "2", "--grow", "--output", str(folder), *more,
-    ))
+    return main(
+        command(
+            "--random-weights",
+            "--layers",
+            "4",
+            "--compression-layers",
+            "1,2",
+            "--visual-tokens",
+            "40,20",
+            "--batch",
+            "1,2",
+            "--max-tokens",
+            "40",
+            "--text-tokens",
+            "8",
+            "--pairs",
+            "2",
+            "--grow",
+            "--output",
+            str(folder),
+            *more,
+        )
+    )
 
 
 def rows(text: str) -> dict[tuple[int, int], list[str]]:
     """A table's figures by visual tokens and batch."""
-    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    lines = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
     return {(int(line[0]), int(line[1])): line[2:] for line in lines[1:]}
 
 
 def test_large_cells_get_fewer_pairs():
-    assert [pairs_for(Prompt(n, batch=b), 9) for n, b in ((144, 1), (4096, 1), (1024, 8), (16384, 1))] == [9, 9, 4, 3]
+    assert [pairs_for(Prompt(n, batch=b), 9) for n, b in ((144, 1), (4096, 1), (1024, 8), (16384, 1))] == [
+        9,
+        9,
+        4,
+        3,
+    ]
     assert [pairs_for(Prompt(16384), pairs) for pairs in (1, 2, 40)] == [1, 2, 10]
 
 
@@ -35,7 +63,11 @@ def test_a_grid_is_measured_once(capsys, tmp_path, monkeypatch):
     folder = tmp_path / "new" / "growth"
     assert grow(folder) == 0
     printed = capsys.readouterr().out
-    assert {path.name for path in folder.iterdir()} == {*(f"{n}x{b}.json" for n, b in GRID), "growth.md", "growth.png"}
+    assert {path.name for path in folder.iterdir()} == {
+        *(f"{n}x{b}.json" for n, b in GRID),
+        "growth.md",
+        "growth.png",
+    }
     assert printed == (folder / "growth.md").read_text(encoding="utf-8")
     found = rows(printed)
     assert list(found) == [(20, 1), (20, 2), (40, 1), (40, 2)] and not any(found.pop((40, 2)))
@@ -47,12 +79,17 @@ def test_a_grid_is_measured_once(capsys, tmp_path, monkeypatch):
         assert measured.startswith(f"{cell['prefill']['ratio']['median']:.3f} [") and measured.endswith("50%")
         assert float(flops) == pytest.approx(cell["flops"]["formula"]["ratio"], abs=6e-4)
         assert float(over) == pytest.approx(float(measured.split()[0]) / float(flops), rel=3e-3, abs=6e-3)
-        assert (share, similarity) == (f"{cell['parts']['share']:.2%}", f"{cell['parts']['shares']['similarity']:.2%}")
+        assert (share, similarity) == (
+            f"{cell['parts']['share']:.2%}",
+            f"{cell['parts']['shares']['similarity']:.2%}",
+        )
         assert extra == f"{cell['extra_memory']['ratio']:.2f}"
     assert Image.open(folder / "growth.png").width > 1000
 
     measured = []
-    monkeypatch.setattr("libra.latency.growth.measure", lambda bench, *_, **__: measured.append(bench.prompt) or 1 / 0)
+    monkeypatch.setattr(
+        "libra.latency.growth.measure", lambda bench, *_, **__: measured.append(bench.prompt) or 1 / 0
+    )
     assert grow(folder) == 0 and not measured
     assert capsys.readouterr().out == printed
     (folder / "20x2.json").unlink()
@@ -78,7 +115,11 @@ def test_a_cell_that_cannot_be_read_is_measured_again(tmp_path):
     assert grow(tmp_path, *arguments) == 0
     path = tmp_path / "20x1.json"
     whole = json.loads(path.read_text())
-    for damaged in ("{}", path.read_text()[:50], json.dumps({key: value for key, value in whole.items() if key != "prefill"})):
+    for damaged in (
+        "{}",
+        path.read_text()[:50],
+        json.dumps({key: value for key, value in whole.items() if key != "prefill"}),
+    ):
         path.write_text(damaged)
         assert grow(tmp_path, *arguments) == 0
         assert json.loads(path.read_text()).keys() == whole.keys()
@@ -102,7 +143,10 @@ def test_a_cell_without_memory_is_a_failed_cell_and_tried_again(capsys, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr("libra.latency.growth.measure", full)
         assert grow(tmp_path, "--visual-tokens", "20", "--batch", "1") == 0
-    assert rows(capsys.readouterr().out)[20, 1][:2] == ["", "out of memory"] and not (tmp_path / "growth.png").exists()
+    assert (
+        rows(capsys.readouterr().out)[20, 1][:2] == ["", "out of memory"]
+        and not (tmp_path / "growth.png").exists()
+    )
     assert grow(tmp_path, "--visual-tokens", "20", "--batch", "1") == 0
     assert rows(capsys.readouterr().out)[20, 1][0] == "2" and (tmp_path / "growth.png").exists()
 

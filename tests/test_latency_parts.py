@@ -1,4 +1,5 @@
-"""Compression's own time by part, and the bytes that it allocates: what is seen, what is not, and that it is the same twice."""
+"""Compression's own time by part, and the bytes that it allocates: what is seen, what is not, and that it is
+the same twice."""
 
 from types import SimpleNamespace
 
@@ -12,18 +13,28 @@ from libra.config import Compression
 from libra.latency import Bench, Prompt
 from libra.latency.memory import LiveBytes, Region
 from libra.latency.parts import PARTS, profile_parts, seconds_by_part
-from libra.random_weights import random_model
-from libra.registry import ModelSpec
+from libra.latency.random_weights import random_model
+from libra.rows import ModelSpec
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(
-    name="narrow", layers=4, hidden_size=256, intermediate_size=512, kv_size=256, visual_tokens=(64,), checkpoint="",
+    name="narrow",
+    layers=4,
+    hidden_size=256,
+    intermediate_size=512,
+    kv_size=256,
+    visual_tokens=(64,),
+    checkpoint="",
 )
 
 
 def bench(method: str = "libra", layers=(0, 2), **keys) -> Bench:
     model = random_model(SPEC, SPEC.layers, torch.float32)
-    return Bench(model, Compression(method=method, layers=layers, ratio=0.5, **keys), Prompt(visual=64, text=10, batch=2))
+    return Bench(
+        model,
+        Compression(method=method, layers=layers, ratio=0.5, **keys),
+        Prompt(visual=64, text=10, batch=2),
+    )
 
 
 def test_the_prefill_marks_every_part():
@@ -36,9 +47,16 @@ def test_the_prefill_marks_every_part():
     assert "host_seconds" not in found
 
 
-@pytest.mark.parametrize("method, layers, keys", [
-    ("libra", (0, 2), {}), ("fastv", (1,), {}), ("turbo", (1,), {}), ("pyramiddrop", (1, 2), {}), ("libra", (3,), {}),
-])
+@pytest.mark.parametrize(
+    "method, layers, keys",
+    [
+        ("libra", (0, 2), {}),
+        ("fastv", (1,), {}),
+        ("turbo", (1,), {}),
+        ("pyramiddrop", (1, 2), {}),
+        ("libra", (3,), {}),
+    ],
+)
 def test_ranges_do_not_lie_in_one_another(method, layers, keys, monkeypatch):
     """Their seconds are added up."""
     open_now = []
@@ -55,7 +73,16 @@ def test_ranges_do_not_lie_in_one_another(method, layers, keys, monkeypatch):
                 assert open_now.pop() == self.name
             return super().__exit__(*error)
 
-    for name in ("stream", "merge", "compress", "select", "hybrid", "importance", "passage", "layout"):
+    for name in (
+        "engine.tokens",
+        "merge",
+        "step",
+        "select",
+        "engine.score",
+        "ops.scores",
+        "engine.forward",
+        "ops.spans",
+    ):
         module = __import__(f"libra.{name}", fromlist=[name])
         if hasattr(module, "record_function"):
             monkeypatch.setattr(module, "record_function", Watched)
@@ -78,29 +105,45 @@ def event(name: str, where: DeviceType, start: float, end: float, kernels: float
 
 
 def test_a_part_is_summed_over_the_layers():
-    host = [event("libra.merge", DeviceType.CPU, 0, 5), event("aten::mm", DeviceType.CPU, 1, 4),
-            event("libra.merge", DeviceType.CPU, 20, 27), event("libra.unheard-of", DeviceType.CPU, 0, 90)]
+    host = [
+        event("libra.merge", DeviceType.CPU, 0, 5),
+        event("aten::mm", DeviceType.CPU, 1, 4),
+        event("libra.merge", DeviceType.CPU, 20, 27),
+        event("libra.unheard-of", DeviceType.CPU, 0, 90),
+    ]
     assert seconds_by_part(host, on_device=False) == {"merge": pytest.approx(12e-6)}
 
 
 def test_on_a_gpu_a_part_lasts_as_long_as_its_kernels():
     """By the span that the profiler lays over them, or, where it has none, by their own time."""
     events = [
-        event("libra.merge", DeviceType.CPU, 0, 5, kernels=30), event("libra.merge", DeviceType.CUDA, 100, 140),
-        event("libra.gather", DeviceType.CPU, 6, 9, kernels=8), event("gather_kernel", DeviceType.CUDA, 150, 158),
+        event("libra.merge", DeviceType.CPU, 0, 5, kernels=30),
+        event("libra.merge", DeviceType.CUDA, 100, 140),
+        event("libra.gather", DeviceType.CPU, 6, 9, kernels=8),
+        event("gather_kernel", DeviceType.CUDA, 150, 158),
     ]
-    assert seconds_by_part(events, on_device=True) == {"merge": pytest.approx(40e-6), "gather": pytest.approx(8e-6)}
-    assert seconds_by_part(events, on_device=False) == {"merge": pytest.approx(5e-6), "gather": pytest.approx(3e-6)}
+    assert seconds_by_part(events, on_device=True) == {
+        "merge": pytest.approx(40e-6),
+        "gather": pytest.approx(8e-6),
+    }
+    assert seconds_by_part(events, on_device=False) == {
+        "merge": pytest.approx(5e-6),
+        "gather": pytest.approx(3e-6),
+    }
 
 
 @pytest.mark.gpu
 def test_parts_on_a_gpu():
     model = random_model(SPEC, SPEC.layers, torch.bfloat16, "cuda")
-    made = Bench(model, Compression(method="libra", layers=(0, 2), ratio=0.5), Prompt(visual=64, text=10, batch=2))
+    made = Bench(
+        model, Compression(method="libra", layers=(0, 2), ratio=0.5), Prompt(visual=64, text=10, batch=2)
+    )
     made.run(True)
     found = profile_parts(made, runs=3)
     assert list(found["seconds"]) == list(found["host_seconds"]) == list(PARTS)
-    on_device = {part: found["seconds"][part] for part in PARTS if part != "layout"}  # whose tables are made on the host
+    on_device = {
+        part: found["seconds"][part] for part in PARTS if part != "layout"
+    }  # whose tables are made on the host
     assert min(on_device.values()) > 0 and found["share"] < 1
     assert made.count(True).steps[0].whole.peak > 0 and made.count(False).layer > 0
 
@@ -156,7 +199,9 @@ def test_counts_are_the_same_twice():
     assert peaks[0] == peaks[1] and len(peaks[0]) == 2 and peaks[0][0] > peaks[0][1] > 0
     layers = [made.count(False).layer for _ in range(2)]
     length, rows = 74, 2
-    assert layers[0] == layers[1] > 3 * 4 * rows * length * SPEC.intermediate_size  # gate, up and their product at once
+    assert (
+        layers[0] == layers[1] > 3 * 4 * rows * length * SPEC.intermediate_size
+    )  # gate, up and their product at once
     assert layers[0] < 4 * rows * length * (4 * SPEC.intermediate_size + 10 * SPEC.hidden_size)
 
 

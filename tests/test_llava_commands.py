@@ -30,19 +30,40 @@ COMPRESSION = "compression: {method: fastv, layers: [1], ratio: 0.5}\nmodel: min
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
-    tower = CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14,
-    ))
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+        )
+    )
     tower.save_pretrained(folder / "vision_tower")
     CLIPImageProcessor.from_pretrained(GOLDEN / "image_processor").save_pretrained(folder / "vision_tower")
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizers/sp700_legacyFalse")
     tokenizer.save_pretrained(folder)
     config = LlavaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        tokenizer_model_max_length=512, mm_vision_tower=str(folder / "vision_tower"), mm_hidden_size=16,
-        mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-2, mm_vision_select_feature="patch",
-        image_aspect_ratio="pad", mm_patch_merge_type="flat", conversation="mini",
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tokenizer_model_max_length=512,
+        mm_vision_tower=str(folder / "vision_tower"),
+        mm_hidden_size=16,
+        mm_projector_type="mlp2x_gelu",
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        image_aspect_ratio="pad",
+        mm_patch_merge_type="flat",
+        conversation="mini",
     )
     model = LlavaLlamaForCausalLM(config)
     model.get_vision_tower().load_model()
@@ -97,7 +118,12 @@ def refused(main, argv, capsys) -> str:
 
 
 def arguments(checkpoint, **changes) -> list[str]:
-    given = {"model-path": str(checkpoint), "image-file": IMAGES[0], "max-new-tokens": "6", "device": "cpu"} | changes
+    given = {
+        "model-path": str(checkpoint),
+        "image-file": IMAGES[0],
+        "max-new-tokens": "6",
+        "device": "cpu",
+    } | changes
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
@@ -108,7 +134,9 @@ def test_one_question(checkpoint, loaded, capsys):
 
 
 def test_two_images_another_template_and_compression(checkpoint, loaded, once, row, capsys):
-    argv = arguments(checkpoint, **{"image-file": ",".join(IMAGES), "conv-mode": "vicuna_v1", "compression": row})
+    argv = arguments(
+        checkpoint, **{"image-file": ",".join(IMAGES), "conv-mode": "vicuna_v1", "compression": row}
+    )
     run_llava.main([*argv, "--query", "Are they alike?"])
     fastv = Compression(method="fastv", layers=(1,), ratio=0.5)
     turns = ["<image>\n<image>\nAre they alike?", None]
@@ -118,15 +146,28 @@ def test_two_images_another_template_and_compression(checkpoint, loaded, once, r
 
 def test_eval_model_takes_the_originals_arguments(checkpoint, loaded, once, capsys):
     args = SimpleNamespace(
-        model_path=str(checkpoint), model_base=None, model_name="tiny", query="Look: <image-placeholder> what?", conv_mode=None,
-        image_file=IMAGES[1], sep=",", temperature=0, top_p=None, num_beams=2, max_new_tokens=5,
+        model_path=str(checkpoint),
+        model_base=None,
+        model_name="tiny",
+        query="Look: <image-placeholder> what?",
+        conv_mode=None,
+        image_file=IMAGES[1],
+        sep=",",
+        temperature=0,
+        top_p=None,
+        num_beams=2,
+        max_new_tokens=5,
     )
     answer = run_llava.eval_model(args)
     assert capsys.readouterr().out.strip() == answer
     tokenizer, model, processor, _ = loaded
-    prompt = tokenizer_image_token("USER: Look: <image> what? ASSISTANT:", tokenizer, return_tensors="pt")[None]
+    prompt = tokenizer_image_token("USER: Look: <image> what? ASSISTANT:", tokenizer, return_tensors="pt")[
+        None
+    ]
     pixels = process_images([Image.open(IMAGES[1])], processor, model.config)
-    new = model.generate(prompt, images=pixels, do_sample=False, num_beams=2, max_new_tokens=5, pad_token_id=0)
+    new = model.generate(
+        prompt, images=pixels, do_sample=False, num_beams=2, max_new_tokens=5, pad_token_id=0
+    )
     assert answer == tokenizer.decode(new[0], skip_special_tokens=True).strip()
 
 
@@ -160,7 +201,9 @@ def test_a_conversation(checkpoint, loaded, once, row, capsys, monkeypatch):
 
 
 def test_reprefill_runs_the_whole_conversation_again(checkpoint, loaded, once, row, capsys, monkeypatch):
-    output = talk(checkpoint, monkeypatch, capsys, ["What is this?", "And what else?"], "--reprefill", compression=row)
+    output = talk(
+        checkpoint, monkeypatch, capsys, ["What is this?", "And what else?"], "--reprefill", compression=row
+    )
     fastv = Compression(method="fastv", layers=(1,), ratio=0.5)
     turns = ["<image>\nWhat is this?", None]
     turns[1] = reference(loaded, "mini", turns, IMAGES[:1], 6, fastv)
@@ -173,12 +216,18 @@ def test_images_may_be_shown_later(checkpoint, loaded, once, row, capsys, monkey
     lines = [*wrong, "What is this?", f"/image {IMAGES[1]}", "And this?", "/new", "Hello?", "/help"]
     output = talk(checkpoint, monkeypatch, capsys, lines, compression=row)
     assert f"[{IMAGES[1]}: 16 visual tokens, shown with the next question]\n" in output.out
-    assert "visual tokens 32 → 16, 27 on average" in output.out  # both images, each as its own question left it
+    assert (
+        "visual tokens 32 → 16, 27 on average" in output.out
+    )  # both images, each as its own question left it
     errors = output.err.splitlines()
     assert len(errors) == 4 and all(line.startswith("error: ") for line in errors)
     assert "missing.png cannot be opened" in errors[0] and "videos are for VideoLLaMA-2" in errors[1]
-    assert "/imag a.png is no command; they are /image FILE" in errors[2] and "/image is no command" in errors[3]
-    assert "[a new conversation]\n" in output.out and output.out.count("[visual tokens ") == 2  # none after /new
+    assert (
+        "/imag a.png is no command; they are /image FILE" in errors[2] and "/image is no command" in errors[3]
+    )
+    assert (
+        "[a new conversation]\n" in output.out and output.out.count("[visual tokens ") == 2
+    )  # none after /new
     assert "/image FILE   show an image" in output.out
     chat = Session(*loaded, "mini", [Image.open(IMAGES[0])])
     want = [chat.ask("What is this?", max_new_tokens=6).text]
@@ -189,12 +238,16 @@ def test_images_may_be_shown_later(checkpoint, loaded, once, row, capsys, monkey
 
 def test_a_conversation_may_begin_without_images(checkpoint, once, row, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello?\n/image {IMAGES[0]}\nWhat is this?\n"))
-    cli.main(["--model-path", str(checkpoint), "--device", "cpu", "--max-new-tokens", "3", "--compression", row])
+    cli.main(
+        ["--model-path", str(checkpoint), "--device", "cpu", "--max-new-tokens", "3", "--compression", row]
+    )
     output = capsys.readouterr()
     assert output.err == "" and "\n[first token after" in output.out and "[visual tokens 16 → 8" in output.out
 
 
-def test_a_conversation_without_compression_ends_with_the_input(checkpoint, loaded, once, capsys, monkeypatch):
+def test_a_conversation_without_compression_ends_with_the_input(
+    checkpoint, loaded, once, capsys, monkeypatch
+):
     output = talk(checkpoint, monkeypatch, capsys, ["What is this?"], **{"image-file": ",".join(IMAGES)}).out
     answer = reference(loaded, "mini", ["<image>\n<image>\nWhat is this?", None], IMAGES, 6)
     assert f"ASSISTANT: {answer}\n[visual tokens 32; first token after " in output
@@ -221,7 +274,9 @@ def test_the_stop_text_is_neither_printed_nor_kept(loaded, capsys, monkeypatch):
         return words
 
     monkeypatch.setattr(model, "generate", generate)
-    answer = Session(tokenizer, model, processor, length, "llava_v0", [Image.open(IMAGES[0])]).ask("What?", stream=True)
+    answer = Session(tokenizer, model, processor, length, "llava_v0", [Image.open(IMAGES[0])]).ask(
+        "What?", stream=True
+    )
     assert answer.text == "It is a cat." and capsys.readouterr().out == "It is a cat.\n"
     assert answer.first_token > 0
 
@@ -285,7 +340,9 @@ def test_quantised_weights_need_a_gpu(checkpoint, capsys):
 
 def test_images_and_their_places_must_agree(checkpoint, once, capsys):
     argv = [*arguments(checkpoint), "--query", "<image-placeholder> or <image-placeholder> ?"]
-    assert "images to show: <image>, places for them in the question: <image> <image>;" in refused(run_llava.main, argv, capsys)
+    assert "images to show: <image>, places for them in the question: <image> <image>;" in refused(
+        run_llava.main, argv, capsys
+    )
 
 
 def test_run_llava_needs_something_to_look_at(checkpoint, capsys):
@@ -324,12 +381,25 @@ def clip(tmp_path_factory):
 
 
 def asked(video_checkpoint, clip, question: str) -> str:
-    tokenizer, model, processor, _ = load_pretrained_model(str(video_checkpoint), None, "VideoLLaMA2", device="cpu")
-    return mm_infer(process_video(clip, processor, aspect_ratio=None), question, model, tokenizer, max_new_tokens=6)
+    tokenizer, model, processor, _ = load_pretrained_model(
+        str(video_checkpoint), None, "VideoLLaMA2", device="cpu"
+    )
+    return mm_infer(
+        process_video(clip, processor, aspect_ratio=None), question, model, tokenizer, max_new_tokens=6
+    )
 
 
 def test_a_video(video_checkpoint, clip, capsys):
-    argv = ["--model-path", str(video_checkpoint), "--video-file", clip, "--device", "cpu", "--max-new-tokens", "6"]
+    argv = [
+        "--model-path",
+        str(video_checkpoint),
+        "--video-file",
+        clip,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "6",
+    ]
     run_llava.main([*argv, "--query", "What happens?"])
     answer = capsys.readouterr().out.strip()
     assert answer == asked(video_checkpoint, clip, "What happens?")
@@ -339,7 +409,16 @@ def test_a_conversation_about_a_video_and_an_image(video_checkpoint, clip, capsy
     compression = tmp_path / "libra.yaml"
     compression.write_text("method: libra\nlayers: [1, 3]\n")
     monkeypatch.setattr("sys.stdin", io.StringIO(f"What happens?\n/image {IMAGES[0]}\nAnd here?\n"))
-    argv = ["--model-path", str(video_checkpoint), "--video-file", clip, "--device", "cpu", "--max-new-tokens", "6"]
+    argv = [
+        "--model-path",
+        str(video_checkpoint),
+        "--video-file",
+        clip,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "6",
+    ]
     cli.main([*argv, "--compression", str(compression)])
     output = capsys.readouterr()
     assert output.err.count("error") == 0 and "read again" not in output.out
@@ -350,7 +429,9 @@ def test_a_conversation_about_a_video_and_an_image(video_checkpoint, clip, capsy
     chat = Session(*loaded, None)
     chat.show(clip, "video")
     chat.show(IMAGES[0])
-    with pytest.raises(ValueError, match="to show: <video> <image>, places for them in the question: <image> <video>"):
+    with pytest.raises(
+        ValueError, match="to show: <video> <image>, places for them in the question: <image> <video>"
+    ):
         chat.ask("First <image>, then <video>")
     chat.ask("See <image-placeholder> and <image-placeholder>", max_new_tokens=2)
     assert chat.conversation.messages[0][1] == "See <video> and <image>" and chat.limit == 4096

@@ -1,4 +1,5 @@
-"""llava's model on random weights against what the original code, FastV and PyramidDrop answered on them (tests/golden)."""
+"""llava's model on random weights against what the original code, FastV and PyramidDrop answered on them
+(tests/golden)."""
 
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import tiny
 import torch
 
 from libra import Compression
-from libra.transformers_api import cache_of
+from libra.engine.transformers_api import cache_of
 from llava.model.builder import load_pretrained_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -101,7 +102,8 @@ def test_vision_tower_selects_its_layer(model, data, monkeypatch, layer):
 @pytest.mark.parametrize("record", ["output_hidden_states", "output_attentions"])
 @torch.no_grad()
 def test_recording_the_decoder_leaves_the_vision_tower_alone(model, data, record):
-    """transformers puts its recording hooks on nested models again when the outer one records for the first time."""
+    """transformers puts its recording hooks on nested models again when the outer one records for the first
+    time."""
     model(**prompt(data, "a"), **{record: True})
     torch.testing.assert_close(model.encode_images(data["a.images"]), data["a.image_features"], **CLOSE)
 
@@ -116,7 +118,9 @@ def test_prepare_inputs_labels_for_multimodal(model, data, case):
         given["input_ids"], None, given["attention_mask"], None, given["labels"], given["images"]
     )
     assert ids is None and positions is None and past is None and mask.dtype == given["attention_mask"].dtype
-    assert torch.equal(mask, data[f"{case}.prep.attention_mask"]) and torch.equal(labels, data[f"{case}.prep.labels"])
+    assert torch.equal(mask, data[f"{case}.prep.attention_mask"]) and torch.equal(
+        labels, data[f"{case}.prep.labels"]
+    )
     torch.testing.assert_close(embeds, data[f"{case}.prep.inputs_embeds"], **CLOSE)
 
 
@@ -134,7 +138,9 @@ def test_prepare_inputs_returns_none_for_none(model, data):
 @pytest.mark.parametrize("case", ["a", "e"])
 def test_greedy_ids(model, data, case):
     given = prompt(data, case)
-    out = model.generate(**given, do_sample=False, max_new_tokens=16, return_dict_in_generate=True, output_logits=True)
+    out = model.generate(
+        **given, do_sample=False, max_new_tokens=16, return_dict_in_generate=True, output_logits=True
+    )
     assert torch.equal(out.sequences, data[f"{case}.generated"][:, 1:])
     if case == "a":
         torch.testing.assert_close(torch.stack(out.logits, 1), data["a.generate_scores"], **CLOSE)
@@ -147,7 +153,9 @@ def test_greedy_ids_of_a_batch_are_those_of_each_row_alone(model, data, side):
     if side == "left":
         lengths = given["attention_mask"].sum(1).tolist()
         for name in ("input_ids", "attention_mask"):
-            given[name] = torch.stack([torch.roll(r, len(r) - n) for r, n in zip(given[name], lengths, strict=True)])
+            given[name] = torch.stack(
+                [torch.roll(r, len(r) - n) for r, n in zip(given[name], lengths, strict=True)]
+            )
     got = model.generate(**given, do_sample=False, max_new_tokens=16)
     want = torch.cat([data[f"b.generated_sample{b}_alone"][:, 1:] for b in range(3)])
     assert torch.equal(got, want)
@@ -200,7 +208,11 @@ def test_fastv(model, fastv, case, k):
     [("L2_4_6__R0.5_0.25_0.125", (1, 3, 5), 0.5), ("L3__R0.5", (2,), 0.5), ("L2__R0.25", (1,), 0.75)],
 )
 def test_pyramiddrop(model, fastv, pyramiddrop, name, layers, ratio):
-    want = {key.removeprefix(f"{name}."): value for key, value in pyramiddrop.items() if key.startswith(f"{name}.")}
+    want = {
+        key.removeprefix(f"{name}."): value
+        for key, value in pyramiddrop.items()
+        if key.startswith(f"{name}.")
+    }
     model.set_compression(Compression(method="pyramiddrop", layers=layers, ratio=ratio))
     given = embedded(fastv, "v144")
     with torch.no_grad(), tiny.watched() as steps:
@@ -219,20 +231,27 @@ def test_pyramiddrop(model, fastv, pyramiddrop, name, layers, ratio):
 
 @pytest.mark.parametrize("method", ["libra", "fastv", "turbo", "windowed-fastv", "random", "pyramiddrop"])
 def test_ratio_zero_changes_no_bit(model, data, method):
-    """With images, a text-only row, labels and generation: the engine runs at every layer and W is the identity."""
+    """With images, a text-only row, labels and generation: the engine runs at every layer and W is the
+    identity."""
     given, asked = prompt(data, "b", labels=True), prompt(data, "b")
     layers = tuple(range(7 if method == "pyramiddrop" else 8))
     with torch.no_grad():
         plain = model(**given)
-        answer = model.generate(**asked, do_sample=False, max_new_tokens=4, return_dict_in_generate=True, output_logits=True)
+        answer = model.generate(
+            **asked, do_sample=False, max_new_tokens=4, return_dict_in_generate=True, output_logits=True
+        )
         model.set_compression(Compression(method=method, layers=layers, ratio=0.0))
         with tiny.watched() as steps:
             out = model(**given)
-        again = model.generate(**asked, do_sample=False, max_new_tokens=4, return_dict_in_generate=True, output_logits=True)
+        again = model.generate(
+            **asked, do_sample=False, max_new_tokens=4, return_dict_in_generate=True, output_logits=True
+        )
     assert len(steps) == len(layers)
     valid = data["b.prep.attention_mask"].bool()
     assert torch.equal(out.logits[valid], plain.logits[valid]) and torch.equal(out.loss, plain.loss)
-    assert torch.equal(again.sequences, answer.sequences) and torch.equal(torch.stack(again.logits), torch.stack(answer.logits))
+    assert torch.equal(again.sequences, answer.sequences) and torch.equal(
+        torch.stack(again.logits), torch.stack(answer.logits)
+    )
 
 
 @pytest.mark.parametrize("method", ["libra", "fastv", "turbo", "random"])

@@ -1,4 +1,5 @@
-"""LLaVA-NeXT: tiles, newlines, grouped-query heads and the tuned vision tower, against the original's answers."""
+"""LLaVA-NeXT: tiles, newlines, grouped-query heads and the tuned vision tower, against the original's
+answers."""
 
 import shutil
 from pathlib import Path
@@ -43,8 +44,8 @@ def data():
 
 @pytest.fixture(scope="module")
 def cases(data, loaded):
-    """The model's arguments of each case. The pixels come from our own image processing, but for the second image's: it is
-    enlarged, which Pillow did a little differently before version 13."""
+    """The model's arguments of each case. The pixels come from our own image processing, but for the second
+    image's: it is enlarged, which Pillow did a little differently before version 13."""
     sizes = [tuple(size) for size in data["image_sizes_wh"].tolist()]
     images = [Image.fromarray(data[f"image{k}"].numpy()) for k in range(3)]
     pixels = [process_images([image], loaded[2], loaded[1].config)[0] for image in images]
@@ -58,8 +59,13 @@ def cases(data, loaded):
     }
     return {
         case: {
-            "images": images, "image_sizes": sizes,
-            **{name: data[f"{case}.{name}"] for name in ("input_ids", "attention_mask", "labels") if f"{case}.{name}" in data},
+            "images": images,
+            "image_sizes": sizes,
+            **{
+                name: data[f"{case}.{name}"]
+                for name in ("input_ids", "attention_mask", "labels")
+                if f"{case}.{name}" in data
+            },
         }
         for case, (images, sizes) in shown.items()
     }
@@ -69,10 +75,16 @@ def asked(case: dict) -> dict:
     return {name: value for name, value in case.items() if name != "labels"}
 
 
-@pytest.mark.parametrize(("case", "columns"), [
-    ("a_wide", slice(None, None, 2)), ("c_square", slice(-16, None)),
-    ("d_batch", slice(None, None, 8)), ("f_single_tile", slice(None, None, 2)), ("g_template", slice(-16, None)),
-])
+@pytest.mark.parametrize(
+    ("case", "columns"),
+    [
+        ("a_wide", slice(None, None, 2)),
+        ("c_square", slice(-16, None)),
+        ("d_batch", slice(None, None, 8)),
+        ("f_single_tile", slice(None, None, 2)),
+        ("g_template", slice(-16, None)),
+    ],
+)
 @torch.no_grad()
 def test_logits_and_loss(model, data, cases, case, columns):
     out = model(**cases[case])
@@ -97,9 +109,17 @@ def test_greedy_ids(model, data, cases, case):
 def test_prepare_inputs_labels_for_multimodal(model, data, cases, case):
     given = cases[case]
     _, _, mask, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(
-        given["input_ids"], None, given["attention_mask"], None, given["labels"], given["images"], given["image_sizes"]
+        given["input_ids"],
+        None,
+        given["attention_mask"],
+        None,
+        given["labels"],
+        given["images"],
+        given["image_sizes"],
     )
-    assert torch.equal(mask, data[f"{case}.prep.attention_mask"]) and torch.equal(labels, data[f"{case}.prep.labels"])
+    assert torch.equal(mask, data[f"{case}.prep.attention_mask"]) and torch.equal(
+        labels, data[f"{case}.prep.labels"]
+    )
     if f"{case}.prep.inputs_embeds" in data:
         torch.testing.assert_close(embeds, data[f"{case}.prep.inputs_embeds"], **CLOSE)
 
@@ -114,19 +134,25 @@ def test_other_ways_of_merging(model, data, cases, merge):
 
 
 def test_tiles_lie_as_in_the_image():
-    """Each token tells its place in the plane of 2 x 1 tiles; the image is wide, with padding above and below."""
+    """Each token tells its place in the plane of 2 x 1 tiles; the image is wide, with padding above and
+    below."""
     side, rows, columns = 4, 1, 2
     y, x = torch.meshgrid(torch.arange(rows * side), torch.arange(columns * side), indexing="ij")
     plane = torch.stack([y, x], -1).float()
     tiles = plane.view(rows, side, columns, side, 2).transpose(1, 2).reshape(rows * columns, side**2, 2)
     base, newline = torch.full((1, side**2, 2), -1.0), torch.full((2,), -2.0)
-    tokens = arrange_tiles(torch.cat([base, tiles]), "spatial_unpad", (112, 28), [[112, 56], [56, 112]], 56, newline)
-    rows_kept = torch.cat([plane[1:3], newline.expand(2, 1, 2)], 1)  # a quarter of 4 rows is padding, on each side
+    tokens = arrange_tiles(
+        torch.cat([base, tiles]), "spatial_unpad", (112, 28), [[112, 56], [56, 112]], 56, newline
+    )
+    rows_kept = torch.cat(
+        [plane[1:3], newline.expand(2, 1, 2)], 1
+    )  # a quarter of 4 rows is padding, on each side
     assert torch.equal(tokens, torch.cat([base[0], rows_kept.flatten(0, 1)]))
 
 
 def test_newlines_belong_to_the_span(model, cases):
-    """One span of 16 + 4 * 9 tokens; halving it thrice leaves 26, 13, 6 (half to even) and the rest is text."""
+    """One span of 16 + 4 * 9 tokens; halving it thrice leaves 26, 13, 6 (half to even) and the rest is
+    text."""
     model.set_compression(LIBRA)
     given = asked(cases["a_wide"])
     with torch.no_grad(), tiny.watched() as steps:
@@ -136,29 +162,39 @@ def test_newlines_belong_to_the_span(model, cases):
     assert counts == [52, 52, 26, 26, 13, 13, 6, 6]
 
 
-@pytest.mark.parametrize("compression", [LIBRA, Compression(method="fastv", layers=(2,), ratio=0.5)], ids=["libra", "fastv"])
+@pytest.mark.parametrize(
+    "compression", [LIBRA, Compression(method="fastv", layers=(2,), ratio=0.5)], ids=["libra", "fastv"]
+)
 def test_compressed_batch_generates_what_each_row_does_alone(model, cases, compression):
     given = asked(cases["d_batch"])
     model.set_compression(compression)
     batched = model.generate(**given, do_sample=False, max_new_tokens=8)
     for b, mask in enumerate(given["attention_mask"].bool()):
         single = model.generate(
-            given["input_ids"][b : b + 1, mask], images=given["images"][b : b + 1], image_sizes=given["image_sizes"][b : b + 1],
-            do_sample=False, max_new_tokens=8,
+            given["input_ids"][b : b + 1, mask],
+            images=given["images"][b : b + 1],
+            image_sizes=given["image_sizes"][b : b + 1],
+            do_sample=False,
+            max_new_tokens=8,
         )
         assert torch.equal(single[0], batched[b, : single.shape[1]])
 
 
-@pytest.mark.parametrize("compression", [LIBRA, Compression(method="fastv", layers=(2,), ratio=0.5)], ids=["libra", "fastv"])
+@pytest.mark.parametrize(
+    "compression", [LIBRA, Compression(method="fastv", layers=(2,), ratio=0.5)], ids=["libra", "fastv"]
+)
 @torch.no_grad()
 def test_cached_decoding_equals_a_replay(model, cases, compression):
     replay(model, asked(cases["a_wide"]), compression)
 
 
 def replay(model, given, compression, tokens=4):
-    """Greedy decoding with the cache, then one forward over prompt and answer that scores from the prompt's last column."""
+    """Greedy decoding with the cache, then one forward over prompt and answer that scores from the prompt's
+    last column."""
     model.set_compression(compression)
-    out = model.generate(**given, do_sample=False, max_new_tokens=tokens, return_dict_in_generate=True, output_logits=True)
+    out = model.generate(
+        **given, do_sample=False, max_new_tokens=tokens, return_dict_in_generate=True, output_logits=True
+    )
     ids = torch.cat([given["input_ids"], out.sequences[:, :-1]], 1)
     given = {**given, "input_ids": ids}
     given.pop("attention_mask", None)
@@ -181,7 +217,9 @@ def test_gradient_reaches_projector_and_newline(model, cases):
     model.set_compression(LIBRA)
     model(**cases["d_batch"]).loss.backward()
     model.eval()
-    gradients = {name for name, p in model.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
+    gradients = {
+        name for name, p in model.named_parameters() if p.grad is not None and bool((p.grad != 0).any())
+    }
     model.zero_grad()
     assert {"model.image_newline", "model.mm_projector.0.weight"} <= gradients
     assert not any("vision_tower" in name for name in gradients)
@@ -206,11 +244,21 @@ def test_a_tower_that_the_checkpoint_lacks(model, loaded, tmp_path):
     CLIPVisionModel(model.get_vision_tower().config).save_pretrained(tmp_path / "vision_tower")
     for folder in ("checkpoint", "vision_tower"):
         shutil.copytree(GOLDEN / folder, tmp_path / folder, dirs_exist_ok=True)
-    save_file({name: weights[name] for name in weights if name not in tower}, tmp_path / "checkpoint" / "model.safetensors")
-    given = load_pretrained_model(str(tmp_path / "checkpoint"), None, "llava", device="cpu")[1].get_vision_tower().state_dict()
+    save_file(
+        {name: weights[name] for name in weights if name not in tower},
+        tmp_path / "checkpoint" / "model.safetensors",
+    )
+    given = (
+        load_pretrained_model(str(tmp_path / "checkpoint"), None, "llava", device="cpu")[1]
+        .get_vision_tower()
+        .state_dict()
+    )
     own = CLIPVisionModel.from_pretrained(tmp_path / "vision_tower").state_dict()
     assert all(torch.equal(given[f"vision_tower.{name}"], own[name]) for name in own)
-    save_file({name: weights[name] for name in weights if name != tower[0]}, tmp_path / "checkpoint" / "model.safetensors")
+    save_file(
+        {name: weights[name] for name in weights if name != tower[0]},
+        tmp_path / "checkpoint" / "model.safetensors",
+    )
     with pytest.raises(ValueError, match="lacks 1 weights, 'model.vision_tower"):
         load_pretrained_model(str(tmp_path / "checkpoint"), None, "llava", device="cpu")
 
@@ -233,7 +281,9 @@ def test_what_cannot_work_is_refused_in_a_sentence(model, cases):
 
 def mistral(**options) -> LlavaMistralForCausalLM:
     torch.manual_seed(0)
-    config = LlavaMistralConfig(**{**tiny.SIZES, "num_hidden_layers": 6, "rope_theta": 5e4, "sliding_window": None, **options})
+    config = LlavaMistralConfig(
+        **{**tiny.SIZES, "num_hidden_layers": 6, "rope_theta": 5e4, "sliding_window": None, **options}
+    )
     return LlavaMistralForCausalLM._from_config(config, attn_implementation="sdpa").eval()
 
 

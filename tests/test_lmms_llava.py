@@ -12,7 +12,8 @@ QUESTIONS = 6
 
 @pytest.fixture(scope="module")
 def evaluate(tmp_path_factory):
-    """evaluate(model) → its score and, by document, its answers to the embedded benchmark's questions about colours."""
+    """evaluate(model) → its score and, by document, its answers to the embedded benchmark's questions about
+    colours."""
     import datasets
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
@@ -21,15 +22,23 @@ def evaluate(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("harness")
     write_benchmark(folder / "benchmark", QUESTIONS)
-    manager = TaskManager(verbosity="ERROR", include_path=str(ROOT / "libra" / "lmms" / "tasks"), include_defaults=False)
+    manager = TaskManager(
+        verbosity="ERROR", include_path=str(ROOT / "libra" / "lmms" / "tasks"), include_defaults=False
+    )
     files = {"data_files": {"test": str(folder / "benchmark" / "reading.parquet")}}
 
     def run(model):
         results = simple_evaluate(
-            model=model, tasks=[{"task": "mini_reading", "dataset_kwargs": files}], task_manager=manager, log_samples=True,
-            bootstrap_iters=0, verbosity="ERROR",
+            model=model,
+            tasks=[{"task": "mini_reading", "dataset_kwargs": files}],
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+            verbosity="ERROR",
         )
-        answers = {sample["doc_id"]: sample["filtered_resps"] for sample in results["samples"]["mini_reading"]}
+        answers = {
+            sample["doc_id"]: sample["filtered_resps"] for sample in results["samples"]["mini_reading"]
+        }
         assert len(answers) == QUESTIONS
         return results["results"]["mini_reading"]["exact_match,none"], answers
 
@@ -44,7 +53,9 @@ def stock():
 
     settings = f"pretrained={ROOT / 'mini' / 'checkpoint'},device=cpu,device_map=auto,conv_template=mini"
     model = get_model("llava").create_from_arg_string(settings, {"batch_size": 1})
-    assert type(model).__module__ == "lmms_eval.models.simple.llava" and type(model.model).__module__.startswith("llava.")
+    assert type(model).__module__ == "lmms_eval.models.simple.llava" and type(
+        model.model
+    ).__module__.startswith("llava.")
     return model
 
 
@@ -53,7 +64,13 @@ def ours(row: str):
     from libra.lmms.lmms_libra import LibraModel
 
     checkpoint = str(ROOT / "mini" / "checkpoint")
-    return LibraModel(str(ROOT / "configs" / "mini" / f"{row}.yaml"), checkpoint, device="cpu", batch_size=1, dtype="float16")
+    return LibraModel(
+        str(ROOT / "configs" / "mini" / f"{row}.yaml"),
+        checkpoint,
+        device="cpu",
+        batch_size=1,
+        dtype="float16",
+    )
 
 
 def test_the_stock_model_gives_the_plug_ins_answers(evaluate):

@@ -1,8 +1,9 @@
-"""libra.compress and libra.importance against tests/reference.py, which reads the paper's equations literally in float64.
+"""libra.compress and libra.ops.scores against tests/reference.py, which reads the paper's equations literally
+in float64.
 
-The reference decides. Where it finds that two choices differ by less than the float32 rounding of a cosine, either is right,
-and the weights and tokens have to be those of the choice that was made. Comparisons of given numbers (α), and of cosines that
-float32 represents exactly, leave no such room.
+The reference decides. Where it finds that two choices differ by less than the float32 rounding of a cosine,
+either is right, and the weights and tokens have to be those of the choice that was made. Comparisons of given
+numbers (α), and of cosines that float32 represents exactly, leave no such room.
 """
 
 import math
@@ -16,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import libra
-from libra.compress import compress_layout
-from libra.importance import score_row
-from libra.layout import Layout
+from libra.ops.scores import score_row
+from libra.ops.spans import Layout
+from libra.step import compress_layout
 
 NEAR = 1e-6
 SELECTS = ("intervals", "topk", "random", "information")
@@ -33,7 +34,8 @@ MANY = dict(deadline=None, database=None, print_blob=True, suppress_health_check
 
 @dataclass
 class Case:
-    """A batch to compress. `exact`: its cosines come out exactly in float32, so the rules decide every tie."""
+    """A batch to compress. `exact`: its cosines come out exactly in float32, so the rules decide every
+    tie."""
 
     hidden: torch.Tensor
     importance: torch.Tensor
@@ -49,7 +51,9 @@ class Case:
     def alone(self, b):
         """Row b as a batch of one without padding."""
         n = sum(self.spans[b])
-        return Case(self.hidden[b : b + 1, :n], self.importance[b : b + 1, :n], [self.spans[b]], self.c, self.exact)
+        return Case(
+            self.hidden[b : b + 1, :n], self.importance[b : b + 1, :n], [self.spans[b]], self.c, self.exact
+        )
 
     def compress(self):
         return libra.compress(self.hidden, self.importance, self.c, spans=self.spans)
@@ -89,7 +93,9 @@ def make_tokens(kind, n, d, rng):
     signs = rng.choice([-1.0, 1.0], (n, 4))
     one_hot = np.eye(4)[rng.integers(0, 4, n)] * rng.choice([-1.0, 1.0], (n, 1))
     which = rng.choice(3, n, p=[0.55, 0.35, 0.1])[:, None]
-    return np.where(which == 0, signs, np.where(which == 1, one_hot, 0.0)) * 2.0 ** rng.integers(-2, 3, (n, 1))
+    return np.where(which == 0, signs, np.where(which == 1, one_hot, 0.0)) * 2.0 ** rng.integers(
+        -2, 3, (n, 1)
+    )
 
 
 def make_alpha(kind, n, rng):
@@ -111,7 +117,8 @@ def make_alpha(kind, n, rng):
 
 @st.composite
 def ratios(draw, n):
-    """R from 0 to 0.95, with the paper's and those for which (1 - R)·n lies half-way between two whole numbers."""
+    """R from 0 to 0.95, with the paper's and those for which (1 - R)·n lies half-way between two whole
+    numbers."""
     how = draw(st.integers(0, 3))
     if how == 0:
         return draw(st.floats(0, 0.95))
@@ -125,14 +132,25 @@ def cases(draw, n_max=24, dtypes=(torch.float32,), exact=False, rows_max=3, span
     """A batch: every select, merge and kind of token and of α, ragged rows, garbage in the padding."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     select, merge = draw(st.sampled_from(SELECTS)), draw(st.sampled_from((*MERGES, "igm", "igm")))
-    spans = draw(st.lists(st.lists(st.integers(n_min, n_max), min_size=1, max_size=spans_max), min_size=1, max_size=rows_max))
+    spans = draw(
+        st.lists(
+            st.lists(st.integers(n_min, n_max), min_size=1, max_size=spans_max), min_size=1, max_size=rows_max
+        )
+    )
     lengths = [sum(row) for row in spans]
     kind = draw(st.sampled_from(EXACT_KINDS if exact else INEXACT_KINDS))
     # The mean of such α, and α over it, round nothing.
-    alphas = ("equal", "zero") if exact and select == "information" else ("softmax", "steps", "equal", "zero", "tiny", "spike")
+    alphas = (
+        ("equal", "zero")
+        if exact and select == "information"
+        else ("softmax", "steps", "equal", "zero", "tiny", "spike")
+    )
     width = max(lengths) + draw(st.integers(0, 2))
     d = {"lattice": 4, "orthogonal": max(lengths)}.get(kind) or draw(st.integers(1, 6))
-    hidden, importance = rng.standard_normal((len(spans), width, d)) * 100, rng.random((len(spans), width)) * 10
+    hidden, importance = (
+        rng.standard_normal((len(spans), width, d)) * 100,
+        rng.random((len(spans), width)) * 10,
+    )
     for b, n in enumerate(lengths):
         hidden[b, :n] = make_tokens(kind, n, d, rng) if kind != "orthogonal" else np.eye(n, d)
         importance[b, :n] = make_alpha(draw(st.sampled_from(alphas)), n, rng)
@@ -151,7 +169,8 @@ def cases(draw, n_max=24, dtypes=(torch.float32,), exact=False, rows_max=3, span
 
 
 def check_targets(got, tokens, alpha, spans, score_rows, c, exact):
-    """The targets are those of the paper, or as good up to float32 rounding; random ones only have to be a choice."""
+    """The targets are those of the paper, or as good up to float32 rounding; random ones only have to be a
+    choice."""
     per_span = [reference.kept(n, c.ratio) for n in spans]
     assert got == sorted(set(got)) and len(got) == sum(per_span)
     if c.select == "intervals":
@@ -187,10 +206,18 @@ def check(case, out, score_rows=None):
     t = max(sum(reference.kept(n, c.ratio) for n in row) for row in case.spans)
     extra = out.tokens.shape[1] - t
     dense = out.weights
-    assert extra in (0, 1) and out.targets.shape == (batch, t) and out.groups.shape == out.token_weights.shape == (batch, width)
+    assert (
+        extra in (0, 1)
+        and out.targets.shape == (batch, t)
+        and out.groups.shape == out.token_weights.shape == (batch, width)
+    )
     assert out.tokens.shape == (batch, t + extra, depth) and out.mask.shape == (batch, t + extra)
     assert dense.shape == (batch, t + extra, width)
-    assert out.tokens.dtype == dtype and out.mask.dtype == torch.bool and out.targets.dtype == out.groups.dtype == torch.int64
+    assert (
+        out.tokens.dtype == dtype
+        and out.mask.dtype == torch.bool
+        and out.targets.dtype == out.groups.dtype == torch.int64
+    )
     assert out.tokens.isfinite().all()
     compensated = []
     for b, spans in enumerate(case.spans):
@@ -206,7 +233,12 @@ def check(case, out, score_rows=None):
         slots = [{-1: None, t: n_t}.get(slot, slot) for slot in out.groups[b, :n].tolist()]
         read = reference.slots_of_each(c.merge, s, m, targets, c.tau)
         for j, (got, want) in enumerate(zip(slots, read, strict=True)):
-            assert got == want or (not case.exact and j not in targets and near_tie(got, want, j, s, c)), (b, j, got, want)
+            assert got == want or (not case.exact and j not in targets and near_tie(got, want, j, s, c)), (
+                b,
+                j,
+                got,
+                want,
+            )
 
         eta = reference.temperatures(alpha, scored_by) if c.eta == "mean" else [c.eta] * n
         w = reference.merging_matrix(c.merge, slots, alpha, eta, n_t)
@@ -214,7 +246,9 @@ def check(case, out, score_rows=None):
         compensated.append(len(w) > n_t)
         # An exponent α/η carries a relative rounding error, and a weight that many times e.
         tolerance = 1e-5 + 1e-6 * max(a / h for a, h in zip(alpha, eta, strict=True))
-        torch.testing.assert_close(dense[b, places, :n].double(), torch.tensor(w, dtype=torch.float64), atol=tolerance, rtol=0)
+        torch.testing.assert_close(
+            dense[b, places, :n].double(), torch.tensor(w, dtype=torch.float64), atol=tolerance, rtol=0
+        )
         torch.testing.assert_close(dense[b, places].sum(1), torch.ones(len(w)), atol=1e-5, rtol=0)
         largest = max(abs(x) for token in tokens for x in token)
         want = torch.tensor(reference.merged(w, tokens), dtype=torch.float64)
@@ -242,7 +276,14 @@ def test_equations_float32(case):
 
 
 @settings(max_examples=500, **FEW)
-@given(cases(exact=True, rows_max=2, spans_max=2, dtypes=(torch.float32, torch.float32, torch.float16, torch.bfloat16)))
+@given(
+    cases(
+        exact=True,
+        rows_max=2,
+        spans_max=2,
+        dtypes=(torch.float32, torch.float32, torch.float16, torch.bfloat16),
+    )
+)
 def test_ties_follow_the_rules(case):
     check_case(case)
 
@@ -296,7 +337,8 @@ def test_long_sequences_long(case):
 @settings(max_examples=100, **FEW)
 @given(cases(n_max=12), st.data())
 def test_a_score_row_for_each_image(case, data):
-    """Reading 11: an image is scored by its own turn's row; η, and Turbo's mean, are that row's (reading 10)."""
+    """Reading 11: an image is scored by its own turn's row; η, and Turbo's mean, are that row's (reading
+    10)."""
     batch, width, _ = case.hidden.shape
     n = max(sum(row) for row in case.spans)
     scored_by = torch.zeros(batch, n, dtype=torch.long)
@@ -321,7 +363,9 @@ def test_a_row_of_a_batch_is_that_row_alone(case):
         assert torch.equal(together.targets[b, :n_t], alone.targets[0])
         assert together.mask[b].nonzero().flatten().tolist() == places and alone.mask.all()
         to_batch = {-1: -1, n_t: t} if alone.tokens.shape[1] > n_t else {}
-        assert together.groups[b, :n].tolist() == [to_batch.get(slot, slot) for slot in alone.groups[0].tolist()]
+        assert together.groups[b, :n].tolist() == [
+            to_batch.get(slot, slot) for slot in alone.groups[0].tolist()
+        ]
         torch.testing.assert_close(together.tokens[b, places], alone.tokens[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.weights[b, places, :n], alone.weights[0], atol=1e-6, rtol=0)
 
@@ -346,8 +390,12 @@ def test_ratio_zero_is_the_identity_to_the_bit(case, plain):
 def test_gradient_is_the_transposed_matrix(case):
     hidden, importance = case.hidden.requires_grad_(), case.importance.requires_grad_()
     out = libra.compress(hidden, importance, case.c, spans=case.spans)
-    given_gradient = torch.randn(out.tokens.shape, generator=torch.Generator().manual_seed(0)) * out.mask.unsqueeze(-1)
-    of_hidden, of_importance = torch.autograd.grad(out.tokens, (hidden, importance), given_gradient, allow_unused=True)
+    given_gradient = torch.randn(
+        out.tokens.shape, generator=torch.Generator().manual_seed(0)
+    ) * out.mask.unsqueeze(-1)
+    of_hidden, of_importance = torch.autograd.grad(
+        out.tokens, (hidden, importance), given_gradient, allow_unused=True
+    )
     assert of_importance is None and not out.weights.requires_grad
     want = torch.einsum("btn,btd->bnd", out.weights.double(), given_gradient.double())
     torch.testing.assert_close(of_hidden.double(), want, atol=1e-5, rtol=1e-5)
@@ -372,7 +420,8 @@ def test_random_targets_follow_the_seed():
 
 
 def test_random_targets_are_spread_evenly():
-    """Over 400 seeds each of ten tokens is kept about half the time: 200 ± 10, and 60 would be six standard errors."""
+    """Over 400 seeds each of ten tokens is kept about half the time: 200 ± 10, and 60 would be six standard
+    errors."""
     hidden, alpha = torch.zeros(1, 10, 1), torch.zeros(1, 10)
     counts = torch.zeros(10, dtype=torch.long)
     for seed in range(400):
@@ -424,11 +473,14 @@ def test_methods_are_the_papers(method, select, merge):
     hidden, alpha = torch.randn(1, 30, 4, generator=torch.Generator().manual_seed(0)), torch.rand(1, 30)
     by_name = libra.compress(hidden, alpha, libra.Compression(method=method, ratio=2 / 3))
     by_parts = libra.compress(hidden, alpha, compression(select, merge, ratio=2 / 3))
-    assert by_name.targets.tolist() == by_parts.targets.tolist() and torch.equal(by_name.tokens, by_parts.tokens)
+    assert by_name.targets.tolist() == by_parts.targets.tolist() and torch.equal(
+        by_name.tokens, by_parts.tokens
+    )
 
 
-# By hand. Interval {0, 1} of α (.4, .1) has target 0, {2, 3} of α (.4, .1) target 2; η = .25, so the exponents are 1.6 and .4.
-# Token 1 = (4, 3) has cosine .8 with target 0 and .6 with target 2; token 3 = (0, -1) has 0 with target 0 and -1 with target 2.
+# By hand. Interval {0, 1} of α (.4, .1) has target 0, {2, 3} of α (.4, .1) target 2; η = .25, so the
+# exponents are 1.6 and .4. Token 1 = (4, 3) has cosine .8 with target 0 and .6 with target 2; token 3 = (0,
+# -1) has 0 with target 0 and -1 with target 2.
 FOUR = [[1.0, 0.0], [4.0, 3.0], [0.0, 1.0], [0.0, -1.0]]
 FOUR_ALPHA = [0.4, 0.1, 0.4, 0.1]
 BESIDE_ONE = 1 / (1 + math.exp(1.2))  # weight of token 1 beside target 0
@@ -452,7 +504,9 @@ def test_four_tokens_by_hand(merge, tokens, groups):
     assert [-1 if slot is None else slot for slot in slots] == groups
     assert reference.merged(w, FOUR) == [pytest.approx(token) for token in tokens]
 
-    out = libra.compress(torch.tensor([FOUR]), torch.tensor([FOUR_ALPHA]), compression("intervals", merge, ratio=0.5))
+    out = libra.compress(
+        torch.tensor([FOUR]), torch.tensor([FOUR_ALPHA]), compression("intervals", merge, ratio=0.5)
+    )
     assert out.targets.tolist() == [[0, 2]] and out.groups.tolist() == [groups]
     torch.testing.assert_close(out.tokens, torch.tensor([tokens], dtype=torch.float32))
 
@@ -477,15 +531,19 @@ def test_intervals_by_hand(alpha, spans, ratio, targets):
 
 
 def test_turbo_by_hand():
-    """Redundancies 1, 1, .6, .8 of the directions right, right, up, (4, 3)/5: right and (4, 3) are .8 alike, up and (4, 3) .6.
+    """Redundancies 1, 1, .6, .8 of the directions right, right, up, (4, 3)/5: right and (4, 3) are .8 alike,
+    up and (4, 3) .6.
 
-    α (.1, .4, .1, .2) has mean .2, so E = 1 - .5, 1 - 2, .6 - .5, .8 - 1: tokens 1 and 3 stay, 0 joins 1 and 2 joins 3.
+    α (.1, .4, .1, .2) has mean .2, so E = 1 - .5, 1 - 2, .6 - .5, .8 - 1: tokens 1 and 3 stay, 0 joins 1 and
+    2 joins 3.
     """
     tokens, alpha = [[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [4.0, 3.0]], [0.1, 0.4, 0.1, 0.2]
     degrees = reference.information_degree(tokens, alpha, [4], [0] * 4, weight=1.0)
     assert degrees == pytest.approx([0.5, -1.0, 0.1, -0.2])
     assert reference.information_targets(degrees, [4], 0.5) == [1, 3]
-    out = libra.compress(torch.tensor([tokens]), torch.tensor([alpha]), libra.Compression(method="turbo", ratio=0.5))
+    out = libra.compress(
+        torch.tensor([tokens]), torch.tensor([alpha]), libra.Compression(method="turbo", ratio=0.5)
+    )
     assert out.targets.tolist() == [[1, 3]] and out.groups.tolist() == [[0, 0, 1, 1]]
     torch.testing.assert_close(out.tokens, torch.tensor([[[1.5, 0.0], [2.0, 2.0]]]))
 
@@ -498,11 +556,14 @@ def test_all_importances_zero_by_hand():
 
 
 def test_attention_row_by_hand():
-    """Two heads share a key: scores ln 1, ln 2, ln 1 give (1, 2, 1)/4, thrice ln 1 (1, 1, 1)/3; the last key is hidden."""
+    """Two heads share a key: scores ln 1, ln 2, ln 1 give (1, 2, 1)/4, thrice ln 1 (1, 1, 1)/3; the last key
+    is hidden."""
     query, keys = [[1.0], [0.0]], [[[0.0], [math.log(2)], [0.0], [9.0]]]
     want = [(1 / 4 + 1 / 3) / 2, (1 / 2 + 1 / 3) / 2, (1 / 4 + 1 / 3) / 2, 0.0]
     assert reference.attention_row(query, keys, 1.0, [True, True, True, False]) == pytest.approx(want)
-    row = score_row(torch.tensor([[[[1.0]], [[0.0]]]]), torch.tensor([keys])[:, :, :3], torch.tensor([[0]]), 1.0)
+    row = score_row(
+        torch.tensor([[[[1.0]], [[0.0]]]]), torch.tensor([keys])[:, :, :3], torch.tensor([[0]]), 1.0
+    )
     torch.testing.assert_close(row, torch.tensor([[want[:3]]]))
 
 
@@ -521,7 +582,9 @@ def test_attention_row_by_hand():
     dtype=st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]),
     size=st.sampled_from([1.0, 5.0]),
 )
-def test_equation_4(seed, batch, key_heads, sharing, queries, cached, depth, n_rows, padding, window, dtype, size):
+def test_equation_4(
+    seed, batch, key_heads, sharing, queries, cached, depth, n_rows, padding, window, dtype, size
+):
     """A query sees the valid keys up to its own place, the last `window` of them at most."""
     rng = np.random.default_rng(seed)
     total = cached + queries
@@ -538,13 +601,17 @@ def test_equation_4(seed, batch, key_heads, sharing, queries, cached, depth, n_r
             mask[b, total - pad :] = False
             last = queries - pad
         rows[b] = torch.tensor(rng.integers(first, last, n_rows))
-    got = score_row(query, key, rows, depth**-0.5, key_mask=None if padding == "none" else mask, sliding_window=window)
+    got = score_row(
+        query, key, rows, depth**-0.5, key_mask=None if padding == "none" else mask, sliding_window=window
+    )
     assert got.shape == (batch, n_rows, total) and got.dtype == torch.float32
     torch.testing.assert_close(got.sum(-1), torch.ones(batch, n_rows))
     for b in range(batch):
         for r in range(n_rows):
             at = cached + rows[b, r].item()
-            visible = [bool(mask[b, j]) and j <= at and (window is None or j > at - window) for j in range(total)]
+            visible = [
+                bool(mask[b, j]) and j <= at and (window is None or j > at - window) for j in range(total)
+            ]
             q = query[b, :, rows[b, r]].double().tolist()
             want = reference.attention_row(q, key[b].double().tolist(), depth**-0.5, visible)
             room = 1e-5 if dtype == torch.float32 else 20 * UNIT_ROUNDOFF[dtype]

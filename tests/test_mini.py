@@ -1,4 +1,5 @@
-"""The embedded model: it answers questions about images it has never seen, alone and in a batch, whole and compressed."""
+"""The embedded model: it answers questions about images it has never seen, alone and in a batch, whole and
+compressed."""
 
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def loaded():
 
 
 def ask(loaded, kind: str, count: int, compression: Compression | None = None, batch: int = 16):
-    """Answers of the model and the right ones, for ``count`` fresh test scenes; also which rows had compensation tokens."""
+    """Answers of the model and the right ones, for ``count`` fresh test scenes; also which rows had
+    compensation tokens."""
     tokenizer, model, processor, _ = loaded
     model.set_compression(compression)
     rng = np.random.default_rng(7)
@@ -41,8 +43,12 @@ def ask(loaded, kind: str, count: int, compression: Compression | None = None, b
         rows = prompts[start : start + batch]
         width = max(map(len, rows))
         ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
-        mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
-        out = model.generate(ids, images=pixels[start : start + batch], attention_mask=mask, do_sample=False, max_new_tokens=8)
+        mask = torch.stack(
+            [torch.nn.functional.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows]
+        )
+        out = model.generate(
+            ids, images=pixels[start : start + batch], attention_mask=mask, do_sample=False, max_new_tokens=8
+        )
         said += [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
         if compression is not None:
             by_layer = [layer for layer in model.compression_stats["compensation_tokens"] if layer]
@@ -57,7 +63,8 @@ def test_it_sees(loaded, kind):
 
 
 def test_equal_prompts_that_become_unequal_answer_as_alone(loaded):
-    """Prompts of one length need no padding until some rows get a compensation token: the last column has to stay valid."""
+    """Prompts of one length need no padding until some rows get a compensation token: the last column has to
+    stay valid."""
     compression = Compression(method="libra", layers=(2, 5, 8), ratio=0.5)
     batch, _, compensated = ask(loaded, "reading", 32, compression)
     alone, _, _ = ask(loaded, "reading", 32, compression, batch=1)

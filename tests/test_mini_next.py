@@ -1,4 +1,5 @@
-"""The embedded model's training: what it shows and asks, how texts share an image, what a stopped run does."""
+"""The embedded model's training: what it shows and asks, how texts share an image, what a stopped run
+does."""
 
 import copy
 import json
@@ -54,7 +55,9 @@ def test_scenes_grow_harder_with_difficulty():
     def areas(scenes):  # patches a digit
         return [np.sum(scene.owners == i) for scene in scenes for i in range(len(scene.digits))]
 
-    assert min(areas(easy)) > (min(BIG_SIZES) / 2 / 6) ** 2 and np.mean(areas(hard)) < 0.8 * np.mean(areas(easy))
+    assert min(areas(easy)) > (min(BIG_SIZES) / 2 / 6) ** 2 and np.mean(areas(hard)) < 0.8 * np.mean(
+        areas(easy)
+    )
     small = draw_scene(rng, "test", GRID, small=True)
     assert max(areas([small])) <= (max(SMALL_SIZES) // 6 + 2) ** 2
 
@@ -73,7 +76,10 @@ def test_pixels_are_the_image_processors():
     paths, by_image = easy_vqa("train")
     number = sorted(paths)[7]
     shape = see_shape(paths[number], GRID)
-    for array, image in ((scene.image, Image.fromarray(scene.image)), (shape.image, easy_vqa_image(paths[number]))):
+    for array, image in (
+        (scene.image, Image.fromarray(scene.image)),
+        (shape.image, easy_vqa_image(paths[number])),
+    ):
         theirs = image_processor()(image, return_tensors="pt").pixel_values[0]
         torch.testing.assert_close(pixels_of(array), theirs, atol=1e-6, rtol=0)
     answers = dict(by_image[number])
@@ -98,7 +104,9 @@ def test_near_misses_change_one_thing_and_captions_fit(tokenizer):
         ids = caption_ids(tokenizer, captions := scene_captions(rng, tuple(digits)))
         assert len(set(captions)) >= 2 and captions[0] not in captions[1:] and ids.shape == (3, MOST_TOKENS)
         assert (ids == tokenizer.eos_token_id).sum(1).tolist() == [1, 1, 1]
-        assert not (ids == tokenizer.unk_token_id)[:, : int((ids[0] == tokenizer.eos_token_id).int().argmax())].any()
+        assert not (ids == tokenizer.unk_token_id)[
+            :, : int((ids[0] == tokenizer.eos_token_id).int().argmax())
+        ].any()
         longest = max(longest, int((ids != tokenizer.pad_token_id).sum(1).max()))
     assert longest <= MOST_TOKENS
     text = caption_ids(tokenizer, ["red 3 top left"])[0, :6].tolist()
@@ -132,7 +140,10 @@ def test_weights_of_the_types_change_in_the_last_third():
         drawn = Counter()
         for _ in range(40):
             digits = draw_scene(rng, "train", GRID).digits
-            drawn.update(bool(re.search(r"at the .* \? A .* D ", question)) for question, _ in ask(rng, digits, 25, part))
+            drawn.update(
+                bool(re.search(r"at the .* \? A .* D ", question))
+                for question, _ in ask(rng, digits, 25, part)
+            )
         return drawn[True] / drawn.total()
 
     assert share(0.5) < 0.14 < 0.17 < share(0.7)
@@ -154,7 +165,10 @@ def test_what_comes_before_the_last_third_does_not_depend_on_the_length(tokenize
 def test_texts_in_slots_keep_apart(tokenizer):
     questions = ask(np.random.default_rng(0), draw_scene(np.random.default_rng(0), "train", GRID).digits, 32)
     packed, found = pack(Encoder(tokenizer), questions)
-    assert all(values.shape == (SLOTS, SLOT) for values in packed.values()) and sum(where is not None for where in found) > 15
+    assert (
+        all(values.shape == (SLOTS, SLOT) for values in packed.values())
+        and sum(where is not None for where in found) > 15
+    )
     for (question, answer), where in zip(questions, found, strict=True):
         if where is None:
             continue
@@ -185,18 +199,27 @@ def test_a_packed_text_is_answered_as_if_it_stood_alone(tower, tokenizer):
     images = pixels_of(scene.image)[None]
     answers = batch["labels"] != IGNORE_INDEX
     with torch.no_grad():
-        mine, visual = module.logits(images, batch["input_ids"], batch["text_ids"], batch["places"], steps, answers)
+        mine, visual = module.logits(
+            images, batch["input_ids"], batch["text_ids"], batch["places"], steps, answers
+        )
         llava.config._attn_implementation = "sdpa"
         logits = torch.zeros(*answers.shape, mine.shape[-1])
         logits[answers] = mine
         for (question, answer), where in list(zip(questions, found, strict=True))[:4]:
-            text = tokenizer(f"{question} ASSISTANT : {answer}", add_special_tokens=False, return_tensors="pt").input_ids
+            text = tokenizer(
+                f"{question} ASSISTANT : {answer}", add_special_tokens=False, return_tensors="pt"
+            ).input_ids
             head = tokenizer(PREFIX, return_tensors="pt").input_ids
             embed = llava.get_input_embeddings()
             seen = 2 + steps.cumsum(1)
-            positions = torch.cat([torch.arange(3)[None], seen, seen[:, -1:] + 1 + torch.arange(text.shape[1])], 1)
-            alone = llava.model(  # without a mask, transformers would take repeated positions for several sequences in a row
-                inputs_embeds=torch.cat([embed(head), visual, embed(text)], 1), position_ids=positions, use_cache=False,
+            positions = torch.cat(
+                [torch.arange(3)[None], seen, seen[:, -1:] + 1 + torch.arange(text.shape[1])], 1
+            )
+            # without a mask, transformers would take repeated positions for several sequences in a row
+            alone = llava.model(
+                inputs_embeds=torch.cat([embed(head), visual, embed(text)], 1),
+                position_ids=positions,
+                use_cache=False,
                 attention_mask=torch.ones_like(positions),
             ).last_hidden_state
             slot, number = where
@@ -241,14 +264,26 @@ def test_two_optimizers_follow_one_schedule_and_come_back(tower, tokenizer):
 
 
 def train(output: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mini.next.train", "--output", str(output), "--validation", "8", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "mini.next.train",
+        "--output",
+        str(output),
+        "--validation",
+        "8",
+        *options,
+    ]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.mark.slow
 def test_both_stages_run_are_killed_go_on_and_give_a_checkpoint(tmp_path):
-    """The settings of another run are refused; the checkpoint answers, and holds CLIP's two towers beside LLaVA's files."""
+    """The settings of another run are refused; the checkpoint answers, and holds CLIP's two towers beside
+    LLaVA's files."""
     short = ("--stage1-steps", "2", "--stage2-steps", "6", "--validate-every", "3", "--save-every", "1")
     first = train(tmp_path, *short)
     deadline = time.monotonic() + 400
@@ -282,7 +317,11 @@ def test_the_card_draws_both_stages(tmp_path):
     from mini.next.card import draw, read_log
 
     for stage in ("stage1", "stage2"):
-        entries = [{"step": 25, "loss": "2.5", "seconds": 30.0}, {"step": 25, "scores": {"find": 40.0}}, {"train_loss": 1}]
+        entries = [
+            {"step": 25, "loss": "2.5", "seconds": 30.0},
+            {"step": 25, "scores": {"find": 40.0}},
+            {"train_loss": 1},
+        ]
         (tmp_path / stage).mkdir()
         (tmp_path / stage / "log.json").write_text(json.dumps(entries))
     log = read_log(tmp_path)

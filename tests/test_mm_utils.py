@@ -27,7 +27,9 @@ def golden_json(name: str):
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    return {folder.name: AutoTokenizer.from_pretrained(folder) for folder in (GOLDEN / "tokenizers").iterdir()}
+    return {
+        folder.name: AutoTokenizer.from_pretrained(folder) for folder in (GOLDEN / "tokenizers").iterdir()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def web_server():
         yield server
 
 
-@pytest.fixture(scope="module", params=[CLIPImageProcessor, CLIPImageProcessorPil], ids=["torchvision", "pillow"])
+@pytest.fixture(
+    scope="module", params=[CLIPImageProcessor, CLIPImageProcessorPil], ids=["torchvision", "pillow"]
+)
 def processor(request):
     return request.param.from_pretrained(GOLDEN / "image_processor")
 
@@ -55,8 +59,14 @@ def test_resolutions():
     table = golden_json("resolution_tables")
     assert len(table["rows"]) == 85
     for row in table["rows"]:
-        pinpoints, size, patch = table["pinpoints"][row["pinpoints"]], tuple(row["image_size"]), row["patch_size"]
-        assert mm_utils.select_best_resolution(size, [tuple(p) for p in pinpoints]) == tuple(row["best_resolution"])
+        pinpoints, size, patch = (
+            table["pinpoints"][row["pinpoints"]],
+            tuple(row["image_size"]),
+            row["patch_size"],
+        )
+        assert mm_utils.select_best_resolution(size, [tuple(p) for p in pinpoints]) == tuple(
+            row["best_resolution"]
+        )
         for form in (pinpoints, str(pinpoints)):
             assert mm_utils.get_anyres_image_grid_shape(size, form, patch) == tuple(row["grid_w_h"])
         feature_map = torch.zeros(1, *row["feature_map_hw"])
@@ -89,7 +99,9 @@ def test_tiles_come_row_by_row():
     assert tiles == [0, 2, 4, 12, 14, 16]
 
 
-@pytest.mark.parametrize("aspect,name", [("pad", "pad"), (None, "default_centercrop"), ("square", "default_centercrop")])
+@pytest.mark.parametrize(
+    "aspect,name", [("pad", "pad"), (None, "default_centercrop"), ("square", "default_centercrop")]
+)
 def test_pixels(images, arrays, processor, aspect, name):
     pixels = mm_utils.process_images(images, processor, SimpleNamespace(image_aspect_ratio=aspect))
     np.testing.assert_allclose(pixels, arrays[name], rtol=0, atol=1e-5)
@@ -98,7 +110,8 @@ def test_pixels(images, arrays, processor, aspect, name):
 def test_anyres_pixels(images, arrays, processor):
     config = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=PINPOINTS)
     one, two, three, four = mm_utils.process_images(images, processor, config)
-    # Before version 13 Pillow enlarged this image a little differently: by up to three grey levels of about 0.015.
+    # Before version 13 Pillow enlarged this image a little differently: by up to three grey levels of about
+    # 0.015.
     close = 1e-5 if int(PIL.__version__.split(".")[0]) >= 13 else 0.05
     np.testing.assert_allclose(two, arrays["anyres1"], rtol=0, atol=close)
     assert [len(tiles) for tiles in (one, two, three, four)] == [5, 4, 5, 5]
@@ -129,7 +142,9 @@ def test_image_tokens(tokenizers):
 def test_image_tokens_as_a_tensor(tokenizers):
     tokenizer = tokenizers["sp700_legacyFalse"]
     ids = mm_utils.tokenizer_image_token("a <image> b", tokenizer, image_token_index=-7, return_tensors="pt")
-    assert ids.dtype == torch.int64 and ids.tolist() == mm_utils.tokenizer_image_token("a <image> b", tokenizer, -7)
+    assert ids.dtype == torch.int64 and ids.tolist() == mm_utils.tokenizer_image_token(
+        "a <image> b", tokenizer, -7
+    )
     assert -7 in ids
     with pytest.raises(ValueError, match="'np' is unknown"):
         mm_utils.tokenizer_image_token("a", tokenizer, return_tensors="np")
@@ -144,7 +159,9 @@ def test_keywords(tokenizers):
     for case in golden_json("misc")["stopping_criteria"]:
         output = torch.tensor(case["output_ids"])
         prompt = output[:, : case["start_len"]]
-        criteria = mm_utils.KeywordsStoppingCriteria(case["keywords"], tokenizers["sp700_legacyFalse"], prompt)
+        criteria = mm_utils.KeywordsStoppingCriteria(
+            case["keywords"], tokenizers["sp700_legacyFalse"], prompt
+        )
         assert [ids.tolist() for ids in criteria.keyword_ids] == case["keyword_ids"]
         assert (criteria.max_keyword_len, criteria.start_len) == (case["max_keyword_len"], case["start_len"])
         assert criteria(output, None).tolist() == [case["result"]], case
@@ -152,7 +169,9 @@ def test_keywords(tokenizers):
 
 def test_keywords_row_by_row_and_without_the_prompt(tokenizers):
     tokenizer = tokenizers["sp700_legacyFalse"]
-    prompt = torch.tensor([[1, -200, 649], [1, -200, 649]])  # generation from embeddings does not give it back
+    prompt = torch.tensor(
+        [[1, -200, 649], [1, -200, 649]]
+    )  # generation from embeddings does not give it back
     criteria = mm_utils.KeywordsStoppingCriteria(["</s>"], tokenizer, prompt)
     assert criteria(torch.tensor([[369, 2], [369, 369]]), None).tolist() == [True, False]
     assert criteria(torch.zeros(2, 0, dtype=torch.long), None).tolist() == [False, False]
@@ -168,8 +187,10 @@ def test_load_image(tmp_path, images):
     whole = BytesIO()
     images[0].save(whole, "JPEG")
     for name, content, message in (
-        ("cut.png", data[: len(data) // 2], "damaged"), ("cut.jpg", whole.getvalue()[:700], "damaged"),
-        ("text.png", b"no image", "no known format"), ("empty.png", b"", "no known format"),
+        ("cut.png", data[: len(data) // 2], "damaged"),
+        ("cut.jpg", whole.getvalue()[:700], "damaged"),
+        ("text.png", b"no image", "no known format"),
+        ("empty.png", b"", "no known format"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is .*{message}"):

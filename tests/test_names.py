@@ -11,7 +11,7 @@ from eval.suites import get_table
 from libra import flops, shipped
 from libra.checkpoints import find_checkpoint
 from libra.config import ConfigError, Row
-from libra.registry import get_model
+from libra.rows import get_model
 from llava.model.weights import local_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +27,9 @@ def test_a_compression_by_the_name_of_its_row(elsewhere):
     for name in ("llava7b_r50", "llava7b-r50"):
         assert libra.Compression.named(name) == libra.Compression.from_yaml(name) == expected
     assert libra.Compression.from_yaml("configs/llava7b_r50.yaml") == expected  # as the documents write it
-    with pytest.raises(ConfigError, match=r"^llava7b_r5 is not the name of a row; did you mean llava7b_r50\?$"):
+    with pytest.raises(
+        ConfigError, match=r"^llava7b_r5 is not the name of a row; did you mean llava7b_r50\?$"
+    ):
         libra.Compression.named("llava7b_r5")
     with pytest.raises(ConfigError, match="is not the name of a row; the names are llava13b_fastv, "):
         libra.Compression.named("")
@@ -46,23 +48,39 @@ def test_a_file_comes_before_a_name(elsewhere):
     assert libra.Compression.named("llava7b_r50").method == "libra"
 
 
-@pytest.mark.parametrize("given, hint", [
-    ("llava7b_r5O", "did you mean llava7b_r50?"), ("mine.yml", "did you mean mine.yaml?"), ("no/such.yaml", "check the path"),
-])
+@pytest.mark.parametrize(
+    "given, hint",
+    [
+        ("llava7b_r5O", "did you mean llava7b_r50?"),
+        ("mine.yml", "did you mean mine.yaml?"),
+        ("no/such.yaml", "check the path"),
+    ],
+)
 def test_a_wrong_row_suggests_a_near_one(given, hint, elsewhere, capsys):
     Path("mine.yaml").write_text("{method: vanilla}")
     with pytest.raises(SystemExit) as stop:
         flops.main(["--config", given])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: {given}: there is no such file, and no row of that name; {hint}\n"
+    assert (
+        capsys.readouterr().err == f"error: {given}: there is no such file, and no row of that name; {hint}\n"
+    )
 
 
-@pytest.mark.parametrize("key, word, name", [
-    ("method", "windowed_fastv", "windowed-fastv"), ("merge", "igm_pos", "igm-pos"), ("select", "topk", "topk"),
-])
+@pytest.mark.parametrize(
+    "key, word, name",
+    [
+        ("method", "windowed_fastv", "windowed-fastv"),
+        ("merge", "igm_pos", "igm-pos"),
+        ("select", "topk", "topk"),
+    ],
+)
 def test_both_spellings_are_one_name(key, word, name):
     c = libra.Compression(**{key: word}, layers=(1,))
-    assert getattr(c, key) == name and c == libra.Compression(**{key: name}, layers=(1,)) and c.to_dict()[key] == name
+    assert (
+        getattr(c, key) == name
+        and c == libra.Compression(**{key: name}, layers=(1,))
+        and c.to_dict()[key] == name
+    )
 
 
 def test_a_model_by_name(elsewhere):
@@ -72,13 +90,17 @@ def test_a_model_by_name(elsewhere):
     assert find_checkpoint("llava-1.5-7b") == "liuhaotian/llava-v1.5-7b"
     assert find_checkpoint("somebody/some-model") == "somebody/some-model"
     assert get_model("llava_1.5_7b") is get_model("llava-1.5-7b")
-    with pytest.raises(ConfigError, match=r"^mimi is neither a folder nor a model's name; did you mean mini\?$"):
+    with pytest.raises(
+        ConfigError, match=r"^mimi is neither a folder nor a model's name; did you mean mini\?$"
+    ):
         find_checkpoint("mimi")
 
 
 def test_a_folder_comes_before_a_models_name(elsewhere):
     os.mkdir("mini")
-    assert Path(find_checkpoint("mini")).samefile(ROOT / "mini/checkpoint")  # a folder without a model, as in the repository
+    assert Path(find_checkpoint("mini")).samefile(
+        ROOT / "mini/checkpoint"
+    )  # a folder without a model, as in the repository
     Path("mini/config.json").write_text("{}")
     assert find_checkpoint("mini") == "mini"
 

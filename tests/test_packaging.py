@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from libra.shadow import warn_if_llava_is_another
+from libra.utils.other_llava import warn_if_llava_is_another
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
@@ -50,7 +50,11 @@ SEEDS = {"pip", "setuptools", "uv", "wheel"}  # what makes an environment
 
 
 def installed() -> dict[str, metadata.Distribution]:
-    return {canonicalize_name(found.metadata["Name"]): found for found in metadata.distributions() if found.metadata["Name"]}
+    return {
+        canonicalize_name(found.metadata["Name"]): found
+        for found in metadata.distributions()
+        if found.metadata["Name"]
+    }
 
 
 def test_a_fresh_environment_is_the_lock():
@@ -67,18 +71,24 @@ def test_the_locked_packages_have_what_they_ask_for():
         for line in found[name].requires or ():
             asked = Requirement(line)
             if asked.marker is None or asked.marker.evaluate({"extra": ""}):
-                assert found[canonicalize_name(asked.name)].version in asked.specifier, f"{name} asks for {line}"
+                assert found[canonicalize_name(asked.name)].version in asked.specifier, (
+                    f"{name} asks for {line}"
+                )
 
 
 def test_this_environment_is_tried_and_works():
-    """Of the extra `test`, which holds the others; scripts/test.sh has just tried it, and the outcome is remembered."""
-    answer = subprocess.run([sys.executable, ROOT / "scripts/check_env.py", "test"], capture_output=True, text=True)
+    """Of the extra `test`, which holds the others; scripts/test.sh has just tried it, and the outcome is
+    remembered."""
+    answer = subprocess.run(
+        [sys.executable, ROOT / "scripts/check_env.py", "test"], capture_output=True, text=True
+    )
     assert (answer.returncode, answer.stdout.strip()) == (0, sys.executable), answer.stderr
 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A folder with what the set-up reads, and a .venv that has this environment's packages and counts as installed."""
+    """A folder with what the set-up reads, and a .venv that has this environment's packages and counts as
+    installed."""
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "requirements.txt"):
@@ -95,7 +105,9 @@ def checkout(tmp_path) -> Path:
 def check(folder: Path, *extras: str, **environment: str) -> tuple[int, str]:
     python = folder / ".venv/bin/python"
     command = [python, folder / "scripts/check_env.py", *extras]
-    answer = subprocess.run(command, env={"PATH": os.environ["PATH"], **environment}, capture_output=True, text=True)
+    answer = subprocess.run(
+        command, env={"PATH": os.environ["PATH"], **environment}, capture_output=True, text=True
+    )
     return answer.returncode, answer.stdout.strip().removeprefix(f"{python} ")
 
 
@@ -150,8 +162,14 @@ def test_a_package_that_lies_over_the_environment_stops_a_table_before_its_first
     stub = tmp_path / "stub"
     (stub / "filelock").mkdir(parents=True)
     (stub / "filelock/__init__.py").write_text("class FileLock: ...\n")
-    environment = {"PATH": os.environ["PATH"], "VIRTUAL_ENV": str(checkout / ".venv"), "PYTHONPATH": str(stub)}
-    answer = subprocess.run(["bash", checkout / "scripts/eval_table1.sh"], env=environment, capture_output=True, text=True)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "VIRTUAL_ENV": str(checkout / ".venv"),
+        "PYTHONPATH": str(stub),
+    }
+    answer = subprocess.run(
+        ["bash", checkout / "scripts/eval_table1.sh"], env=environment, capture_output=True, text=True
+    )
     assert answer.returncode == 2
     trying, error = answer.stderr.splitlines()
     assert trying.startswith("Trying the installed packages")
@@ -167,22 +185,30 @@ def test_the_active_environment_is_used_as_it_is(tmp_path):
     """Run from elsewhere, env.sh chooses this Python, puts the checkout on PYTHONPATH and makes no .venv."""
     bin_folder = Path(sys.executable).parent
     before = (ROOT / ".venv").exists()
-    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")
+    }
     environment["PATH"] = f"{bin_folder}:{environment['PATH']}"
     script = f'set -euo pipefail; . "{ROOT}/scripts/env.sh" test; command -v python; echo "$PYTHONPATH"'
-    answer = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    answer = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert answer.stdout.split() == [str(bin_folder / "python"), str(ROOT)], answer.stderr
     assert (ROOT / ".venv").exists() == before
 
 
 def test_an_unknown_extra_is_one_sentence():
-    answer = subprocess.run(["bash", "-c", f'. "{ROOT}/scripts/env.sh" nonsense'], capture_output=True, text=True)
+    answer = subprocess.run(
+        ["bash", "-c", f'. "{ROOT}/scripts/env.sh" nonsense'], capture_output=True, text=True
+    )
     assert answer.returncode == 2
     assert answer.stderr == "error: there is no extra 'nonsense': use eval, train or test.\n"
 
 
 def test_the_tests_of_other_versions_exist():
-    chosen = [line for line in (ROOT / "tests/versions.txt").read_text().splitlines() if not line.startswith("#")]
+    chosen = [
+        line for line in (ROOT / "tests/versions.txt").read_text().splitlines() if not line.startswith("#")
+    ]
     assert len(set(chosen)) == len(chosen) >= 40
     for name in chosen:
         path, _, function = name.partition("::")
@@ -192,14 +218,22 @@ def test_the_tests_of_other_versions_exist():
 def test_versions_need_a_mode_and_uv(tmp_path):
     command = ["bash", ROOT / "scripts/test_versions.sh"]
     answer = subprocess.run([*command, "oldest"], capture_output=True, text=True)
-    assert (answer.returncode, answer.stderr) == (2, "error: name what to test: locked, lowest, newest or beyond.\n")
+    assert (answer.returncode, answer.stderr) == (
+        2,
+        "error: name what to test: locked, lowest, newest or beyond.\n",
+    )
     for tool in ("bash", "dirname"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     answer = subprocess.run([*command, "lowest"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
-    assert (answer.returncode, answer.stderr) == (2, "error: uv is needed to resolve the versions: pip install uv\n")
+    assert (answer.returncode, answer.stderr) == (
+        2,
+        "error: uv is needed to resolve the versions: pip install uv\n",
+    )
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")) + [ROOT / ".ci/run"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "scripts").glob("*.sh")) + [ROOT / ".ci/run"], ids=lambda path: path.name
+)
 def test_scripts_parse_and_stop_at_errors(script):
     subprocess.run(["bash", "-n", script], check=True)
     text = script.read_text()

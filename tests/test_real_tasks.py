@@ -1,5 +1,5 @@
-"""The paper's benchmarks: lmms-eval's own tasks, unchanged and offline, on rows of their exact schema, with the embedded model
-behind the plug-in, against answers that are made here by hand, question by question."""
+"""The paper's benchmarks: lmms-eval's own tasks, unchanged and offline, on rows of their exact schema, with
+the embedded model behind the plug-in, against answers that are made here by hand, question by question."""
 
 import shutil
 from pathlib import Path
@@ -30,10 +30,13 @@ HINTS = ["", "read the image", "", ""]
 
 
 class ByHand:
-    """A checkpoint and r50's compression without the harness and without our plug-in: one prompt, one answer."""
+    """A checkpoint and r50's compression without the harness and without our plug-in: one prompt, one
+    answer."""
 
     def __init__(self, checkpoint: Path):
-        self.tokenizer, self.model, self.processor, _ = load_pretrained_model(str(checkpoint), None, "mini", device="cpu")
+        self.tokenizer, self.model, self.processor, _ = load_pretrained_model(
+            str(checkpoint), None, "mini", device="cpu"
+        )
         self.model.set_compression(Row.from_yaml(R50).compression)
 
     def __call__(self, text: str, images: list, most: int = 16) -> str:
@@ -64,7 +67,10 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    return {"words": CHECKPOINT, "letters": fixtures.lettered(CHECKPOINT, tmp_path_factory.mktemp("lettered") / "mini")}
+    return {
+        "words": CHECKPOINT,
+        "letters": fixtures.lettered(CHECKPOINT, tmp_path_factory.mktemp("lettered") / "mini"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,8 @@ def fresh(place):
 
 @pytest.fixture
 def measure(harness, checkpoints, monkeypatch):
-    """measure(task, "words" or "letters") → its cell, the texts the harness asked and the answers, by document."""
+    """measure(task, "words" or "letters") → its cell, the texts the harness asked and the answers, by
+    document."""
     from eval import harness as module
 
     seen = {}
@@ -93,7 +100,9 @@ def measure(harness, checkpoints, monkeypatch):
 
     def summary(score, task, samples, records, layers):
         seen["asked"] = [sample["arguments"][0] for sample in samples]
-        seen["answers"] = [record["answer"] for record in sorted(records, key=lambda record: record["doc_id"])]
+        seen["answers"] = [
+            record["answer"] for record in sorted(records, key=lambda record: record["doc_id"])
+        ]
         seen["tokens"] = [record["tokens"] for record in records]
         return plain(score, task, samples, records, layers)
 
@@ -104,7 +113,9 @@ def measure(harness, checkpoints, monkeypatch):
         cell = real_cell(task, checkpoints[model], purpose="measured")
         result = harness(cell, heard.append)
         assert result["status"] == "ok" and result["n"] == sum(heard) == len(seen["answers"])
-        assert all(np.array(tokens[:3]).min() > 4 * tokens[-1] > 0 for tokens in seen["tokens"])  # compressed, all of them
+        assert all(
+            np.array(tokens[:3]).min() > 4 * tokens[-1] > 0 for tokens in seen["tokens"]
+        )  # compressed, all of them
         return result, seen["asked"], seen["answers"]
 
     return run
@@ -126,24 +137,37 @@ def stderr(p: float, n: int) -> float:
 def test_gqa(place, by_hand, measure):
     texts = [question.text + SHORT for question in ASKED[:4]]
     answers = [by_hand["words"](text, [question.image]) for text, question in zip(texts, ASKED)]
-    fixtures.gqa(place, ASKED[:4], [a.upper() for a in marked(answers, [True, False, True, True])])  # case does not matter
+    fixtures.gqa(
+        place, ASKED[:4], [a.upper() for a in marked(answers, [True, False, True, True])]
+    )  # case does not matter
     cell, asked, said = measure("gqa", "words")
     assert asked == texts and said == answers and len(set(answers)) > 1
-    assert cell["score"] == 75 and cell["correct"] == [1, 0, 1, 1] and cell["stderr"] == pytest.approx(stderr(0.75, 4))
+    assert (
+        cell["score"] == 75
+        and cell["correct"] == [1, 0, 1, 1]
+        and cell["stderr"] == pytest.approx(stderr(0.75, 4))
+    )
     assert cell["tokens_per_layer"] == [256] * 3 + [128] * 3 + [64] * 3 + [32] * 3
 
 
 def test_scienceqa_img(place, by_hand, measure):
     texts = [
-        (f"Context: {hint}\n" if hint else "") + question.choice + "\n"
-        + "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", question.options)) + LETTER
+        (f"Context: {hint}\n" if hint else "")
+        + question.choice
+        + "\n"
+        + "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", question.options))
+        + LETTER
         for question, hint in zip(ASKED[:4], HINTS)
     ]
     answers = [by_hand["letters"](text, [question.image]) for text, question in zip(texts, ASKED)]
     fixtures.scienceqa(place, ASKED[:4], marked(answers, [False, True, False, False]), HINTS)
     cell, asked, said = measure("scienceqa_img", "letters")
     assert asked == texts and said == answers
-    assert cell["score"] == 25 and cell["correct"] == [0, 1, 0, 0] and cell["stderr"] == pytest.approx(stderr(0.25, 4))
+    assert (
+        cell["score"] == 25
+        and cell["correct"] == [0, 1, 0, 0]
+        and cell["stderr"] == pytest.approx(stderr(0.25, 4))
+    )
 
 
 def test_mme(place, by_hand, measure):
@@ -166,7 +190,9 @@ def test_mmbench(place, by_hand, measure, language):
     texts = []
     for number, (question, hint) in enumerate(zip(ASKED[:4], HINTS)):
         options = list(zip("ABCD", question.options))[: 3 if number == 3 else 4]
-        listed = "There are several options:\n" + "\n".join(f"{letter}. {option}" for letter, option in options)
+        listed = "There are several options:\n" + "\n".join(
+            f"{letter}. {option}" for letter, option in options
+        )
         texts.append((f"{hint} " if hint else "") + f"{question.choice} {listed}\n{end}")
     answers = [by_hand["letters"](text, [question.image]) for text, question in zip(texts, ASKED)]
     right = {"en": [True, True, False, True], "cn": [False, True, False, True]}[language]
@@ -185,7 +211,9 @@ def test_textvqa(place, by_hand, measure, monkeypatch, ocr):
     answers = [by_hand["words"](text, [question.image], 32) for text, question in zip(texts, ASKED)]
     people = [[answer] * same + [wrong(answer)] * (10 - same) for answer, same in zip(answers, (10, 3, 0, 2))]
     fixtures.textvqa(place, ASKED[:4], people, tokens)
-    monkeypatch.setitem(suites.PAPER_TASKS, "textvqa_stock", Task("textvqa_stock", "textvqa_val", "exact_match", 100, ""))
+    monkeypatch.setitem(
+        suites.PAPER_TASKS, "textvqa_stock", Task("textvqa_stock", "textvqa_val", "exact_match", 100, "")
+    )
     cell, asked, said = measure("textvqa_ocr" if ocr else "textvqa_stock", "words")
     assert asked == texts and said == answers
     # Each person is left out once: of three that agree, each sees two others.
@@ -196,27 +224,38 @@ def test_textvqa(place, by_hand, measure, monkeypatch, ocr):
 @pytest.mark.parametrize("subtitled", [False, True], ids=["without subtitles", "with subtitles"])
 def test_videomme(place, by_hand, measure, subtitled):
     """Frames of a film as so many images, and the score of each duration."""
-    lines = [("00:00:00,000", "00:00:01,500", "the first digit"), ("00:00:02,000", "00:00:02,900", "not the last one"),
-             ("00:01:00,000", "00:01:02,000", "behind the end")]
+    lines = [
+        ("00:00:00,000", "00:00:01,500", "the first digit"),
+        ("00:00:02,000", "00:00:02,900", "not the last one"),
+        ("00:01:00,000", "00:01:02,000", "behind the end"),
+    ]
     texts, frames = [], []
     for number, question in enumerate(ASKED[:4]):
-        path = fixtures.film(place / f"videomme/data/film{number}.mp4", [q.image for q in ASKED[number : number + 3]])
+        path = fixtures.film(
+            place / f"videomme/data/film{number}.mp4", [q.image for q in ASKED[number : number + 3]]
+        )
         if number != 3:
             fixtures.subtitles(place / f"videomme/subtitle/film{number}.srt", lines)
         frames.append(load_frames(path, 3))
         options = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", question.options))
-        text = ("Select the best answer to the following multiple-choice question based on the video and the subtitles. Respond"
-                f" with only the letter (A, B, C, or D) of the correct option.\n{question.choice}\n{options}\n")
+        text = (
+            "Select the best answer to the following multiple-choice question based on the video and the subtitles. Respond"
+            f" with only the letter (A, B, C, or D) of the correct option.\n{question.choice}\n{options}\n"
+        )
         spoken = "the first digit\nnot the last one" if number != 3 else "No subtitles available"
         before = f"This video's subtitles are listed below: \n{spoken}\n"
         texts.append(before + text + "The best answer is:" if subtitled else text + LETTER)
     answers = [by_hand["letters"](text, images) for text, images in zip(texts, frames)]
-    fixtures.videomme(place, ASKED[:4], marked(answers, [True, False, True, True]), ["short", "short", "medium", "long"])
+    fixtures.videomme(
+        place, ASKED[:4], marked(answers, [True, False, True, True]), ["short", "short", "medium", "long"]
+    )
     cell, asked, said = measure("videomme_w_subtitle" if subtitled else "videomme", "letters")
     assert asked == texts and said == answers
     assert cell["score"] == 75 and cell["correct"] == [1, 0, 1, 1]
     assert {name: (group["score"], group["n"]) for name, group in cell["groups"].items()} == {
-        "short": (50, 2), "medium": (100, 1), "long": (100, 1)
+        "short": (50, 2),
+        "medium": (100, 1),
+        "long": (100, 1),
     }
     assert cell["tokens_per_layer"][0] == 3 * 256 and cell["tokens_per_layer"][-1] == 3 * 32
 
@@ -234,7 +273,11 @@ def hasty(monkeypatch):
 
 
 def real_cell(
-    task: str, checkpoint: Path = CHECKPOINT, row: str = "r50", limit: int | None = None, purpose: str = "asked",
+    task: str,
+    checkpoint: Path = CHECKPOINT,
+    row: str = "r50",
+    limit: int | None = None,
+    purpose: str = "asked",
 ) -> Cell:
     """A cell; cells of another ``purpose`` do not share their answers."""
     spec = Row.from_yaml(ROOT / "configs" / "mini" / f"{row}.yaml")
@@ -252,12 +295,18 @@ def reason(harness, task: str) -> str:
 def test_a_missing_data_set_and_a_damaged_image_are_named_and_the_next_cell_runs(place, harness, hasty):
     shutil.rmtree(place / "lmms-lab-encoder", ignore_errors=True)
     why = reason(harness, "scienceqa_img")
-    assert why.startswith("the data of task scienceqa_img cannot be loaded (") and "lmms-lab-encoder/ScienceQA" in why
+    assert (
+        why.startswith("the data of task scienceqa_img cannot be loaded (")
+        and "lmms-lab-encoder/ScienceQA" in why
+    )
     assert why.endswith("; python -m eval.data --tasks scienceqa_img --yes downloads it")
     path = fixtures.mme(place, ASKED[:4], ["Yes"] * 4, ["existence"] * 4)
     whole = path.read_bytes()
     fixtures.damage(path, 2)
-    assert reason(harness, "mme") == "task mme, document 2: its image is damaged (OSError); download the data set again"
+    assert (
+        reason(harness, "mme")
+        == "task mme, document 2: its image is damaged (OSError); download the data set again"
+    )
     path.write_bytes(whole)
     shutil.rmtree(place / "cache")
     assert harness(real_cell("mme"), lambda count: None)["status"] == "ok"
@@ -273,18 +322,27 @@ def test_a_missing_film_is_named(place, harness):
 
 @pytest.mark.slow
 def test_through_the_pool_a_failed_cell_leaves_the_others(place, by_hand, tmp_path):
-    """GQA, whose harness starts processes of its own, in a worker; then cells that fail and one that does not."""
+    """GQA, whose harness starts processes of its own, in a worker; then cells that fail and one that does
+    not."""
     shutil.rmtree(place / "lmms-lab-encoder", ignore_errors=True)
     fixtures.gqa(place, ASKED[:4], ["yes"] * 4)
     fixtures.damage(fixtures.mme(place, ASKED[:4], ["Yes"] * 4, ["existence"] * 4), 1)
     cells = [real_cell(task) for task in ("mme", "gqa", "scienceqa_img")] + [real_cell("gqa", row="vanilla")]
     settings, results = Settings(str(tmp_path), "cpu", 1, 2, "float32", online=True), {}
     run_cells(
-        cells, Harness, settings, ["cpu"], tmp_path / "logs", lambda cell, count: None,
+        cells,
+        Harness,
+        settings,
+        ["cpu"],
+        tmp_path / "logs",
+        lambda cell, count: None,
         lambda cell, result: results.update({cell.name: result}),
     )
     assert {name: result["status"] for name, result in results.items()} == {
-        "mini.r50.mme": "failed", "mini.r50.gqa": "ok", "mini.r50.scienceqa_img": "failed", "mini.vanilla.gqa": "ok",
+        "mini.r50.mme": "failed",
+        "mini.r50.gqa": "ok",
+        "mini.r50.scienceqa_img": "failed",
+        "mini.vanilla.gqa": "ok",
     }
     answers = [by_hand["words"](question.text + SHORT, [question.image]) for question in ASKED[:4]]
     assert results["mini.r50.gqa"]["correct"] == [float(answer == "yes") for answer in answers]
@@ -303,10 +361,16 @@ class Hub:
     def dataset_info(self, name, files_metadata, timeout):
         assert files_metadata
         Hub.asked.append(name)
-        files = {"README.md": 10, "testdev_balanced_images/a.parquet": 2_000_000_000, "train_images/b.parquet": 10**12,
-                 "testdev_balanced_instructions/c.parquet": 500_000_000}
+        files = {
+            "README.md": 10,
+            "testdev_balanced_images/a.parquet": 2_000_000_000,
+            "train_images/b.parquet": 10**12,
+            "testdev_balanced_instructions/c.parquet": 500_000_000,
+        }
         siblings = [SimpleNamespace(rfilename=file, size=size) for file, size in files.items()]
-        return SimpleNamespace(siblings=siblings, card_data={"license": "cc-by-4.0"} if "GQA" in name else None)
+        return SimpleNamespace(
+            siblings=siblings, card_data={"license": "cc-by-4.0"} if "GQA" in name else None
+        )
 
 
 @pytest.fixture
@@ -323,7 +387,9 @@ def test_size_and_licence_are_told_before_anything_is_downloaded(hub, monkeypatc
     (gqa,) = [line for line in lines if "/GQA " in line]
     assert "2.50 GB" in gqa and gqa.endswith("cc-by-4.0 (its card says)")  # of the two folders that are read
     (science,) = [line for line in lines if "/ScienceQA " in line]
-    assert science.endswith("CC BY-NC-SA 4.0") and lines[-1] == "nothing was downloaded; add --yes to download"
+    assert (
+        science.endswith("CC BY-NC-SA 4.0") and lines[-1] == "nothing was downloaded; add --yes to download"
+    )
     assert len([line for line in lines if "huggingface.co" in line]) == len(Hub.asked) == 6 and not fetched
     assert data.main(["--tasks", "mme, videomme", "--yes"]) == 0
     assert [task.harness for task in fetched] == ["mme", "videomme"]
@@ -346,12 +412,21 @@ def test_every_task_of_the_rows_is_known_to_the_harness_and_to_eval_data(harness
     assert named["2"] == ["videomme", "videomme_w_subtitle"]
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["--table", "8"], "error: argument --table: invalid choice: '8'"),
-    (["--tasks", "gqa,mini_color"], "error: task mini_color reads no data set of the hub; use one of gqa, "),
-    ([], "error: one of the arguments --table --tasks is required"),
-    (["--table", "2", "--yes"], "error: the model hub does not answer (OSError): connect to the internet"),
-])
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--table", "8"], "error: argument --table: invalid choice: '8'"),
+        (
+            ["--tasks", "gqa,mini_color"],
+            "error: task mini_color reads no data set of the hub; use one of gqa, ",
+        ),
+        ([], "error: one of the arguments --table --tasks is required"),
+        (
+            ["--table", "2", "--yes"],
+            "error: the model hub does not answer (OSError): connect to the internet",
+        ),
+    ],
+)
 def test_what_cannot_be_downloaded_says_why(arguments, sentence, monkeypatch, capsys):
     def unreachable(*_, **__):
         raise OSError("no network")

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from libra.server import guarded, is_local, names_of
+from libra.utils.server import guarded, is_local, names_of
 
 ROOT = Path(__file__).parents[1]
 
 
 async def echo(scope, receive, send):
-    """Answers with the number of bytes of the body, which it reads as frameworks do: whatever happens meanwhile is a 400."""
+    """Answers with the number of bytes of the body, which it reads as frameworks do: whatever happens
+    meanwhile is a 400."""
     size, more, status = 0, True, 200
     try:
         while more:
@@ -31,11 +32,18 @@ async def echo(scope, receive, send):
 
 
 def ask(app, method="POST", body=b"", parts=1, client="10.0.0.1", path="/", **headers):
-    """Status, headers and body of an answer; the body comes in ``parts``, and its length is told where it is one."""
-    headers = {"host": "localhost:80", **({"content-length": str(len(body))} if parts == 1 else {}), **headers}
+    """Status, headers and body of an answer; the body comes in ``parts``, and its length is told where it is
+    one."""
+    headers = {
+        "host": "localhost:80",
+        **({"content-length": str(len(body))} if parts == 1 else {}),
+        **headers,
+    }
     step = -(-len(body) // parts) or 1
     pieces = [body[start : start + step] for start in range(0, len(body), step)] or [b""]
-    given = [{"type": "http.request", "body": piece, "more_body": piece is not pieces[-1]} for piece in pieces]
+    given = [
+        {"type": "http.request", "body": piece, "more_body": piece is not pieces[-1]} for piece in pieces
+    ]
     sent = []
 
     async def receive():
@@ -45,7 +53,12 @@ def ask(app, method="POST", body=b"", parts=1, client="10.0.0.1", path="/", **he
         sent.append(message)
 
     scope = {
-        "type": "http", "method": method, "path": path, "client": (client, 1), "query_string": b"", "scheme": "http",
+        "type": "http",
+        "method": method,
+        "path": path,
+        "client": (client, 1),
+        "query_string": b"",
+        "scheme": "http",
         "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
     }
     asyncio.run(app(scope, receive, send))
@@ -57,7 +70,15 @@ def ask(app, method="POST", body=b"", parts=1, client="10.0.0.1", path="/", **he
 def test_e8_a_name_that_begins_like_an_address_is_not_local():
     local = ("127.0.0.1", "127.8.9.1", "localhost", "LocalHost", "::1")
     assert all(map(is_local, local))
-    for host in ("127.evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "0.0.0.0", "10.0.0.7", "::", "127"):
+    for host in (
+        "127.evil.example",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "0.0.0.0",
+        "10.0.0.7",
+        "::",
+        "127",
+    ):
         assert not is_local(host)
     assert names_of("127.0.0.1") == names_of("localhost") == ["127.0.0.1", "[::1]", "localhost"]
     assert "127.0.0.2" in names_of("127.0.0.2") and "[fd00::1]" in names_of("fd00::1")
@@ -66,15 +87,25 @@ def test_e8_a_name_that_begins_like_an_address_is_not_local():
 
 def test_hosts_and_origins():
     app = guarded(echo, names_of("127.0.0.1"), per_minute=1000, body_bytes=10)
-    for host, status in (("localhost:80", 200), ("[::1]:80", 200), ("evil.example", 400), ("localhost.evil", 400), ("", 400)):
+    for host, status in (
+        ("localhost:80", 200),
+        ("[::1]:80", 200),
+        ("evil.example", 400),
+        ("localhost.evil", 400),
+        ("", 400),
+    ):
         assert ask(app, host=host)[0] == status, host
     for origin in ("http://localhost:80", "https://LOCALHOST:80"):
         assert ask(app, origin=origin)[0] == 200, origin
     for origin in ("http://localhost", "null", "http://evil.example", "http://localhost:80.evil.example"):
         assert ask(app, origin=origin)[0] == 403, origin
-    assert ask(app, sec_fetch_site="cross-site")[0] == 403 and ask(app, sec_fetch_site="same-origin")[0] == 200
+    assert (
+        ask(app, sec_fetch_site="cross-site")[0] == 403 and ask(app, sec_fetch_site="same-origin")[0] == 200
+    )
     status, headers, _ = ask(app, "GET", origin="http://evil.example")
-    assert status == 200 and headers["cross-origin-resource-policy"] == "same-origin"  # which the browser keeps from its page
+    assert (
+        status == 200 and headers["cross-origin-resource-policy"] == "same-origin"
+    )  # which the browser keeps from its page
 
 
 @pytest.mark.parametrize("parts", [1, 7])
@@ -92,7 +123,11 @@ def test_requests_have_a_rate_a_client(monkeypatch):
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
     assert [ask(app)[0] for _ in range(8)] == [200] * 6 + [429] * 2
-    assert ask(app)[1]["retry-after"] == "10" and ask(app, client="10.0.0.2")[0] == 200 and ask(app, "GET")[0] == 200
+    assert (
+        ask(app)[1]["retry-after"] == "10"
+        and ask(app, client="10.0.0.2")[0] == 200
+        and ask(app, "GET")[0] == 200
+    )
     now += 21
     assert [ask(app)[0] for _ in range(3)] == [200, 200, 429]
 
@@ -104,7 +139,7 @@ def test_e8_a_server_ends_in_time_whatever_its_threads_do(tmp_path, number):
     script.write_text(
         "import shutil, sys, threading, time\n"
         "from pathlib import Path\n"
-        "from libra.server import ends_in_time, guarded, listen, names_of, serve\n"
+        "from libra.utils.server import ends_in_time, guarded, listen, names_of, serve\n"
         "folder = Path(sys.argv[1])\n"
         "async def app(scope, receive, send):\n"
         "    if scope['type'] == 'lifespan':\n"
@@ -122,7 +157,9 @@ def test_e8_a_server_ends_in_time_whatever_its_threads_do(tmp_path, number):
     )
     (tmp_path / "uploads").mkdir()
     process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "uploads")], stdout=subprocess.PIPE, text=True,
+        [sys.executable, str(script), str(tmp_path / "uploads")],
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     port = int(process.stdout.readline())

@@ -16,7 +16,9 @@ METHODS = ("mini/r50.yaml", "mini/fastv.yaml", "mini/turbo.yaml", "mini/random.y
 def held(process_id: int) -> float:
     """A process's memory in MB, in the machine's own or swapped out."""
     status = Path(f"/proc/{process_id}/status").read_text()
-    return sum(int(kilobytes) for kilobytes in re.findall(r"^Vm(?:RSS|Swap):\s+(\d+) kB", status, re.M)) / 1024
+    return (
+        sum(int(kilobytes) for kilobytes in re.findall(r"^Vm(?:RSS|Swap):\s+(\d+) kB", status, re.M)) / 1024
+    )
 
 
 def photo(number: int) -> bytes:
@@ -40,8 +42,12 @@ def test_three_hundred_requests_leave_the_memory_as_it_was(tmp_path):
             upload = page.upload(b"no image" if number % 5 == 0 else photo(number), f"{number}.jpg")
             if number % 7 == 0:
                 assert page.join([{"path": "/etc/passwd"}, "what ?", METHODS[0], "libra", "2", 0.5])[0] == 403
-            answer, *_, remark, _, _ = page.ask({"path": upload}, f"how many digits ? {number}", METHODS[number % 4])["data"]
-            assert ("no known format" in remark["value"]) == (number % 5 == 0) == (not isinstance(answer, str))
+            answer, *_, remark, _, _ = page.ask(
+                {"path": upload}, f"how many digits ? {number}", METHODS[number % 4]
+            )["data"]
+            assert (
+                ("no known format" in remark["value"]) == (number % 5 == 0) == (not isinstance(answer, str))
+            )
             memory[number] = held(page.process.pid)
         files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "log.txt"]
         size = sum(path.stat().st_size for path in files) / 2**20

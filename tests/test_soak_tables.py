@@ -1,4 +1,5 @@
-"""A table with real workers that is killed at random moments loses nothing and ends as the table that nobody disturbed."""
+"""A table with real workers that is killed at random moments loses nothing and ends as the table that nobody
+disturbed."""
 
 import csv
 import io
@@ -24,9 +25,27 @@ TIMES = {"seconds", "date", "reused_from"}  # keys of a cell that no two runs sh
 
 def command(output: Path, benchmark: Path) -> list[str]:
     return [
-        sys.executable, "-m", "eval.run", "--table", "1", "--rows", "vanilla,r50,fastv,blind", "--tasks", ",".join(TASKS),
-        "--limit", "40", "--batch-size", "4", "--processes", "2", "--device", "cpu", "--output", str(output),
-        "--benchmark", str(benchmark),
+        sys.executable,
+        "-m",
+        "eval.run",
+        "--table",
+        "1",
+        "--rows",
+        "vanilla,r50,fastv,blind",
+        "--tasks",
+        ",".join(TASKS),
+        "--limit",
+        "40",
+        "--batch-size",
+        "4",
+        "--processes",
+        "2",
+        "--device",
+        "cpu",
+        "--output",
+        str(output),
+        "--benchmark",
+        str(benchmark),
     ]
 
 
@@ -42,8 +61,12 @@ def answers(output: Path) -> dict[tuple, str]:
 
 def cells(output: Path) -> dict[str, dict]:
     """The finished cells, without times."""
-    found = {name: cell for name, cell in read_cells(output).items() if cell is not None and cell["status"] == "ok"}
-    return {name: {key: value for key, value in cell.items() if key not in TIMES} for name, cell in found.items()}
+    found = {
+        name: cell for name, cell in read_cells(output).items() if cell is not None and cell["status"] == "ok"
+    }
+    return {
+        name: {key: value for key, value in cell.items() if key not in TIMES} for name, cell in found.items()
+    }
 
 
 def table(output: Path) -> dict[str, object]:
@@ -53,8 +76,10 @@ def table(output: Path) -> dict[str, object]:
     lines = list(csv.DictReader(io.StringIO((output / "table1.csv").read_text())))
     tex = (output / "table1.tex").read_text()
     return {
-        "md": re.sub(r"\| \d+ \|$", "|", text, flags=re.MULTILINE), "png": (output / "table1.png").read_bytes(),
-        "csv": [{**line, "seconds": ""} for line in lines], "tex": re.sub(r"& \d+ \\\\$", "", tex, flags=re.MULTILINE),
+        "md": re.sub(r"\| \d+ \|$", "|", text, flags=re.MULTILINE),
+        "png": (output / "table1.png").read_bytes(),
+        "csv": [{**line, "seconds": ""} for line in lines],
+        "tex": re.sub(r"& \d+ \\\\$", "", tex, flags=re.MULTILINE),
     }
 
 
@@ -68,10 +93,15 @@ class Killed:
         self.counts = dict.fromkeys(("runner", "all", "worker", "finished before"), 0)
 
     def kill(self) -> None:
-        """One kill -9 at a random moment: while it starts, or while it computes; of the runner, a worker, or all of them."""
+        """One kill -9 at a random moment: while it starts, or while it computes; of the runner, a worker, or
+        all of them."""
         if self.runner is None or self.runner.poll() is not None:
             self.runner = subprocess.Popen(
-                self.words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+                self.words,
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
         if self.random.random() < 0.3:
             self._wait(lambda: False, self.random.uniform(0, self.start_seconds))
@@ -107,7 +137,9 @@ def children(parent: int) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
-                found += [int(path.parent.name)] if b"spawn_main" in (path.parent / "cmdline").read_bytes() else []
+                found += (
+                    [int(path.parent.name)] if b"spawn_main" in (path.parent / "cmdline").read_bytes() else []
+                )
         except OSError:  # it has just ended
             pass
     return found
@@ -116,9 +148,14 @@ def children(parent: int) -> list[int]:
 @pytest.mark.soak
 def test_thirty_kills_lose_nothing_and_change_no_byte_of_the_table(tmp_path):
     benchmark = tmp_path / "benchmark"
-    whole, output = tmp_path / "whole" / "table1", tmp_path / "killed" / "table1"  # apart, so that no cell is reused
+    whole, output = (
+        tmp_path / "whole" / "table1",
+        tmp_path / "killed" / "table1",
+    )  # apart, so that no cell is reused
     started = time.monotonic()
-    undisturbed = subprocess.Popen(command(whole, benchmark), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    undisturbed = subprocess.Popen(
+        command(whole, benchmark), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     while undisturbed.poll() is None and not answers(whole):
         time.sleep(0.05)
     start_seconds = time.monotonic() - started
@@ -132,14 +169,19 @@ def test_thirty_kills_lose_nothing_and_change_no_byte_of_the_table(tmp_path):
     for _ in range(KILLS):
         killed.kill()
         now, done = answers(output), cells(output)
-        assert kept.items() <= now.items() and finished.items() <= done.items()  # nothing that was finished is lost or changed
+        assert (
+            kept.items() <= now.items() and finished.items() <= done.items()
+        )  # nothing that was finished is lost or changed
         kept, finished = now, done
         progress.append(len(now))
     if killed.runner.poll() is None:
         os.killpg(killed.runner.pid, signal.SIGKILL)
         killed.runner.wait()
-    print(f"kills: {killed.counts}; answers after each kill: {progress}; seconds: {time.monotonic() - started:.0f}")
-    # A worker that was killed left a failed cell, whose exit status is 1 in the run that saw it; this one sees none.
+    print(
+        f"kills: {killed.counts}; answers after each kill: {progress}; seconds: {time.monotonic() - started:.0f}"
+    )
+    # A worker that was killed left a failed cell, whose exit status is 1 in the run that saw it; this one
+    # sees none.
     last = subprocess.run(command(output, benchmark), cwd=ROOT, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
     assert answers(output) == expected and len(cells(output)) == 16

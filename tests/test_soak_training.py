@@ -21,14 +21,40 @@ pytestmark = pytest.mark.soak
 
 def start(output: Path, flags: list[str]) -> subprocess.Popen:
     command = [
-        sys.executable, "-m", "llava.train.train", "--model_name_or_path", str(MINI), *flags, "--output_dir", str(output),
-        "--compression", "mini/r50", "--max_steps", str(STEPS), "--save_steps", str(EVERY), "--save_total_limit", "2",
-        "--per_device_train_batch_size", "2", "--learning_rate", "1e-4", "--report_to", "none", "--disable_tqdm", "True",
-        "--logging_steps", "1", "--dataloader_num_workers", "1",
+        sys.executable,
+        "-m",
+        "llava.train.train",
+        "--model_name_or_path",
+        str(MINI),
+        *flags,
+        "--output_dir",
+        str(output),
+        "--compression",
+        "mini/r50",
+        "--max_steps",
+        str(STEPS),
+        "--save_steps",
+        str(EVERY),
+        "--save_total_limit",
+        "2",
+        "--per_device_train_batch_size",
+        "2",
+        "--learning_rate",
+        "1e-4",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "True",
+        "--logging_steps",
+        "1",
+        "--dataloader_num_workers",
+        "1",
     ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     said = output.with_suffix(".log").open("a")
-    return subprocess.Popen(command, cwd=output.parent, env=env, stdout=said, stderr=said, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=output.parent, env=env, stdout=said, stderr=said, start_new_session=True
+    )
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -38,7 +64,11 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def unsealed(output: Path) -> set[Path]:
-    return {path.parent for path in output.glob("checkpoint-*/model.safetensors") if not (path.parent / "whole.json").exists()}
+    return {
+        path.parent
+        for path in output.glob("checkpoint-*/model.safetensors")
+        if not (path.parent / "whole.json").exists()
+    }
 
 
 def wait_for_writing(process: subprocess.Popen, output: Path) -> bool:

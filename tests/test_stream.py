@@ -1,4 +1,5 @@
-"""The engine in llava's decoder: batches, caches, later turns, labels, gradients, against the decoder by hand in plain.py."""
+"""The engine in llava's decoder: batches, caches, later turns, labels, gradients, against the decoder by hand
+in plain.py."""
 
 import copy
 from collections import Counter
@@ -11,16 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from libra import Compression
-from libra.schedule import actual
-from libra.stream import VisualTokenStream
-from libra.transformers_api import cache_argument, cache_of
+from libra.budget import actual
+from libra.engine.tokens import VisualTokenStream
+from libra.engine.transformers_api import cache_argument, cache_of
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
 SELECTS = ("intervals", "topk", "random", "information")
 MERGES = ("drop", "average", "igm", "igm-pos", "igm-neg")
 METHODS = ("libra", "fastv", "turbo", "windowed-fastv", "random", "pyramiddrop")
 
-# Between the similarities of the rows that are alike and of those that are not: compensation tokens in some rows only.
+# Between the similarities of the rows that are alike and of those that are not: compensation tokens in some
+# rows only.
 TAU = 0.6
 CHOICES = {
     "libra": dict(method="libra", layers=(1, 3), tau=TAU),
@@ -34,7 +36,9 @@ CHOICES = {
     "next layer": dict(method="libra", layers=(1, 3), tau=TAU, score_layer="next"),
     "pyramiddrop": dict(method="pyramiddrop", layers=(0, 2, 4)),
 }
-every_choice = pytest.mark.parametrize("c", [pytest.param(Compression(**keys), id=name) for name, keys in CHOICES.items()])
+every_choice = pytest.mark.parametrize(
+    "c", [pytest.param(Compression(**keys), id=name) for name, keys in CHOICES.items()]
+)
 both_sides = pytest.mark.parametrize("side", ["left", "right"])
 
 
@@ -51,9 +55,12 @@ def model(shared):
 
 
 def ragged() -> list[tiny.Row]:
-    """Two images that differ; one whose tokens are alike; no image; three short images, right at the start."""
+    """Two images that differ; one whose tokens are alike; no image; three short images, right at the
+    start."""
     patterns = ("t3 v12 t4 v8 t3", "t2 v20 t6", "t7", "v5 t2 v7 t1 v6 t4")
-    return [tiny.row(pattern, seed, alike=0.95 if seed == 1 else 0.0) for seed, pattern in enumerate(patterns)]
+    return [
+        tiny.row(pattern, seed, alike=0.95 if seed == 1 else 0.0) for seed, pattern in enumerate(patterns)
+    ]
 
 
 def by_hand(model, r: tiny.Row, answer=()) -> plain.Outcome:
@@ -88,10 +95,14 @@ def test_without_compression_layers_it_is_transformers_llama_bit_for_bit(attenti
             continue
         step = {"input_ids": torch.full((len(want.logits), 1), 5)}
         if padding:
-            step["attention_mask"] = torch.cat([given["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+            step["attention_mask"] = torch.cat(
+                [given["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1
+            )
             step["position_ids"] = given["position_ids"][:, -1:] + 1
         for _ in range(2):
-            ours, want = (m(**step, **cache_argument(cache_of(o))) for m, o in ((model, ours), (theirs, want)))
+            ours, want = (
+                m(**step, **cache_argument(cache_of(o))) for m, o in ((model, ours), (theirs, want))
+            )
             assert torch.equal(ours.logits, want.logits)
             if padding:
                 step["attention_mask"] = torch.nn.functional.pad(step["attention_mask"], (0, 1), value=1)
@@ -108,7 +119,9 @@ def test_ratio_zero_at_every_layer_changes_no_bit(model, method, side):
     valid = given["attention_mask"].bool()
     want = model(**given).logits
     answer = tiny.generate(model, given, num_beams=2) if side == "left" else None
-    model.set_compression(Compression(method=method, layers=tuple(range(5 if method == "pyramiddrop" else 6)), ratio=0.0))
+    model.set_compression(
+        Compression(method=method, layers=tuple(range(5 if method == "pyramiddrop" else 6)), ratio=0.0)
+    )
     with tiny.watched() as steps:
         got = model(**given).logits
     assert len(steps) == len(model.compression.layers)
@@ -166,7 +179,8 @@ def test_stats_count_whole_tokens_of_each_span(model, ratio):
 
 @torch.no_grad()
 def test_visual_tokens_up_to_the_last_column(model):
-    """A row that ends with its image is scored by its last visual token, which may be dropped at the first layer."""
+    """A row that ends with its image is scored by its last visual token, which may be dropped at the first
+    layer."""
     model.set_compression(Compression(method="fastv", layers=(0, 1, 3), ratio=0.6))
     rows = [tiny.row("t2 v14", 5), tiny.row("v9 t3", 6)]
     batched = model(**tiny.collate(rows, "left")).logits
@@ -181,7 +195,8 @@ def test_visual_tokens_up_to_the_last_column(model):
 @pytest.mark.parametrize("batch", ["one row", "left", "right"])
 @torch.no_grad()
 def test_what_the_layers_are_given(model, batch):
-    """No position ids; no mask for a row alone, else the stage's own; the probe at the compression layers only."""
+    """No position ids; no mask for a row alone, else the stage's own; the probe at the compression layers
+    only."""
     c = Compression(method="libra", layers=(1, 3), tau=TAU)
     model.set_compression(c)
     rows = ragged()
@@ -195,9 +210,15 @@ def test_what_the_layers_are_given(model, batch):
     try:
         out = model(**given, use_cache=True)
         prefill, seen[:] = list(seen), []
-        mask = None if batch == "one row" else torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
+        mask = (
+            None if batch == "one row" else torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
+        )
         if batch != "right":
-            model(input_ids=torch.full((len(out.logits), 1), 5), attention_mask=mask, **cache_argument(cache_of(out)))
+            model(
+                input_ids=torch.full((len(out.logits), 1), 5),
+                attention_mask=mask,
+                **cache_argument(cache_of(out)),
+            )
     finally:
         for hook in hooks:
             hook.remove()
@@ -222,9 +243,18 @@ def test_what_the_layers_are_given(model, batch):
 
 
 class Synchronisations(TorchDispatchMode):
-    """Counts what would make the host wait for a device: values that leave it, and results whose shape depends on values."""
+    """Counts what would make the host wait for a device: values that leave it, and results whose shape
+    depends on values."""
 
-    WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2"}
+    WAITING = {
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "is_nonzero",
+        "unique_dim",
+        "_unique2",
+    }
 
     def __init__(self):
         super().__init__()
@@ -233,7 +263,12 @@ class Synchronisations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.split("::")[1]
         by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if name in self.WAITING or by_mask or name == "repeat_interleave" and isinstance(args[0], torch.Tensor):
+        if (
+            name in self.WAITING
+            or by_mask
+            or name == "repeat_interleave"
+            and isinstance(args[0], torch.Tensor)
+        ):
             self.counts[name] += 1
         return function(*args, **(kwargs or {}))
 
@@ -248,7 +283,9 @@ def test_at_most_one_synchronisation_a_compression_layer(model, c, monkeypatch):
         to_list = torch.Tensor.tolist
         with Synchronisations() as seen, monkeypatch.context() as patch:
             # A list of a CPU tensor is read without the dispatcher.
-            patch.setattr(torch.Tensor, "tolist", lambda tensor: seen.counts.update(["tolist"]) or to_list(tensor))
+            patch.setattr(
+                torch.Tensor, "tolist", lambda tensor: seen.counts.update(["tolist"]) or to_list(tensor)
+            )
             result = compress(stream, hidden, attention)
         counts.append(seen.counts)
         return result
@@ -266,10 +303,13 @@ def test_at_most_one_synchronisation_a_compression_layer(model, c, monkeypatch):
 @every_choice
 @torch.no_grad()
 def test_cached_decoding_is_the_cache_free_forward_that_replays_the_choice(model, c):
-    """A batch padded on the left; greedy ids and the logits of every step, by hand and with ``score_columns``."""
+    """A batch padded on the left; greedy ids and the logits of every step, by hand and with
+    ``score_columns``."""
     model.set_compression(c)
     rows, steps = ragged(), 5
-    answer = tiny.generate(model, tiny.collate(rows, "left"), steps, return_dict_in_generate=True, output_logits=True)
+    answer = tiny.generate(
+        model, tiny.collate(rows, "left"), steps, return_dict_in_generate=True, output_logits=True
+    )
     logits = torch.stack(answer.logits, 1)
     for b, r in enumerate(rows):
         ids = answer.sequences[b].tolist()
@@ -279,7 +319,9 @@ def test_cached_decoding_is_the_cache_free_forward_that_replays_the_choice(model
 
         longer = torch.cat([r.embeds, model.get_input_embeddings()(torch.tensor(ids[:-1]))])[None]
         visual = torch.nn.functional.pad(r.visual, (0, steps - 1))[None]
-        again = model(inputs_embeds=longer, visual_mask=visual, score_columns=torch.tensor([len(r) - 1])).logits[0, -steps:]
+        again = model(
+            inputs_embeds=longer, visual_mask=visual, score_columns=torch.tensor([len(r) - 1])
+        ).logits[0, -steps:]
         torch.testing.assert_close(again, want, **CLOSE)
         assert torch.equal(tiny.generate(model, tiny.alone(r), steps)[0], answer.sequences[b])
 
@@ -305,7 +347,8 @@ def test_beams_and_several_sequences(model, name):
 
 
 class Chat:
-    """A conversation on one cache: a batch of rows a turn, padded on the left, then answers token by token."""
+    """A conversation on one cache: a batch of rows a turn, padded on the left, then answers token by
+    token."""
 
     def __init__(self, model, padded: bool):
         self.model, self.padded, self.cache = model, padded, DynamicCache()
@@ -326,10 +369,14 @@ class Chat:
 
     def turn(self, rows):
         batch = tiny.collate(rows, "left")
-        return self._call(batch["attention_mask"], inputs_embeds=batch["inputs_embeds"], visual_mask=batch["visual_mask"])
+        return self._call(
+            batch["attention_mask"], inputs_embeds=batch["inputs_embeds"], visual_mask=batch["visual_mask"]
+        )
 
     def say(self, ids):
-        return self._call(torch.ones(len(ids), 1, dtype=torch.long), input_ids=torch.tensor(ids)[:, None])[:, -1]
+        return self._call(torch.ones(len(ids), 1, dtype=torch.long), input_ids=torch.tensor(ids)[:, None])[
+            :, -1
+        ]
 
 
 TURNS = [
@@ -357,7 +404,10 @@ def test_a_second_turn_with_new_images_on_the_same_cache(model, c, padded):
         parts = [first.embeds, model.get_input_embeddings()(torch.tensor(said[0])), second.embeds]
         embeds = torch.cat([*parts, model.get_input_embeddings()(torch.tensor(said[1]))])
         scorer = start + len(second) - 1
-        prefills = [plain.Prefill.of(first.visual, len(first) - 1, c), plain.Prefill.of(second.visual, scorer, c, start)]
+        prefills = [
+            plain.Prefill.of(first.visual, len(first) - 1, c),
+            plain.Prefill.of(second.visual, scorer, c, start),
+        ]
         want = plain.decode(model.model, model.lm_head, embeds, c, prefills)
         at = [len(first) - 1, len(first), len(first) + 1, scorer, scorer + 1, scorer + 2]
         places = [want.source.index(column) for column in at]
@@ -367,7 +417,8 @@ def test_a_second_turn_with_new_images_on_the_same_cache(model, c, padded):
 @pytest.mark.parametrize("score_layer", ["same", "next"])
 @torch.no_grad()
 def test_compact_positions_count_on_where_the_first_columns_are_dropped(model, score_layer):
-    """A later turn that begins with an image whose first tokens go: its columns still follow those of the turn before."""
+    """A later turn that begins with an image whose first tokens go: its columns still follow those of the
+    turn before."""
     c = Compression(method="fastv", layers=(0, 2), ratio=0.7, positions="compact", score_layer=score_layer)
     model.set_compression(c)
     first, begins = tiny.row("v9 t4", 1), []
@@ -397,7 +448,9 @@ def test_text_before_the_first_image_may_fill_the_cache_without_compression(mode
         chat.turn([TURNS[0][b] for b in numbers])
         got = chat.say([7 for _ in numbers])
         for b in numbers:
-            joined = torch.cat([rows[b].embeds, TURNS[0][b].embeds, model.get_input_embeddings()(torch.tensor([7]))])
+            joined = torch.cat(
+                [rows[b].embeds, TURNS[0][b].embeds, model.get_input_embeddings()(torch.tensor([7]))]
+            )
             prefill = plain.Prefill.of(TURNS[0][b].visual, len(joined) - 2, model.compression, len(rows[b]))
             want = plain.decode(model.model, model.lm_head, joined, model.compression, [prefill])
             torch.testing.assert_close(got[b], want.logits[-1], **CLOSE)
@@ -478,7 +531,9 @@ def test_crop_into_a_compressed_prompt_is_refused(model):
     chat = filled(model, Compression(**CHOICES["libra"]), padded=False)
     chat.say([5])
     before, end = lengths(chat.cache), chat.cache.compressed_until
-    with pytest.raises(ValueError, match=f"crop keeps at least the {end} columns up to the last compressed visual token"):
+    with pytest.raises(
+        ValueError, match=f"crop keeps at least the {end} columns up to the last compressed visual token"
+    ):
         chat.cache.crop(end - before[0] - 1)
     assert lengths(chat.cache) == before
     chat.cache.crop(end - before[0])
@@ -540,7 +595,9 @@ def test_with_labels_each_image_is_scored_before_the_first_answer_behind_it(mode
     with tiny.watched() as steps:
         batched = model(**tiny.collate([r, other], side, labels=True)).logits
     offset = len(other) - len(r) if side == "left" else 0
-    assert sorted(set((steps[0].queries[0] - offset).tolist()) - {len(r) - 1}) == sorted(set(scorers) - {len(r) - 1})
+    assert sorted(set((steps[0].queries[0] - offset).tolist()) - {len(r) - 1}) == sorted(
+        set(scorers) - {len(r) - 1}
+    )
     prefills = [plain.Prefill.of(r.visual, scorers, model.compression)]
     want = plain.decode(model.model, model.lm_head, r.embeds, model.compression, prefills).logits
     torch.testing.assert_close(tiny.own(batched[0], len(want), side), want, **CLOSE)
@@ -561,7 +618,9 @@ def test_labels_shorten_with_the_tokens(model, c, side):
     for b, (r, (_, scorers)) in enumerate(zip(rows, TALKS.values(), strict=False)):
         left = out.labels[b][out.labels[b] != -100]
         assert torch.equal(left, r.labels[r.labels != -100])  # none is lost, and their order stays
-        total += plain.decode(model.model, model.lm_head, r.embeds, c, [plain.Prefill.of(r.visual, scorers, c)]).loss(r.labels)
+        total += plain.decode(
+            model.model, model.lm_head, r.embeds, c, [plain.Prefill.of(r.visual, scorers, c)]
+        ).loss(r.labels)
     torch.testing.assert_close(loss, total / (given["labels"] != -100).sum(), **CLOSE)
 
 
@@ -582,7 +641,9 @@ def test_the_choice_does_not_depend_on_the_answer(model, c):
         model(**tiny.alone(short))
     count = len(c.layers)
     for before, after in zip(steps[:count], steps[count : 2 * count], strict=True):
-        assert before.targets() == after.targets() and torch.equal(before.outcome.groups, after.outcome.groups)
+        assert before.targets() == after.targets() and torch.equal(
+            before.outcome.groups, after.outcome.groups
+        )
         torch.testing.assert_close(before.outcome.token_weights, after.outcome.token_weights)
     if c.select != "random":  # which is drawn from the number of visual tokens too
         assert steps[0].targets()[: len(steps[-count].targets())] == steps[-count].targets()
@@ -614,6 +675,8 @@ def test_gradients_are_those_of_the_computation_by_hand(c, checkpointing):
     want = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert got.keys() == want.keys() and len(want) > 50
     for name in want:
-        torch.testing.assert_close(got[name], want[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name], want[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
     for b, (leaf, r) in enumerate(zip(leaves, rows, strict=True)):
         torch.testing.assert_close(given["inputs_embeds"].grad[b, : len(r)], leaf.grad, atol=1e-5, rtol=1e-4)

@@ -1,4 +1,5 @@
-"""Every table's rows, the plan of a run, and what reports make of cells: reuse, a full disk, LaTeX, Avg, Sim, times."""
+"""Every table's rows, the plan of a run, and what reports make of cells: reuse, a full disk, LaTeX, Avg, Sim,
+times."""
 
 import csv
 import errno
@@ -26,7 +27,7 @@ from eval.suites import CONFIGS, SUITES, TABLES, columns, get_table, get_task, r
 from libra.config import ATTENTIONS, ConfigError, Row
 from libra.flops import cost
 from libra.mini.questions import TYPES
-from libra.registry import get_model
+from libra.rows import get_model
 
 ROOT = Path(__file__).resolve().parent.parent
 LEARNED = ["mini_reading", "mini_position", "mini_relation", "mini_counting", "mini_color", "mini_easy_vqa"]
@@ -38,13 +39,20 @@ RATIO_PRINTED_HIGHER = {("next8b", 47): 46, ("next8b", 37): 36}
 def test_rows_load_in_order_and_name_known_tasks_and_models(table, suite):
     files = row_files(table, suite)
     assert files and set(files) <= set(table.order)  # no row without its place
-    assert list(suite_rows(table, suite)) == [name for name in table.order if name in suite_rows(table, suite)]
+    assert list(suite_rows(table, suite)) == [
+        name for name in table.order if name in suite_rows(table, suite)
+    ]
     assert next(iter(files)) == "vanilla"
     titles = []
     for path in files.values():
         row = Row.from_yaml(path)
         row.compression.check_layers(get_model(row.model).layers)
-        assert row.tasks and [get_task(task) for task in row.tasks] and row.title != row.name or row.title == "vanilla"
+        assert (
+            row.tasks
+            and [get_task(task) for task in row.tasks]
+            and row.title != row.name
+            or row.title == "vanilla"
+        )
         assert (row.model == "mini") == (suite == "mini")
         titles.append(row.title)
     assert len(set(titles)) == len(titles)
@@ -62,7 +70,9 @@ def test_ablations_share_one_set_of_learned_types():
             assert all(Row.from_yaml(path).tasks == expected for path in row_files(table, suite).values())
 
 
-@pytest.mark.parametrize("table, suite", [p for p in PLACES if p[1] != "mini"], ids=lambda value: getattr(value, "stem", value))
+@pytest.mark.parametrize(
+    "table, suite", [p for p in PLACES if p[1] != "mini"], ids=lambda value: getattr(value, "stem", value)
+)
 def test_computed_flops_are_the_printed_ones(table, suite):
     for path in row_files(table, suite).values():
         row = Row.from_yaml(path)
@@ -85,7 +95,9 @@ def test_rows_are_points_of_the_papers_grid():
     names = ("merging_r50", "hierarchical_r67", "pti_r67", "libra_r80")
     three = {name: row(f"table3/llava7b_{name}").compression for name in names}
     assert [(c.select, c.merge, c.layers) for c in three.values()] == [
-        ("information", "average", (3,)), ("information", "average", (7, 15, 23)), ("intervals", "average", (7, 15, 23)),
+        ("information", "average", (3,)),
+        ("information", "average", (7, 15, 23)),
+        ("intervals", "average", (7, 15, 23)),
         ("intervals", "igm", (7, 15, 23)),
     ]
     assert three["hierarchical_r67"].ratio == 2 / 3
@@ -99,11 +111,16 @@ def test_rows_are_points_of_the_papers_grid():
     mapped = {(): (), (3,): (1,), (15,): (5,), (7, 15, 23): (2, 5, 8)}
     for number in ("3", "4", "5", "6"):
         for name, path in row_files(get_table(number), "mini").items():
-            other = row_files(get_table(number), "llava7b").get(name.replace("_l1", "_l3").replace("_l5", "_l15"))
+            other = row_files(get_table(number), "llava7b").get(
+                name.replace("_l1", "_l3").replace("_l5", "_l15")
+            )
             if other is not None:
                 ours, theirs = Row.from_yaml(path).compression, Row.from_yaml(other).compression
                 assert ours.layers == mapped[theirs.layers] and (ours.select, ours.merge, ours.ratio) == (
-                    theirs.select, theirs.merge, theirs.ratio)
+                    theirs.select,
+                    theirs.merge,
+                    theirs.ratio,
+                )
 
 
 def test_arena_sections_cost_the_same():
@@ -127,7 +144,8 @@ def test_title_and_attention_of_a_row(tmp_path):
         assert (Row.from_yaml(path).title, Row.from_yaml(path).attention) == ("Vanilla, plain", attention)
     for line, words in (
         ("attention: flash", "attention: flash is unknown;.* use one of eager, sdpa, flash_attention_2"),
-        ("attention: false", "attention: False is unknown"), ("title: 7", "title: 7 is not a name"),
+        ("attention: false", "attention: False is unknown"),
+        ("title: 7", "title: 7 is not a name"),
     ):
         path.write_text(f"{text}{line}\n")
         with pytest.raises(ConfigError, match=f"{re.escape(str(path))}: {words}"):
@@ -136,11 +154,13 @@ def test_title_and_attention_of_a_row(tmp_path):
 
 # Plans.
 
+
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory):
     """A manifest in place of the written questions: a plan reads nothing else of them."""
     types = {
-        kind: {"file": f"{kind}.parquet", "majority_share": 0.25, "file_sha256": "f", "content_sha256": kind} for kind in TYPES
+        kind: {"file": f"{kind}.parquet", "majority_share": 0.25, "file_sha256": "f", "content_sha256": kind}
+        for kind in TYPES
     }
     return tmp_path_factory.mktemp("benchmark"), {"questions": 4, "seed": 1, "sha256": "feed", "types": types}
 
@@ -149,12 +169,17 @@ def benchmark(tmp_path_factory):
 def make_plan(benchmark, monkeypatch):
     folder, manifest = benchmark
     monkeypatch.setattr("libra.mini.benchmark.write_benchmark", lambda _: manifest)
-    return lambda table, suite="mini", **more: planning.plan(get_table(table), suite, benchmark=folder, **more)
+    return lambda table, suite="mini", **more: planning.plan(
+        get_table(table), suite, benchmark=folder, **more
+    )
 
 
 def test_rows_that_say_the_same_share_their_cells_between_tables(make_plan):
     def hashes(table, **more):
-        return {(cell.row, cell.task): cell.config_hash for cell in make_plan(table, tasks=["color"], **more).cells}
+        return {
+            (cell.row, cell.task): cell.config_hash
+            for cell in make_plan(table, tasks=["color"], **more).cells
+        }
 
     one, three, four, five, arena = (hashes(name) for name in ("1", "3", "4", "5", "arena"))
     seven = hashes("7")
@@ -164,7 +189,9 @@ def test_rows_that_say_the_same_share_their_cells_between_tables(make_plan):
     assert one["turbo", color] == three["merging_r50", color] == arena["l1_turbo", color]
     assert one["r50", color] == three["libra_r50", color] == arena["h_libra", color]
     assert four["igm_l5", color] == five["igm", color]
-    assert three["pti_r50", color] == arena["h_average", color]  # select and merge by name or by method: the same answers
+    assert (
+        three["pti_r50", color] == arena["h_average", color]
+    )  # select and merge by name or by method: the same answers
     assert len(set(arena.values())) == len(arena)
 
 
@@ -172,13 +199,27 @@ def test_timed_tables_have_one_cell_of_turns_a_task(make_plan):
     plan = make_plan("6", limit=3)
     turns = [cell for cell in plan.cells if cell.row == TURNS]
     assert [cell.task for cell in turns] == LEARNED and {cell.limit for cell in turns} == {3}
-    assert [name for name, _ in turns[0].turns] == ["vanilla", "fastv_r50", "libra_r50", "fastv_r80", "libra_r80"]
+    assert [name for name, _ in turns[0].turns] == [
+        "vanilla",
+        "fastv_r50",
+        "libra_r50",
+        "fastv_r80",
+        "libra_r80",
+    ]
     assert planning.samples(turns[0], plan.manifest) == 15 and make_plan("6").cells[-1].limit == 20
     assert "turns" not in turns[0].record({}) and str(CONFIGS) not in json.dumps(turns[0].record({}))
 
 
 def result(n: int = 4, seconds: float = 1.0) -> dict:
-    figures = {"score": 0.0, "stderr": 0.0, "n": n, "correct": [0.0] * n, "tokens_per_layer": None, "groups": {}, "trace": []}
+    figures = {
+        "score": 0.0,
+        "stderr": 0.0,
+        "n": n,
+        "correct": [0.0] * n,
+        "tokens_per_layer": None,
+        "groups": {},
+        "trace": [],
+    }
     return {"status": "ok", **figures, "seconds": seconds, **ORIGIN}
 
 
@@ -188,13 +229,18 @@ def test_dry_run_tells_rows_cells_and_hours_and_writes_nothing(make_plan, tmp_pa
     assert run.main(arguments) == 0
     first = capsys.readouterr().out
     assert "Table 3: components · The embedded model · 66 cells" in first
-    assert re.search(r"About \d+ (seconds|minutes) with 2 workers for 66 cells, judging by the tables in docs/results", first)
+    assert re.search(
+        r"About \d+ (seconds|minutes) with 2 workers for 66 cells, judging by the tables in docs/results",
+        first,
+    )
     (line,) = [line.split() for line in first.splitlines() if line.startswith("libra_r67 ")]
     assert line[-8:] == ["5,", "8", "67%", "35%", "0", "0", "0", "6"]
     assert not list(tmp_path.iterdir())
 
     cells = [cell for cell in make_plan("3").cells if cell.row in ("vanilla", "merging_r50")]
-    for cell, folder in zip(cells, ["table1"] * 6 + ["table3"] * 6):  # vanilla lies in Table 1's folder, Merging in its own
+    for cell, folder in zip(
+        cells, ["table1"] * 6 + ["table3"] * 6
+    ):  # vanilla lies in Table 1's folder, Merging in its own
         path = cell.path(tmp_path / folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         seconds = 900.0 * planning.flops_ratio("mini", cell.spec.compression)
@@ -204,13 +250,19 @@ def test_dry_run_tells_rows_cells_and_hours_and_writes_nothing(make_plan, tmp_pa
     half.samples_path(output).write_text("")
     assert run.main(arguments) == 0
     second = capsys.readouterr().out
-    counts = {line.split()[0]: line.split()[-4:] for line in second.splitlines() if line.endswith(tuple("0123456789"))}
+    counts = {
+        line.split()[0]: line.split()[-4:]
+        for line in second.splitlines()
+        if line.endswith(tuple("0123456789"))
+    }
     assert counts["vanilla"] == ["0", "6", "0", "0"] and counts["merging_r50"] == ["6", "0", "0", "0"]
     assert counts["libra_r80"] == ["0", "0", "1", "5"] and counts["pti_r67"] == ["0", "0", "0", "6"]
     there = ("vanilla", "merging_r50")
     left = [row for name, row in rows(get_table("3"), "mini").items() if name not in there]
     hours = sum(6 * 900.0 * planning.flops_ratio("mini", row.compression) for row in left) / 2 / 3600
-    assert f"About {hours:.1f} hours with 2 workers for 54 cells, judging by earlier cells and FLOPs" in second
+    assert (
+        f"About {hours:.1f} hours with 2 workers for 54 cells, judging by earlier cells and FLOPs" in second
+    )
 
 
 def test_dry_run_of_a_model_that_is_not_here(monkeypatch, capsys, tmp_path):
@@ -219,9 +271,28 @@ def test_dry_run_of_a_model_that_is_not_here(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(planning, "require_checkpoint", absent)
     for suite, table in (("qwen2vl7b", "7"), ("videollama2", "2")):
-        assert run.main(["--table", table, "--suite", suite, "--dry-run", "--output", str(tmp_path), "--device", "cpu"]) == 0
+        assert (
+            run.main(
+                [
+                    "--table",
+                    table,
+                    "--suite",
+                    suite,
+                    "--dry-run",
+                    "--output",
+                    str(tmp_path),
+                    "--device",
+                    "cpu",
+                ]
+            )
+            == 0
+        )
         told = capsys.readouterr().out
-        assert SUITES[suite] in told and "It cannot run as it is: checkpoint" in told and "cannot be told" in told
+        assert (
+            SUITES[suite] in told
+            and "It cannot run as it is: checkpoint" in told
+            and "cannot be told" in told
+        )
     assert "by image" not in told and "34%" in told
 
 
@@ -238,6 +309,7 @@ def test_estimate_scales_by_flops_and_knows_when_it_cannot(make_plan):
 
 
 # The runner.
+
 
 def settings_for(output: Path) -> Settings:
     output.mkdir(parents=True, exist_ok=True)
@@ -256,13 +328,19 @@ def test_equal_cells_of_other_tables_are_reused(tmp_path):
     output = tmp_path / "table3"
     other_limit = replace(cell_of("vanilla", limit=3), row="other")
     assert fill([twin, other_limit, cell_of("raises")], output)[0] == 1
-    assert sorted(path.name for path in (output / "calls").iterdir()) == ["mini.other.mini_color", "mini.raises.mini_color"]
+    assert sorted(path.name for path in (output / "calls").iterdir()) == [
+        "mini.other.mini_color",
+        "mini.raises.mini_color",
+    ]
     stored = read_json(twin.path(output))
     assert stored["row"] == "sdpa" and stored["reused_from"] == "table1/mini.vanilla.mini_color"
     assert stored["correct"] == read_json(cell_of("vanilla").path(tmp_path / "table1"))["correct"]
     assert twin.is_finished(output)
     fill([replace(twin, row="flash")], tmp_path / "table4")  # of a cell that was reused itself
-    assert read_json(tmp_path / "table4/cells/mini.flash.mini_color.json")["reused_from"] == "table1/mini.vanilla.mini_color"
+    assert (
+        read_json(tmp_path / "table4/cells/mini.flash.mini_color.json")["reused_from"]
+        == "table1/mini.vanilla.mini_color"
+    )
     assert all(cell["row"] != TURNS for _, cell in finished_beside(output).values())
 
 
@@ -279,9 +357,15 @@ def test_a_full_disk_costs_only_the_cells_it_hits(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(run, "write_text", write_text)
     cells = [cell_of(row) for row in ("vanilla", "fastv", "r50", "turbo")]
     failed, unwritten = fill(cells, output)
-    assert failed == 1 and [cell.row for cell in cells if cell.is_finished(output)] == ["vanilla", "r50", "turbo"]
+    assert failed == 1 and [cell.row for cell in cells if cell.is_finished(output)] == [
+        "vanilla",
+        "r50",
+        "turbo",
+    ]
     (lost,) = unwritten
-    assert lost["row"] == "fastv" and lost["reason"] == "its file could not be written: No space left on device"
+    assert (
+        lost["row"] == "fastv" and lost["reason"] == "its file could not be written: No space left on device"
+    )
     assert "failed: mini.fastv.mini_color: its file could not be written" in capfd.readouterr().err
     assert not [path for path in (output / "cells").iterdir() if path.name.startswith(".")]
     monkeypatch.setattr(report, "write_text", write_text)
@@ -302,9 +386,16 @@ def test_a_sample_log_on_a_full_disk_fails_its_cell_alone(tmp_path):
 
 
 def test_workers_take_the_devices_in_turn_and_a_replaced_one_keeps_its_own(tmp_path):
-    cells = [cell_of(f"device{number}") for number in range(6)] + [cell_of("dies")] + [cell_of(f"later{n}") for n in range(4)]
+    cells = (
+        [cell_of(f"device{number}") for number in range(6)]
+        + [cell_of("dies")]
+        + [cell_of(f"later{n}") for n in range(4)]
+    )
     assert fill(cells, tmp_path / "out", devices=["cuda:0", "cuda:1", "cuda:2"])[0] == 1
-    used = {(tmp_path / "out" / "devices" / path.name).read_text() for path in (tmp_path / "out" / "devices").iterdir()}
+    used = {
+        (tmp_path / "out" / "devices" / path.name).read_text()
+        for path in (tmp_path / "out" / "devices").iterdir()
+    }
     assert used <= {"cuda:0", "cuda:1", "cuda:2"} and len(used) >= 2
 
 
@@ -320,12 +411,15 @@ def test_devices_of_workers(monkeypatch):
 
 # Reports.
 
+
 def stage(layer: int, similarity: float | None, part: float) -> dict:
     (told,) = trace_summary([[[similarity, part]], [[similarity, part]]], (layer,))
     return told
 
 
-def results(folder: Path, table: str, percents: dict[str, int], tasks=LEARNED, suite: str = "mini", **more) -> Path:
+def results(
+    folder: Path, table: str, percents: dict[str, int], tasks=LEARNED, suite: str = "mini", **more
+) -> Path:
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     for row, percent in percents.items():
         for task in tasks:
@@ -345,15 +439,25 @@ def test_differences_to_vanilla_and_to_the_row_above_and_their_marks(tmp_path):
     rows = table_rows(report.write_report(tmp_path, get_table(5)), "## The embedded model")
     vanilla, above = (rows[""].index(name) for name in ("Δ to vanilla", "Δ to the row above"))
     assert rows["IGM-pos"][vanilla].startswith("-20.0 ± ") and rows["IGM-pos"][vanilla].endswith(" *")
-    assert rows["IGM-pos"][above] == "" and rows["vanilla"][vanilla] == ""  # the first compressed row has none above
-    one = 100 * math.sqrt(0.01 * 0.99 * 100 / 99) / 10 / math.sqrt(6)  # one question of 100 in each of six types
+    assert (
+        rows["IGM-pos"][above] == "" and rows["vanilla"][vanilla] == ""
+    )  # the first compressed row has none above
+    one = (
+        100 * math.sqrt(0.01 * 0.99 * 100 / 99) / 10 / math.sqrt(6)
+    )  # one question of 100 in each of six types
     assert rows["IGM-neg"][above] == f"+1.0 ± {one:.1f} *"
     assert rows["IGM"][vanilla] == "+0.0"
 
 
 def test_avg_rules(tmp_path):
     results(tmp_path, "3", {"vanilla": 60, "libra_r50": 50})
-    results(tmp_path, "3", {"libra_r50": 40}, ["gqa", "scienceqa_img", "mmbench_en_static", "mmbench_cn_static"], "llava7b")
+    results(
+        tmp_path,
+        "3",
+        {"libra_r50": 40},
+        ["gqa", "scienceqa_img", "mmbench_en_static", "mmbench_cn_static"],
+        "llava7b",
+    )
     results(tmp_path, "3", {"libra_r50": 100}, ["mme"], "llava7b", score=1500.0, stderr=None, correct=None)
     text = report.write_report(tmp_path, get_table(3))
     # Without a blind run every type counts, however badly it was learned.
@@ -369,7 +473,10 @@ def test_avg_rules(tmp_path):
     results(tmp_path / "arena", "arena", {"blind": 70}, ["mini_color"])
     majority = dict.fromkeys(LEARNED, 25.0)
     measured = Measured(get_table("arena"), "mini", list(read_cells(tmp_path / "arena").values()), majority)
-    assert measured.averaged == [task for task in LEARNED if task != "mini_color"] and measured.decided["mini_color"] is False
+    assert (
+        measured.averaged == [task for task in LEARNED if task != "mini_color"]
+        and measured.decided["mini_color"] is False
+    )
 
 
 def test_sim_and_compensation_share_in_report_csv_and_picture(tmp_path):
@@ -382,8 +489,13 @@ def test_sim_and_compensation_share_in_report_csv_and_picture(tmp_path):
     sim, part = rows[""].index("Sim"), rows[""].index("into compensation")
     assert (rows["Pruning, layer 1"][sim], rows["Merging, layer 1"][sim]) == ("", "0.843")
     assert rows["Merging, layer 1"][part] == ""  # an average has no compensation token
-    assert rows["IGM, layer 5"][sim] == f"{(5 * 0.5955 + 0.6955) / 6:.3f}" and rows["IGM, layer 5"][part] == "35%"
-    assert (tmp_path / "table4_traces.png").read_bytes().startswith(b"\x89PNG") and "table4_traces.png" in text
+    assert (
+        rows["IGM, layer 5"][sim] == f"{(5 * 0.5955 + 0.6955) / 6:.3f}"
+        and rows["IGM, layer 5"][part] == "35%"
+    )
+    assert (tmp_path / "table4_traces.png").read_bytes().startswith(
+        b"\x89PNG"
+    ) and "table4_traces.png" in text
     measured = Measured(get_table(4), "mini", list(read_cells(tmp_path).values()))
     (counts,) = measured.histograms("igm_l5").values()
     assert (counts[5], counts[17], counts.sum()) == (10, 2, 12)
@@ -395,8 +507,14 @@ def test_sim_and_compensation_share_in_report_csv_and_picture(tmp_path):
 
 
 def timing(seconds: dict[str, float], n: int = 3, peak: int | None = None) -> dict:
-    rows = {name: {"seconds": [taken * (i + 1) for i in range(n)], "cache_bytes": 1000 * taken, "peak_bytes": peak}
-            for name, taken in seconds.items()}
+    rows = {
+        name: {
+            "seconds": [taken * (i + 1) for i in range(n)],
+            "cache_bytes": 1000 * taken,
+            "peak_bytes": peak,
+        }
+        for name, taken in seconds.items()
+    }
     return {"turns": rows, "score": None, "stderr": None, "correct": None, "n": n}
 
 
@@ -410,7 +528,10 @@ def test_times_are_ratios_on_the_same_questions(tmp_path):
     rows = table_rows(text, "## The embedded model")
     column = {name: rows[""].index(name) for name in rows[""]}
     libra = rows["Libra-Merging, 50%, eager"]
-    assert libra[column["time, of vanilla's"]] == "0.75 (0.75–0.75)" and libra[column["cache, of vanilla's"]] == "75%"
+    assert (
+        libra[column["time, of vanilla's"]] == "0.75 (0.75–0.75)"
+        and libra[column["cache, of vanilla's"]] == "75%"
+    )
     assert libra[column["seconds a question"]].startswith("3.0000 (")
     assert rows["FastV, 80%, eager"][column["seconds a question"]] == "failed (1)"
     assert "(1) FastV, 80%, eager, timing: failed: ImportError: no flash-attn" in text
@@ -420,7 +541,14 @@ def test_times_are_ratios_on_the_same_questions(tmp_path):
 def test_times_of_the_papers_models(tmp_path):
     scores = {"score": 1700.0, "stderr": None, "correct": None, "n": 2374}
     results(tmp_path, "7", {"vanilla": 50, "libra_hybrid": 50}, ["mme"], "qwen2vl7b", **scores)
-    results(tmp_path, "7", {TURNS: 0}, ["mme"], "qwen2vl7b", **timing({"vanilla": 0.2, "libra_hybrid": 0.1}, peak=17 * 2**30))
+    results(
+        tmp_path,
+        "7",
+        {TURNS: 0},
+        ["mme"],
+        "qwen2vl7b",
+        **timing({"vanilla": 0.2, "libra_hybrid": 0.1}, peak=17 * 2**30),
+    )
     lines = cells_of(report.write_report(tmp_path, get_table(7)), "### Qwen2-VL-7B")
     at = next(i for i, line in enumerate(lines) if line[0].startswith("Libra-Merging"))
     assert lines[0][2:6] == ["MME", "MME time", "MME memory", "MME latency"]
@@ -430,7 +558,10 @@ def test_times_of_the_papers_models(tmp_path):
 
 
 def test_durations_of_video_mme(tmp_path):
-    parts = {"short": {"score": 55.0, "stderr": 1.0, "n": 90}, "medium": {"score": 46.0, "stderr": 1.0, "n": 9}}
+    parts = {
+        "short": {"score": 55.0, "stderr": 1.0, "n": 90},
+        "medium": {"score": 46.0, "stderr": 1.0, "n": 9},
+    }
     results(tmp_path, "2", {"libra": 50}, ["videomme"], "videollama2", groups=parts)
     lines = cells_of(report.write_report(tmp_path, get_table(2)), "### VideoLLaMA-2")
     assert lines[0][4:8] == ["overall w/o subs", "overall w subs", "short w/o subs", "short w subs"]
@@ -476,16 +607,18 @@ def test_a_results_folder_tells_its_table(tmp_path):
 
 
 def test_sim_of_a_run_is_the_one_computed_by_hand():
+    from libra.engine.tokens import VisualTokenStream
     from libra.lmms.lmms_libra import LibraModel
     from libra.mini.benchmark import samples_of
-    from libra.stream import VisualTokenStream
 
     row = Row.from_yaml(CONFIGS / "mini/table4/igm_l5.yaml")
     model = LibraModel(row.path, device="cpu", batch_size=2)
     documents = [{"images": [sample.image], "question": sample.question} for sample in samples_of("color", 2)]
     model.task_dict = {"t": {"test": documents}}
     requests = [
-        SimpleNamespace(args=(document["question"], {"max_new_tokens": 2}, lambda doc: doc["images"], i, "t", "test"))
+        SimpleNamespace(
+            args=(document["question"], {"max_new_tokens": 2}, lambda doc: doc["images"], i, "t", "test")
+        )
         for i, document in enumerate(documents)
     ]
     seen = []
@@ -502,7 +635,9 @@ def test_sim_of_a_run_is_the_one_computed_by_hand():
         model.set_row(row, trace=True)
         answers = model.generate_until(requests)
     ((hidden, visual, _, importance),) = seen
-    order = sorted(range(2), key=lambda i: len(documents[i]["question"]))  # the batch is sorted by the prompt's length
+    order = sorted(
+        range(2), key=lambda i: len(documents[i]["question"])
+    )  # the batch is sorted by the prompt's length
     for place, i in enumerate(order):
         tokens = torch.nn.functional.normalize(hidden[place, visual[place]].double(), dim=-1)
         kept = importance[place].topk(51).indices
@@ -526,5 +661,9 @@ def test_sim_of_a_run_is_the_one_computed_by_hand():
 
 
 def test_figures_mark_what_exceeds_two_standard_errors():
-    assert Figure(-2.1, 1.0, 99).significant and not Figure(2.0, 1.0, 99).significant and not Figure(9.0, None, 99).significant
+    assert (
+        Figure(-2.1, 1.0, 99).significant
+        and not Figure(2.0, 1.0, 99).significant
+        and not Figure(9.0, None, 99).significant
+    )
     assert Figure(1.234, 0.5, 99).show(1, sign=True) == "+1.2 ± 0.5" and Figure(1.0).show(2) == "1.00"

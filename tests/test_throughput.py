@@ -18,15 +18,20 @@ def test_each_row_runs_at_each_batch_size(tmp_path, monkeypatch, capsys):
         plain(self, batch)
 
     monkeypatch.setattr(LibraModel, "_finish", finish)
-    monkeypatch.setattr(benchmark, "write_benchmark", partial(benchmark.write_benchmark, count=6))  # 300 take a minute
+    monkeypatch.setattr(
+        benchmark, "write_benchmark", partial(benchmark.write_benchmark, count=6)
+    )  # 300 take a minute
     flags = ["--limit", "2", "--tasks", "color", "--batch-sizes", "1,2", "--repeats", "2"]
     found = tmp_path / "found.json"
     assert throughput.main([*flags, "--benchmark", str(tmp_path / "benchmark"), "--json", str(found)]) == 0
     one_round = [(False, 1)] * 2 + [(False, 2)] + [(True, 1)] * 2 + [(True, 2)]
-    assert sorted(batches) == sorted(3 * one_round)  # with the round that warms up, and nothing taken from a log
+    assert sorted(batches) == sorted(
+        3 * one_round
+    )  # with the round that warms up, and nothing taken from a log
     rates = json.loads(found.read_text())["samples_a_second"]
     assert {row: {size: len(values) for size, values in by.items()} for row, by in rates.items()} == {
-        "vanilla": {"1": 2, "2": 2}, "r50": {"1": 2, "2": 2},
+        "vanilla": {"1": 2, "2": 2},
+        "r50": {"1": 2, "2": 2},
     }
     assert all(rate > 0 for by in rates.values() for values in by.values() for rate in values)
     shown = capsys.readouterr().out.splitlines()

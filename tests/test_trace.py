@@ -1,4 +1,5 @@
-"""The trace against a literal reading of what it says, and against the choice made again from its own numbers."""
+"""The trace against a literal reading of what it says, and against the choice made again from its own
+numbers."""
 
 import families
 import pytest
@@ -8,7 +9,7 @@ from families import collate, talk
 
 import libra
 from libra import Compression
-from libra.trace import COMPENSATION, DROPPED, FATES, GONE, MERGED, TARGET, RowTrace
+from libra.engine.trace import COMPENSATION, DROPPED, FATES, GONE, MERGED, TARGET, RowTrace
 
 LAYERS = (1, 3)
 CHOICES = {
@@ -25,7 +26,11 @@ FAMILY = "LlavaOnevisionForConditionalGeneration"
 PATTERNS = ("t2 v t3 i t4", "t6", "t4 i t5", "i t1 i t2 v v t3")
 every_choice = pytest.mark.parametrize("c", [pytest.param(c, id=name) for name, c in CHOICES.items()])
 FATES_OF = {
-    "drop": {DROPPED}, "average": {MERGED}, "igm": {MERGED, COMPENSATION}, "igm-pos": {MERGED}, "igm-neg": {COMPENSATION},
+    "drop": {DROPPED},
+    "average": {MERGED},
+    "igm": {MERGED, COMPENSATION},
+    "igm-pos": {MERGED},
+    "igm-neg": {COMPENSATION},
 }
 
 
@@ -54,7 +59,9 @@ def read(row: RowTrace, c: Compression, visual: list[list[int]], compensated: li
         fates, slots, weights = stage.fate.tolist(), stage.slot.tolist(), stage.weight.tolist()
         assert len(fates) == len(slots) == len(weights) == len(stage.importance) == len(owner)
         targets = {t for t, fate in enumerate(fates) if fate == TARGET}
-        assert {t for t, fate in enumerate(fates) if fate != GONE} == alive  # what is gone stays gone, nobody else goes
+        assert {
+            t for t, fate in enumerate(fates) if fate != GONE
+        } == alive  # what is gone stays gone, nobody else goes
         assert row.kept(number) == sorted(targets) and len(targets) == visual[stage.layer + 1]
         assert {owner[t] for t in targets} == set(owner)  # no span is lost
         sums = dict.fromkeys([*targets, "compensation"], 0.0)
@@ -66,7 +73,12 @@ def read(row: RowTrace, c: Compression, visual: list[list[int]], compensated: li
                 assert slot == -1 and weight > 0
                 sums["compensation"] += weight
             else:
-                assert slot in targets and owner[slot] == owner[t] and weight > 0 and (slot == t) == (fate == TARGET)
+                assert (
+                    slot in targets
+                    and owner[slot] == owner[t]
+                    and weight > 0
+                    and (slot == t) == (fate == TARGET)
+                )
                 sums[slot] += weight
         assert compensated[stage.layer] == (COMPENSATION in fates)
         assert sums.pop("compensation") == pytest.approx(float(COMPENSATION in fates), abs=1e-5)
@@ -89,7 +101,12 @@ def again(row: RowTrace, c: Compression) -> None:
             n = len(span)
             keep = max(1, round((1 - c.ratio) * n))
             if c.select == "intervals":
-                chosen.append([max(span[i * n // keep : (i + 1) * n // keep], key=alpha.__getitem__) for i in range(keep)])
+                chosen.append(
+                    [
+                        max(span[i * n // keep : (i + 1) * n // keep], key=alpha.__getitem__)
+                        for i in range(keep)
+                    ]
+                )
             elif c.select == "topk":
                 chosen.append(sorted(sorted(span, key=lambda t: -alpha[t])[:keep]))
             else:
@@ -129,7 +146,12 @@ def test_every_familys_trace_is_what_it_says(family):
     rows, stats = traced(family, c, talks)
     for b, (row, t) in enumerate(zip(rows, talks)):
         assert list(row.spans) == runs(t.visual)
-        read(row, c, [layer[b] for layer in stats["visual_tokens"]], [x[b] if x else 0 for x in stats["compensation_tokens"]])
+        read(
+            row,
+            c,
+            [layer[b] for layer in stats["visual_tokens"]],
+            [x[b] if x else 0 for x in stats["compensation_tokens"]],
+        )
         again(row, c)
 
 
@@ -147,12 +169,15 @@ def test_rows_do_not_depend_on_each_other(c):
             for stage, same in zip(row.stages, single.stages, strict=True):
                 assert torch.equal(stage.fate, same.fate) and torch.equal(stage.slot, same.slot)
                 torch.testing.assert_close(stage.weight, same.weight, atol=1e-4, rtol=1e-4)
-                torch.testing.assert_close(stage.importance, same.importance, atol=1e-5, rtol=1e-3, equal_nan=True)
+                torch.testing.assert_close(
+                    stage.importance, same.importance, atol=1e-5, rtol=1e-3, equal_nan=True
+                )
 
 
 @torch.no_grad()
 def test_the_last_prefill_with_visual_tokens_is_told():
-    """Decoding steps and prompts of text leave it alone; without ``trace`` there is none; it can be read after the block."""
+    """Decoding steps and prompts of text leave it alone; without ``trace`` there is none; it can be read
+    after the block."""
     model, talks = families.model(FAMILY), talks_of(FAMILY)
     with libra.attach(model, CHOICES["libra"], trace=True) as handle:
         model(**collate(FAMILY, talks[1:2]))
@@ -163,7 +188,9 @@ def test_the_last_prefill_with_visual_tokens_is_told():
         model(**collate(FAMILY, talks[1:2]))
         assert [row.kept(1) for row in handle.trace] == [row.kept(1) for row in first]
         model.generate(**collate(FAMILY, talks[:2]), max_new_tokens=2, do_sample=False, num_beams=2)
-    assert [row.spans for row in handle.trace] == [tuple(runs(t.visual)) for t in (talks[0], talks[0], talks[1], talks[1])]
+    assert [row.spans for row in handle.trace] == [
+        tuple(runs(t.visual)) for t in (talks[0], talks[0], talks[1], talks[1])
+    ]
     with libra.attach(model, CHOICES["libra"]) as handle:
         model(**collate(FAMILY, talks))
     assert handle.trace is None and handle.stats is not None

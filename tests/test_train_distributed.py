@@ -27,15 +27,37 @@ fsdp_runs_here = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """One sample a process and step, half of them without an image: steps in which one rank has text only are certain."""
+    """One sample a process and step, half of them without an image: steps in which one rank has text only are
+    certain."""
     return scenes(tmp_path_factory.mktemp("scenes"), 2 * STEPS, texts=range(0, 2 * STEPS, 2))
 
 
 def flags_of(output: Path, few: list[str], *more: str) -> list[str]:
     return [
-        *few, "--model_name_or_path", str(MINI), "--version", "mini", "--compression", str(COMPRESSION),
-        "--output_dir", str(output), "--report_to", "none", "--per_device_train_batch_size", "1", "--logging_steps", "1",
-        "--learning_rate", "1e-4", "--model_max_length", "1024", "--disable_tqdm", "True", "--save_strategy", "no", *more,
+        *few,
+        "--model_name_or_path",
+        str(MINI),
+        "--version",
+        "mini",
+        "--compression",
+        str(COMPRESSION),
+        "--output_dir",
+        str(output),
+        "--report_to",
+        "none",
+        "--per_device_train_batch_size",
+        "1",
+        "--logging_steps",
+        "1",
+        "--learning_rate",
+        "1e-4",
+        "--model_max_length",
+        "1024",
+        "--disable_tqdm",
+        "True",
+        "--save_strategy",
+        "no",
+        *more,
     ]
 
 
@@ -75,7 +97,9 @@ def test_accumulated_steps_under_zero2(few, tmp_path):
     compression = ["--compression", COMPRESSION, "--per_device_train_batch_size", 1]
     one = run_here(tmp_path / "one", [*few, *compression, *flags, 4])
     for name in ("loss", "grad_norm"):
-        np.testing.assert_allclose(*([entry[name] for entry in entries if name in entry] for entries in (log, one)), rtol=1e-4)
+        np.testing.assert_allclose(
+            *([entry[name] for entry in entries if name in entry] for entries in (log, one)), rtol=1e-4
+        )
 
 
 def run_with_a_kill(output: Path, few: list[str], *more: str, **kwargs) -> list[dict]:
@@ -95,7 +119,10 @@ def run_with_a_kill(output: Path, few: list[str], *more: str, **kwargs) -> list[
 
 
 def check_weights(folder: Path, other: Path) -> None:
-    one, two = (load_pretrained_model(str(path), None, "mini", device="cpu")[1].state_dict() for path in (folder, other))
+    one, two = (
+        load_pretrained_model(str(path), None, "mini", device="cpu")[1].state_dict()
+        for path in (folder, other)
+    )
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-3, msg=name)
@@ -108,7 +135,8 @@ def test_zero3_learns_what_ddp_does_through_a_kill(few, ddp, tmp_path):
 
 
 def allow_fsdp_here() -> None:
-    """accelerate shards on GPUs only, though torch's FSDP works on a CPU as well: make it take one for the other."""
+    """accelerate shards on GPUs only, though torch's FSDP works on a CPU as well: make it take one for the
+    other."""
     from accelerate import state
 
     from llava.train import arguments
@@ -118,7 +146,9 @@ def allow_fsdp_here() -> None:
     def init(self, *args, fsdp_plugin=None, **kwargs):
         before(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            state.PartialState._shared_state["distributed_type"] = self.distributed_type = state.DistributedType.FSDP
+            state.PartialState._shared_state["distributed_type"] = self.distributed_type = (
+                state.DistributedType.FSDP
+            )
             self.fsdp_plugin = fsdp_plugin
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
@@ -148,10 +178,16 @@ def test_zero3_in_bfloat16_saves_what_loads(few, tmp_path):
     shutil.copytree(MINI, start)
     settings = json.loads((start / "config.json").read_text())
     pinpoints = [[96, 192], [192, 96]]
-    settings.update(mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres", image_grid_pinpoints=pinpoints)
+    settings.update(
+        mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres", image_grid_pinpoints=pinpoints
+    )
     (start / "config.json").write_text(json.dumps(settings))
     weights = load_file(start / "model.safetensors")
-    save_file({**weights, "model.image_newline": torch.zeros(128).half()}, start / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, "model.image_newline": torch.zeros(128).half()},
+        start / "model.safetensors",
+        {"format": "pt"},
+    )
     flags = ["--bf16", "True", "--model_name_or_path", str(start), "--max_steps", "3"]
     log = run(tmp_path / "out", few, *deepspeed("zero3"), *flags)
     assert len(losses(log)) == 3 and all(np.isfinite(losses(log)))

@@ -1,4 +1,5 @@
-"""Every transformers in the range: the cache that comes back is ours, by every route and name; others are refused."""
+"""Every transformers in the range: the cache that comes back is ours, by every route and name; others are
+refused."""
 
 import os
 import runpy
@@ -17,8 +18,8 @@ from transformers.utils import logging
 
 import libra
 from libra import Compression
-from libra.cache import StagedCache
-from libra.transformers_api import CACHE, RANGE, cache_argument, cache_of
+from libra.engine.cache import StagedCache
+from libra.engine.transformers_api import CACHE, RANGE, cache_argument, cache_of
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRA = Compression(method="libra", layers=(1, 3), ratio=0.5)
@@ -47,10 +48,16 @@ def door(request, models):
     ids[:, 4 : 4 + tiny.IMAGE_TOKENS] = tiny.IMAGE
     pixels = torch.randn(2, 3, 56, 56, generator=draw)
     with libra.attach(model, LIBRA):
-        yield "attach", model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        yield (
+            "attach",
+            model,
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels},
+        )
 
 
-NAMES = [FORMER, "cache"] if CACHE == "cache" else [FORMER]  # by which the installed transformers takes a cache
+NAMES = (
+    [FORMER, "cache"] if CACHE == "cache" else [FORMER]
+)  # by which the installed transformers takes a cache
 
 
 def assert_ours(cache, rows: int = 2) -> None:
@@ -98,7 +105,9 @@ def test_the_cache_that_comes_back_is_ours(door, caplog):
 @pytest.mark.skipif(not OLD, reason="newer ones take embeddings and guesses")
 def test_guesses_are_refused_where_transformers_loses_the_embeddings(models):
     for option in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": models["llava"]}):
-        with pytest.raises(ValueError, match="assisted generation from embeddings gives wrong tokens with transformers 5.17"):
+        with pytest.raises(
+            ValueError, match="assisted generation from embeddings gives wrong tokens with transformers 5.17"
+        ):
             models["llava"].generate(torch.tensor([[5, 6]]), **option)
 
 
@@ -112,7 +121,10 @@ def test_either_name_is_the_cache_that_is_used(door):
         assert torch.equal(model(**given, **{name: cache}).logits, want.logits)
         assert_ours(cache)
         length = cache.get_seq_length()
-        step = {"input_ids": torch.full((2, 1), 5), "attention_mask": torch.ones(2, length + 1, dtype=torch.long)}
+        step = {
+            "input_ids": torch.full((2, 1), 5),
+            "attention_mask": torch.ones(2, length + 1, dtype=torch.long),
+        }
         assert cache_of(model(**step, **{name: cache})) is cache
         assert cache.get_seq_length() == length + 1
         if kind == "llava":
@@ -132,7 +144,9 @@ def test_two_caches(door):
     former, cache = DynamicCache(), DynamicCache()
     if kind == "llava":
         for call in (model, model.model):
-            with pytest.raises(ValueError, match="two caches were given, as `past_key_values` and as `cache`"):
+            with pytest.raises(
+                ValueError, match="two caches were given, as `past_key_values` and as `cache`"
+            ):
                 call(inputs_embeds=given["inputs_embeds"], past_key_values=former, cache=cache)
         with pytest.raises(ValueError, match="two caches were given"):
             model.generate(torch.tensor([[5, 6]]), past_key_values=former, cache=cache)
@@ -173,7 +187,7 @@ IMPORTS = """
 import importlib, os, sys
 for version in ("4.57.1", "5.16.4", "5.25.0.dev0", "5.25.0"):
     os.environ["STUB_VERSION"] = version
-    for name in ("libra.attach", "llava.model.builder"):
+    for name in ("libra.engine.attach", "llava.model.builder"):
         for loaded in [loaded for loaded in sys.modules if loaded.split(".")[0] in ("libra", "llava", "transformers")]:
             del sys.modules[loaded]
         try:

@@ -1,4 +1,5 @@
-"""VideoLLaMA-2: frames, connector, prompts and the Mistral decoder, against the original's answers and transformers."""
+"""VideoLLaMA-2: frames, connector, prompts and the Mistral decoder, against the original's answers and
+transformers."""
 
 import builtins
 import json
@@ -53,12 +54,14 @@ def model(loaded):
 
 @pytest.fixture
 def batch(data):
-    """A video with its question, and a text-only row whose video is taken off the list without being shown."""
+    """A video with its question, and a text-only row whose video is taken off the list without being
+    shown."""
     ids, frames = data["a_video8.input_ids"], data["a_video8.data0"]
     text = torch.cat([ids[:, :6], ids.new_zeros(1, ids.shape[1] - 6)], 1)
     mask = torch.ones_like(ids)
     return {
-        "input_ids": torch.cat([ids, text]), "attention_mask": torch.cat([mask, mask * (torch.arange(ids.shape[1]) < 6)]),
+        "input_ids": torch.cat([ids, text]),
+        "attention_mask": torch.cat([mask, mask * (torch.arange(ids.shape[1]) < 6)]),
         "images": [(frames, "video"), (torch.zeros_like(frames), "video")],
     }
 
@@ -68,11 +71,16 @@ def shown(data):
 
 
 def asked(data, case: str) -> dict:
-    """The model's arguments of a golden case; of the batch, the text-only row's video is zeros that nobody sees."""
+    """The model's arguments of a golden case; of the batch, the text-only row's video is zeros that nobody
+    sees."""
     images = [(data[f"{case}.data0"], "image" if case == "c_image" else "video")]
     if case == "d_batch":
         images.append((torch.zeros_like(images[0][0]), "video"))
-    return {"input_ids": data[f"{case}.input_ids"], "attention_mask": data[f"{case}.attention_mask"], "images": images}
+    return {
+        "input_ids": data[f"{case}.input_ids"],
+        "attention_mask": data[f"{case}.attention_mask"],
+        "images": images,
+    }
 
 
 @pytest.mark.parametrize("case", ["a_video8", "b_video16", "c_image", "d_batch"])
@@ -83,11 +91,16 @@ def test_visual_tokens_and_embeddings(model, data, case):
     for part, want in zip(features, data[f"{case}.projector_features"], strict=True):
         torch.testing.assert_close(part, want, **CLOSE)
     if case == "a_video8":
-        torch.testing.assert_close(model.get_vision_tower()(given["images"][0][0]), data["a_video8.vision_features"], **CLOSE)
+        torch.testing.assert_close(
+            model.get_vision_tower()(given["images"][0][0]), data["a_video8.vision_features"], **CLOSE
+        )
     if case != "b_video16":
         spliced = model.splice(given["input_ids"], given["attention_mask"], labels, given["images"])
         torch.testing.assert_close(spliced.embeds, data[f"{case}.prep.inputs_embeds"], **CLOSE)
-        assert torch.equal(spliced.mask, data[f"{case}.prep.attention_mask"].bool()) and int(spliced.visual.sum()) == 45
+        assert (
+            torch.equal(spliced.mask, data[f"{case}.prep.attention_mask"].bool())
+            and int(spliced.visual.sum()) == 45
+        )
         assert labels is None or torch.equal(spliced.labels, data[f"{case}.prep.labels"])
 
 
@@ -103,7 +116,9 @@ def test_logits_loss_and_greedy_ids(model, data, case):
     else:
         torch.testing.assert_close(out.logits[:, -16:], data[f"{case}.logits_last16"], **CLOSE)
     if f"{case}.generated" in data:
-        new = model.generate(**given, do_sample=False, max_new_tokens=16, return_dict_in_generate=True, output_logits=True)
+        new = model.generate(
+            **given, do_sample=False, max_new_tokens=16, return_dict_in_generate=True, output_logits=True
+        )
         assert torch.equal(new.sequences, data[f"{case}.generated"])
         if case == "a_video8":
             torch.testing.assert_close(torch.stack(new.logits, 1), data["a_video8.generate_scores"], **CLOSE)
@@ -122,7 +137,9 @@ def test_connector_alone(model, data):
 def test_connector_without_padding(data):
     """With a border of zeros put around its sampler's input by hand, it is the connector with padding."""
     torch.manual_seed(0)
-    padded, bare = (STCConnector(32, 64, padding) for padding in (PADDING["stc_connector"], PADDING["stc_connector_v35"]))
+    padded, bare = (
+        STCConnector(32, 64, padding) for padding in (PADDING["stc_connector"], PADDING["stc_connector_v35"])
+    )
     bare.load_state_dict(padded.state_dict())
     bare.sampler.register_forward_pre_hook(lambda _, given: torch.nn.functional.pad(given[0], (1,) * 6))
     torch.testing.assert_close(bare(data["proj.in"]), padded(data["proj.in"]), **CLOSE)
@@ -148,9 +165,15 @@ def test_token_counts():
 @torch.no_grad()
 def test_decoder_is_transformers_mistral(model, data):
     """Without compression, on the same embeddings; the RoPE base comes from the original's configuration."""
-    stock = MistralForCausalLM(MistralConfig(**{
-        k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")
-    })).eval()
+    stock = MistralForCausalLM(
+        MistralConfig(
+            **{
+                k: v
+                for k, v in model.config.to_dict().items()
+                if k not in ("model_type", "architectures", "transformers_version")
+            }
+        )
+    ).eval()
     weights = model.state_dict()
     stock.load_state_dict({name: weights[name] for name in stock.state_dict()})
     spliced = model.splice(**shown(data))
@@ -161,14 +184,18 @@ def test_decoder_is_transformers_mistral(model, data):
     assert model.model.rotary_emb.inv_freq[1].item() == pytest.approx(1e6 ** (-2 / 16))
 
 
-@pytest.mark.parametrize("compression", [LIBRA, Compression(method="fastv", layers=(2,), ratio=0.75)], ids=["libra", "fastv"])
+@pytest.mark.parametrize(
+    "compression", [LIBRA, Compression(method="fastv", layers=(2,), ratio=0.75)], ids=["libra", "fastv"]
+)
 @torch.no_grad()
 def test_compressed(model, data, batch, compression):
     """Tokens a layer, a batch as each row alone, and cached decoding as a replay."""
     model.set_compression(compression)
     batched = model.generate(**batch, do_sample=False, max_new_tokens=6)
     counts = [row for row, _ in model.compression_stats["visual_tokens"]]
-    assert counts == ([45, 45, 22, 22, 11, 11, 6, 6] if compression is LIBRA else [45, 45, 45, 11, 11, 11, 11, 11])
+    assert counts == (
+        [45, 45, 22, 22, 11, 11, 6, 6] if compression is LIBRA else [45, 45, 45, 11, 11, 11, 11, 11]
+    )
     assert all(text == 0 for _, text in model.compression_stats["visual_tokens"])
     for b, mask in enumerate(batch["attention_mask"].bool()):
         row = {"inputs": batch["input_ids"][b : b + 1, mask], "images": batch["images"][b : b + 1]}
@@ -183,7 +210,9 @@ def test_videos_of_different_lengths_in_one_batch(model, data):
     features = model.image_features([(short, "video"), (whole[0], "image"), (whole, "video")])
     assert [len(part) for part in features] == [27, 45, 45]
     torch.testing.assert_close(features[0], model.image_features([(short, "video")])[0], **CLOSE)
-    torch.testing.assert_close(features[1], model.image_features([(whole[:1].expand(8, -1, -1, -1), "video")])[0], **CLOSE)
+    torch.testing.assert_close(
+        features[1], model.image_features([(whole[:1].expand(8, -1, -1, -1), "video")])[0], **CLOSE
+    )
 
 
 def test_tokenizer_multimodal_token():
@@ -191,7 +220,9 @@ def test_tokenizer_multimodal_token():
     cases = json.loads((GOLDEN / "tokenizer_multimodal_token.json").read_text())
     assert len(cases) == 12
     for case in cases:
-        got = video.tokenizer_multimodal_token(case["prompt"], tokenizers[case["tokenizer"]], case["multimodal_token"])
+        got = video.tokenizer_multimodal_token(
+            case["prompt"], tokenizers[case["tokenizer"]], case["multimodal_token"]
+        )
         assert got == case["input_ids"], case
 
 
@@ -201,7 +232,12 @@ def test_frame_sample():
     assert video.frame_sample(3, num_frames=8).tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
     assert video.frame_sample(75, "fps", fps=25.0).tolist() == [12, 37, 62]
     assert video.frame_sample(3, "fps", fps=0.5).tolist() == [0, 1, 2]
-    for wrong in (dict(duration=0, num_frames=8), dict(duration=5), dict(duration=5, mode="fps"), dict(duration=5, mode="all")):
+    for wrong in (
+        dict(duration=0, num_frames=8),
+        dict(duration=5),
+        dict(duration=5, mode="fps"),
+        dict(duration=5, mode="all"),
+    ):
         with pytest.raises(ValueError, match="no frames to choose|frame_sample needs"):
             video.frame_sample(**wrong)
 
@@ -222,9 +258,15 @@ def numbers(frames: list[Image.Image]) -> list[float]:
     return [float(np.asarray(frame).mean()) / 6 for frame in frames]
 
 
-@pytest.mark.parametrize(("name", "codec", "options"), [
-    ("a.mp4", "mpeg4", {}), ("b.mp4", "libx264", {"bf": "3", "g": "12"}), ("c.mkv", "mpeg4", {}), ("d.avi", "mpeg4", {}),
-])
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "mpeg4", {}),
+        ("b.mp4", "libx264", {"bf": "3", "g": "12"}),
+        ("c.mkv", "mpeg4", {}),
+        ("d.avi", "mpeg4", {}),
+    ],
+)
 def test_frames_of_a_video_file(tmp_path, name, codec, options):
     try:
         write_video(tmp_path / name, codec, **options)
@@ -233,7 +275,9 @@ def test_frames_of_a_video_file(tmp_path, name, codec, options):
     frames = video.load_frames(tmp_path / name)
     assert len(frames) == 8 and frames[0].size == (64, 48) and frames[0].mode == "RGB"
     assert numbers(frames) == pytest.approx(video.frame_sample(40, num_frames=8).tolist(), abs=0.4)
-    assert numbers(video.load_frames(tmp_path / name, num_frames=None)) == pytest.approx([5, 15, 25, 35], abs=0.4)
+    assert numbers(video.load_frames(tmp_path / name, num_frames=None)) == pytest.approx(
+        [5, 15, 25, 35], abs=0.4
+    )
     part = video.load_frames(tmp_path / name, num_frames=4, s=1.0, e=2.0)  # frames 9 to 19
     assert numbers(part) == pytest.approx([10, 13, 15, 18], abs=0.4)
 
@@ -250,7 +294,9 @@ def test_process_video_and_image(tmp_path):
     assert torch.equal(from_folder, torch.cat([video.process_image(pictures[i], processor) for i in chosen]))
     assert torch.equal(from_folder, video.process_video([np.asarray(pictures[i]) for i in chosen], processor))
     cut = video.process_video(pictures[:1] * 8, processor, aspect_ratio=None)
-    assert cut.std((2, 3)).amax() == 0 and video.process_image(pictures[0], processor).std((2, 3)).amin() > 0  # the border
+    assert (
+        cut.std((2, 3)).amax() == 0 and video.process_image(pictures[0], processor).std((2, 3)).amin() > 0
+    )  # the border
     few = video.process_video(pictures[5:7], processor, aspect_ratio=None)
     black = video.process_image(Image.new("RGB", (40, 20)), processor, aspect_ratio=None)
     assert torch.equal(few[2:], black.expand(6, -1, -1, -1)) and not torch.equal(few[1], black[0])
@@ -269,8 +315,12 @@ def test_prompt_and_answer(loaded, data):
         answer = video.mm_infer(data["a_video8.data0"], "What happens?", model, tokenizer, max_new_tokens=4)
     finally:
         del model.generate
-    assert isinstance(answer, str) and asked["ids"].tolist() == [video.tokenizer_multimodal_token(prompt, tokenizer, "<video>")]
-    assert (asked["ids"] == -201).sum() == 1 and asked["images"][0][1] == "video" and asked["do_sample"] is False
+    assert isinstance(answer, str) and asked["ids"].tolist() == [
+        video.tokenizer_multimodal_token(prompt, tokenizer, "<video>")
+    ]
+    assert (
+        (asked["ids"] == -201).sum() == 1 and asked["images"][0][1] == "video" and asked["do_sample"] is False
+    )
     with pytest.raises(ValueError, match="modal 'audio' is unknown"):
         video.chat_prompt("What is heard?", tokenizer, "audio")
 
@@ -281,7 +331,9 @@ def test_what_cannot_work_is_refused_in_a_sentence(model, data, tmp_path, monkey
         model(ids, images=pixels)
     with pytest.raises(ValueError, match=r"negative ids other than this model's placeholders \[-200, -201\]"):
         model(torch.tensor([[1, -202, 5]]), images=[(pixels, "video")])
-    with pytest.raises(ValueError, match="'mlp2x_gelu' is not supported for videos; the connectors are stc_connector, stc_"):
+    with pytest.raises(
+        ValueError, match="'mlp2x_gelu' is not supported for videos; the connectors are stc_connector, stc_"
+    ):
         settings = {**model.config.to_dict(), "mm_projector_type": "mlp2x_gelu"}
         Videollama2MistralForCausalLM(Videollama2MistralConfig(**settings))
     with pytest.raises(ValueError, match="nothing.mp4 cannot be read"):

@@ -17,9 +17,9 @@ from page_client import RunningPage
 from PIL import Image
 
 from libra import Compression
-from libra.registry import get_model
-from libra.server import listen
-from libra.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET
+from libra.engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET
+from libra.rows import get_model
+from libra.utils.server import listen
 from llava.mm_utils import process_images
 from llava.model.anyres import arrange_tiles
 from llava.model.builder import load_pretrained_model
@@ -43,11 +43,15 @@ def loaded():
 
 def test_only_rows_of_the_models_sizes_are_offered(loaded):
     fitting = the_page.fitting_rows(loaded.model)
-    assert {f"mini/{row}.yaml" for row in ("fastv", "r50", "r67", "random", "turbo", "windowed_fastv")} <= set(fitting)
+    assert {
+        f"mini/{row}.yaml" for row in ("fastv", "r50", "r67", "random", "turbo", "windowed_fastv")
+    } <= set(fitting)
     assert all(name.startswith("mini/") for name in fitting) and len(set(fitting.values())) == len(fitting)
     assert fitting["mini/r50.yaml"] == Compression.from_yaml(ROOT / "configs/mini/r50.yaml")
     spec = get_model("llava-1.5-7b")
-    sizes = dict(num_hidden_layers=spec.layers, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size)
+    sizes = dict(
+        num_hidden_layers=spec.layers, hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size
+    )
     rows = the_page.fitting_rows(SimpleNamespace(config=SimpleNamespace(**sizes)))
     assert {f"llava7b_{row}.yaml" for row in ("fastv", "turbo", "r50", "r67")} <= set(rows)
     assert "llava7b_vanilla.yaml" not in rows and not fitting.keys() & rows.keys()
@@ -55,7 +59,9 @@ def test_only_rows_of_the_models_sizes_are_offered(loaded):
 
 
 def test_own_compression():
-    assert the_page.own_compression("fastv", "3, 1 2", 0.25) == Compression(method="fastv", layers=(1, 2, 3), ratio=0.25)
+    assert the_page.own_compression("fastv", "3, 1 2", 0.25) == Compression(
+        method="fastv", layers=(1, 2, 3), ratio=0.25
+    )
     for layers, message in (("one", "'one' are not numbers"), (" ", "there are no layers"), ("-1", "layers")):
         with pytest.raises(ValueError, match=message):
             the_page.own_compression("fastv", layers, 0.5)
@@ -63,18 +69,28 @@ def test_own_compression():
 
 def test_two_answers_with_times_and_drawings(loaded):
     image, compression = Image.open(PICTURE), Compression(method="libra", layers=(2, 5), ratio=0.5)
-    vanilla, short = (the_page.answer(loaded, image, "how many digits are there ?", c, 8) for c in (None, compression))
+    vanilla, short = (
+        the_page.answer(loaded, image, "how many digits are there ?", c, 8) for c in (None, compression)
+    )
     assert vanilla.visual_tokens == [256] * 12 and short.visual_tokens == [256] * 3 + [128] * 3 + [64] * 6
     assert vanilla.drawings == [] and [note for _, note in short.drawings] == [
-        "after layer 2: 128 tokens left", "after layer 5: 64 tokens left"
+        "after layer 2: 128 tokens left",
+        "after layer 5: 64 tokens left",
     ]
     for run, c in ((vanilla, None), (short, compression)):
         assert 0 < run.first_token <= run.seconds
         loaded.model.set_compression(c)
-        assert run.answer == Session(**vars(loaded), images=[image]).ask("how many digits are there ?", max_new_tokens=8).text
+        assert (
+            run.answer
+            == Session(**vars(loaded), images=[image])
+            .ask("how many digits are there ?", max_new_tokens=8)
+            .text
+        )
     text = the_page.table(vanilla, short)
     assert "| visual tokens, stage by stage | 256 | 256 → 128 → 64 |" in text
-    assert "| visual tokens of an average layer | 256 | 128 |" in text and f"| {short.first_token:.3f} |" in text
+    assert (
+        "| visual tokens of an average layer | 256 | 128 |" in text and f"| {short.first_token:.3f} |" in text
+    )
 
 
 # --- where tokens lie, and what is drawn there ---
@@ -85,7 +101,9 @@ SHAPES = [(100, 60), (40, 100), (64, 64), (200, 30)]
 def model_with(aspect: str, merge: str = "flat", side: int = 4, edge: int = 56) -> SimpleNamespace:
     tower = SimpleNamespace(num_patches_per_side=side, config=SimpleNamespace(image_size=edge))
     config = SimpleNamespace(
-        image_aspect_ratio=aspect, mm_patch_merge_type=merge, image_grid_pinpoints=[[56, 112], [112, 56], [112, 112], [168, 56]]
+        image_aspect_ratio=aspect,
+        mm_patch_merge_type=merge,
+        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112], [168, 56]],
     )
     return SimpleNamespace(placeholders=(-200,), get_vision_tower=lambda: tower, config=config)
 
@@ -96,7 +114,10 @@ def brightness(image: Image.Image, model) -> torch.Tensor:
 
     edge, config = 56, model.config
     processor = CLIPImageProcessor(
-        size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}, image_mean=[0, 0, 0], image_std=[1, 1, 1]
+        size={"shortest_edge": edge},
+        crop_size={"height": edge, "width": edge},
+        image_mean=[0, 0, 0],
+        image_std=[1, 1, 1],
     )
     pixels = process_images([image], processor, config)[0]
     pixels = pixels[None] if pixels.ndim == 3 else pixels
@@ -104,12 +125,21 @@ def brightness(image: Image.Image, model) -> torch.Tensor:
     if config.image_aspect_ratio != "anyres":
         return patches[0, :, 0]
     newline = torch.full((1,), torch.nan)
-    return arrange_tiles(patches, config.mm_patch_merge_type, image.size, config.image_grid_pinpoints, edge, newline)[:, 0]
+    return arrange_tiles(
+        patches, config.mm_patch_merge_type, image.size, config.image_grid_pinpoints, edge, newline
+    )[:, 0]
 
 
 @pytest.mark.parametrize("size", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    "setting", [("pad", "flat"), ("square", "flat"), ("anyres", "flat"), ("anyres", "spatial"), ("anyres", "spatial_unpad")],
+    "setting",
+    [
+        ("pad", "flat"),
+        ("square", "flat"),
+        ("anyres", "flat"),
+        ("anyres", "spatial"),
+        ("anyres", "spatial_unpad"),
+    ],
     ids="-".join,
 )
 def test_a_token_is_brightest_when_its_place_is_lit(setting, size):
@@ -150,7 +180,9 @@ def test_boxes_are_as_many_as_the_model_has_tokens(loaded):
         assert torch.isnan(boxes[1]).any()  # newlines
     small = Image.new("RGB", (100, 60))
     run = the_page.answer(Loaded(*next_model, "llava_llama_3"), small, "What?", Compression(layers=[1]), 2)
-    assert [drawing.size for drawing, _ in run.drawings] == [(2 * 480 + 8, 288)]  # the whole image and its tiles
+    assert [drawing.size for drawing, _ in run.drawings] == [
+        (2 * 480 + 8, 288)
+    ]  # the whole image and its tiles
     assert overlay.token_boxes((10, 10), SimpleNamespace(placeholders=(-200, -201))) is None
 
 
@@ -231,8 +263,13 @@ def page(tmp_path_factory):
 
 
 def listening_at(port: int) -> set[str]:
-    """The IPv4 and IPv6 addresses (hexadecimal, as the kernel writes them) at which somebody listens to a port."""
-    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    """The IPv4 and IPv6 addresses (hexadecimal, as the kernel writes them) at which somebody listens to a
+    port."""
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
 
 
@@ -245,8 +282,18 @@ def test_a1_nothing_but_an_upload_is_read(page):
     link = Path(upload).with_name("link.png")
     link.symlink_to(secret)
     wanted = (
-        "/etc/passwd", str(secret), "~/.ssh/id_rsa", "secret.png", f"{Path(upload).parent}/../../secret.png", str(link),
-        f"file://{secret}", f"{page.url}/config", "http://example.org/a.png", "\0", "", "a" * 5000,
+        "/etc/passwd",
+        str(secret),
+        "~/.ssh/id_rsa",
+        "secret.png",
+        f"{Path(upload).parent}/../../secret.png",
+        str(link),
+        f"file://{secret}",
+        f"{page.url}/config",
+        "http://example.org/a.png",
+        "\0",
+        "",
+        "a" * 5000,
     )
     for path in wanted:
         for extra in ({}, {"is_stream": True}, {"url": f"{page.url}/gradio_api/file={upload}"}):
@@ -258,27 +305,62 @@ def test_a1_nothing_but_an_upload_is_read(page):
             assert page.join(values)[0] == 403
         for route in ("file=", "proxy=", "stream/", "file/"):
             assert page.get(f"/gradio_api/{route}{quote(path)}")[0] in (400, 404), path
-    body = json.dumps({"data": [{"path": upload}, "what ?", "mini/r50.yaml", "libra", "2", 0.5], "fn_index": page.ask_index})
-    for route in ("call/ask", "api/ask", "run/ask", "call/v2/ask", "component_server", "process_recording", "vibe-code/"):
+    body = json.dumps(
+        {"data": [{"path": upload}, "what ?", "mini/r50.yaml", "libra", "2", 0.5], "fn_index": page.ask_index}
+    )
+    for route in (
+        "call/ask",
+        "api/ask",
+        "run/ask",
+        "call/v2/ask",
+        "component_server",
+        "process_recording",
+        "vibe-code/",
+    ):
         assert page.post(f"/gradio_api/{route}", body)[0] == 404
     assert page.post("/gradio_api/run/predict", body)[0] == 404  # past the queue
-    for number in ("dev/reload", "monitoring", "runs", "docs", "openapi.json", "gradio_api/openapi.json", "gradio_api/token"):
+    for number in (
+        "dev/reload",
+        "monitoring",
+        "runs",
+        "docs",
+        "openapi.json",
+        "gradio_api/openapi.json",
+        "gradio_api/token",
+    ):
         assert page.get(f"/{number}")[0] == 404
     assert page.get(f"/gradio_api/file={upload}") == (200, PICTURE.read_bytes())
     said = " ".join(page.refusals)
-    assert str(page.folder) not in said and str(ROOT) not in said and "Traceback" not in said and len(page.refusals) > 50
+    assert (
+        str(page.folder) not in said
+        and str(ROOT) not in said
+        and "Traceback" not in said
+        and len(page.refusals) > 50
+    )
     copies = [path for path in page.folder.rglob("*") if path.is_file() and b"root:" in path.read_bytes()]
     assert copies == [] and "Traceback" not in page.log()
 
 
 def test_a1_foreign_hosts_and_origins_are_refused(page):
-    for host in ("evil.example", "127.evil.example", "localhost.evil.example", f"evil.example:{page.port}", "127.0.0.1@evil"):
+    for host in (
+        "evil.example",
+        "127.evil.example",
+        "localhost.evil.example",
+        f"evil.example:{page.port}",
+        "127.0.0.1@evil",
+    ):
         assert page.get("/config", Host=host)[0] == 400, host
     for host in ("127.0.0.1", f"localhost:{page.port}", f"LOCALHOST:{page.port}", f"[::1]:{page.port}"):
         assert page.get("/config", Host=host)[0] == 200, host
     own = f"127.0.0.1:{page.port}"
     body = json.dumps({"data": [], "session_hash": "x", "fn_index": 99})
-    for origin in ("http://evil.example", "null", f"http://{own}.evil.example", "http://127.0.0.1:1", f"http://localhost:{page.port}"):
+    for origin in (
+        "http://evil.example",
+        "null",
+        f"http://{own}.evil.example",
+        "http://127.0.0.1:1",
+        f"http://localhost:{page.port}",
+    ):
         assert page.post("/gradio_api/queue/join", body, Origin=origin)[0] == 403, origin
     assert page.post("/gradio_api/queue/join", body, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
     assert page.post("/gradio_api/reset", json.dumps({"event_id": "x"}), Origin=f"http://{own}")[0] == 200
@@ -302,7 +384,9 @@ def test_d4_a_mistake_is_one_sentence_and_earlier_answers_stand(page):
 
     good = {"path": page.upload(PICTURE.read_bytes())}
     text = {"path": page.upload(b"no image", "notes <b>.png"), "orig_name": "notes <b>.png"}
-    assert said(0, text) == "the image notes &lt;b&gt;.png is in no known format; give a PNG, JPEG or WebP file"
+    assert (
+        said(0, text) == "the image notes &lt;b&gt;.png is in no known format; give a PNG, JPEG or WebP file"
+    )
     large = BytesIO()
     Image.new("1", (1, 20000)).save(large, "PNG")
     assert "too narrow (1 × 20000 pixels" in said(0, {"path": page.upload(large.getvalue())})
@@ -311,7 +395,13 @@ def test_d4_a_mistake_is_one_sentence_and_earlier_answers_stand(page):
     assert "the model takes" in said(1, good, "what is it ? " * 2000)
     for choice in ("none", None, ["mini/r50.yaml"], "../../etc/passwd"):
         assert said(2, good, "what ?", choice) == "choose a compression from the list"
-    for own in (("libra", "one", 0.5), ("libra", "99", 0.5), ("glue", "2", 0.5), ("libra", 2, 0.5), ("libra", "2", [])):
+    for own in (
+        ("libra", "one", 0.5),
+        ("libra", "99", 0.5),
+        ("glue", "2", 0.5),
+        ("libra", 2, 0.5),
+        ("libra", "2", []),
+    ):
         assert said(2, good, "what ?", the_page.OWN, *own)
     log = page.log()
     assert "Traceback" not in log and "Error" not in log
@@ -319,12 +409,18 @@ def test_d4_a_mistake_is_one_sentence_and_earlier_answers_stand(page):
 
 def test_e7_a_typed_special_token_is_text(page):
     upload = page.upload(PICTURE.read_bytes())
-    for question in ("what </s> is <image> it ? <image>", "<s> <image-placeholder> <image-placeholder> </s></s> what digit ?"):
-        assert isinstance(page.ask({"path": upload}, question)["data"][0], str)  # not a sentence about places for images
+    for question in (
+        "what </s> is <image> it ? <image>",
+        "<s> <image-placeholder> <image-placeholder> </s></s> what digit ?",
+    ):
+        assert isinstance(
+            page.ask({"path": upload}, question)["data"][0], str
+        )  # not a sentence about places for images
 
 
 def test_the_page_in_a_browser(page):
-    """Upload, ask, two answers with times, the drawings; a wrong setting is a message; nothing but the server is asked."""
+    """Upload, ask, two answers with times, the drawings; a wrong setting is a message; nothing but the server
+    is asked."""
     sync_api = pytest.importorskip("playwright.sync_api")
     browser_path = find_browser()
     if browser_path is None:
@@ -350,7 +446,10 @@ def test_the_page_in_a_browser(page):
         tab.get_by_label("Question").first.fill("how many digits are there ?")
         ask.click()
         tab.get_by_text("256 → 128 → 64 → 32").wait_for()
-        assert tab.get_by_text("give an image").count() == 0 or not tab.get_by_text("give an image").first.is_visible()
+        assert (
+            tab.get_by_text("give an image").count() == 0
+            or not tab.get_by_text("give an image").first.is_visible()
+        )
         for label in ("Vanilla", "Compressed"):
             assert re.fullmatch(r"\d+", tab.get_by_label(label, exact=True).input_value())
         seconds = tab.locator("tr", has_text="seconds to the first token").locator("td").all_inner_texts()
@@ -360,7 +459,9 @@ def test_the_page_in_a_browser(page):
         tab.wait_for_function(
             "[...document.images].filter(i => Math.max(i.naturalWidth, i.naturalHeight) == 480).length >= 3"
         )
-        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # fits a laptop's screen
+        assert tab.evaluate(
+            "document.documentElement.scrollWidth <= window.innerWidth"
+        )  # fits a laptop's screen
         tab.get_by_label("Question").first.fill(" ")
         ask.click()
         tab.get_by_text("write a question").wait_for()

@@ -1,4 +1,5 @@
-"""The package by itself: what the wheel and the source distribution hold, and everything from the wheel, without a checkout."""
+"""The package by itself: what the wheel and the source distribution hold, and everything from the wheel,
+without a checkout."""
 
 import json
 import os
@@ -18,7 +19,15 @@ import libra
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("mini/*.md")]
-LEFT_OUT = (".git", ".venv", "results", "runs", "checkpoints", "build", "dist")  # at the top of the repository
+LEFT_OUT = (
+    ".git",
+    ".venv",
+    "results",
+    "runs",
+    "checkpoints",
+    "build",
+    "dist",
+)  # at the top of the repository
 
 
 def setup_py() -> dict:
@@ -29,12 +38,16 @@ def test_the_version_stands_in_one_place():
     version = re.escape(libra.__version__)
     assert setup_py()["version"]() == libra.__version__
     for name in ("setup.py", "pyproject.toml", "CITATION.cff", "README.md", "requirements.in"):
-        assert not re.search(rf"(?<![\d.<>=]){version}(?![\d.])", (ROOT / name).read_text(encoding="utf-8")), name
+        assert not re.search(
+            rf"(?<![\d.<>=]){version}(?![\d.])", (ROOT / name).read_text(encoding="utf-8")
+        ), name
 
 
 def test_links_of_the_metadata_come_from_one_setting():
     setup = setup_py()
-    assert setup["PROJECT_URL"] == "" and setup["readme"]() == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert setup["PROJECT_URL"] == "" and setup["readme"]() == (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
     setup["readme"].__globals__["PROJECT_URL"] = "https://example.org/libra"
     links = re.findall(r"\]\(([^)]+)\)", setup["readme"]())
     assert len(links) > 10 and all(link.startswith(("https://", "#")) for link in links)
@@ -52,7 +65,9 @@ def build(source: Path, kind: str, into: Path) -> Path:
     """A distribution of the sources in a folder: "sdist" or "wheel"."""
     into.mkdir(exist_ok=True)
     code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(into)!r}))"
-    built = subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, text=True)
+    built = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, check=True, capture_output=True, text=True
+    )
     return into / built.stdout.split()[-1]
 
 
@@ -62,7 +77,9 @@ def sdist(tmp_path_factory) -> Path:
 
     def left_out(folder: str, names: list[str]) -> set[str]:
         top = set(LEFT_OUT) if Path(folder) == ROOT else set()
-        return top | {name for name in names if name == "__pycache__" or name.endswith((".egg-info", "_cache"))}
+        return top | {
+            name for name in names if name == "__pycache__" or name.endswith((".egg-info", "_cache"))
+        }
 
     shutil.copytree(ROOT, work / "source", ignore=left_out)
     return build(work / "source", "sdist", work / "dist")
@@ -95,10 +112,16 @@ class Installed:
 
     def run(self, *words: str | Path) -> str:
         """What a Python there prints, started in a folder that is not the checkout."""
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+        }
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.elsewhere / "hub"), "OMP_NUM_THREADS": "1"}
         answer = subprocess.run(
-            [self.python, *map(str, words)], cwd=self.elsewhere, env=environment, capture_output=True, text=True,
+            [self.python, *map(str, words)],
+            cwd=self.elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert answer.returncode == 0, answer.stderr
         return answer.stdout
@@ -125,12 +148,26 @@ def test_the_wheel_holds_two_packages_with_their_data(wheel, installed):
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
         (metadata,) = (archive.read(name).decode() for name in held if name.endswith(".dist-info/METADATA"))
-    rows = {f"libra/configs/{path.relative_to(ROOT / 'configs').as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
-    weights = {f"libra/mini/{path.relative_to(ROOT / 'mini').as_posix()}" for path in (ROOT / "mini/checkpoint").rglob("*.*")}
-    code = {path.relative_to(ROOT).as_posix() for name in ("libra", "llava") for path in (ROOT / name).rglob("*.py")}
-    tasks = {path.relative_to(ROOT).as_posix() for path in (ROOT / "libra/lmms/tasks").iterdir() if path.is_file()}
+    rows = {
+        f"libra/configs/{path.relative_to(ROOT / 'configs').as_posix()}"
+        for path in (ROOT / "configs").rglob("*.yaml")
+    }
+    weights = {
+        f"libra/mini/{path.relative_to(ROOT / 'mini').as_posix()}"
+        for path in (ROOT / "mini/checkpoint").rglob("*.*")
+    }
+    code = {
+        path.relative_to(ROOT).as_posix()
+        for name in ("libra", "llava")
+        for path in (ROOT / name).rglob("*.py")
+    }
+    tasks = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "libra/lmms/tasks").iterdir() if path.is_file()
+    }
     assert rows | weights | code | tasks | {"libra/py.typed", "llava/py.typed", "libra/models.yaml"} <= held
-    assert f"Version: {libra.__version__}\n" in metadata and not re.search(r"^(Home-page|Project-URL):", metadata, re.MULTILINE)
+    assert f"Version: {libra.__version__}\n" in metadata and not re.search(
+        r"^(Home-page|Project-URL):", metadata, re.MULTILINE
+    )
     assert wheel.stat().st_size < 15_000_000
 
 
@@ -139,9 +176,12 @@ def test_the_package_works_from_any_folder(installed):
     place = "import libra, llava, libra.shipped; print(libra.__file__, llava.__file__, *libra.shipped.rows().values())"
     assert all(path.startswith(str(installed.packages)) for path in installed.run("-c", place).split())
     surroundings = installed.elsewhere.parent  # somebody's own checkout, with an environment in it
-    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "--allow-empty", "-m", "a"]):
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "--allow-empty", "-m", "a"],
+    ):
         subprocess.run(["git", *words], cwd=surroundings, check=True)
-    assert installed.run("-c", "from libra.provenance import commit; print(commit())") == "unknown\n"
+    assert installed.run("-c", "from libra.utils.provenance import commit; print(commit())") == "unknown\n"
     flops = installed.run("-m", "libra.flops", "--config", "llava7b_r50")
     assert "1.78 T" in flops and "47%" in flops
 
@@ -149,7 +189,9 @@ def test_the_package_works_from_any_folder(installed):
 @pytest.mark.slow
 def test_the_readmes_example_runs_on_the_embedded_model(installed):
     """Its model and processor are the embedded ones, in Hugging Face's format."""
-    (example,) = re.findall(r"```python\n(import libra\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = re.findall(
+        r"```python\n(import libra\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     installed.run("-m", "llava.convert", "mini", "mini-hf")
     (installed.elsewhere / "example.py").write_text(
         "from PIL import Image\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n"
@@ -167,7 +209,9 @@ def test_lmms_eval_scores_the_embedded_model(installed):
     flags = ["--tasks", "mini_reading", "--limit", "4", "--device", "cpu", "--model_args", "config=mini/r50"]
     for command in (["lmms_eval", "--model", "libra", "--include_path", folder], ["libra.lmms"]):
         table = installed.run("-m", *command, *flags)
-        (score,) = re.findall(r"^\|mini_reading *\|.*?\|exact_match *\|[^|]*\| *([\d.]+) *\|", table, re.MULTILINE)
+        (score,) = re.findall(
+            r"^\|mini_reading *\|.*?\|exact_match *\|[^|]*\| *([\d.]+) *\|", table, re.MULTILINE
+        )
         assert 0 <= float(score) <= 1
 
 
@@ -176,7 +220,15 @@ def test_run_llava_answers_by_the_models_name(installed):
     code = "from PIL import Image; Image.new('RGB', (96, 96)).save('black.png')"
     installed.run("-c", code)
     answer = installed.run(
-        "-m", "llava.eval.run_llava", "--model-path", "mini", "--image-file", "black.png", "--compression", "mini/r50",
-        "--query", "how many digits are there ?",
+        "-m",
+        "llava.eval.run_llava",
+        "--model-path",
+        "mini",
+        "--image-file",
+        "black.png",
+        "--compression",
+        "mini/r50",
+        "--query",
+        "how many digits are there ?",
     )
     assert answer.strip()

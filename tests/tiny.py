@@ -6,12 +6,18 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration, MistralConfig, Qwen2Config
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+)
 from transformers import LlavaConfig as HFLlavaConfig
 from transformers.generation import GenerationMixin
 
-from libra.compress import Compressed
-from libra.stream import Shortened, VisualTokenStream
+from libra.engine.tokens import Shortened, VisualTokenStream
+from libra.step import Compressed
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 
 VOCABULARY = 100
@@ -19,32 +25,54 @@ IMAGE = 90  # the placeholder id of the Hugging Face models
 IMAGE_TOKENS = 16  # visual tokens of one of their images
 WIDTH = 32
 
-# Weights larger than usual: attention is far from uniform and near-ties are rare. No end token: answers have a fixed length.
+# Weights larger than usual: attention is far from uniform and near-ties are rare. No end token: answers have
+# a fixed length.
 SIZES = dict(
-    vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=512, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    vocab_size=VOCABULARY,
+    hidden_size=WIDTH,
+    intermediate_size=2 * WIDTH,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
 )
 
 
 def llava_model(layers: int = 6, attention: str = "sdpa", seed: int = 0, **sizes) -> LlavaLlamaForCausalLM:
-    """llava's own driver without a vision tower: it takes embeddings and says with ``visual_mask`` which are visual tokens."""
+    """llava's own driver without a vision tower: it takes embeddings and says with ``visual_mask`` which are
+    visual tokens."""
     torch.manual_seed(seed)
     config = LlavaConfig(**{**SIZES, "num_hidden_layers": layers, **sizes})
     return LlavaLlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
 
 
-def hf_model(layers: int = 6, text: str = "llama", attention: str = "sdpa", seed: int = 0) -> LlavaForConditionalGeneration:
+def hf_model(
+    layers: int = 6, text: str = "llama", attention: str = "sdpa", seed: int = 0
+) -> LlavaForConditionalGeneration:
     """A stock Hugging Face LLaVA of 56-pixel images."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14,
-        projection_dim=16, initializer_range=0.2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        projection_dim=16,
+        initializer_range=0.2,
     )
     family = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[text]
     sizes = {**SIZES, "num_hidden_layers": layers, **({"sliding_window": None} if text == "mistral" else {})}
     config = HFLlavaConfig(
-        vision_config=vision, text_config=family(**sizes), image_token_id=IMAGE, image_seq_length=IMAGE_TOKENS,
-        vision_feature_layer=-2, vision_feature_select_strategy="default",
+        vision_config=vision,
+        text_config=family(**sizes),
+        image_token_id=IMAGE,
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
     )
     config.initializer_range = 0.2
     return LlavaForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
@@ -52,7 +80,8 @@ def hf_model(layers: int = 6, text: str = "llama", attention: str = "sdpa", seed
 
 @dataclass
 class Row:
-    """One sample: embeddings (S, D), which of them are visual tokens (S,), labels (S,) with -100 outside the answers."""
+    """One sample: embeddings (S, D), which of them are visual tokens (S,), labels (S,) with -100 outside the
+    answers."""
 
     embeds: torch.Tensor
     visual: torch.Tensor
@@ -63,7 +92,8 @@ class Row:
 
 
 def row(pattern: str, seed: int, alike: float = 0.0) -> Row:
-    """A sample from a pattern such as "t3 v16 t5 a2": lengths of text, images (runs of visual tokens) and supervised answers.
+    """A sample from a pattern such as "t3 v16 t5 a2": lengths of text, images (runs of visual tokens) and
+    supervised answers.
 
     ``alike`` in [0, 1) makes the visual tokens similar to each other: 0 not at all.
     """
@@ -88,7 +118,9 @@ def collate(rows: list[Row], side: str = "right", labels: bool = False) -> dict[
     mask = padded([torch.ones(len(r), dtype=torch.long) for r in rows], 0)
     embeds = padded([r.embeds for r in rows], 7.0)
     batch = {
-        "inputs_embeds": embeds, "attention_mask": mask, "visual_mask": padded([r.visual for r in rows], False),
+        "inputs_embeds": embeds,
+        "attention_mask": mask,
+        "visual_mask": padded([r.visual for r in rows], False),
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
     }
     if labels:

@@ -1,6 +1,8 @@
-"""Runs of the training command on two processes of this machine, for tests: as a launcher starts them, without its imports.
+"""Runs of the training command on two processes of this machine, for tests: as a launcher starts them,
+without its imports.
 
-A server process imports everything once and forks the processes; what they are told is what torchrun tells its own.
+A server process imports everything once and forks the processes; what they are told is what torchrun tells
+its own.
 """
 
 import json
@@ -28,8 +30,12 @@ def _train(rank: int, port: str, said: str, flags: list[str], prepare: Callable[
     out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(out, stream)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # another ninja builds anew
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+    )
+    os.environ["PATH"] = (
+        f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # another ninja builds anew
+    )
     from llava.train.train import main
 
     if prepare is not None:
@@ -38,8 +44,11 @@ def _train(rank: int, port: str, said: str, flags: list[str], prepare: Callable[
 
 
 @contextmanager
-def started(output: Path, flags: list[str], prepare: Callable[[], None] | None = None) -> Iterator[list[BaseProcess]]:
-    """Two processes that train with ``flags``; what they say goes to a file beside ``output``. Killed when left.
+def started(
+    output: Path, flags: list[str], prepare: Callable[[], None] | None = None
+) -> Iterator[list[BaseProcess]]:
+    """Two processes that train with ``flags``; what they say goes to a file beside ``output``. Killed when
+    left.
 
     ``prepare``, a function of a module, is called first in each of them.
     """

@@ -1,6 +1,7 @@
-"""The paper's Figures 1 and 2 of a real prefill, on its image: python -m libra.figures --model PATH --image FILE …"""
+"""The paper's Figures 1 and 2 of a real prefill, on its image: python -m libra.figures --model PATH --image
+FILE …"""
 
-from ..lazy import lazily
+from ..utils.lazy import lazily
 
 __all__ = ["blocks_of", "main", "trace_image"]
 

@@ -5,12 +5,12 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli import Parser, whole_from
 from ..config import Compression
-from ..files import write_bytes
+from ..utils.cli import Parser, whole_from
+from ..utils.files import write_bytes
 
 if TYPE_CHECKING:
-    from ..drawing import Record
+    from .drawing import Record
 
 EXAMPLES = """examples:
   python -m libra.figures --model llava-hf/llava-1.5-7b-hf --image street.jpg --prompt "How many cars are there?" \\
@@ -30,17 +30,30 @@ def _save(figure, path: Path, dpi: int) -> None:
 
 def parser() -> Parser:
     parser = Parser(
-        prog="python -m libra.figures", epilog=EXAMPLES,
+        prog="python -m libra.figures",
+        epilog=EXAMPLES,
         description="Draw on an image which of its visual tokens each compression layer kept and where the others went.",
     )
-    parser.add_argument("--model", metavar="PATH_OR_HUB", help="a model in Hugging Face's format that libra.attach supports")
+    parser.add_argument(
+        "--model", metavar="PATH_OR_HUB", help="a model in Hugging Face's format that libra.attach supports"
+    )
     parser.add_argument("--image", metavar="FILE")
-    parser.add_argument("--prompt", metavar="TEXT", help="the question; the chat template adds the image and the rest")
-    parser.add_argument("--config", metavar="ROW", help="a row's name, its YAML file, or one with the compression's keys only")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="the question; the chat template adds the image and the rest"
+    )
+    parser.add_argument(
+        "--config", metavar="ROW", help="a row's name, its YAML file, or one with the compression's keys only"
+    )
     parser.add_argument("--from-trace", metavar="FILE", help="draw a trace of --save-trace, without a model")
-    parser.add_argument("--save-trace", metavar="FILE", help="also write the trace, with the picture, as JSON")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help=f"the figure: {', '.join(FORMATS)}")
-    parser.add_argument("--dpi", type=whole_from(1), default=130, help="pixels of an inch, for .png (default %(default)s)")
+    parser.add_argument(
+        "--save-trace", metavar="FILE", help="also write the trace, with the picture, as JSON"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help=f"the figure: {', '.join(FORMATS)}"
+    )
+    parser.add_argument(
+        "--dpi", type=whole_from(1), default=130, help="pixels of an inch, for .png (default %(default)s)"
+    )
     return parser
 
 
@@ -50,13 +63,17 @@ def _record(args: argparse.Namespace) -> "Record":
     if args.from_trace:
         given = [name for name in needed if needed[name] is not None]
         if given or args.save_trace:
-            raise ValueError(f"--from-trace draws a file as it is; leave out --{(given or ['save-trace'])[0]}")
-        from ..drawing import Record
+            raise ValueError(
+                f"--from-trace draws a file as it is; leave out --{(given or ['save-trace'])[0]}"
+            )
+        from .drawing import Record
 
         return Record.load(args.from_trace)
     missing = [f"--{name}" for name, value in needed.items() if value is None]
     if missing:
-        raise ValueError(f"{', '.join(missing)} missing; give a model, an image, a prompt and a configuration, or --from-trace")
+        raise ValueError(
+            f"{', '.join(missing)} missing; give a model, an image, a prompt and a configuration, or --from-trace"
+        )
     compression = Compression.from_yaml(args.config)
     if not compression.compresses:
         raise ValueError(f"{args.config} compresses nothing; give a configuration with compression layers")
@@ -77,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--output: {args.output} must end in {', '.join(FORMATS)}")
         if args.dpi > 2400:
             raise ValueError(f"--dpi: {args.dpi} is too fine; give at most 2400")
-        from ..drawing import draw, figure_class
+        from .drawing import draw, figure_class
 
         figure_class()
         record = _record(args)

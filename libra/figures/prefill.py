@@ -10,17 +10,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava.model import huggingface
 
-from ..attach import attach
 from ..checkpoints import find_checkpoint
 from ..config import Compression
-from ..drawing import Block, Record, strip
-from ..transformers_api import PreTrainedConfig
+from ..engine.attach import attach
+from ..engine.transformers_api import PreTrainedConfig
+from .drawing import Block, Record, strip
 
 LONG_SIDE = 1024  # pixels of a picture in a figure or a trace file, at most
 
 
 def blocks_of(inputs: Mapping, image: Image.Image, spans: Sequence[int], processor, config) -> list[Block]:
-    """Where the visual tokens of one image lie, as far as the processor's ``inputs`` tell; else a strip for each span.
+    """Where the visual tokens of one image lie, as far as the processor's ``inputs`` tell; else a strip for
+    each span.
 
     A place is told only where the number of tokens is exactly the one that it leads to.
     """
@@ -31,7 +32,9 @@ def blocks_of(inputs: Mapping, image: Image.Image, spans: Sequence[int], process
     if inputs.get("image_grid_thw") is not None:  # Qwen: the whole image, at its own shape
         (_, rows, columns), merge = inputs["image_grid_thw"][0].tolist(), processor.image_processor.merge_size
         blocks = [Block(rows * columns // merge**2, columns // merge, whole)]
-    elif pixels is not None and pixels.ndim == 4 and pixels.shape[-1] == pixels.shape[-2]:  # one square, or tiles
+    elif (
+        pixels is not None and pixels.ndim == 4 and pixels.shape[-1] == pixels.shape[-2]
+    ):  # one square, or tiles
         side = max(1, isqrt(tokens // len(pixels)))
         blocks = [Block(side * side, side, _seen(square, processor)) for square in pixels]
     elif pixels is not None and pixels.ndim == 5:  # an overview, then the whole image from its tiles
@@ -52,7 +55,9 @@ def _overview_and_tiles(inputs: Mapping, whole: Image.Image, processor, config) 
 
 def _seen(pixels: torch.Tensor, processor) -> Image.Image:
     """The picture behind normalised pixels (3, H, W)."""
-    mean, std = (torch.tensor(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std"))
+    mean, std = (
+        torch.tensor(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std")
+    )
     values = pixels.float().cpu() * std[:, None, None] + mean[:, None, None]
     return Image.fromarray((values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
@@ -67,7 +72,10 @@ def trace_image(model, processor, compression: Compression, image: Image.Image, 
         content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
-            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         )
     else:
         text = prompt if processor.image_token in prompt else f"{processor.image_token}\n{prompt}"
@@ -76,7 +84,9 @@ def trace_image(model, processor, compression: Compression, image: Image.Image, 
     with attach(model, compression, trace=True) as handle, torch.no_grad():
         model(**inputs)
     trace = handle.trace[0]
-    return Record(trace, handle.compression, tuple(blocks_of(inputs, image, trace.spans, processor, model.config)))
+    return Record(
+        trace, handle.compression, tuple(blocks_of(inputs, image, trace.spans, processor, model.config))
+    )
 
 
 def load(path: str):

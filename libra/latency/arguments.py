@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..cli import Parser, whole_from, wholes_from
 from ..config import ConfigError
+from ..utils.cli import Parser, whole_from, wholes_from
 
 EXAMPLES = """examples:
   python -m libra.latency --config configs/llava7b_r50.yaml --random-weights --layers 8
@@ -22,29 +22,72 @@ MAX_TOKENS = 16384
 
 def parser() -> Parser:
     parser = Parser(
-        prog="python -m libra.latency", epilog=EXAMPLES,
+        prog="python -m libra.latency",
+        epilog=EXAMPLES,
         description="Prefill of the decoder, compressed against plain, in turns, beside what the FLOPs promise.",
     )
     add, whole, wholes = parser.add_argument, whole_from(1), wholes_from(1)
     add("--config", metavar="ROW", help="a row: its name, such as llava7b_r50, or its YAML file")
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--random-weights", action="store_true", help="the row's model at its true width with random weights")
-    weights.add_argument("--checkpoint", metavar="DIR", help="a model in Hugging Face's format that libra.attach supports")
-    add("--layers", type=whole, metavar="N",
-        help="with --random-weights: only N layers; the row's compression layers move to the same fraction of the depth")
-    add("--compression-layers", type=wholes_from(0), metavar="A,B", help="compress after these layers instead of the row's")
-    add("--visual-tokens", type=wholes, metavar="N",
-        help="tokens of the image (default: the model's own number); with --grow a list")
-    add("--text-tokens", type=whole_from(2), default=64, metavar="N",
-        help="half before, half behind the image (default %(default)s)")
+    weights.add_argument(
+        "--random-weights", action="store_true", help="the row's model at its true width with random weights"
+    )
+    weights.add_argument(
+        "--checkpoint", metavar="DIR", help="a model in Hugging Face's format that libra.attach supports"
+    )
+    add(
+        "--layers",
+        type=whole,
+        metavar="N",
+        help="with --random-weights: only N layers; the row's compression layers move to the same fraction of the depth",
+    )
+    add(
+        "--compression-layers",
+        type=wholes_from(0),
+        metavar="A,B",
+        help="compress after these layers instead of the row's",
+    )
+    add(
+        "--visual-tokens",
+        type=wholes,
+        metavar="N",
+        help="tokens of the image (default: the model's own number); with --grow a list",
+    )
+    add(
+        "--text-tokens",
+        type=whole_from(2),
+        default=64,
+        metavar="N",
+        help="half before, half behind the image (default %(default)s)",
+    )
     add("--batch", type=wholes, metavar="N", help="rows (default 1); with --grow a list")
-    add("--images", type=wholes_from(0), default=(1,), metavar="A,B",
-        help="pictures of each row, over and over, such as 0,1,2; shorter rows are padded (default 1)")
-    add("--pairs", type=whole, default=9, metavar="N", help="vanilla and compressed, in turns (default %(default)s)")
-    add("--decode", type=whole_from(0), default=0, metavar="N", help="also time N decoding steps behind every prefill")
+    add(
+        "--images",
+        type=wholes_from(0),
+        default=(1,),
+        metavar="A,B",
+        help="pictures of each row, over and over, such as 0,1,2; shorter rows are padded (default 1)",
+    )
+    add(
+        "--pairs",
+        type=whole,
+        default=9,
+        metavar="N",
+        help="vanilla and compressed, in turns (default %(default)s)",
+    )
+    add(
+        "--decode",
+        type=whole_from(0),
+        default=0,
+        metavar="N",
+        help="also time N decoding steps behind every prefill",
+    )
     add("--vision", action="store_true", help="also time the vision tower and the projector, at true size")
-    add("--peer", action="store_true",
-        help="also time FastV as plain transformers runs it, with output_attentions, at the row's one layer and ratio")
+    add(
+        "--peer",
+        action="store_true",
+        help="also time FastV as plain transformers runs it, with output_attentions, at the row's one layer and ratio",
+    )
     add("--dtype", choices=DTYPES, default="bfloat16", help="(default %(default)s)")
     add("--attn", default="sdpa", help="attention: sdpa, eager, flash_attention_2 (default %(default)s)")
     add("--device", help="such as cpu or cuda:0 (default: the GPU where there is one)")
@@ -52,23 +95,38 @@ def parser() -> Parser:
     add("--json", type=Path, metavar="FILE", help="also write everything there")
     add("--plot", type=Path, metavar="FILE", help="also draw it, as PNG")
     grow = parser.add_argument_group("how cost grows")
-    grow.add_argument("--grow", action="store_true",
-                      help=f"visual tokens {', '.join(map(str, VISUAL))} × batch {', '.join(map(str, BATCHES))}, one file"
-                      " a cell; a run that was stopped goes on")
-    grow.add_argument("--output", type=Path, metavar="DIR", help="with --grow: where cells, growth.md and growth.png go")
-    grow.add_argument("--max-tokens", type=whole, default=MAX_TOKENS, metavar="N",
-                      help="with --grow: leave cells with more visual tokens in all their rows empty (default %(default)s)")
+    grow.add_argument(
+        "--grow",
+        action="store_true",
+        help=f"visual tokens {', '.join(map(str, VISUAL))} × batch {', '.join(map(str, BATCHES))}, one file"
+        " a cell; a run that was stopped goes on",
+    )
+    grow.add_argument(
+        "--output", type=Path, metavar="DIR", help="with --grow: where cells, growth.md and growth.png go"
+    )
+    grow.add_argument(
+        "--max-tokens",
+        type=whole,
+        default=MAX_TOKENS,
+        metavar="N",
+        help="with --grow: leave cells with more visual tokens in all their rows empty (default %(default)s)",
+    )
     guard = parser.add_argument_group("regression guard")
-    guard.add_argument("--check", action="store_true",
-                       help="compare a small slice's operations, bytes and time ratios with the committed ones; exit status 1"
-                       " if they deviate")
-    guard.add_argument("--update", action="store_true", help="with --check: write this machine's figures instead")
+    guard.add_argument(
+        "--check",
+        action="store_true",
+        help="compare a small slice's operations, bytes and time ratios with the committed ones; exit status 1"
+        " if they deviate",
+    )
+    guard.add_argument(
+        "--update", action="store_true", help="with --check: write this machine's figures instead"
+    )
     return parser
 
 
 def check_arguments(args) -> None:
     """Raises ValueError for what does not go together."""
-    from ..drawing import figure_class
+    from ..figures.drawing import figure_class
 
     if args.update and not args.check:
         raise ValueError("--update rewrites the figures of --check; give both")
@@ -86,7 +144,9 @@ def check_arguments(args) -> None:
         figure_class()  # before anything long: a picture comes in the end
         for name in ("json", "plot", "peer", "vision", "decode", "images"):
             if getattr(args, name) != parser().get_default(name):
-                raise ValueError(f"--{name} does not go with --grow, which measures the prefill; leave it out")
+                raise ValueError(
+                    f"--{name} does not go with --grow, which measures the prefill; leave it out"
+                )
         return
     if args.output:
         raise ValueError("--output is the folder of --grow; give both, or --json for one file")
@@ -102,7 +162,8 @@ def check_arguments(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 on success, 1 where --check deviates, SystemExit with status 2 after one `error: …` line."""
+    """The command line; 0 on success, 1 where --check deviates, SystemExit with status 2 after one `error: …`
+    line."""
     options = parser()
     args = options.parse_args(argv)
     try:
@@ -111,6 +172,8 @@ def main(argv: list[str] | None = None) -> int:
 
         return run(args)
     except KeyboardInterrupt:
-        options.error("stopped" + ("; the finished cells are kept, and the same command goes on" if args.grow else ""))
+        options.error(
+            "stopped" + ("; the finished cells are kept, and the same command goes on" if args.grow else "")
+        )
     except (ValueError, OSError) as error:
         options.error(str(error))

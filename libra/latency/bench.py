@@ -8,17 +8,19 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..attach import attach
 from ..config import Compression, ConfigError
-from ..timing import Moment, now
-from ..transformers_api import DynamicCache, ModelOutput, cache_argument, cache_of
+from ..engine.attach import attach
+from ..engine.transformers_api import DynamicCache, ModelOutput, cache_argument, cache_of
+from ..utils.timing import Moment, now
 from .memory import LiveBytes, Step, watch_compression, watch_layer
 
 
 def scale_layers(c: Compression, of: int, layers: int) -> Compression:
-    """A compression of a model of ``of`` layers for a slice of ``layers``, each step at the same fraction of the depth.
+    """A compression of a model of ``of`` layers for a slice of ``layers``, each step at the same fraction of
+    the depth.
 
-    A step behind layer L leaves (L+1)/of of the depth on the longer sequence: 7, 15, 23 of 32 become 1, 3, 5 of 8.
+    A step behind layer L leaves (L+1)/of of the depth on the longer sequence: 7, 15, 23 of 32 become 1, 3, 5
+    of 8.
 
     Raises:
         ConfigError: where two steps would fall on one layer, or one before the first.
@@ -36,8 +38,8 @@ def scale_layers(c: Compression, of: int, layers: int) -> Compression:
 class Prompt:
     """``batch`` rows of ``text`` text tokens around pictures of ``visual`` tokens each.
 
-    ``images`` says how many pictures a row has, row after row and over and over: (0, 1, 2) is a batch of all three kinds, whose
-    shorter rows are padded on the left.
+    ``images`` says how many pictures a row has, row after row and over and over: (0, 1, 2) is a batch of all
+    three kinds, whose shorter rows are padded on the left.
     """
 
     visual: int
@@ -56,7 +58,8 @@ class Prompt:
         return self.text + max(self.pictures) * self.visual
 
     def places(self) -> torch.Tensor:
-        """(B, S) bool, True at the visual tokens: half of the text before them, one text token between two pictures."""
+        """(B, S) bool, True at the visual tokens: half of the text before them, one text token between two
+        pictures."""
         places = torch.zeros(self.batch, self.length, dtype=torch.bool)
         for row, count in enumerate(self.pictures):
             start = self.length - self.text - count * self.visual + self.text // 2
@@ -84,7 +87,8 @@ class Prompt:
 
 
 class Run(NamedTuple):
-    """Seconds of one prefill, of a decoding step behind it, and of the vision tower before it; None for what was not run."""
+    """Seconds of one prefill, of a decoding step behind it, and of the vision tower before it; None for what
+    was not run."""
 
     prefill: Moment
     token: float | None = None
@@ -98,7 +102,8 @@ class Counted:
     Attributes:
         operations: multiply-accumulates of the decoder stack.
         cache: bytes of its KV cache.
-        layer: peak bytes of the first compression layer's own forward, in the plain model; 0 in the compressed one.
+        layer: peak bytes of the first compression layer's own forward, in the plain model; 0 in the
+            compressed one.
         steps: bytes of each compression step, none in the plain model.
     """
 
@@ -137,7 +142,9 @@ class Bench:
             self.embeds[self.places] = features.to(embed.weight) * embed.weight.std()
         if views:
             size = model.config.vision_config.image_size
-            self.pixels = torch.randn(sum(prompt.pictures) * views, 3, size, size, generator=draw).to(embed.weight)
+            self.pixels = torch.randn(sum(prompt.pictures) * views, 3, size, size, generator=draw).to(
+                embed.weight
+            )
         self.stats: dict | None = None  # of the last compressed prefill
 
     @contextmanager
@@ -162,7 +169,9 @@ class Bench:
         return DynamicCache(config=self.text)
 
     def _call(self, cache, mask, **given):
-        return self.model(**cache_argument(cache), attention_mask=mask, use_cache=True, logits_to_keep=1, **given)
+        return self.model(
+            **cache_argument(cache), attention_mask=mask, use_cache=True, logits_to_keep=1, **given
+        )
 
     @torch.inference_mode()
     def decode(self, output, steps: int) -> float:
@@ -189,17 +198,28 @@ class Bench:
 
     def count(self, compressed: bool) -> Counted:
         """One prefill, counted operation by operation."""
-        flops = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops} if _CPU_ATTENTION else {})
+        flops = FlopCounterMode(
+            display=False, custom_mapping={_CPU_ATTENTION: _attention_flops} if _CPU_ATTENTION else {}
+        )
         meter, decoder = LiveBytes(self.device), self.model.get_decoder()
         watch = watch_compression if compressed else watch_layer
-        # Not in inference mode, where torch hands composite operations over whole, with all that they allocate inside.
-        with torch.no_grad(), self.mode(compressed), meter, watch(meter, decoder, self.compression.layers) as seen, flops:
+        # Not in inference mode, where torch hands composite operations over whole, with all that they
+        # allocate inside.
+        with (
+            torch.no_grad(),
+            self.mode(compressed),
+            meter,
+            watch(meter, decoder, self.compression.layers) as seen,
+            flops,
+        ):
             output = self._call(self.new_cache(), self.mask, inputs_embeds=self.embeds)
         head = 2 * output.logits.shape[0] * self.text.hidden_size * self.text.vocab_size
         tables = [table for layer in cache_of(output).layers for table in (layer.keys, layer.values)]
         return Counted(
-            (flops.get_total_flops() - head) // 2, sum(table.nbytes for table in tables),
-            layer=0 if compressed else seen[0].peak, steps=tuple(seen) if compressed else (),
+            (flops.get_total_flops() - head) // 2,
+            sum(table.nbytes for table in tables),
+            layer=0 if compressed else seen[0].peak,
+            steps=tuple(seen) if compressed else (),
         )
 
 
@@ -208,6 +228,7 @@ _CPU_ATTENTION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_fo
 
 
 def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
-    """Of scores and values, for every query, seen by the causal mask or not; the arguments are shapes (B, H, N, D)."""
+    """Of scores and values, for every query, seen by the causal mask or not; the arguments are shapes (B, H,
+    N, D)."""
     batch, heads, queries, width = query
     return 2 * batch * heads * queries * key[2] * (width + value[3])

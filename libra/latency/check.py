@@ -1,7 +1,8 @@
-"""Whether the speed is still what it was: counts and bytes exactly, time ratios within a margin, against committed figures.
+"""Whether the speed is still what it was: counts and bytes exactly, time ratios within a margin, against
+committed figures.
 
-The slice is wide and short enough to be bound by its matrix products, so that the ratio of two CPU times is nearly that of
-their operations and hardly depends on the processor. Absolute times are never compared.
+The slice is wide and short enough to be bound by its matrix products, so that the ratio of two CPU times is
+nearly that of their operations and hardly depends on the processor. Absolute times are never compared.
 """
 
 import json
@@ -12,25 +13,35 @@ import torch
 from tqdm import tqdm
 
 from ..config import Compression
-from ..files import write_text
-from ..provenance import machine, versions
-from ..random_weights import random_model
-from ..registry import ModelSpec
-from ..timing import in_turns
+from ..rows import ModelSpec
+from ..utils.files import write_text
+from ..utils.provenance import machine, versions
+from ..utils.timing import in_turns
 from .bench import Bench, Prompt
+from .random_weights import random_model
 
 EXPECTED = Path(__file__).with_name("expected.json")
 UPDATE = "python -m libra.latency --check --update"
 MARGIN = 0.15  # of a time ratio
 PAIRS = 5
 SLICE = ModelSpec(
-    name="slice", layers=4, hidden_size=1024, intermediate_size=2816, kv_size=1024, visual_tokens=(576,), checkpoint="",
+    name="slice",
+    layers=4,
+    hidden_size=1024,
+    intermediate_size=2816,
+    kv_size=1024,
+    visual_tokens=(576,),
+    checkpoint="",
 )
 METHODS = {
     "libra": Compression(method="libra", layers=(0, 1, 2), ratio=0.5),
     "fastv": Compression(method="fastv", layers=(0,), ratio=0.5),
 }
-COUNTS = {"operations": "multiply-accumulates", "cache_bytes": "bytes of the KV cache", "memory_bytes": "peak bytes"}
+COUNTS = {
+    "operations": "multiply-accumulates",
+    "cache_bytes": "bytes of the KV cache",
+    "memory_bytes": "peak bytes",
+}
 
 
 def benches() -> dict[str, Bench]:
@@ -43,17 +54,29 @@ def count(made: dict[str, Bench]) -> dict[str, dict[str, int]]:
     """Operations, cache bytes and peak bytes: one layer's in ``vanilla``, compression's in each method."""
     figures = {}
     plain = next(iter(made.values())).count(False)
-    figures["vanilla"] = {"operations": plain.operations, "cache_bytes": plain.cache, "memory_bytes": plain.layer}
+    figures["vanilla"] = {
+        "operations": plain.operations,
+        "cache_bytes": plain.cache,
+        "memory_bytes": plain.layer,
+    }
     for name, bench in made.items():
         counted = bench.count(True)
-        figures[name] = {"operations": counted.operations, "cache_bytes": counted.cache, "memory_bytes": counted.peak}
+        figures[name] = {
+            "operations": counted.operations,
+            "cache_bytes": counted.cache,
+            "memory_bytes": counted.peak,
+        }
     return figures
 
 
 def time_ratios(made: dict[str, Bench], pairs: int = PAIRS, progress: bool = True) -> dict[str, float]:
-    """The median, over runs in turns, of each method's CPU time over the plain model's, on the threads that are set."""
+    """The median, over runs in turns, of each method's CPU time over the plain model's, on the threads that
+    are set."""
     plain = next(iter(made.values()))
-    ways = {"vanilla": lambda: plain.run(False), **{name: lambda bench=bench: bench.run(True) for name, bench in made.items()}}
+    ways = {
+        "vanilla": lambda: plain.run(False),
+        **{name: lambda bench=bench: bench.run(True) for name, bench in made.items()},
+    }
     times = [{} for _ in range(pairs)]
     with tqdm(total=(pairs + 1) * len(ways), desc="timing", unit=" prefills", disable=not progress) as bar:
         for run in ways.values():  # the first calls are slower
@@ -72,7 +95,9 @@ def count_deviations(found: dict, expected: dict) -> list[str]:
         for name, value in figures.items():
             before = expected[mode][name]
             if value != before:
-                lines.append(f"{mode}: {value:,} {COUNTS[name]}, committed {before:,} ({value / before - 1:+.2%})")
+                lines.append(
+                    f"{mode}: {value:,} {COUNTS[name]}, committed {before:,} ({value / before - 1:+.2%})"
+                )
     return lines
 
 
@@ -81,22 +106,31 @@ def time_deviations(found: dict[str, float], expected: dict[str, float]) -> dict
     return {
         name: f"{name}: {ratio:.3f} of the plain prefill's CPU time, committed {expected[name]:.3f}"
         f" ({ratio / expected[name] - 1:+.0%}, margin {MARGIN:.0%})"
-        for name, ratio in found.items() if abs(ratio / expected[name] - 1) > MARGIN
+        for name, ratio in found.items()
+        if abs(ratio / expected[name] - 1) > MARGIN
     }
 
 
 def comparable(counts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """Without what another version of torch may count otherwise: the temporaries that its operations are made of."""
-    return {mode: {k: v for k, v in figures.items() if k != "memory_bytes"} for mode, figures in counts.items()}
+    """Without what another version of torch may count otherwise: the temporaries that its operations are made
+    of."""
+    return {
+        mode: {k: v for k, v in figures.items() if k != "memory_bytes"} for mode, figures in counts.items()
+    }
 
 
 def read(path: Path = EXPECTED) -> dict:
     """The committed figures. ValueError where there are none that can be read."""
     try:
         expected = json.loads(path.read_text(encoding="utf-8"))
-        complete = all(
-            name in expected["time_ratios"] and expected["counts"][name].keys() == COUNTS.keys() for name in METHODS
-        ) and expected["counts"]["vanilla"].keys() == COUNTS.keys() and "torch" in expected["versions"]
+        complete = (
+            all(
+                name in expected["time_ratios"] and expected["counts"][name].keys() == COUNTS.keys()
+                for name in METHODS
+            )
+            and expected["counts"]["vanilla"].keys() == COUNTS.keys()
+            and "torch" in expected["versions"]
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         complete = False
     if not complete:
@@ -105,7 +139,8 @@ def read(path: Path = EXPECTED) -> dict:
 
 
 def check(update: bool = False, path: Path = EXPECTED, progress: bool = True) -> int:
-    """The command: prints what was compared; 0, or 1 where anything deviates. With ``update`` writes the figures instead.
+    """The command: prints what was compared; 0, or 1 where anything deviates. With ``update`` writes the
+    figures instead.
 
     Raises:
         ValueError: if the committed figures cannot be read.
@@ -128,21 +163,34 @@ def check(update: bool = False, path: Path = EXPECTED, progress: bool = True) ->
     here = versions(("torch", "transformers"))
     if update:
         figures = {
-            "written_by": UPDATE, "cpu": machine()["cpu"], "versions": here, "counts": counts, "time_ratios": ratios,
+            "written_by": UPDATE,
+            "cpu": machine()["cpu"],
+            "versions": here,
+            "counts": counts,
+            "time_ratios": ratios,
         }
         write_text(path, json.dumps(figures, indent=1) + "\n")
         print(f"{path.name}: written")
         return 0
     same = here["torch"] == expected["versions"]["torch"]
     if not same:
-        print(f"note: peak bytes are not compared, they were counted with torch {expected['versions']['torch']}, this is"
-              f" {here['torch']}")
-    deviations = count_deviations(counts if same else comparable(counts), expected["counts"]) + list(slow.values())
+        print(
+            f"note: peak bytes are not compared, they were counted with torch {expected['versions']['torch']}, this is"
+            f" {here['torch']}"
+        )
+    deviations = count_deviations(counts if same else comparable(counts), expected["counts"]) + list(
+        slow.values()
+    )
     for line in deviations:
         print(line)
     if deviations:
         print(f"{len(deviations)} deviation(s); if they are meant: {UPDATE}")
         return 1
-    print("operations and bytes as committed; CPU time over the plain model's: "
-          + ", ".join(f"{name} {ratio:.3f} (committed {expected['time_ratios'][name]:.3f})" for name, ratio in ratios.items()))
+    print(
+        "operations and bytes as committed; CPU time over the plain model's: "
+        + ", ".join(
+            f"{name} {ratio:.3f} (committed {expected['time_ratios'][name]:.3f})"
+            for name, ratio in ratios.items()
+        )
+    )
     return 0

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -10,14 +10,13 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from llava.model import huggingface
 
-from .. import units
 from ..checkpoints import find_checkpoint
 from ..config import Compression, ConfigError, Row
-from ..files import write_text
-from ..provenance import commit, machine, versions
-from ..random_weights import random_model, weight_bytes
-from ..registry import ModelSpec, get_model, spec_of
-from ..timing import free_memory
+from ..rows import ModelSpec, get_model, spec_of
+from ..utils import numbers as units
+from ..utils.files import write_text
+from ..utils.provenance import commit, machine, versions
+from ..utils.timing import free_memory
 from .arguments import BATCHES, VISUAL
 from .bench import Bench, Prompt, scale_layers
 from .check import check
@@ -25,6 +24,7 @@ from .growth import Growth
 from .paired import measure
 from .peer import check_peer
 from .plots import picture
+from .random_weights import random_model, weight_bytes
 from .text import table
 from .vision import tower_of, views_of
 
@@ -33,7 +33,8 @@ PACKAGES = ("torch", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model, its sizes, a compression for it, and the visual tokens of its own prompts."""
+    """What is measured: a model, its sizes, a compression for it, and the visual tokens of its own
+    prompts."""
 
     model: PreTrainedModel
     spec: ModelSpec
@@ -54,17 +55,23 @@ def build(args, row: Row, registered: ModelSpec, prompt: Prompt, device: torch.d
     if args.checkpoint:
         model, spec = _load(args.checkpoint, dtype, device, args.attn)
         if args.vision and spec.name != "LlavaForConditionalGeneration":
-            raise ConfigError(f"--vision: how {spec.name} takes its pictures is not known here; leave --vision out")
+            raise ConfigError(
+                f"--vision: how {spec.name} takes its pictures is not known here; leave --vision out"
+            )
     layers = args.layers or spec.layers
-    c = replace(row.compression, layers=args.compression_layers) if args.compression_layers else scale_layers(
-        row.compression, registered.layers, layers
+    c = (
+        replace(row.compression, layers=args.compression_layers)
+        if args.compression_layers
+        else scale_layers(row.compression, registered.layers, layers)
     )
     c.check_layers(layers)
     if args.random_weights:
         tower = tower_of(spec) if args.vision else None
         needed, free = weight_bytes(spec, layers, dtype), free_memory(device)
         if free is not None and needed > 0.9 * free:
-            raise ConfigError(f"{layers} layers take {units.size(needed)} and {units.size(free)} are free; take fewer --layers")
+            raise ConfigError(
+                f"{layers} layers take {units.size(needed)} and {units.size(free)} are free; take fewer --layers"
+            )
         model = random_model(spec, layers, dtype, device, args.attn, tower)
     if args.peer:
         check_peer(model.get_decoder(), c, prompt)
@@ -75,8 +82,14 @@ def _load(path: str, dtype, device, attention: str):
     """A checkpoint's model and its sizes. Raises ValueError where it cannot be loaded."""
     path = find_checkpoint(path)
     if not Path(path).is_dir():
-        raise ValueError(f"the checkpoint {path} is no folder; give a model's folder in Hugging Face's format")
-    model = huggingface.load(AutoModelForImageTextToText, path, dtype=dtype, attn_implementation=attention).to(device).eval()
+        raise ValueError(
+            f"the checkpoint {path} is no folder; give a model's folder in Hugging Face's format"
+        )
+    model = (
+        huggingface.load(AutoModelForImageTextToText, path, dtype=dtype, attn_implementation=attention)
+        .to(device)
+        .eval()
+    )
     return model, spec_of(model.config.get_text_config(), type(model).__name__)
 
 
@@ -92,19 +105,28 @@ def _device(args) -> torch.device:
 
 def describe(args, row: Row, subject: Subject, device: torch.device) -> dict:
     """What is measured, but for the prompt."""
-    computer = {**machine(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "threads": torch.get_num_threads()}
+    computer = {
+        **machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
     return {
-        "row": row.name, "config": row.path, "model": subject.registered.name,
+        "row": row.name,
+        "config": row.path,
+        "model": subject.registered.name,
         "layers": subject.model.config.get_text_config().num_hidden_layers,
-        "of_layers": subject.registered.layers, "row_layers": list(row.compression.layers),
+        "of_layers": subject.registered.layers,
+        "row_layers": list(row.compression.layers),
         "weights": "random weights" if args.random_weights else "weights of a checkpoint",
-        "compression": subject.compression.to_dict(), "dtype": args.dtype, "attention": args.attn, "machine": computer,
+        "compression": subject.compression.to_dict(),
+        "dtype": args.dtype,
+        "attention": args.attn,
+        "machine": computer,
     }
 
 
 def provenance() -> dict:
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"versions": versions(PACKAGES), "commit": commit(), "date": now}
 
 
@@ -112,8 +134,10 @@ def report(args, row: Row, subject: Subject, prompt: Prompt, device: torch.devic
     """Measure one prompt. Raises ValueError with one sentence."""
     bench = subject.bench(prompt, args.vision)
     return {
-        **describe(args, row, subject, device), "prompt": asdict(prompt),
-        **measure(bench, subject.spec, args.pairs, args.decode, args.peer), **provenance(),
+        **describe(args, row, subject, device),
+        "prompt": asdict(prompt),
+        **measure(bench, subject.spec, args.pairs, args.decode, args.peer),
+        **provenance(),
     }
 
 
@@ -131,7 +155,9 @@ def _run(args) -> int:
     row = Row.from_yaml(args.config)
     registered = get_model(row.model, row.path)
     if not (registered.visual_tokens or args.visual_tokens or args.grow):
-        raise ConfigError(f"{row.model} has as many visual tokens as its image asks for; give a number with --visual-tokens")
+        raise ConfigError(
+            f"{row.model} has as many visual tokens as its image asks for; give a number with --visual-tokens"
+        )
     device = _device(args)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -140,7 +166,12 @@ def _run(args) -> int:
     subject = build(args, row, registered, prompt, device)
     if args.grow:
         growth = Growth(
-            args.output, args.visual_tokens or VISUAL, args.batch or BATCHES, args.max_tokens, args.text_tokens, args.pairs,
+            args.output,
+            args.visual_tokens or VISUAL,
+            args.batch or BATCHES,
+            args.max_tokens,
+            args.text_tokens,
+            args.pairs,
             describe(args, row, subject, device),
         )
         growth.run(subject.bench, subject.spec, provenance)

@@ -1,4 +1,5 @@
-"""How cost grows with visual tokens and rows: a file for each cell, so that a stopped run goes on; a table and a picture."""
+"""How cost grows with visual tokens and rows: a file for each cell, so that a stopped run goes on; a table
+and a picture."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -8,8 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import units
-from ..files import write_text
+from ..utils import numbers as units
+from ..utils.files import write_text
 from .bench import Bench, Prompt
 from .paired import measure, prefills
 from .plots import growth_picture
@@ -21,7 +22,8 @@ SETTINGS = ("model", "layers", "weights", "compression", "dtype", "attention", "
 
 
 def pairs_for(prompt: Prompt, pairs: int) -> int:
-    """Fewer pairs for a larger cell, in proportion, but not under :data:`FEWEST` unless fewer are asked for."""
+    """Fewer pairs for a larger cell, in proportion, but not under :data:`FEWEST` unless fewer are asked
+    for."""
     return min(pairs, max(FEWEST, pairs * EASY // (prompt.batch * prompt.visual)))
 
 
@@ -36,7 +38,13 @@ class Growth:
     """
 
     def __init__(
-        self, folder: Path, visual: Sequence[int], batches: Sequence[int], max_tokens: int, text: int, pairs: int,
+        self,
+        folder: Path,
+        visual: Sequence[int],
+        batches: Sequence[int],
+        max_tokens: int,
+        text: int,
+        pairs: int,
         described: dict,
     ):
         self.folder, self.visual, self.batches = folder, sorted(set(visual)), sorted(set(batches))
@@ -51,8 +59,8 @@ class Growth:
         return self.folder / f"{prompt.visual}x{prompt.batch}.json"
 
     def stored(self, prompt: Prompt) -> dict | None:
-        """A cell that was measured before; None where there is none, or one that cannot be read. ValueError for one of other
-        settings."""
+        """A cell that was measured before; None where there is none, or one that cannot be read. ValueError
+        for one of other settings."""
         path = self.path(prompt)
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
@@ -62,25 +70,33 @@ class Growth:
             return None
         for key, value in self._settings(prompt).items():
             if settings[key] != value:
-                raise ValueError(f"{path} was measured with another {key}; give another --output, or delete it")
+                raise ValueError(
+                    f"{path} was measured with another {key}; give another --output, or delete it"
+                )
         return None if "failed" in cell else cell
 
     def _settings(self, prompt: Prompt) -> dict:
         own = {**self.described, "prompt": asdict(prompt)}
         return json.loads(json.dumps({key: own[key] for key in SETTINGS}))
 
-    def run(self, bench: Callable[[Prompt], Bench], spec, finish: Callable[[], dict], progress: bool = True) -> None:
+    def run(
+        self, bench: Callable[[Prompt], Bench], spec, finish: Callable[[], dict], progress: bool = True
+    ) -> None:
         """Measure what is missing, cell by cell, and write the table after each.
 
-        ``finish`` gives what is written into a cell beside its figures: versions, commit, date. A cell that the device has no
-        memory for is a failed cell, tried again the next time.
+        ``finish`` gives what is written into a cell beside its figures: versions, commit, date. A cell that
+        the device has no memory for is a failed cell, tried again the next time.
         """
-        cells = {prompt: self.stored(prompt) for prompt in self.grid}  # an earlier run may have had a higher limit
+        cells = {
+            prompt: self.stored(prompt) for prompt in self.grid
+        }  # an earlier run may have had a higher limit
         missing = [prompt for prompt in self.prompts if cells[prompt] is None]
         total = sum(prefills(pairs_for(prompt, self.pairs)) for prompt in missing)
         with tqdm(total=total, unit=" prefills", disable=not progress) as bar:
             for prompt in missing:
-                bar.set_description(f"{prompt.visual} tokens × {prompt.batch}, {prompt.batch * prompt.visual} in all")
+                bar.set_description(
+                    f"{prompt.visual} tokens × {prompt.batch}, {prompt.batch * prompt.visual} in all"
+                )
                 pairs = pairs_for(prompt, self.pairs)
                 try:
                     found = measure(bench(prompt), spec, pairs, bar=bar)
@@ -108,8 +124,19 @@ class Growth:
         )
         commits = sorted({cell["commit"] for cell in cells.values() if cell})
         yield f"Measured at commit {', '.join(commits) or '–'}.\n"
-        columns = ("visual tokens", "batch", "pairs", "vanilla", "compressed", "measured ratio", "FLOPs ratio",
-                   "measured over promised", "compression's share", "similarity's share", "extra memory")
+        columns = (
+            "visual tokens",
+            "batch",
+            "pairs",
+            "vanilla",
+            "compressed",
+            "measured ratio",
+            "FLOPs ratio",
+            "measured over promised",
+            "compression's share",
+            "similarity's share",
+            "extra memory",
+        )
         yield f"| {' | '.join(columns)} |"
         yield f"|{'--:|' * len(columns)}"
         by_size = {(prompt.visual, prompt.batch): cell for prompt, cell in cells.items()}
@@ -126,9 +153,13 @@ class Growth:
             return ["", cell["failed"]]
         prefill, parts = cell["prefill"], cell["parts"]
         return [
-            str(len(prefill["pairs"])), units.seconds(prefill["vanilla_seconds"]), units.seconds(prefill["compressed_seconds"]),
+            str(len(prefill["pairs"])),
+            units.seconds(prefill["vanilla_seconds"]),
+            units.seconds(prefill["compressed_seconds"]),
             f"{prefill['ratio']['median']:.3f} {bounds(prefill['ratio'])}, {prefill['ratio']['coverage']:.0%}",
-            f"{cell['flops']['formula']['ratio']:.3f}", f"{prefill['ratio_over_flops_ratio']:.3f}", f"{parts['share']:.2%}",
+            f"{cell['flops']['formula']['ratio']:.3f}",
+            f"{prefill['ratio_over_flops_ratio']:.3f}",
+            f"{parts['share']:.2%}",
             f"{parts['shares']['similarity']:.2%}" if "similarity" in parts["shares"] else "–",
             f"{cell['extra_memory']['ratio']:.2f}",
         ]

@@ -1,7 +1,9 @@
-"""Bytes that compression allocates, against one decoder layer's: counted tensor by tensor, hence the same in every run.
+"""Bytes that compression allocates, against one decoder layer's: counted tensor by tensor, hence the same in
+every run.
 
-Counted are the tensors that torch's operations return, from the operation to the moment nobody holds their storage any more.
-What a kernel allocates for itself inside one operation is not seen, nor is an allocator's rounding.
+Counted are the tensors that torch's operations return, from the operation to the moment nobody holds their
+storage any more. What a kernel allocates for itself inside one operation is not seen, nor is an allocator's
+rounding.
 """
 
 import weakref
@@ -18,7 +20,8 @@ RANGE = "libra."  # what the names of compression's record_function ranges begin
 
 @dataclass(eq=False)
 class Region:
-    """A stretch of a run: of the bytes that were allocated in it, those alive now and the most alive at once."""
+    """A stretch of a run: of the bytes that were allocated in it, those alive now and the most alive at
+    once."""
 
     live: int = 0
     peak: int = 0
@@ -30,7 +33,8 @@ class Region:
 
 @dataclass
 class Step:
-    """One compression step: the score row inside its layer and all that comes between this layer and the next one.
+    """One compression step: the score row inside its layer and all that comes between this layer and the next
+    one.
 
     ``parts`` are the ranges of the step by name, each alone.
     """
@@ -43,7 +47,8 @@ class LiveBytes(TorchDispatchMode):
     """Follows the storages that operations allocate on one device while regions are open.
 
     Attributes:
-        on_range: called with a ``record_function`` range's name when it begins; returns the regions that it is part of.
+        on_range: called with a ``record_function`` range's name when it begins; returns the regions that it
+            is part of.
     """
 
     def __init__(self, device: torch.device):
@@ -73,7 +78,11 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _tensors(self, tree) -> Iterator[torch.Tensor]:
-        return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.device == self.device)
+        return (
+            leaf
+            for leaf in tree_leaves(tree)
+            if isinstance(leaf, torch.Tensor) and leaf.device == self.device
+        )
 
     def _enter(self, tensor: torch.Tensor, regions: Iterable[Region]) -> None:
         storage = tensor.untyped_storage()
@@ -95,7 +104,8 @@ class LiveBytes(TorchDispatchMode):
 def _hooked(pairs: list[tuple[torch.nn.Module, bool, Callable[[], None]]]) -> Iterator[None]:
     """Calls each function before its module runs (True) or behind it (False)."""
     hooks = [
-        module.register_forward_pre_hook(lambda *_, do=do: do()) if before
+        module.register_forward_pre_hook(lambda *_, do=do: do())
+        if before
         else module.register_forward_hook(lambda *_, do=do: do())
         for module, before, do in pairs
     ]
@@ -108,7 +118,8 @@ def _hooked(pairs: list[tuple[torch.nn.Module, bool, Callable[[], None]]]) -> It
 
 @contextmanager
 def watch_layer(meter: LiveBytes, decoder, layers: tuple[int, ...]) -> Iterator[list[Region]]:
-    """The region of the first compression layer's forward, where nothing is compressed: one plain layer at full length."""
+    """The region of the first compression layer's forward, where nothing is compressed: one plain layer at
+    full length."""
     layer, region = decoder.layers[layers[0]], Region()
     with _hooked([(layer, True, lambda: meter.open(region)), (layer, False, lambda: meter.close(region))]):
         yield [region]

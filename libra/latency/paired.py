@@ -1,4 +1,5 @@
-"""All figures of one bench: vanilla, compressed and peers in turns, then what is counted, then compression's parts."""
+"""All figures of one bench: vanilla, compressed and peers in turns, then what is counted, then compression's
+parts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -6,10 +7,10 @@ from statistics import median
 
 from tqdm import tqdm
 
-from .. import schedule
+from .. import budget
 from ..flops import model_flops
-from ..registry import ModelSpec
-from ..timing import in_turns, median_interval, peak_memory
+from ..rows import ModelSpec
+from ..utils.timing import in_turns, median_interval, peak_memory
 from .bench import Bench, Counted, Run
 from .parts import profile_parts
 from .peer import EAGER, MIXED, Peer, check_peer
@@ -19,7 +20,12 @@ MODES = ("vanilla", "compressed")
 
 
 def measure(
-    bench: Bench, spec: ModelSpec, pairs: int, steps: int = 0, peer: bool = False, progress: bool = True,
+    bench: Bench,
+    spec: ModelSpec,
+    pairs: int,
+    steps: int = 0,
+    peer: bool = False,
+    progress: bool = True,
     bar: tqdm | None = None,
 ) -> dict:
     """All figures, see the package's conventions.
@@ -66,26 +72,37 @@ def measure(
 
     prompt = bench.prompt
     tokens = [
-        schedule.actual(bench.compression, bench.text.num_hidden_layers, [prompt.visual] * count) for count in prompt.pictures
+        budget.actual(bench.compression, bench.text.num_hidden_layers, [prompt.visual] * count)
+        for count in prompt.pictures
     ]
     flops = _flops(bench, spec, counted, tokens)
     result = {
-        "prefill": _prefill(runs, flops), "parts": parts, "flops": flops, "cache": _cache(bench, spec, counted, tokens),
-        "extra_memory": _extra_memory(counted), "peak_memory": {name: memory[name] for name in MODES},
+        "prefill": _prefill(runs, flops),
+        "parts": parts,
+        "flops": flops,
+        "cache": _cache(bench, spec, counted, tokens),
+        "extra_memory": _extra_memory(counted),
+        "peak_memory": {name: memory[name] for name in MODES},
         "tokens_per_layer": {
-            "visual": [max(row) for row in zip(*tokens)], "measured": bench.stats["visual_tokens"], "text": prompt.text,
+            "visual": [max(row) for row in zip(*tokens)],
+            "measured": bench.stats["visual_tokens"],
+            "text": prompt.text,
             "compensation_added_behind": bench.stats["compensation_tokens"],
         },
     }
     if bench.views:
-        result["vision"] = {"views": sum(prompt.pictures) * bench.views, **_compare([
-            {name: run[name].vision.wall for name in MODES} for run in runs
-        ])}
-        result["vision_and_prefill"] = _compare([
-            {name: run[name].vision.wall + run[name].prefill.wall for name in MODES} for run in runs
-        ])
+        result["vision"] = {
+            "views": sum(prompt.pictures) * bench.views,
+            **_compare([{name: run[name].vision.wall for name in MODES} for run in runs]),
+        }
+        result["vision_and_prefill"] = _compare(
+            [{name: run[name].vision.wall + run[name].prefill.wall for name in MODES} for run in runs]
+        )
     if steps:
-        result["decode"] = {"steps": steps, **_compare([{name: run[name].token for name in MODES} for run in runs])}
+        result["decode"] = {
+            "steps": steps,
+            **_compare([{name: run[name].token for name in MODES} for run in runs]),
+        }
     if peer:
         result["peer"] = {variant: _peer(runs, variant, memory) for variant in (EAGER, MIXED)}
     return result
@@ -107,8 +124,10 @@ def _interval(runs: Sequence[dict[str, float]], name: str, base: str) -> dict:
 
 def _compare(runs: Sequence[dict[str, float]]) -> dict:
     """Medians of seconds, and their paired ratio."""
-    return {**{f"{name}_seconds": median(run[name] for run in runs) for name in MODES},
-            "ratio": _interval(runs, "compressed", "vanilla")}
+    return {
+        **{f"{name}_seconds": median(run[name] for run in runs) for name in MODES},
+        "ratio": _interval(runs, "compressed", "vanilla"),
+    }
 
 
 def _prefill(runs: list[dict[str, Run]], flops: dict) -> dict:
@@ -117,61 +136,77 @@ def _prefill(runs: list[dict[str, Run]], flops: dict) -> dict:
     measured = compared["ratio"]["median"]
     return {
         "pairs": [{name: run[name].prefill._asdict() for name in run} for run in runs],
-        **compared, "cpu_time": _compare(cpu),
+        **compared,
+        "cpu_time": _compare(cpu),
         "ratio_over_flops_ratio": measured / flops["formula"]["ratio"],
         "ratio_over_visual_flops_ratio": measured / flops["visual"]["ratio"],
     }
 
 
 def _peer(runs: list[dict[str, Run]], variant: str, memory: dict[str, int]) -> dict:
-    """One way of FastV, in the same runs: its seconds, this package's over them, and them over the plain model's."""
+    """One way of FastV, in the same runs: its seconds, this package's over them, and them over the plain
+    model's."""
     wall, cpu = ([{name: run[name].prefill[i] for name in run} for run in runs] for i in (0, 1))
     return {
-        "seconds": median(run[variant] for run in wall), "cpu_seconds": median(run[variant] for run in cpu),
+        "seconds": median(run[variant] for run in wall),
+        "cpu_seconds": median(run[variant] for run in cpu),
         "compressed_over_peer": _interval(wall, "compressed", variant),
         "compressed_over_peer_cpu_time": _interval(cpu, "compressed", variant),
-        "peer_over_vanilla": _interval(wall, variant, "vanilla"), "peak_memory": memory[variant],
+        "peer_over_vanilla": _interval(wall, variant, "vanilla"),
+        "peak_memory": memory[variant],
     }
 
 
 def _flops(bench: Bench, spec: ModelSpec, counted: dict[str, Counted], tokens: list[list[int]]) -> dict:
-    """Operations by the formula, over all tokens and over the visual ones alone, and counted. ``tokens``: [row][layer]."""
+    """Operations by the formula, over all tokens and over the visual ones alone, and counted. ``tokens``:
+    [row][layer]."""
     prompt, sizes = bench.prompt, replace(spec, layers=bench.text.num_hidden_layers)
     visual = {"vanilla": [row[:1] * len(row) for row in tokens], "compressed": tokens}
 
     def cost(text: int) -> dict:
-        costs = {name: sum(model_flops(sizes, [text + n for n in row]) for row in visual[name]) for name in MODES}
+        costs = {
+            name: sum(model_flops(sizes, [text + n for n in row]) for row in visual[name]) for name in MODES
+        }
         return {**costs, "ratio": costs["compressed"] / costs["vanilla"]}
 
     formula, operations = cost(prompt.text), {name: counted[name].operations for name in MODES}
     return {
-        "formula": formula, "visual": cost(0),
+        "formula": formula,
+        "visual": cost(0),
         "counted": {**operations, "ratio": operations["compressed"] / operations["vanilla"]},
         "counted_over_formula": {name: operations[name] / formula[name] for name in MODES},
     }
 
 
 def _cache(bench: Bench, spec: ModelSpec, counted: dict[str, Counted], tokens: list[list[int]]) -> dict:
-    """Bytes. ``padding_share`` is the share of padding among the columns that the layers compute on and hold."""
+    """Bytes. ``padding_share`` is the share of padding among the columns that the layers compute on and
+    hold."""
     prompt, stats = bench.prompt, bench.stats["cache"]
     one_token = 2 * spec.kv_size * bench.embeds.element_size()
     held = {name: counted[name].cache for name in MODES}
     real = sum(prompt.text + count * prompt.visual for count in prompt.pictures)
     return {
-        **held, "schedule": one_token * sum(prompt.text + n for row in tokens for n in row),
-        "compensation": stats["compensation"], "padding": stats["padding"],
+        **held,
+        "schedule": one_token * sum(prompt.text + n for row in tokens for n in row),
+        "compensation": stats["compensation"],
+        "padding": stats["padding"],
         "padding_share": {
-            "vanilla": 1 - real / (prompt.batch * prompt.length), "compressed": stats["padding"] / held["compressed"],
+            "vanilla": 1 - real / (prompt.batch * prompt.length),
+            "compressed": stats["padding"] / held["compressed"],
         },
     }
 
 
 def _extra_memory(counted: dict[str, Counted]) -> dict:
-    """The peaks of :mod:`libra.latency.memory`: compression's, the largest of its steps, against one plain layer's."""
+    """The peaks of :mod:`libra.latency.memory`: compression's, the largest of its steps, against one plain
+    layer's."""
     steps, layer = counted["compressed"].steps, counted["vanilla"].layer
     peak = counted["compressed"].peak
     names = dict.fromkeys(name for step in steps for name in step.parts)
     return {
-        "compression": peak, "one_layer": layer, "ratio": peak / layer, "steps": [step.whole.peak for step in steps],
+        "compression": peak,
+        "one_layer": layer,
+        "ratio": peak / layer,
+        "steps": [step.whole.peak for step in steps],
         "parts": {name: max(step.parts[name].peak for step in steps if name in step.parts) for name in names},
     }

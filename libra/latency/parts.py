@@ -9,16 +9,20 @@ from torch.autograd.profiler import profile
 from .bench import Bench
 
 PARTS = {  # record_function ranges, none within another, and what a table calls them
-    "score": "score row", "select": "choice of targets", "similarity": "similarity", "merge": "merging",
-    "gather": "moving what is kept", "layout": "host tables",
+    "score": "score row",
+    "select": "choice of targets",
+    "similarity": "similarity",
+    "merge": "merging",
+    "gather": "moving what is kept",
+    "layout": "host tables",
 }
 
 
 def seconds_by_part(events, on_device: bool) -> dict[str, float]:
     """Seconds of each part that the events name, summed over the compression layers.
 
-    On a GPU a part's time is from its first kernel to its last one there; where the profiler has no such span, its kernels'
-    own time.
+    On a GPU a part's time is from its first kernel to its last one there; where the profiler has no such
+    span, its kernels' own time.
     """
     host, spans, kernels = {}, {}, {}
     for event in events:
@@ -34,10 +38,11 @@ def seconds_by_part(events, on_device: bool) -> dict[str, float]:
 
 
 def profile_parts(bench: Bench, runs: int) -> dict:
-    """Medians over ``runs`` compressed prefills under the profiler, each against its own length, which the profiler adds to.
+    """Medians over ``runs`` compressed prefills under the profiler, each against its own length, which the
+    profiler adds to.
 
-    Returns ``seconds`` of each part, their ``sum``, the ``prefill`` and the sum's ``share`` of it; ``shares`` of each part; on
-    a GPU ``host_seconds`` of each part too, the time to queue its work.
+    Returns ``seconds`` of each part, their ``sum``, the ``prefill`` and the sum's ``share`` of it; ``shares``
+    of each part; on a GPU ``host_seconds`` of each part too, the time to queue its work.
 
     Raises:
         ValueError: if the prefill marks no range at all.
@@ -53,12 +58,16 @@ def profile_parts(bench: Bench, runs: int) -> dict:
         prefills.append(seconds.wall)
     names = [part for part in PARTS if part in seen[0]]
     if not names:
-        raise ValueError(f"the compressed prefill marks none of the ranges {', '.join(f'libra.{part}' for part in PARTS)}")
+        raise ValueError(
+            f"the compressed prefill marks none of the ranges {', '.join(f'libra.{part}' for part in PARTS)}"
+        )
     sums = [sum(parts.values()) for parts in seen]
     result = {
         "runs": runs,
         "seconds": {part: median(run[part] for run in seen) for part in names},
-        "shares": {part: median(run[part] / prefill for run, prefill in zip(seen, prefills)) for part in names},
+        "shares": {
+            part: median(run[part] / prefill for run, prefill in zip(seen, prefills)) for part in names
+        },
         "sum": median(sums),
         "prefill": median(prefills),
         "share": median(total / prefill for total, prefill in zip(sums, prefills)),

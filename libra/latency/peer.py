@@ -1,8 +1,10 @@
-"""FastV as its users run it in plain transformers: stock decoder layers, one of which hands out its whole attention.
+"""FastV as its users run it in plain transformers: stock decoder layers, one of which hands out its whole
+attention.
 
-Nothing of this package's engine is used, so that it can be timed against it. The scoring layer attends eagerly, for only so
-does transformers give the N × N attention that ``output_attentions=True`` asks for; FastV's code then takes its mean over the
-heads, the last row of it, the top k visual tokens, and goes on with hidden states, positions and mask indexed by what is kept.
+Nothing of this package's engine is used, so that it can be timed against it. The scoring layer attends
+eagerly, for only so does transformers give the N × N attention that ``output_attentions=True`` asks for;
+FastV's code then takes its mean over the heads, the last row of it, the top k visual tokens, and goes on with
+hidden states, positions and mask indexed by what is kept.
 """
 
 from collections.abc import Iterator
@@ -11,14 +13,17 @@ from dataclasses import dataclass
 
 import torch
 
+from ..budget import kept
 from ..config import Compression, ConfigError
-from ..passage import attention_kind, position_axes
-from ..schedule import kept
-from ..timing import Moment, now
-from ..transformers_api import CausalLMOutputWithPast, cache_argument, create_causal_mask
+from ..engine.forward import attention_kind, position_axes
+from ..engine.transformers_api import CausalLMOutputWithPast, cache_argument, create_causal_mask
+from ..utils.timing import Moment, now
 from .bench import Bench, Prompt, Run
 
-EAGER, MIXED = "eager", "mixed"  # eager attention in every layer, as FastV's repository; in the scoring layer alone
+EAGER, MIXED = (
+    "eager",
+    "mixed",
+)  # eager attention in every layer, as FastV's repository; in the scoring layer alone
 
 
 @contextmanager
@@ -43,7 +48,8 @@ def output_attentions(layer) -> Iterator[list[torch.Tensor]]:
 
 
 def check_peer(decoder, c: Compression, prompt: Prompt) -> None:
-    """Raises ConfigError where FastV is no match: several layers or pictures, or a decoder that is no plain loop."""
+    """Raises ConfigError where FastV is no match: several layers or pictures, or a decoder that is no plain
+    loop."""
     if len(c.layers) != 1:
         raise ConfigError(
             f"--peer: FastV prunes at one layer and this compression has {len(c.layers)};"
@@ -53,7 +59,9 @@ def check_peer(decoder, c: Compression, prompt: Prompt) -> None:
         raise ConfigError("--peer: FastV knows one picture a row; leave --images out")
     kinds = {attention_kind(decoder.config, layer) for layer in range(decoder.config.num_hidden_layers)}
     if position_axes(decoder) > 1 or kinds != {"full_attention"}:
-        raise ConfigError(f"--peer: FastV needs plain positions and full attention, and {type(decoder).__name__} has others")
+        raise ConfigError(
+            f"--peer: FastV needs plain positions and full attention, and {type(decoder).__name__} has others"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,11 @@ class Peer:
 
         def through(layer: int) -> torch.Tensor:
             return decoder.layers[layer](
-                hidden, attention_mask=mask, position_embeddings=rotary, **cache_argument(cache), use_cache=True
+                hidden,
+                attention_mask=mask,
+                position_embeddings=rotary,
+                **cache_argument(cache),
+                use_cache=True,
             )
 
         (scoring,) = self.bench.compression.layers
@@ -104,7 +116,8 @@ class Peer:
         return CausalLMOutputWithPast(logits=logits, **cache_argument(cache))
 
     def kept_columns(self, attention: torch.Tensor) -> torch.Tensor:
-        """The columns that stay (B, S'), ascending: all text and the top k of the visual tokens, by (B, H, S, S)."""
+        """The columns that stay (B, S'), ascending: all text and the top k of the visual tokens, by (B, H, S,
+        S)."""
         c, prompt = self.bench.compression, self.bench.prompt
         first, count = prompt.text // 2, prompt.visual
         scores = attention.mean(1)[:, -1]  # (B, S)
@@ -116,6 +129,10 @@ class Peer:
         """What the current attention implementation takes for a causal mask."""
         # No position ids: transformers takes the gaps between kept tokens for packed sequences.
         return create_causal_mask(
-            config=self.bench.model.get_decoder().config, inputs_embeds=hidden, attention_mask=None, position_ids=None,
-            layer_idx=layer, **cache_argument(cache),
+            config=self.bench.model.get_decoder().config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            position_ids=None,
+            layer_idx=layer,
+            **cache_argument(cache),
         )

@@ -4,8 +4,8 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..drawing import figure_class
-from ..files import write_bytes
+from ..figures.drawing import figure_class
+from ..utils.files import write_bytes
 from .parts import PARTS
 from .text import PEERS
 
@@ -19,7 +19,8 @@ def _save(figure, path: Path) -> None:
 
 
 def bars(data: dict) -> dict[str, tuple[float, float, dict | None]]:
-    """Of each bar its measured ratio, the promised one and the measured one's interval, None for what is counted."""
+    """Of each bar its measured ratio, the promised one and the measured one's interval, None for what is
+    counted."""
     flops, cache, prefill = data["flops"], data["cache"], data["prefill"]
     promised = flops["formula"]["ratio"]
     found = {
@@ -29,27 +30,51 @@ def bars(data: dict) -> dict[str, tuple[float, float, dict | None]]:
         "KV cache": (cache["compressed"] / cache["vanilla"], cache["schedule"] / cache["vanilla"], None),
     }
     for variant, peer in data.get("peer", {}).items():
-        found[PEERS[variant].replace(", ", ",\n")] = (peer["peer_over_vanilla"]["median"], promised, peer["peer_over_vanilla"])
+        found[PEERS[variant].replace(", ", ",\n")] = (
+            peer["peer_over_vanilla"]["median"],
+            promised,
+            peer["peer_over_vanilla"],
+        )
     return found
 
 
 def picture(data: dict, path: Path) -> None:
-    """Measured against promised ratios, and the compression's parts. Raises ValueError if matplotlib is missing."""
+    """Measured against promised ratios, and the compression's parts. Raises ValueError if matplotlib is
+    missing."""
     found, parts = bars(data), data["parts"]
     figure = figure_class()(figsize=(6 + 1.2 * len(found), 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(len(found), 3.5))
     places, width = range(len(found)), 0.38
-    left.bar([x - width / 2 for x in places], [promise for _, promise, _ in found.values()], width, color="0.75",
-             label="promised: FLOPs of all tokens, schedule")
-    left.bar([x + width / 2 for x in places], [value for value, _, _ in found.values()], width, color="C0", label="measured")
+    left.bar(
+        [x - width / 2 for x in places],
+        [promise for _, promise, _ in found.values()],
+        width,
+        color="0.75",
+        label="promised: FLOPs of all tokens, schedule",
+    )
+    left.bar(
+        [x + width / 2 for x in places],
+        [value for value, _, _ in found.values()],
+        width,
+        color="C0",
+        label="measured",
+    )
     for x, (value, _, interval) in zip(places, found.values()):
         top = interval["high"] if interval else value
-        left.annotate(f"{value:.3f}", (x + width / 2, top), (0, 3), textcoords="offset points", ha="center", fontsize=7)
+        left.annotate(
+            f"{value:.3f}", (x + width / 2, top), (0, 3), textcoords="offset points", ha="center", fontsize=7
+        )
         if interval:
             errors = [[value - interval["low"]], [interval["high"] - value]]
             left.errorbar(x + width / 2, value, yerr=errors, color="black", capsize=3)
     visual = data["flops"]["visual"]["ratio"]
-    left.axhline(visual, color="0.4", linewidth=1, linestyle=":", label=f"FLOPs of the visual tokens alone, {visual:.3f}")
+    left.axhline(
+        visual,
+        color="0.4",
+        linewidth=1,
+        linestyle=":",
+        label=f"FLOPs of the visual tokens alone, {visual:.3f}",
+    )
     left.set_xticks(list(places), list(found), fontsize=8)
     left.set_ylabel("compressed over vanilla")
     left.margins(y=0.3)
@@ -57,13 +82,18 @@ def picture(data: dict, path: Path) -> None:
     prompt = data["prompt"]
     figure.suptitle(
         f"{data['row']}: {data['model']}, {data['layers']} of {data['of_layers']} layers, {prompt['visual']} visual +"
-        f" {prompt['text']} text tokens, batch {prompt['batch']}, {data['dtype']}, {data['machine']['device']}", fontsize=10,
+        f" {prompt['text']} text tokens, batch {prompt['batch']}, {data['dtype']}, {data['machine']['device']}",
+        fontsize=10,
     )
     names = [part for part in PARTS if part in parts["shares"]][::-1]
-    shares = right.barh([PARTS[part] for part in names], [100 * parts["shares"][part] for part in names], color="C1")
+    shares = right.barh(
+        [PARTS[part] for part in names], [100 * parts["shares"][part] for part in names], color="C1"
+    )
     right.bar_label(shares, fmt="%.2f", fontsize=7, padding=2)
     right.margins(x=0.2)
-    right.set(xlabel="% of the compressed prefill", title=f"compression by part, together {parts['share']:.2%}")
+    right.set(
+        xlabel="% of the compressed prefill", title=f"compression by part, together {parts['share']:.2%}"
+    )
     right.title.set_fontsize(9)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -72,7 +102,8 @@ def picture(data: dict, path: Path) -> None:
 
 
 def growth_picture(cells: Mapping[tuple[int, int], dict], path: Path) -> None:
-    """Measured over predicted ratio and compression's share against the visual tokens, a line for each batch size.
+    """Measured over predicted ratio and compression's share against the visual tokens, a line for each batch
+    size.
 
     ``cells``: of each (visual tokens, batch) what was measured. Raises ValueError if matplotlib is missing.
     """
@@ -91,7 +122,13 @@ def growth_picture(cells: Mapping[tuple[int, int], dict], path: Path) -> None:
             [(ratio["high"] - ratio["median"]) / flops for ratio, flops in zip(ratios, promised)],
         ]
         left.errorbar(tokens, over, yerr=errors, capsize=2, linewidth=1, label=f"batch {batch}", **style)
-        right.plot(tokens, [100 * cell["parts"]["share"] for cell in own], linewidth=1, label=f"batch {batch}", **style)
+        right.plot(
+            tokens,
+            [100 * cell["parts"]["share"] for cell in own],
+            linewidth=1,
+            label=f"batch {batch}",
+            **style,
+        )
         similarity = [100 * cell["parts"]["shares"].get("similarity", 0.0) for cell in own]
         right.plot(tokens, similarity, linestyle=":", linewidth=1, **style)
     left.axhline(1, color="0.7", linewidth=1, linestyle="--", zorder=0)

@@ -1,6 +1,6 @@
 """The readable form of a measurement."""
 
-from .. import units
+from ..utils import numbers as units
 from .parts import PARTS
 
 PEERS = {"eager": "FastV, eager everywhere", "mixed": "FastV, eager at its layer"}
@@ -20,7 +20,9 @@ def _line(name: str, values: dict, show, quotient: float | None = None, note: st
 
 
 def _timed(name: str, part: dict, note: str = "") -> str:
-    return _line(name, _seconds(part), units.seconds, part["ratio"]["median"], f"   {bounds(part['ratio'])}{note}")
+    return _line(
+        name, _seconds(part), units.seconds, part["ratio"]["median"], f"   {bounds(part['ratio'])}{note}"
+    )
 
 
 def heading(data: dict) -> list[str]:
@@ -105,8 +107,12 @@ def _peers(data: dict) -> list[str]:
 
 
 def _parts(parts: dict) -> list[str]:
-    lines = [f"{'compression, by part':28}{'seconds':>12}{'of its prefill':>16}   ({parts['runs']} profiled prefills, median)"]
+    lines = [
+        f"{'compression, by part':28}{'seconds':>12}{'of its prefill':>16}   ({parts['runs']} profiled prefills, median)"
+    ]
     for part, name in PARTS.items():
         if part in parts["seconds"]:
-            lines.append(f"  {name:<26}{units.seconds(parts['seconds'][part]):>12}{parts['shares'][part]:>16.2%}")
+            lines.append(
+                f"  {name:<26}{units.seconds(parts['seconds'][part]):>12}{parts['shares'][part]:>16.2%}"
+            )
     return [*lines, f"{'together':<28}{units.seconds(parts['sum']):>12}{parts['share']:>16.2%}"]

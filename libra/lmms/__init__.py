@@ -1,4 +1,5 @@
-"""The lmms-eval model ``libra``, its engines and its task files; lmms-eval finds it by the entry point in setup.py."""
+"""The lmms-eval model ``libra``, its engines and its task files; lmms-eval finds it by the entry point in
+setup.py."""
 
 from pathlib import Path
 

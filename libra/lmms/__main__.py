@@ -1,13 +1,13 @@
 """lmms-eval's own command line with the model ``libra`` and its task files known, also from a plain checkout.
 
-    python -m libra.lmms --model_args config=mini/r50 --tasks mini_reading
+python -m libra.lmms --model_args config=mini/r50 --tasks mini_reading
 """
 
 import sys
 import traceback
 from collections.abc import Sequence
 
-from ..cli import Parser
+from ..utils.cli import Parser
 from . import TASKS
 
 EXAMPLES = """examples:
@@ -27,8 +27,8 @@ def filled_in(words: Sequence[str]) -> list[str]:
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """Run lmms-eval with these arguments; 0 when all was evaluated, 1 after an error that cost a run (others of a --config file
-    go on), 2 where none began. lmms-eval itself prints such errors and exits with 0."""
+    """Run lmms-eval with these arguments; 0 when all was evaluated, 1 after an error that cost a run (others
+    of a --config file go on), 2 where none began. lmms-eval itself prints such errors and exits with 0."""
     from lmms_eval import __main__ as harness
 
     failures: list[Exception] = []
@@ -62,10 +62,14 @@ def evaluate(words: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     parser = Parser(
-        prog="python -m libra.lmms", usage="%(prog)s [lmms-eval's flags]", epilog=EXAMPLES,
+        prog="python -m libra.lmms",
+        usage="%(prog)s [lmms-eval's flags]",
+        epilog=EXAMPLES,
         description="Evaluate with lmms-eval, with the model libra and its tasks known to it.",
     )
-    parser.add_argument("--task-folder", action="store_true", help="print the folder of the task files and end")
+    parser.add_argument(
+        "--task-folder", action="store_true", help="print the folder of the task files and end"
+    )
     if parser.parse_known_args(words)[0].task_folder:
         print(TASKS)
         return 0

@@ -1,6 +1,6 @@
 """The lmms-eval model ``libra``: a vision-language model with the compression that a table row's YAML names.
 
-    python -m libra.lmms --model_args config=mini/r50 --tasks mini_reading
+python -m libra.lmms --model_args config=mini/r50 --tasks mini_reading
 """
 
 import json
@@ -18,7 +18,7 @@ from libra.checkpoints import find_checkpoint
 from libra.config import Row
 from libra.identity import checkpoint_identity, code_identity, digest, row_identity
 from libra.media import BROKEN, is_picture, open_image
-from libra.registry import get_model
+from libra.rows import get_model
 from llava.video import load_frames
 
 from .models_base import Engine, Sample
@@ -67,7 +67,8 @@ def load_engine(path: str, conversation: str | None, device: str, dtype: torch.d
 
 
 def open_visual(visual, frames: int) -> Image.Image | list[Image.Image]:
-    """An image, or a video's frames, of what a task shows: an image, or the path of an image, a video or a folder of frames.
+    """An image, or a video's frames, of what a task shows: an image, or the path of an image, a video or a
+    folder of frames.
 
     Raises:
         ValueError: for what cannot be shown.
@@ -82,9 +83,11 @@ def open_visual(visual, frames: int) -> Image.Image | list[Image.Image]:
 class LibraModel(lmms):
     """``--model libra``. Greedy or sampled generation in batches; no log-likelihoods, one round.
 
-    config: a row, its YAML file, or with ``pretrained`` a file with a compression's keys only. pretrained: a folder or hub name
-    instead of the registry's checkpoint, of LLaVA, VideoLLaMA-2 or any model that libra.attach supports. blind: grey images of
-    the same size instead of the real ones. sample_log: a JSONL of finished samples; what stands there of the same row,
+    config: a row, its YAML file, or with ``pretrained`` a file with a compression's keys only. pretrained: a
+    folder or hub name instead of the registry's checkpoint, of LLaVA, VideoLLaMA-2 or any model that
+    libra.attach supports. blind: grey images of
+    the same size instead of the real ones. sample_log: a JSONL of finished samples; what stands there of the
+    same row,
     checkpoint and code is not computed again. frames: of a video, where the model's own number is not wanted.
     """
 
@@ -101,11 +104,14 @@ class LibraModel(lmms):
         sample_log: str | None = None,
         frames: int | str | None = None,
     ):
-        """Raises ValueError for a bad row, an unknown dtype, a bad number, and a checkpoint that does not load."""
+        """Raises ValueError for a bad row, an unknown dtype, a bad number, and a checkpoint that does not
+        load."""
         super().__init__()
         row = config if isinstance(config, Row) else Row.from_yaml(config, needs_model=False)
         if not row.model and not pretrained:
-            raise ValueError(f"{row.path}: it names no model; add `model:` to it, or name a checkpoint with pretrained=…")
+            raise ValueError(
+                f"{row.path}: it names no model; add `model:` to it, or name a checkpoint with pretrained=…"
+            )
         if dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, not {dtype!r}")
         for name, number in (("batch_size", batch_size), ("frames", frames or 1)):
@@ -124,13 +130,16 @@ class LibraModel(lmms):
         if sample_log:
             name = sample_log if self._world_size == 1 else f"{sample_log}.rank{self._rank}"
             made_by = [row_identity(row), checkpoint_identity(path), code_identity()]
-            self.sample_log = SampleLog(name, digest([*made_by, _is_true(blind), dtype, self.engine.frames]), is_answer)
+            self.sample_log = SampleLog(
+                name, digest([*made_by, _is_true(blind), dtype, self.engine.frames]), is_answer
+            )
         self.on_samples: Callable[[int], None] = lambda count: None  # told about every finished batch
         self.records: dict[tuple[str, int], dict] = {}  # of the last generate_until
         self.set_row(row, _is_true(blind))
 
     def set_row(self, row: Row, blind: bool = False, trace: bool = False) -> None:
-        """Go over to another row of the same model, without loading it again; ValueError for a layer it does not have.
+        """Go over to another row of the same model, without loading it again; ValueError for a layer it does
+        not have.
 
         ``trace``: each record also tells the similarity and the compensation share of each compression layer.
         """
@@ -141,17 +150,21 @@ class LibraModel(lmms):
         """Keep the model for the next task; the harness would delete it after each."""
 
     def loglikelihood(self, requests):
-        raise NotImplementedError("the model libra gives answers, no likelihoods: choose a task of output_type generate_until")
+        raise NotImplementedError(
+            "the model libra gives answers, no likelihoods: choose a task of output_type generate_until"
+        )
 
     def generate_until_multi_round(self, requests):
-        raise NotImplementedError("the model libra answers one round: choose a task of output_type generate_until")
+        raise NotImplementedError(
+            "the model libra answers one round: choose a task of output_type generate_until"
+        )
 
     def generate_until(self, requests) -> list[str]:
         """The answers in the order of ``requests``.
 
-        Batches are formed over all requests, finished or not, so that a resumed run computes the very same batches.
-        Raises ValueError for an image or a video that cannot be read, and where compression is asked and not a single
-        request shows anything.
+        Batches are formed over all requests, finished or not, so that a resumed run computes the very same
+        batches. Raises ValueError for an image or a video that cannot be read, and where compression is asked
+        and not a single request shows anything.
         """
         answers = [""] * len(requests)
         groups: dict[str, list[_Request]] = {}
@@ -161,11 +174,17 @@ class LibraModel(lmms):
             groups.setdefault(json.dumps(options, sort_keys=True, default=str), []).append(
                 _Request(place, task, int(doc_id), text, doc_to_visual, split, options)
             )
-        if self.compression.compresses and not any(self._visuals(request) for group in groups.values() for request in group):
+        if self.compression.compresses and not any(
+            self._visuals(request) for group in groups.values() for request in group
+        ):
             tasks = ", ".join(sorted({request.task for group in groups.values() for request in group}))
-            raise ValueError(f"task {tasks} gives no image, and compression needs visual tokens: run it with a vanilla row")
+            raise ValueError(
+                f"task {tasks} gives no image, and compression needs visual tokens: run it with a vanilla row"
+            )
         for group in groups.values():
-            group.sort(key=lambda request: len(request.text))  # stable, so equal lengths keep the harness's order
+            group.sort(
+                key=lambda request: len(request.text)
+            )  # stable, so equal lengths keep the harness's order
             for start in range(0, len(group), self.batch_size):
                 batch = group[start : start + self.batch_size]
                 self._finish(batch)
@@ -190,20 +209,27 @@ class LibraModel(lmms):
         started = time.perf_counter()
         records = self._records(batch, [self._sample(request) for request in batch])
         seconds = (time.perf_counter() - started) / len(batch)
-        fresh = [{**record, "seconds": seconds} for record in records if (record["task"], record["doc_id"]) not in logged]
+        fresh = [
+            {**record, "seconds": seconds}
+            for record in records
+            if (record["task"], record["doc_id"]) not in logged
+        ]
         self.records.update({(record["task"], record["doc_id"]): record for record in fresh})
         if self.sample_log is not None:
             self.sample_log.append(fresh)
 
     def _visuals(self, request: _Request) -> list:
-        """What a document shows: images, and paths of images and videos; ValueError for what cannot be read."""
+        """What a document shows: images, and paths of images and videos; ValueError for what cannot be
+        read."""
         try:
             return request.doc_to_visual(self.task_dict[request.task][request.split][request.doc_id]) or []
         except SystemExit as leaving:  # how Video-MME says that a video is not there
             raise ValueError(f"{request.name}: {leaving}") from None
         except BROKEN as error:
             kind = type(error).__name__
-            raise ValueError(f"{request.name}: its image is damaged ({kind}); download the data set again") from error
+            raise ValueError(
+                f"{request.name}: its image is damaged ({kind}); download the data set again"
+            ) from error
 
     def _sample(self, request: _Request) -> Sample:
         """What the model is asked; ValueError for what it cannot be shown."""
@@ -217,7 +243,11 @@ class LibraModel(lmms):
         return Sample(request.name, request.text, shown)
 
     def _blinded(self, one):
-        return [self._blinded(frame) for frame in one] if isinstance(one, list) else Image.new("RGB", one.size, GREY)
+        return (
+            [self._blinded(frame) for frame in one]
+            if isinstance(one, list)
+            else Image.new("RGB", one.size, GREY)
+        )
 
     def _records(self, batch: list[_Request], samples: list[Sample]) -> list[dict]:
         """Answer a batch; rows that show nothing are generated apart from those that do."""
@@ -234,7 +264,8 @@ class LibraModel(lmms):
 
 
 def is_answer(record: dict) -> bool:
-    """Whether a logged record has all that :meth:`LibraModel.generate_until` and a table need of an answer."""
+    """Whether a logged record has all that :meth:`LibraModel.generate_until` and a table need of an
+    answer."""
     numbers = [record.get("seconds"), record.get("cache_bytes")]
     tokens, trace = record.get("tokens"), record.get("trace")
     if not isinstance(tokens, list) or not isinstance(trace, list):
@@ -243,7 +274,9 @@ def is_answer(record: dict) -> bool:
         if not isinstance(stage, list) or len(stage) != 2:
             return False
         numbers += [number for number in stage if number is not None]
-    return all(isinstance(record.get(key), str) for key in ("asked", "answer")) and all(map(is_number, numbers + tokens))
+    return all(isinstance(record.get(key), str) for key in ("asked", "answer")) and all(
+        map(is_number, numbers + tokens)
+    )
 
 
 def is_number(value: object) -> bool:

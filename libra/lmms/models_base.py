@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from libra.config import Row
-from libra.transformers_api import cache_of
+from libra.engine.transformers_api import cache_of
 
 FRAMES = 8  # of a video, where the model itself has no number
 MAX_NEW_TOKENS = 1024  # what the harness's own LLaVA model takes where a task says nothing
@@ -15,7 +15,8 @@ MAX_NEW_TOKENS = 1024  # what the harness's own LLaVA model takes where a task s
 
 @dataclass(frozen=True)
 class Sample:
-    """One question: the harness's text, and what is shown with it, in order (a video is the list of its frames)."""
+    """One question: the harness's text, and what is shown with it, in order (a video is the list of its
+    frames)."""
 
     name: str  # for sentences about it
     text: str
@@ -56,8 +57,8 @@ class Engine(ABC):
 
     @torch.inference_mode()
     def generate(self, samples: list[Sample], asked: dict) -> tuple[list[str], list[dict]]:
-        """Texts, and what else a record tells, of samples that share the task's generation options ``asked``; greedy unless
-        the task says otherwise."""
+        """Texts, and what else a record tells, of samples that share the task's generation options ``asked``;
+        greedy unless the task says otherwise."""
         options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **asked}
         until = options.pop("until", None) or []
         stops = [until] if isinstance(until, str) else list(until)
@@ -79,9 +80,9 @@ class Engine(ABC):
         return [*ends, token] if token is not None and token not in ends else ends or None
 
     def _facts(self, samples: list[Sample], cache) -> list[dict]:
-        """Of each row: the visual tokens that each layer saw, the bytes of its part of the KV cache at the end and, with a
-        trace, [mean s^max, compensation share] of each compression layer (null where there is none). Lists are empty where
-        nothing was compressed.
+        """Of each row: the visual tokens that each layer saw, the bytes of its part of the KV cache at the
+        end and, with a trace, [mean s^max, compensation share] of each compression layer (null where there is
+        none). Lists are empty where nothing was compressed.
         """
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // len(samples)
         stats, traces = self._told() if samples[0].shown else (None, None)

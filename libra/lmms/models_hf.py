@@ -7,19 +7,20 @@ from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import libra
-from libra.attach import FAMILIES
 from libra.config import Row
-from libra.transformers_api import PreTrainedConfig
+from libra.engine.attach import FAMILIES
+from libra.engine.transformers_api import PreTrainedConfig
 from llava.model import huggingface
 
 from .models_base import Engine, Sample
 
 
 def class_of(path: str) -> str | None:
-    """The class of transformers that a checkpoint (a folder or hub name) is for; None for LLaVA's own format, and where there
-    is no config.json to read.
+    """The class of transformers that a checkpoint (a folder or hub name) is for; None for LLaVA's own format,
+    and where there is no config.json to read.
 
-    Both formats know the type ``llava``; the settings of the vision tower stand in config.json in transformers' own alone.
+    Both formats know the type ``llava``; the settings of the vision tower stand in config.json in
+    transformers' own alone.
     Raises ValueError for a class that :func:`libra.attach` does not support.
     """
     try:
@@ -31,7 +32,9 @@ def class_of(path: str) -> str | None:
     kind = config.get("model_type")
     name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
     if name not in FAMILIES:
-        raise ValueError(f"{path} is of type {kind!r}, which libra.attach does not support; it supports {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{path} is of type {kind!r}, which libra.attach does not support; it supports {', '.join(FAMILIES)}"
+        )
     return name
 
 
@@ -44,10 +47,13 @@ class HuggingFace(Engine):
     def __init__(self, path: str, class_name: str, device: str, dtype: torch.dtype):
         """Raises ValueError for a checkpoint without a chat template, OSError for one that does not load."""
         self.processor = AutoProcessor.from_pretrained(path)
-        # Pillow scales as in the training of these checkpoints; the processor's own argument fails where it also takes videos.
+        # Pillow scales as in the training of these checkpoints; the processor's own argument fails where it
+        # also takes videos.
         self.processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         if not self.processor.chat_template:
-            raise ValueError(f"{path} has no chat template, which makes the prompts; add chat_template.jinja to it")
+            raise ValueError(
+                f"{path} has no chat template, which makes the prompts; add chat_template.jinja to it"
+            )
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
@@ -72,10 +78,16 @@ class HuggingFace(Engine):
 
     def _inputs(self, samples: list[Sample]) -> dict:
         shown = [sample.shown if self.takes_videos else sample.images for sample in samples]
-        marks = [m for name in ("image_token", "video_token") if isinstance(m := getattr(self.processor, name, None), str)]
+        marks = [
+            m
+            for name in ("image_token", "video_token")
+            if isinstance(m := getattr(self.processor, name, None), str)
+        ]
         for sample in samples:
             if written := [mark for mark in marks if mark in sample.text]:
-                raise ValueError(f"{sample.name}: its text has {written[0]}, which this model takes for a place of an image")
+                raise ValueError(
+                    f"{sample.name}: its text has {written[0]}, which this model takes for a place of an image"
+                )
         prompts = [self._prompt(sample.text, own) for sample, own in zip(samples, shown, strict=True)]
         images = [[one for one in own if isinstance(one, Image.Image)] for own in shown]
         videos = [one for own in shown for one in own if isinstance(one, list)]
@@ -83,7 +95,9 @@ class HuggingFace(Engine):
         if videos:
             given |= {"videos": videos, "do_sample_frames": False}
         inputs = self.processor(text=prompts, **given, padding=True, return_tensors="pt")
-        return dict(inputs.to(self.model.device, self.model.dtype)) | {"pad_token_id": self.tokenizer.pad_token_id}
+        return dict(inputs.to(self.model.device, self.model.dtype)) | {
+            "pad_token_id": self.tokenizer.pad_token_id
+        }
 
     def _prompt(self, text: str, shown: list) -> str:
         content = [{"type": "video" if isinstance(one, list) else "image"} for one in shown]

@@ -8,7 +8,14 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.video import DEFAULT_VIDEO_TOKEN, VIDEO_TOKEN_INDEX, ChatConversation, process_image, process_video, prompt_ids
+from llava.video import (
+    DEFAULT_VIDEO_TOKEN,
+    VIDEO_TOKEN_INDEX,
+    ChatConversation,
+    process_image,
+    process_video,
+    prompt_ids,
+)
 
 from .models_base import FRAMES, Engine, Sample
 
@@ -16,7 +23,8 @@ USUAL_FRAME = (640, 360)
 
 
 class Llava(Engine):
-    """LLaVA: images as the checkpoint's ``image_aspect_ratio`` says; the frames of a video are as many images.
+    """LLaVA: images as the checkpoint's ``image_aspect_ratio`` says; the frames of a video are as many
+    images.
 
     Where nothing is said they are the 8 frames, or as many as fit into three quarters of the model's length.
     """
@@ -24,7 +32,11 @@ class Llava(Engine):
     def __init__(self, path: str, conversation: str | None, device: str, dtype: torch.dtype):
         """Raises ValueError for a checkpoint that does not load, or one without a conversation template."""
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
-            path, None, get_model_name_from_path(path), device=device, torch_dtype=dtype,
+            path,
+            None,
+            get_model_name_from_path(path),
+            device=device,
+            torch_dtype=dtype,
         )
         self.model.eval()
         self.sees_videos = VIDEO_TOKEN_INDEX in self.model.placeholders
@@ -35,7 +47,9 @@ class Llava(Engine):
             self.conversation = conv_templates[conversation or self.model.config.conversation]
             self.frames = self._fitting_frames()
         else:
-            raise ValueError(f"{path} has no conversation template of llava.conversation: name one in the registry of models")
+            raise ValueError(
+                f"{path} has no conversation template of llava.conversation: name one in the registry of models"
+            )
         self.stop, self.compression, self.trace = self.conversation.stop, None, False
 
     @property
@@ -56,17 +70,28 @@ class Llava(Engine):
         return self.model.compression_stats, self.model.compression_trace
 
     def _inputs(self, samples: list[Sample]) -> dict:
-        """Raises ValueError for a prompt that the model would cut, or whose places are not as many as its images."""
+        """Raises ValueError for a prompt that the model would cut, or whose places are not as many as its
+        images."""
         prompts = [self._prompt(sample) for sample in samples]
         for sample, prompt in zip(samples, prompts):
             shown = len(sample.shown if self.sees_videos else sample.images)
             places = sum(token < 0 for token in prompt)
             if places != shown:
-                raise ValueError(f"{sample.name}: it shows {shown} images and has places for {places} in its text")
-        images, sizes = self._videos(samples) if self.sees_videos else self._pixels([i for s in samples for i in s.images])
+                raise ValueError(
+                    f"{sample.name}: it shows {shown} images and has places for {places} in its text"
+                )
+        images, sizes = (
+            self._videos(samples)
+            if self.sees_videos
+            else self._pixels([i for s in samples for i in s.images])
+        )
         if images is not None:
             self._check_lengths(samples, prompts, self.model.visual_tokens(images, sizes))
-        padding = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        padding = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self.tokenizer.eos_token_id
+        )
         length = max(len(prompt) for prompt in prompts)
         ids = torch.full((len(samples), length), padding)
         mask = torch.zeros(len(samples), length, dtype=torch.bool)
@@ -81,11 +106,15 @@ class Llava(Engine):
     def _prompt(self, sample: Sample) -> list[int]:
         """Token ids, with a placeholder for each image or video."""
         if self.sees_videos:
-            marks = [DEFAULT_VIDEO_TOKEN if isinstance(one, list) else DEFAULT_IMAGE_TOKEN for one in sample.shown]
+            marks = [
+                DEFAULT_VIDEO_TOKEN if isinstance(one, list) else DEFAULT_IMAGE_TOKEN for one in sample.shown
+            ]
             text, encode = "\n".join([*marks, sample.text]), prompt_ids
         else:
             marks, encode = " ".join([DEFAULT_IMAGE_TOKEN] * len(sample.images)), tokenizer_image_token
-            text = f"{marks}\n{sample.text}" if marks and DEFAULT_IMAGE_TOKEN not in sample.text else sample.text
+            text = (
+                f"{marks}\n{sample.text}" if marks and DEFAULT_IMAGE_TOKEN not in sample.text else sample.text
+            )
         conversation = self.conversation.copy()
         conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], None)
@@ -105,7 +134,10 @@ class Llava(Engine):
         entries = []
         for one in (one for sample in samples for one in sample.shown):
             if isinstance(one, list):
-                pixels, modal = process_video(one, self.image_processor, aspect_ratio=None, num_frames=self.frames), "video"
+                pixels, modal = (
+                    process_video(one, self.image_processor, aspect_ratio=None, num_frames=self.frames),
+                    "video",
+                )
             else:
                 pixels, modal = process_image(one, self.image_processor, aspect_ratio=None), "image"
             entries.append((pixels.to(self.model.device, self.model.dtype), modal))
@@ -118,4 +150,6 @@ class Llava(Engine):
             if length > self.limit:
                 videos = any(isinstance(one, list) for one in sample.shown)
                 mend = "show fewer frames (frames=N)" if videos else "use a model for longer prompts"
-                raise ValueError(f"{sample.name}: its prompt has {length} tokens and the model takes {self.limit}; {mend}")
+                raise ValueError(
+                    f"{sample.name}: its prompt has {length} tokens and the model takes {self.limit}; {mend}"
+                )

@@ -6,17 +6,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from libra.files import flush_folder, make_folder
+from libra.utils.files import flush_folder, make_folder
 
 
 class SampleLog:
     """An append-only JSONL of records keyed by (task, doc_id); one process at a time holds a file.
 
-    Opening reads what is there. A line that is no such record, torn or edited, is passed over, and its answer is computed
-    again; a torn last line is cut off. Of two records of one key the later counts.
+    Opening reads what is there. A line that is no such record, torn or edited, is passed over, and its answer
+    is computed again; a torn last line is cut off. Of two records of one key the later counts.
 
     Args:
-        settings: the digest of all that the answers depend on. Records carry it; those that carry another are passed over.
+        settings: the digest of all that the answers depend on. Records carry it; those that carry another are
+            passed over.
         is_whole: whether a record has what its reader needs.
     """
 
@@ -72,5 +73,9 @@ def _parse(line: bytes) -> dict | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    named = isinstance(record, dict) and isinstance(record.get("task"), str) and isinstance(record.get("doc_id"), int)
+    named = (
+        isinstance(record, dict)
+        and isinstance(record.get("task"), str)
+        and isinstance(record.get("doc_id"), int)
+    )
     return record if named else None

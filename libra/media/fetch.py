@@ -1,4 +1,5 @@
-"""Downloads that end: limits on the bytes and on the whole time, and no way into private networks where that is forbidden."""
+"""Downloads that end: limits on the bytes and on the whole time, and no way into private networks where that
+is forbidden."""
 
 import ipaddress
 import socket
@@ -15,7 +16,9 @@ CONNECT_SECONDS = 10
 REDIRECTS = 5
 _CHUNK = 65536
 _PRIVATE = "it lies on this machine or in a private network"
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses, the last four bytes, as seen from an IPv6 network
+_NAT64 = ipaddress.ip_network(
+    "64:ff9b::/96"
+)  # IPv4 addresses, the last four bytes, as seen from an IPv6 network
 
 
 def fetch(url: str, limit: int, seconds: float, public_only: bool = False) -> bytes:
@@ -24,9 +27,9 @@ def fetch(url: str, limit: int, seconds: float, public_only: bool = False) -> by
     Args:
         limit: how many bytes it may have; it is read as it was sent and never unpacked.
         seconds: for all of it, redirects included, however slowly it comes.
-        public_only: refuse addresses of this machine and of private networks, also as the target of a redirect. What counts
-            is the address that the connection was made to, so a name that changes its meaning does not help. Proxies are
-            not used then.
+        public_only: refuse addresses of this machine and of private networks, also as the target of a
+            redirect. What counts is the address that the connection was made to, so a name that changes its
+            meaning does not help. Proxies are not used then.
 
     Raises:
         ValueError: why there is no body, in a few words that go on from "cannot be fetched: ".
@@ -39,9 +42,16 @@ def fetch(url: str, limit: int, seconds: float, public_only: bool = False) -> by
     for scheme in ("http://", "https://"):
         session.mount(scheme, _GuardedAdapter(guard))
     try:
-        with session, guard, session.get(
-            url, stream=True, timeout=(min(CONNECT_SECONDS, seconds), seconds), headers={"Accept-Encoding": "identity"}
-        ) as response:
+        with (
+            session,
+            guard,
+            session.get(
+                url,
+                stream=True,
+                timeout=(min(CONNECT_SECONDS, seconds), seconds),
+                headers={"Accept-Encoding": "identity"},
+            ) as response,
+        ):
             return _body(response, limit, guard)
     except (requests.RequestException, OSError, ValueError) as error:
         raise ValueError(guard.refusal or _in_words(error)) from error
@@ -110,7 +120,8 @@ class _Guard:
             raise OSError(self.refusal)
 
     def watch(self, connected: socket.socket) -> socket.socket:
-        """Called with each connection before anything is sent on it. Raises OSError for one that may not be."""
+        """Called with each connection before anything is sent on it. Raises OSError for one that may not
+        be."""
         if self.public_only and not is_public(connected.getpeername()[0]):
             self.refusal = _PRIVATE  # the name has changed its meaning in the meantime
         elif time.monotonic() >= self._end:

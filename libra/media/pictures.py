@@ -16,7 +16,16 @@ from .sources import FILES, Limits, read, short_name, within
 # Left out are the formats for which Pillow runs another program (EPS) and those that nobody photographs in.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
 # What Pillow raises for a damaged picture.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, Image.DecompressionBombError)
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 Say = Callable[[str, str], None]
 _STRICT = Lock()  # the switch is the process's
 
@@ -29,12 +38,13 @@ def note(what: str, remark: str) -> None:
 def open_image(source, limits: Limits = FILES, *, name: str | None = None, say: Say = note) -> Image.Image:
     """A picture as every model here sees it: upright by its EXIF orientation, 8 bits a channel, RGB.
 
-    Transparency is dropped as ``convert("RGB")`` does, an animation is its first frame; both are said. 16 bits are scaled to
+    Transparency is dropped as ``convert("RGB")`` does, an animation is its first frame; both are said. 16
+    bits are scaled to
     8 by their high byte, and numbers by :func:`to_bytes`.
 
     Args:
-        source: a file's name (``~`` is the home folder), an http(s) address, a data URI, the bytes of a file, a PIL image, or
-            an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1 to 4 channels.
+        source: a file's name (``~`` is the home folder), an http(s) address, a data URI, the bytes of a file,
+            a PIL image, or an array or tensor of shape (H, W), (H, W, C) or (C, H, W) with 1 to 4 channels.
         limits: what is let in.
         name: of the picture in messages; by default its source.
         say: is given the picture's name and what was dropped, the two parts of a sentence.
@@ -66,12 +76,15 @@ def _name_of(source) -> str:
 
 
 def check_size(size: tuple[int, int], what: str, limits: Limits = FILES) -> None:
-    """Raises ValueError for a picture of (width, height) that would cost too much, padded to a square or scaled."""
+    """Raises ValueError for a picture of (width, height) that would cost too much, padded to a square or
+    scaled."""
     width, height = size
     if min(size) < 1:
         raise ValueError(f"{what} has no pixels ({width} × {height}); give another one")
     if max(size) > limits.ratio * min(size):
-        raise ValueError(f"{what} is too narrow ({width} × {height} pixels, at most {limits.ratio}:1 is taken); crop it")
+        raise ValueError(
+            f"{what} is too narrow ({width} × {height} pixels, at most {limits.ratio}:1 is taken); crop it"
+        )
     if max(size) ** 2 > limits.pixels:
         raise ValueError(
             f"{what} is too large ({width} × {height} pixels; at most {int(limits.pixels**0.5):,} a side are taken);"
@@ -102,8 +115,8 @@ def to_rgb(image: Image.Image, what: str = "the image", say: Say = note) -> Imag
 def to_bytes(numbers: np.ndarray, what: str = "the image") -> np.ndarray:
     """Numbers of any type as uint8 of the same shape.
 
-    8 bits stay as they are and 16 bits give their high byte, whether their type says so or their values; floats from 0 to 1
-    are scaled to 255, and others are taken for 0 to 255.
+    8 bits stay as they are and 16 bits give their high byte, whether their type says so or their values;
+    floats from 0 to 1 are scaled to 255, and others are taken for 0 to 255.
 
     Raises:
         ValueError: for negative numbers, NaN, and numbers beyond all of these ranges.
@@ -120,11 +133,14 @@ def to_bytes(numbers: np.ndarray, what: str = "the image") -> np.ndarray:
     if numbers.dtype.kind == "f" and low >= -0.01 and (high <= 1.01 or 2 <= high <= 255.5):
         scale = 255.0 if high <= 1.01 else 1.0
         return np.rint(numbers.astype(np.float32) * scale).clip(0, 255).astype(np.uint8)
-    raise ValueError(f"{what} has values from {low:g} to {high:g} ({numbers.dtype}); give 0 to 255, or 0 to 1 as floats")
+    raise ValueError(
+        f"{what} has values from {low:g} to {high:g} ({numbers.dtype}); give 0 to 255, or 0 to 1 as floats"
+    )
 
 
 def _from_numbers(source, what: str, limits: Limits) -> Image.Image:
-    """An array's or tensor's picture. Channels are looked for where its library has them: torch first, others last."""
+    """An array's or tensor's picture. Channels are looked for where its library has them: torch first, others
+    last."""
     first = hasattr(source, "detach")
     if first:
         source = source.detach().cpu()
@@ -134,13 +150,17 @@ def _from_numbers(source, what: str, limits: Limits) -> Image.Image:
     except (TypeError, ValueError, RuntimeError):
         array = np.asarray(None)
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{what} is no picture; give a file, an address, a PIL image, or an array of numbers")
+        raise ValueError(
+            f"{what} is no picture; give a file, an address, a PIL image, or an array of numbers"
+        )
     shape = array.shape
     while array.ndim > 3 and array.shape[0] == 1:
         array = array[0]
     if array.ndim == 2:
         array = array[:, :, None]
-    places = [place for place in ((0, 2) if first else (2, 0)) if array.ndim == 3 and 1 <= array.shape[place] <= 4]
+    places = [
+        place for place in ((0, 2) if first else (2, 0)) if array.ndim == 3 and 1 <= array.shape[place] <= 4
+    ]
     if not places:
         raise ValueError(
             f"{what} has the shape {tuple(shape)}; give (height, width), (height, width, channels) or"
@@ -149,7 +169,9 @@ def _from_numbers(source, what: str, limits: Limits) -> Image.Image:
     array = np.moveaxis(array, places[0], 2)
     check_size(array.shape[1::-1], what, limits)
     values = np.ascontiguousarray(to_bytes(array, what))
-    return Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)  # two channels are grey and opacity
+    return Image.fromarray(
+        values[:, :, 0] if values.shape[2] == 1 else values
+    )  # two channels are grey and opacity
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -165,11 +187,15 @@ def _decode(data: bytes, what: str, limits: Limits, say: Say) -> Image.Image:
     Image.init()
     try:
         image = Image.open(BytesIO(data), formats=[kind for kind in FORMATS if kind in Image.OPEN])
-        several = getattr(image, "is_animated", False) and image.format != "MPO"  # an MPO's others are previews
+        several = (
+            getattr(image, "is_animated", False) and image.format != "MPO"
+        )  # an MPO's others are previews
     except UnidentifiedImageError as error:
         raise ValueError(f"{what} is in no known format; give a PNG, JPEG or WebP file") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{what} is too large (its header promises more than {limits.pixels:,} pixels)") from error
+        raise ValueError(
+            f"{what} is too large (its header promises more than {limits.pixels:,} pixels)"
+        ) from error
     except BROKEN as error:
         raise ValueError(f"{what} is damaged ({error}); give a whole file") from error
     image = _load(image, what, limits)

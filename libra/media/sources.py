@@ -1,4 +1,5 @@
-"""Where pictures come from: files, addresses, data URIs, lists of names and folders, and how much of each is taken."""
+"""Where pictures come from: files, addresses, data URIs, lists of names and folders, and how much of each is
+taken."""
 
 import base64
 import binascii
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
-SUFFIXES = frozenset((
-    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .heic .heif"
-).split())
+SUFFIXES = frozenset(
+    (
+        ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .heic .heif"
+    ).split()
+)
 FOLDER_RATE = 3  # frames a second that a folder of pictures stands for
 _SHOWN = 120  # characters of a name in a message
 
@@ -25,7 +28,8 @@ class Limits:
 
     Attributes:
         bytes: of a picture's file, body or text.
-        pixels: of a picture, and of the square that it is padded to. The default is where Pillow itself refuses.
+        pixels: of a picture, and of the square that it is padded to. The default is where Pillow itself
+            refuses.
         ratio: of the longer side to the shorter one; models scale by the shorter one.
         seconds: for a whole download.
         files: whether names of files are taken.
@@ -58,9 +62,13 @@ def read(text: str, what: str, limits: Limits) -> bytes:
         try:
             return fetch(text, limits.bytes, limits.seconds, public_only=limits.addresses == "public")
         except ValueError as error:
-            raise ValueError(f"{what} cannot be fetched: {error}; check the address, or give a file") from error
+            raise ValueError(
+                f"{what} cannot be fetched: {error}; check the address, or give a file"
+            ) from error
     if not limits.files:
-        raise ValueError("files of this machine are not read here; send the image itself, as a data URI for example")
+        raise ValueError(
+            "files of this machine are not read here; send the image itself, as a data URI for example"
+        )
     try:
         with open_file(text) as file:
             return within(file.read(limits.bytes + 1), what, limits)
@@ -83,13 +91,18 @@ def _data_uri(text: str, what: str, limits: Limits) -> bytes:
         if not comma:
             raise ValueError("there is no comma in it")
         data = unquote_to_bytes(content)
-        return base64.b64decode(b"".join(data.split()), validate=True) if about.lower().endswith(";base64") else data
+        return (
+            base64.b64decode(b"".join(data.split()), validate=True)
+            if about.lower().endswith(";base64")
+            else data
+        )
     except (ValueError, binascii.Error) as error:
         raise ValueError(f"{what} is damaged ({error}); give the whole text") from error
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """A regular file for reading; ``~`` is the home folder. A pipe or a device is refused and never waited for.
+    """A regular file for reading; ``~`` is the home folder. A pipe or a device is refused and never waited
+    for.
 
     Raises:
         OSError: where there is none.
@@ -111,8 +124,8 @@ def short_name(text: str) -> str:
 
 
 def split_names(text: str, separator: str = ",") -> list[str]:
-    """The names in a list of files, addresses and data URIs; a separator inside one is recognised where such a file exists,
-    and in an address or a data URI."""
+    """The names in a list of files, addresses and data URIs; a separator inside one is recognised where such
+    a file exists, and in an address or a data URI."""
     parts, names = text.split(separator), []
     while parts:
         count = _parts_of_a_file(parts, separator)
@@ -137,7 +150,11 @@ def _parts_of_a_file(parts: list[str], separator: str) -> int:
 
 
 def _begins_a_name(part: str) -> bool:
-    return part.lower().startswith(("http://", "https://", "data:")) or _exists(part) or Path(part).suffix.lower() in SUFFIXES
+    return (
+        part.lower().startswith(("http://", "https://", "data:"))
+        or _exists(part)
+        or Path(part).suffix.lower() in SUFFIXES
+    )
 
 
 def _exists(name: str) -> bool:
@@ -161,9 +178,13 @@ def picture_files(folder: str | os.PathLike) -> list[Path]:
         entries = list(Path(os.path.expanduser(folder)).iterdir())
     except OSError as error:
         raise ValueError(f"the folder {short_name(str(folder))} cannot be read ({error.strerror})") from error
-    files = [path for path in entries if is_picture(path.name) and not path.name.startswith(".") and path.is_file()]
+    files = [
+        path for path in entries if is_picture(path.name) and not path.name.startswith(".") and path.is_file()
+    ]
     if not files:
-        raise ValueError(f"the folder {short_name(str(folder))} holds no pictures; give a folder of PNG or JPEG frames")
+        raise ValueError(
+            f"the folder {short_name(str(folder))} holds no pictures; give a folder of PNG or JPEG frames"
+        )
     return sorted(files, key=lambda path: natural(path.name))
 
 

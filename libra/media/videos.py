@@ -14,11 +14,15 @@ from .sources import FILES, Limits, open_file, short_name
 # FFmpeg's names. Left out are playlists (HLS, concat), which name other files and addresses.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,flv,ogg,asf,gif,mxf,nut,dv,rm"
 _ROUNDING = 0.001  # seconds, to which some formats round a frame's time
-# Where FFmpeg's display matrix puts the picture's axes (a, b, c, d) to what turns the picture so; without an entry it stays.
+# Where FFmpeg's display matrix puts the picture's axes (a, b, c, d) to what turns the picture so; without an
+# entry it stays.
 _TURNS = {
-    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT, (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
-    (-1, 0, 0, -1): Image.Transpose.ROTATE_180, (0, 1, -1, 0): Image.Transpose.ROTATE_270,
-    (0, -1, 1, 0): Image.Transpose.ROTATE_90, (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
 }
 
@@ -26,7 +30,8 @@ _TURNS = {
 class Video:
     """The frames of a video file, numbered as they are shown.
 
-    Only regular files of the formats in ``CONTAINERS`` are opened: a playlist would make FFmpeg read what it names.
+    Only regular files of the formats in ``CONTAINERS`` are opened: a playlist would make FFmpeg read what it
+        names.
 
     Attributes:
         times: of each frame, in seconds from the first one's.
@@ -40,7 +45,9 @@ class Video:
         try:
             import av
         except ImportError as error:
-            raise ValueError(f"reading a video file needs PyAV ({error}); install it: pip install av") from error
+            raise ValueError(
+                f"reading a video file needs PyAV ({error}); install it: pip install av"
+            ) from error
         self._broken = (av.FFmpegError, EOFError, OSError, ValueError)
         self.name = short_name(os.fspath(path))
         try:
@@ -51,7 +58,9 @@ class Video:
             points = self._packet_times() if self._stream else []
         except self._broken as error:
             reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"the video {self.name} cannot be read ({reason}); give the path of a whole video file") from error
+            raise ValueError(
+                f"the video {self.name} cannot be read ({reason}); give the path of a whole video file"
+            ) from error
         if self._stream is None:
             raise ValueError(f"the video {self.name} has no pictures; give a video file")
         check_size((self._stream.width, self._stream.height), f"the video {self.name}", limits)
@@ -63,7 +72,9 @@ class Video:
 
     def _packet_times(self) -> list[int]:
         """In the stream's own unit; in the order of showing they number the frames, without decoding one."""
-        shown = (packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard)
+        shown = (
+            packet for packet in self._container.demux(self._stream) if packet.size and not packet.is_discard
+        )
         points = (packet.dts if packet.pts is None else packet.pts for packet in shown)
         return [point for point in points if point is not None]
 
@@ -75,7 +86,9 @@ class Video:
         try:
             pictures = {number: self._at(self._points[number]) for number in sorted(set(numbers))}
         except self._broken as error:
-            raise ValueError(f"the video {self.name} cannot be decoded ({error}); give a whole video file") from error
+            raise ValueError(
+                f"the video {self.name} cannot be decoded ({error}); give a whole video file"
+            ) from error
         return [pictures[number] for number in numbers]
 
     def _at(self, point: int) -> Image.Image:
@@ -104,8 +117,9 @@ def _axes(frame) -> tuple[int, ...]:
 def clip(times: Sequence[float], rate: float, start: float | None, end: float | None) -> range:
     """The numbers of the frames between two times in seconds, by the frames' own times.
 
-    Each end is the last frame that has been shown by then, for a period of the rate or until the next one came. At a steady
-    rate that is VideoLLaMA-2's rule, ``int(seconds * rate) - 1``. Where both ends are the same a clip lasts a second.
+    Each end is the last frame that has been shown by then, for a period of the rate or until the next one
+    came. At a steady rate that is VideoLLaMA-2's rule, ``int(seconds * rate) - 1``. Where both ends are the
+    same a clip lasts a second.
     """
     if start is not None and end is not None:
         start, end = sorted((max(start, 0.0), max(end, 0.0)))

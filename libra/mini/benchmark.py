@@ -1,6 +1,6 @@
 """The held-out questions of the embedded benchmark, one parquet file a question type.
 
-    python -m libra.mini.benchmark --output results/benchmark
+python -m libra.mini.benchmark --output results/benchmark
 """
 
 import hashlib
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..cli import Parser, whole_from
-from ..files import new_folder
+from ..utils.cli import Parser, whole_from
+from ..utils.files import new_folder
 from .questions import EASY_VQA, SCENE_TYPES, TYPES, easy_vqa, easy_vqa_image
 from .scenes import Scene, draw_scene
 
 SEED = 20_260_101
-# At 85% correct, 300 questions give a standard error of 2.1 points a type and of 0.7 for the mean of eight types:
-# under the differences between methods, and a run of all rows still takes minutes on two cores.
+# At 85% correct, 300 questions give a standard error of 2.1 points a type and of 0.7 for the mean of eight
+# types: under the differences between methods, and a run of all rows still takes minutes on two cores.
 QUESTIONS = 300
 FORMAT = 1  # raise when the files or the way they are drawn change
 MANIFEST = "manifest.json"
@@ -37,7 +37,8 @@ class Sample(NamedTuple):
 
 
 def scene_sample(kind: str, index: int) -> Sample:
-    """Question ``index`` of a scene type, about a scene of its own drawn with glyphs that training never shows."""
+    """Question ``index`` of a scene type, about a scene of its own drawn with glyphs that training never
+    shows."""
     make, _ = SCENE_TYPES[kind]
     rng = np.random.default_rng([SEED, TYPES.index(kind), index])
     while True:  # a scene may not allow the type: two digits in no common line have no relation
@@ -51,7 +52,9 @@ def easy_vqa_samples(count: int) -> list[Sample]:
     """One question about each of ``count`` images of easy-VQA's own test split."""
     paths, by_image = easy_vqa("test")
     if count > len(paths):
-        raise ValueError(f"easy-VQA has {len(paths)} test images: ask for at most that many questions, not {count}")
+        raise ValueError(
+            f"easy-VQA has {len(paths)} test images: ask for at most that many questions, not {count}"
+        )
     rng = np.random.default_rng([SEED, TYPES.index(EASY_VQA)])
     samples = []
     for place in rng.permutation(len(paths))[:count]:
@@ -63,7 +66,9 @@ def easy_vqa_samples(count: int) -> list[Sample]:
 
 def samples_of(kind: str, count: int) -> list[Sample]:
     """The first ``count`` held-out questions of a type; the same on every machine."""
-    return easy_vqa_samples(count) if kind == EASY_VQA else [scene_sample(kind, index) for index in range(count)]
+    return (
+        easy_vqa_samples(count) if kind == EASY_VQA else [scene_sample(kind, index) for index in range(count)]
+    )
 
 
 def _content_hash(kind: str, samples: list[Sample]) -> str:
@@ -97,7 +102,12 @@ def as_dataset(kind: str, samples: list[Sample]):
             "answer": [sample.answer for sample in samples],
         },
         features=Features(
-            {"question_id": Value("string"), "image": ImageFeature(), "question": Value("string"), "answer": Value("string")}
+            {
+                "question_id": Value("string"),
+                "image": ImageFeature(),
+                "question": Value("string"),
+                "answer": Value("string"),
+            }
         ),
     )
 
@@ -114,8 +124,13 @@ def _reusable(folder: Path, count: int) -> dict | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         wanted = {"format": FORMAT, "seed": SEED, "questions": count}
-        if all(manifest[key] == value for key, value in wanted.items()) and set(manifest["types"]) == set(TYPES):
-            if all(_file_hash(folder / entry["file"]) == entry["file_sha256"] for entry in manifest["types"].values()):
+        if all(manifest[key] == value for key, value in wanted.items()) and set(manifest["types"]) == set(
+            TYPES
+        ):
+            if all(
+                _file_hash(folder / entry["file"]) == entry["file_sha256"]
+                for entry in manifest["types"].values()
+            ):
                 return manifest
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -123,11 +138,12 @@ def _reusable(folder: Path, count: int) -> dict | None:
 
 
 def write_benchmark(folder: Path, count: int = QUESTIONS) -> dict:
-    """Write ``count`` questions of every type into ``folder``, or reuse the ones that are there; returns the manifest.
+    """Write ``count`` questions of every type into ``folder``, or reuse the ones that are there; returns the
+    manifest.
 
-    The manifest holds the seed, a sha256 of all texts and pixels, and for each type its file, its number of questions,
-    its most frequent answer and that answer's share. Raises ValueError where ``folder`` holds something else, or for
-    a count that is not positive or exceeds easy-VQA's test images.
+    The manifest holds the seed, a sha256 of all texts and pixels, and for each type its file, its number of
+    questions, its most frequent answer and that answer's share. Raises ValueError where ``folder`` holds
+    something else, or for a count that is not positive or exceeds easy-VQA's test images.
     """
     if count < 1:
         raise ValueError(f"questions must be at least 1, not {count}")
@@ -138,17 +154,23 @@ def write_benchmark(folder: Path, count: int = QUESTIONS) -> dict:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a folder for the benchmark")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
-        raise ValueError(f"{folder} holds other files and no {MANIFEST}: name an empty or a new folder for the benchmark")
+        raise ValueError(
+            f"{folder} holds other files and no {MANIFEST}: name an empty or a new folder for the benchmark"
+        )
     with new_folder(folder) as work:
         types = {}
         for kind in TYPES:
             samples = samples_of(kind, count)
             file = f"{kind}.parquet"
             _write_parquet(kind, samples, work / file)
-            (majority, times), = Counter(sample.answer for sample in samples).most_common(1)
+            ((majority, times),) = Counter(sample.answer for sample in samples).most_common(1)
             types[kind] = {
-                "file": file, "file_sha256": _file_hash(work / file), "content_sha256": _content_hash(kind, samples),
-                "questions": count, "majority_answer": majority, "majority_share": times / count,
+                "file": file,
+                "file_sha256": _file_hash(work / file),
+                "content_sha256": _content_hash(kind, samples),
+                "questions": count,
+                "majority_answer": majority,
+                "majority_share": times / count,
             }
         sha256 = hashlib.sha256("".join(types[kind]["content_sha256"] for kind in TYPES).encode()).hexdigest()
         manifest = {"format": FORMAT, "seed": SEED, "questions": count, "sha256": sha256, "types": types}
@@ -158,19 +180,26 @@ def write_benchmark(folder: Path, count: int = QUESTIONS) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m libra.mini.benchmark", description="Write the embedded benchmark's held-out questions.",
+        prog="python -m libra.mini.benchmark",
+        description="Write the embedded benchmark's held-out questions.",
         epilog="example: python -m libra.mini.benchmark --output results/benchmark",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the parquet files and manifest.json")
-    parser.add_argument("--questions", type=whole_from(1), default=QUESTIONS, help="questions a type (default %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the parquet files and manifest.json"
+    )
+    parser.add_argument(
+        "--questions", type=whole_from(1), default=QUESTIONS, help="questions a type (default %(default)s)"
+    )
     options = parser.parse_args(argv)
     try:
         manifest = write_benchmark(options.output, options.questions)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for kind, entry in manifest["types"].items():
-        print(f"{kind:16} {entry['questions']} questions, most frequent answer {entry['majority_answer']!r} "
-              f"({entry['majority_share']:.1%})")
+        print(
+            f"{kind:16} {entry['questions']} questions, most frequent answer {entry['majority_answer']!r} "
+            f"({entry['majority_share']:.1%})"
+        )
     print(f"sha256 {manifest['sha256']}")
     return 0
 

@@ -1,6 +1,8 @@
-"""The question types of the embedded benchmark. Seven are asked about scenes, the eighth is the easy-VQA data set.
+"""The question types of the embedded benchmark. Seven are asked about scenes, the eighth is the easy-VQA data
+set.
 
-Each maker takes a scene's digits and returns (question, answer), or None where the scene does not allow the type.
+Each maker takes a scene's digits and returns (question, answer), or None where the scene does not allow the
+type.
 """
 
 from collections.abc import Callable
@@ -12,7 +14,9 @@ from PIL import Image
 from .scenes import BOARD, COLOR_NAMES, Digit, Split
 
 Question = tuple[str, str]
-PLACES = [[f"{row} {column}" for column in ("left", "center", "right")] for row in ("top", "middle", "bottom")]
+PLACES = [
+    [f"{row} {column}" for column in ("left", "center", "right")] for row in ("top", "middle", "bottom")
+]
 LETTERS = "ABCD"
 
 
@@ -45,7 +49,9 @@ def counting(rng, digits) -> Question:
         return "how many digits are there ?", str(len(digits))
     if kind == 1:
         row = int(rng.integers(BOARD))
-        return f"how many digits are in the {PLACES[row][0].split()[0]} row ?", str(sum(d.row == row for d in digits))
+        return f"how many digits are in the {PLACES[row][0].split()[0]} row ?", str(
+            sum(d.row == row for d in digits)
+        )
     # Mostly a colour that is there, or the answer would be 0 most of the time.
     name = _pick(rng, digits).color if rng.random() < 0.75 else _pick(rng, COLOR_NAMES)
     return f"how many {name} digits are there ?", str(sum(d.color == name for d in digits))
@@ -114,7 +120,8 @@ TYPES = (*SCENE_TYPES, EASY_VQA)
 
 @cache
 def easy_vqa(split: Split) -> tuple[dict[int, str], dict[int, list[Question]]]:
-    """easy-VQA's own split: image number → file path, and image number → its questions, spelled as ours are."""
+    """easy-VQA's own split: image number → file path, and image number → its questions, spelled as ours
+    are."""
     import easy_vqa as package
 
     train = split == "train"

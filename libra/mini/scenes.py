@@ -14,8 +14,12 @@ IMAGE_SIZE = 96
 BOARD = 3
 CELL = IMAGE_SIZE // BOARD
 COLORS = {
-    "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230),
-    "yellow": (235, 205, 40), "purple": (165, 60, 200), "cyan": (50, 200, 210),
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 230),
+    "yellow": (235, 205, 40),
+    "purple": (165, 60, 200),
+    "cyan": (50, 200, 210),
 }
 COLOR_NAMES = tuple(COLORS)
 GLYPH_SIZES = range(23, 31)
@@ -35,7 +39,8 @@ class Digit:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image with what it shows, in reading order, and per-patch labels for the vision tower's dense pre-training."""
+    """An image with what it shows, in reading order, and per-patch labels for the vision tower's dense
+    pre-training."""
 
     image: np.ndarray  # (96, 96, 3) uint8
     digits: tuple[Digit, ...]
@@ -56,10 +61,18 @@ def _glyphs() -> tuple[dict[int, np.ndarray], dict[str, list[np.ndarray]]]:
         for split, part in (("train", order[:cut]), ("test", order[cut:]))
     }
     scaled = {
-        size: np.stack([
-            np.clip(np.asarray(Image.fromarray(glyph.astype(np.float32)).resize((size, size), Image.BICUBIC)) / 16 * 1.15, 0, 1)
-            for glyph in data.images
-        ])
+        size: np.stack(
+            [
+                np.clip(
+                    np.asarray(Image.fromarray(glyph.astype(np.float32)).resize((size, size), Image.BICUBIC))
+                    / 16
+                    * 1.15,
+                    0,
+                    1,
+                )
+                for glyph in data.images
+            ]
+        )
         for size in GLYPH_SIZES
     }
     return scaled, by_digit
@@ -73,13 +86,17 @@ def _background(rng: np.random.Generator) -> np.ndarray:
         canvas += rng.standard_normal(canvas.shape, np.float32) * rng.uniform(8, 28)
     elif kind == 2:
         coarse = rng.standard_normal((6, 6, 3), np.float32) * rng.uniform(8, 25)
-        cloud = [np.asarray(Image.fromarray(coarse[..., c]).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC)) for c in range(3)]
+        cloud = [
+            np.asarray(Image.fromarray(coarse[..., c]).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC))
+            for c in range(3)
+        ]
         canvas += np.stack(cloud, -1) + rng.standard_normal(canvas.shape, np.float32) * 8
     return canvas
 
 
 def draw_scene(rng: np.random.Generator, split: Split, grid: int = 16) -> Scene:
-    """Draw one scene; ``grid`` is the number of patches a side for the labels (96 must be a multiple of it)."""
+    """Draw one scene; ``grid`` is the number of patches a side for the labels (96 must be a multiple of
+    it)."""
     scaled, by_digit = _glyphs()
     count = int(rng.integers(2, 7))
     cells = np.sort(rng.permutation(BOARD * BOARD)[:count])

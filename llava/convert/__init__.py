@@ -5,7 +5,7 @@
 Tensors are copied byte by byte from file to file, one at a time, so a 7B checkpoint needs little memory.
 """
 
-from libra.lazy import lazily
+from libra.utils.lazy import lazily
 
 __all__ = ["convert"]
 

@@ -4,7 +4,7 @@ import argparse
 import re
 import warnings
 
-from libra.cli import Parser
+from libra.utils.cli import Parser
 
 from ..conversation import conv_templates
 
@@ -26,17 +26,26 @@ def size(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
-        prog="python -m llava.convert", epilog=EXAMPLES,
+        prog="python -m llava.convert",
+        epilog=EXAMPLES,
         description="Convert a checkpoint from LLaVA's own format to a llava-hf folder for transformers, or back.",
     )
     parser.add_argument("source", help="folder or hub name of the checkpoint")
     parser.add_argument("destination", help="folder to make; it must not exist")
-    parser.add_argument("--to", choices=("hf", "original"), help="the format to write (default: the other than the source's)")
     parser.add_argument(
-        "--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of a weight file, such as 500MB (default 5GB)"
+        "--to", choices=("hf", "original"), help="the format to write (default: the other than the source's)"
     )
     parser.add_argument(
-        "--conversation", choices=tuple(conv_templates), metavar="NAME",
+        "--max-shard-size",
+        type=size,
+        default="5GB",
+        metavar="SIZE",
+        help="of a weight file, such as 500MB (default 5GB)",
+    )
+    parser.add_argument(
+        "--conversation",
+        choices=tuple(conv_templates),
+        metavar="NAME",
         help="prompt template to note down; by default the checkpoint's own or, where it names none, by its name",
     )
     args = parser.parse_args(argv)

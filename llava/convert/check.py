@@ -3,7 +3,12 @@
 from pathlib import Path
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
 
 from ..model import settings
 from ..model.weights import first_line, is_float
@@ -25,13 +30,17 @@ def check_complete(source: Path, tensors: dict[str, Stored], config: LlavaConfig
             model = CLASSES[type(config)](config)
     except Exception as error:  # an unknown activation is a KeyError, no heads a division by zero …
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{source / 'config.json'} describes no model that can be built ({reason}); get it again") from error
+        raise ValueError(
+            f"{source / 'config.json'} describes no model that can be built ({reason}); get it again"
+        ) from error
     wanted = {held_from_hf(name): tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tie_word_embeddings and HEAD not in tensors:
         wanted.pop(HEAD)
     missing = [name for name in wanted if name not in tensors]
     if missing:
-        raise ValueError(f"the checkpoint {source} lacks {len(missing)} weights, {missing[0]!r} among them; get it again")
+        raise ValueError(
+            f"the checkpoint {source} lacks {len(missing)} weights, {missing[0]!r} among them; get it again"
+        )
     unknown = [name for name in tensors if name not in wanted]
     if unknown:
         raise ValueError(
@@ -39,6 +48,10 @@ def check_complete(source: Path, tensors: dict[str, Stored], config: LlavaConfig
         )
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
-            raise ValueError(f"{name!r} of {source} has the shape {tensors[name].shape}; its config.json asks for {shape}")
+            raise ValueError(
+                f"{name!r} of {source} has the shape {tensors[name].shape}; its config.json asks for {shape}"
+            )
         if not is_float(tensors[name].dtype):
-            raise ValueError(f"{name!r} of {source} is of type {tensors[name].dtype}, and weights are floating-point numbers")
+            raise ValueError(
+                f"{name!r} of {source} is of type {tensors[name].dtype}, and weights are floating-point numbers"
+            )

@@ -31,7 +31,11 @@ def detect(source: Path) -> str:
 
 
 def convert(
-    source: str, destination: str, to: str | None = None, max_shard_size: int = 5 * 10**9, conversation: str | None = None
+    source: str,
+    destination: str,
+    to: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    conversation: str | None = None,
 ) -> list[str]:
     """Convert a checkpoint; the destination appears when it is whole, or not at all.
 
@@ -46,8 +50,8 @@ def convert(
         What was written, in sentences.
 
     Raises:
-        ValueError: if the source is incomplete, damaged or cannot be expressed in the other format, or the destination
-            exists or cannot be written.
+        ValueError: if the source is incomplete, damaged or cannot be expressed in the other format, or the
+            destination exists or cannot be written.
     """
     folder, target = local_folder(source), Path(destination)
     found = detect(folder)
@@ -58,6 +62,8 @@ def convert(
         with staged(target) as stage:
             return FORMATS[to](folder, stage, max_shard_size, conversation, get_model_name_from_path(source))
     except OSError as error:
-        raise ValueError(f"the conversion to {destination} failed ({error}); nothing was left behind") from error
+        raise ValueError(
+            f"the conversion to {destination} failed ({error}); nothing was left behind"
+        ) from error
     finally:
         forget()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from libra.files import new_folder
+from libra.utils.files import new_folder
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 
@@ -15,13 +15,15 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def small_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold no weights: settings, tokenizer, licence …; folders in it are left out."""
+    """The files of a folder that hold no weights: settings, tokenizer, licence …; folders in it are left
+    out."""
     return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
 
 
 @contextmanager
 def staged(destination: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``destination`` when the block is left without an error, and vanishes otherwise.
+    """A temporary folder that becomes ``destination`` when the block is left without an error, and vanishes
+    otherwise.
 
     Raises:
         ValueError: if the destination exists or its parent does not.

@@ -1,4 +1,5 @@
-"""Names of weights: as transformers' classes hold them ("held"), in llava-hf files, in LLaVA's files and in a tower's files."""
+"""Names of weights: as transformers' classes hold them ("held"), in llava-hf files, in LLaVA's files and in a
+tower's files."""
 
 import re
 

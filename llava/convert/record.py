@@ -1,7 +1,8 @@
-"""What a llava-hf folder notes down of the original it was made from, so that the way back gives the same files.
+"""What a llava-hf folder notes down of the original it was made from, so that the way back gives the same
+files.
 
-The folder ``original/`` holds copies of the small files, the headers of the weight files, and those few tensors that the
-llava-hf folder has no use for. All others are those of the llava-hf folder.
+The folder ``original/`` holds copies of the small files, the headers of the weight files, and those few
+tensors that the llava-hf folder has no use for. All others are those of the llava-hf folder.
 """
 
 import shutil
@@ -21,7 +22,8 @@ _LEFT_OVER = "left_over.safetensors"
 
 @dataclass(frozen=True)
 class Part:
-    """Of an original: ``name`` is "checkpoint" or "tower"; ``files`` are empty where the weights are in the other part."""
+    """Of an original: ``name`` is "checkpoint" or "tower"; ``files`` are empty where the weights are in the
+    other part."""
 
     name: str
     folder: Path
@@ -40,14 +42,16 @@ class Part:
 
 
 def held(part: str, key: str) -> str | None:
-    """The name that transformers' class has for a weight of a part; None for a buffer and for what a tower has besides."""
+    """The name that transformers' class has for a weight of a part; None for a buffer and for what a tower
+    has besides."""
     if is_buffer(key):
         return None
     return held_from_original(key) if part == "checkpoint" else held_from_tower(key)
 
 
 def write_record(stage: Path, parts: list[Part], tensors: dict[str, Stored], tower_name: str) -> None:
-    """Note down the originals of the llava-hf folder ``stage`` of these tensors; its config.json is there already."""
+    """Note down the originals of the llava-hf folder ``stage`` of these tensors; its config.json is there
+    already."""
     folder = stage / FOLDER
     weights, left = {}, {}
     for part in parts:
@@ -57,13 +61,17 @@ def write_record(stage: Path, parts: list[Part], tensors: dict[str, Stored], tow
                 shutil.copyfile(path, folder / part.name / path.name)
         if not part.complete:
             continue
-        if len(part.files) > 1 and not (part.folder / INDEX).is_file():  # .bin shards, which come back as safetensors
+        if (
+            len(part.files) > 1 and not (part.folder / INDEX).is_file()
+        ):  # .bin shards, which come back as safetensors
             write_json(folder / part.name / INDEX, index_of({file.name: file.tensors for file in part.files}))
         for file in part.files:
             weights[f"{part.name}/{file.name}"] = file.header.decode()
             for key, stored in file.tensors.items():
                 used = tensors.get(held(part.name, key))
-                if used is not stored and (used is None or not stored.same(used)):  # a buffer, or a tower that lies twice
+                if used is not stored and (
+                    used is None or not stored.same(used)
+                ):  # a buffer, or a tower that lies twice
                     left[f"{part.name}/{key}"] = stored
     if left:
         write_files(folder, {_LEFT_OVER: (header_of(left), left)})
@@ -83,7 +91,8 @@ class Record:
 
     @property
     def lacks_tower(self) -> bool:
-        """Whether the tower's file cannot be had again: it was a whole CLIP, of which the llava-hf folder has a part."""
+        """Whether the tower's file cannot be had again: it was a whole CLIP, of which the llava-hf folder has
+        a part."""
         return self.own_tower and not any(place.startswith("tower/") for place in self.files)
 
     @property
@@ -101,13 +110,19 @@ class Record:
                 shutil.copyfile(path, target / path.name)
         for part, target in targets.items():
             places = [place for place in self.files if place.startswith(f"{part}/")]
-            write_files(target, {place.split("/")[1]: (self.files[place], self.tensors[place]) for place in places})
+            write_files(
+                target, {place.split("/")[1]: (self.files[place], self.tensors[place]) for place in places}
+            )
         if self.tower_place != self.tower_name:
-            write_json(stage / "config.json", {**read_json(stage / "config.json"), "mm_vision_tower": self.tower_place})
+            write_json(
+                stage / "config.json",
+                {**read_json(stage / "config.json"), "mm_vision_tower": self.tower_place},
+            )
 
 
 def read_record(source: Path, tensors: dict[str, Stored]) -> Record | None:
-    """The record of a llava-hf folder with these weights; None if there is none or the model is another by now.
+    """The record of a llava-hf folder with these weights; None if there is none or the model is another by
+    now.
 
     Raises:
         ValueError: if the record is damaged.
@@ -118,7 +133,9 @@ def read_record(source: Path, tensors: dict[str, Stored]) -> Record | None:
     try:
         return _read_record(source, read_json(path), tensors)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); remove {path.parent} to convert without it") from error
+        raise ValueError(
+            f"{path} is damaged ({error!r}); remove {path.parent} to convert without it"
+        ) from error
 
 
 def _read_record(source: Path, layout: dict, tensors: dict[str, Stored]) -> Record | None:

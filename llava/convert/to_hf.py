@@ -5,7 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    MistralConfig,
+)
 
 from ..constants import DEFAULT_IMAGE_TOKEN
 from ..conversation import conv_templates, conversation_name
@@ -19,15 +26,35 @@ from .record import Part, write_record
 from .text import chat_template, with_image_token
 from .weights import DTYPES, read_folder, write_folder
 
-_TEXT_CONFIGS = {"llava_llama": LlamaConfig, "llava": LlamaConfig, "llava_mistral": MistralConfig}  # "llava": before v1.2
+_TEXT_CONFIGS = {
+    "llava_llama": LlamaConfig,
+    "llava": LlamaConfig,
+    "llava_mistral": MistralConfig,
+}  # "llava": before v1.2
 _NOT_TEXT = ("mm_", "image_", "tokenizer_", "tune_", "freeze_", "unfreeze_", "use_mm", "vision_")
 _NOT_TEXT_NAMES = {
-    "model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "conversation", "torch_dtype", "dtype",
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "auto_map",
+    "_name_or_path",
+    "conversation",
+    "torch_dtype",
+    "dtype",
 }
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 PIXEL_KEYS = (
-    "crop_size", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std",
-    "resample", "rescale_factor", "size",
+    "crop_size",
+    "do_center_crop",
+    "do_convert_rgb",
+    "do_normalize",
+    "do_rescale",
+    "do_resize",
+    "image_mean",
+    "image_std",
+    "resample",
+    "rescale_factor",
+    "size",
 )
 
 
@@ -35,18 +62,35 @@ def _config_class(source: Path, settings: dict) -> type:
     """transformers' configuration class for a checkpoint. Raises ValueError where none computes the same."""
     kind = settings.get("model_type")
     if str(kind).startswith("videollama2"):
-        raise ValueError(f"{source} is a VideoLLaMA-2 checkpoint, for which transformers has no class; use it as it is")
+        raise ValueError(
+            f"{source} is a VideoLLaMA-2 checkpoint, for which transformers has no class; use it as it is"
+        )
     if kind not in _TEXT_CONFIGS:
-        raise ValueError(f"{source} is a {kind!r} checkpoint; the types that convert are llava_llama and llava_mistral")
-    if (source / "adapter_config.json").is_file() or not has_weights(source) and (source / "mm_projector.bin").is_file():
-        raise ValueError(f"{source} is a part of a model; load it with its base model, save the whole, and convert that")
+        raise ValueError(
+            f"{source} is a {kind!r} checkpoint; the types that convert are llava_llama and llava_mistral"
+        )
+    if (
+        (source / "adapter_config.json").is_file()
+        or not has_weights(source)
+        and (source / "mm_projector.bin").is_file()
+    ):
+        raise ValueError(
+            f"{source} is a part of a model; load it with its base model, save the whole, and convert that"
+        )
     projector = settings.get("mm_projector_type", "linear")
     if projector != "mlp2x_gelu":
-        raise ValueError(f"{source} has the projector {projector!r}; transformers' classes have mlp2x_gelu alone")
+        raise ValueError(
+            f"{source} has the projector {projector!r}; transformers' classes have mlp2x_gelu alone"
+        )
     feature = settings.get("mm_vision_select_feature", "patch")
     if feature not in _STRATEGIES:
-        raise ValueError(f"mm_vision_select_feature {feature!r} of {source} is unknown; it is patch or cls_patch")
-    merge, aspect = settings.get("mm_patch_merge_type", "flat"), settings.get("image_aspect_ratio") or "square"
+        raise ValueError(
+            f"mm_vision_select_feature {feature!r} of {source} is unknown; it is patch or cls_patch"
+        )
+    merge, aspect = (
+        settings.get("mm_patch_merge_type", "flat"),
+        settings.get("image_aspect_ratio") or "square",
+    )
     if aspect in ("pad", "square") and merge == "flat":
         return LlavaConfig
     if aspect == "anyres" and merge == "spatial_unpad" and feature == "patch":
@@ -57,11 +101,14 @@ def _config_class(source: Path, settings: dict) -> type:
     )
 
 
-def to_hf(source: Path, stage: Path, max_shard_size: int, conversation: str | None, model_name: str) -> list[str]:
+def to_hf(
+    source: Path, stage: Path, max_shard_size: int, conversation: str | None, model_name: str
+) -> list[str]:
     """Write a llava-hf folder into ``stage``; returns what was written, in sentences.
 
     Raises:
-        ValueError: if the checkpoint is incomplete, damaged, or transformers has no class that computes the same.
+        ValueError: if the checkpoint is incomplete, damaged, or transformers has no class that computes the
+            same.
     """
     settings = read_json(source / "config.json")
     config_class = _config_class(source, settings)
@@ -72,7 +119,9 @@ def to_hf(source: Path, stage: Path, max_shard_size: int, conversation: str | No
         Part("checkpoint", source, read_folder(source)),
         Part("tower", tower, [] if checkpoint.tower_inside else read_folder(tower)),
     ]
-    tensors = parts[0].tensors | parts[1].tensors  # a tower of its own is read, whatever tower the checkpoint has inside
+    tensors = (
+        parts[0].tensors | parts[1].tensors
+    )  # a tower of its own is read, whatever tower the checkpoint has inside
     tokenizer = with_image_token(checkpoint.tokenizer)
     image_token = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
 
@@ -89,21 +138,34 @@ def to_hf(source: Path, stage: Path, max_shard_size: int, conversation: str | No
     has_template = _write_processor(stage, settings, config, tower, template)
     _write_generation_config(stage, source, settings, tokenizer, template)
     write_record(stage, parts, as_read, settings["mm_vision_tower"])
-    count = write_folder(stage, {hf_from_held(name): stored for name, stored in tensors.items()}, max_shard_size)
-    rows = f"{added} row{'s were' if added > 1 else ' was'} added, the mean of the others" if added else "no row was added"
+    count = write_folder(
+        stage, {hf_from_held(name): stored for name, stored in tensors.items()}, max_shard_size
+    )
+    rows = (
+        f"{added} row{'s were' if added > 1 else ' was'} added, the mean of the others"
+        if added
+        else "no row was added"
+    )
     return [
         f"{CLASSES[config_class].__name__}: {count} weight file{'s' * (count > 1)}",
         f"{DEFAULT_IMAGE_TOKEN} is token {image_token}; to embeddings and head {rows}",
-        f"the chat template is that of {template}" if has_template else f"no chat template: {template} is for training",
+        f"the chat template is that of {template}"
+        if has_template
+        else f"no chat template: {template} is for training",
     ]
 
 
-def _config(source: Path, settings: dict, config_class: type, tower: Path, image_token: int, dtype) -> LlavaConfig:
+def _config(
+    source: Path, settings: dict, config_class: type, tower: Path, image_token: int, dtype
+) -> LlavaConfig:
     vision = CLIPVisionConfig.from_pretrained(tower)
     text_class = _TEXT_CONFIGS[settings["model_type"]]
     text = {
-        name: value for name, value in settings.items()
-        if not name.startswith(_NOT_TEXT) and name not in _NOT_TEXT_NAMES and (name, value) != ("rope_scaling", None)
+        name: value
+        for name, value in settings.items()
+        if not name.startswith(_NOT_TEXT)
+        and name not in _NOT_TEXT_NAMES
+        and (name, value) != ("rope_scaling", None)
     }
     feature = settings.get("mm_vision_select_feature", "patch")
     patches = (vision.image_size // vision.patch_size) ** 2
@@ -112,16 +174,23 @@ def _config(source: Path, settings: dict, config_class: type, tower: Path, image
         own["image_grid_pinpoints"] = [[h, w] for w, h in _pinpoints(settings.get("image_grid_pinpoints"))]
     try:
         return config_class(
-            text_config=text_class(**text), vision_config=vision, image_token_id=image_token,
-            image_seq_length=patches + (feature == "cls_patch"), projector_hidden_act="gelu", dtype=dtype,
+            text_config=text_class(**text),
+            vision_config=vision,
+            image_token_id=image_token,
+            image_seq_length=patches + (feature == "cls_patch"),
+            projector_hidden_act="gelu",
+            dtype=dtype,
             vision_feature_layer=settings.get("mm_vision_select_layer", -2),
             vision_feature_select_strategy=_STRATEGIES[feature],
             tie_word_embeddings=bool(settings.get("tie_word_embeddings", False)),
-            architectures=[CLASSES[config_class].__name__], **own,
+            architectures=[CLASSES[config_class].__name__],
+            **own,
         )
     except (TypeError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{source / 'config.json'} cannot be expressed for transformers: {reason}") from error
+        raise ValueError(
+            f"{source / 'config.json'} cannot be expressed for transformers: {reason}"
+        ) from error
 
 
 def _write_processor(stage: Path, settings: dict, config: LlavaConfig, tower: Path, template: str) -> bool:
@@ -129,17 +198,26 @@ def _write_processor(stage: Path, settings: dict, config: LlavaConfig, tower: Pa
     pixels = json.loads(CLIPImageProcessor.from_pretrained(tower).to_json_string())
     following = isinstance(config, LlavaNextConfig)
     own = {"image_grid_pinpoints": config.image_grid_pinpoints} if following else {}
-    write_json(stage / "preprocessor_config.json", {
-        **{name: pixels[name] for name in PIXEL_KEYS if name in pixels}, **own,
-        "do_pad": following or settings.get("image_aspect_ratio") == "pad",
-        "image_processor_type": "LlavaNextImageProcessor" if following else "LlavaImageProcessor",
-        "processor_class": "LlavaNextProcessor" if following else "LlavaProcessor",
-    })
-    write_json(stage / "processor_config.json", {
-        "image_token": DEFAULT_IMAGE_TOKEN, "num_additional_image_tokens": 1, "patch_size": config.vision_config.patch_size,
-        "processor_class": "LlavaNextProcessor" if following else "LlavaProcessor",
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-    })
+    write_json(
+        stage / "preprocessor_config.json",
+        {
+            **{name: pixels[name] for name in PIXEL_KEYS if name in pixels},
+            **own,
+            "do_pad": following or settings.get("image_aspect_ratio") == "pad",
+            "image_processor_type": "LlavaNextImageProcessor" if following else "LlavaImageProcessor",
+            "processor_class": "LlavaNextProcessor" if following else "LlavaProcessor",
+        },
+    )
+    write_json(
+        stage / "processor_config.json",
+        {
+            "image_token": DEFAULT_IMAGE_TOKEN,
+            "num_additional_image_tokens": 1,
+            "patch_size": config.vision_config.patch_size,
+            "processor_class": "LlavaNextProcessor" if following else "LlavaProcessor",
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        },
+    )
     text = chat_template(template, start_end=bool(settings.get("mm_use_im_start_end")))
     if text is not None:
         (stage / "chat_template.jinja").write_text(text, encoding="utf-8")
@@ -150,7 +228,9 @@ def _write_generation_config(stage: Path, source: Path, settings: dict, tokenize
     """The checkpoint's own; what ends a turn of the template ends generation too, where it is a token."""
     path = source / "generation_config.json"
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    content = read_json(path) if path.is_file() else {name: settings[name] for name in names if name in settings}
+    content = (
+        read_json(path) if path.is_file() else {name: settings[name] for name in names if name in settings}
+    )
     ends = content.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     stop = tokenizer.get_vocab().get(conv_templates[template].stop)

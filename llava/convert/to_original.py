@@ -18,19 +18,36 @@ from .to_hf import PIXEL_KEYS
 from .weights import read_folder, write_folder
 
 _CONFIGS = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
-_TYPES = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
+_TYPES = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+}
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
 _TOWER_FOLDER = "vision_tower"
-_NAMED_ANEW = {"architectures", "model_type", "transformers_version", "dtype", "rope_parameters", "_name_or_path"}
+_NAMED_ANEW = {
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "dtype",
+    "rope_parameters",
+    "_name_or_path",
+}
 
 
-def to_original(source: Path, stage: Path, max_shard_size: int, conversation: str | None, model_name: str) -> list[str]:
+def to_original(
+    source: Path, stage: Path, max_shard_size: int, conversation: str | None, model_name: str
+) -> list[str]:
     """Write a checkpoint in LLaVA's own format into ``stage``; returns what was written, in sentences.
 
-    A folder that :func:`to_hf` made and nobody changed gives the files it was made from. Otherwise the vision tower goes to a
-    folder ``vision_tower`` of its own, and the row of ``<image>`` stays in embeddings and head.
+    A folder that :func:`to_hf` made and nobody changed gives the files it was made from. Otherwise the vision
+    tower goes to a folder ``vision_tower`` of its own, and the row of ``<image>`` stays in embeddings and
+    head.
 
     Raises:
         ValueError: if the folder is incomplete, damaged, or the format has no words for it.
@@ -43,7 +60,10 @@ def to_original(source: Path, stage: Path, max_shard_size: int, conversation: st
     config = read_config(_CONFIGS[kind], path, read_json(path))
     _check_expressible(source, config)
     tensors = {
-        held_from_hf(key): stored for file in read_folder(source) for key, stored in file.tensors.items() if not is_buffer(key)
+        held_from_hf(key): stored
+        for file in read_folder(source)
+        for key, stored in file.tensors.items()
+        if not is_buffer(key)
     }
     check_complete(source, tensors, config)
     record = read_record(source, tensors)
@@ -53,7 +73,9 @@ def to_original(source: Path, stage: Path, max_shard_size: int, conversation: st
         if record.lacks_tower:
             write_folder(stage / record.tower_place, tower, max_shard_size)
         return [f"the original's own files, the vision tower in {record.tower_place}"]
-    rest = {original_from_held(name): stored for name, stored in tensors.items() if not name.startswith(TOWER)}
+    rest = {
+        original_from_held(name): stored for name, stored in tensors.items() if not name.startswith(TOWER)
+    }
     template = conversation or _known_template(source)
     settings = _settings(source, config, template)
     write_json(stage / "config.json", settings)
@@ -64,22 +86,34 @@ def to_original(source: Path, stage: Path, max_shard_size: int, conversation: st
     return [
         f"{settings['architectures'][0]}: {count} weight file{'s' * (count > 1)}, the vision tower in {_TOWER_FOLDER}",
         f"images are prepared with image_aspect_ratio {settings['image_aspect_ratio']!r}, as by the folder's image processor",
-        f"the prompt template is {template}" if template else "no prompt template was noted down; --conversation sets one",
+        f"the prompt template is {template}"
+        if template
+        else "no prompt template was noted down; --conversation sets one",
     ]
 
 
 def _check_expressible(source: Path, config: LlavaConfig) -> None:
     text, vision = config.text_config.model_type, config.vision_config.model_type
     if text not in _TYPES:
-        raise ValueError(f"the language model of {source} is of type {text!r}; those that convert are {', '.join(_TYPES)}")
+        raise ValueError(
+            f"the language model of {source} is of type {text!r}; those that convert are {', '.join(_TYPES)}"
+        )
     if vision != "clip_vision_model":
-        raise ValueError(f"the vision tower of {source} is of type {vision!r}; the towers that convert are CLIP's")
+        raise ValueError(
+            f"the vision tower of {source} is of type {vision!r}; the towers that convert are CLIP's"
+        )
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
-        raise ValueError(f"the projector of {source} is not two layers with biases and gelu between, which mlp2x_gelu means")
+        raise ValueError(
+            f"the projector of {source} is not two layers with biases and gelu between, which mlp2x_gelu means"
+        )
     if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(f"{source} takes features of the vision layers {config.vision_feature_layer}; LLaVA takes one layer's")
+        raise ValueError(
+            f"{source} takes features of the vision layers {config.vision_feature_layer}; LLaVA takes one layer's"
+        )
     if isinstance(config, LlavaNextConfig) and config.vision_feature_select_strategy != "default":
-        raise ValueError(f"{source} keeps the class token in tiles (strategy 'full'), which LLaVA's anyres does not")
+        raise ValueError(
+            f"{source} keeps the class token in tiles (strategy 'full'), which LLaVA's anyres does not"
+        )
 
 
 def _settings(source: Path, config: LlavaConfig, template: str | None) -> dict:
@@ -94,16 +128,27 @@ def _settings(source: Path, config: LlavaConfig, template: str | None) -> dict:
     pads = following or getattr(_image_processor(source), "do_pad", False)
     settings = {
         **{name: value for name, value in text.items() if name not in _NAMED_ANEW},
-        "architectures": [architecture], "model_type": model_type, "torch_dtype": str(config.dtype or "float32").split(".")[-1],
-        "rope_theta": theta, "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
+        "architectures": [architecture],
+        "model_type": model_type,
+        "torch_dtype": str(config.dtype or "float32").split(".")[-1],
+        "rope_theta": theta,
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
         "tie_word_embeddings": config.tie_word_embeddings,
         "image_aspect_ratio": "anyres" if following else "pad" if pads else "square",
-        "mm_hidden_size": config.vision_config.hidden_size, "mm_patch_merge_type": "spatial_unpad" if following else "flat",
-        "mm_projector_type": "mlp2x_gelu", "mm_use_im_patch_token": False, "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "cls_patch" if config.vision_feature_select_strategy == "full" else "patch",
-        "mm_vision_select_layer": config.vision_feature_layer, "mm_vision_tower": _TOWER_FOLDER,
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_patch_merge_type": "spatial_unpad" if following else "flat",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "cls_patch"
+        if config.vision_feature_select_strategy == "full"
+        else "patch",
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_tower": _TOWER_FOLDER,
         "tokenizer_model_max_length": int(min(tokenizer.get("model_max_length") or longest, longest)),
-        "tokenizer_padding_side": "right", "unfreeze_mm_vision_tower": False, "use_mm_proj": True,
+        "tokenizer_padding_side": "right",
+        "unfreeze_mm_vision_tower": False,
+        "use_mm_proj": True,
     }
     if following:
         settings["image_grid_pinpoints"] = [[width, height] for height, width in config.image_grid_pinpoints]
@@ -120,7 +165,8 @@ def _image_processor(source: Path):
 
 
 def _known_template(source: Path) -> str | None:
-    """The name of the prompt template whose prompts the folder's chat template gives, if it is one of ours."""
+    """The name of the prompt template whose prompts the folder's chat template gives, if it is one of
+    ours."""
     path = source / "chat_template.jinja"
     if not path.is_file():
         return None

@@ -1,4 +1,5 @@
-"""Weight files, read and written tensor by tensor: safetensors byte by byte, `.bin` with torch's loader for plain tensors."""
+"""Weight files, read and written tensor by tensor: safetensors byte by byte, `.bin` with torch's loader for
+plain tensors."""
 
 import json
 import math
@@ -16,8 +17,16 @@ from ..model.weights import read_bin, weight_files
 from .folder import write_json
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 1 << 24  # bytes read at once
@@ -55,7 +64,9 @@ class Stored:
                 yield piece
                 rest += piece
                 whole = len(rest) // (width * dtype.itemsize) * (width * dtype.itemsize)
-                total += torch.frombuffer(bytearray(rest[:whole]), dtype=dtype).view(-1, width).double().sum(0)
+                total += (
+                    torch.frombuffer(bytearray(rest[:whole]), dtype=dtype).view(-1, width).double().sum(0)
+                )
                 rest = rest[whole:]
             mean = (total / self.shape[0]).to(dtype)
             yield mean.expand(rows, -1).contiguous().view(torch.uint8).numpy().tobytes()
@@ -79,7 +90,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A weight file: what a safetensors file begins with (for a `.bin`, what one would begin with), and its tensors."""
+    """A weight file: what a safetensors file begins with (for a `.bin`, what one would begin with), and its
+    tensors."""
 
     name: str
     header: bytes
@@ -91,7 +103,11 @@ def header_of(tensors: dict[str, Stored]) -> bytes:
     entries, start = {"__metadata__": {"format": "pt"}}, 0
     # Wide types first, as the library does it: then every tensor lies at a multiple of its item's size.
     for name, stored in sorted(tensors.items(), key=lambda item: -DTYPES[item[1].dtype].itemsize):
-        entries[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [start, start + stored.nbytes]}
+        entries[name] = {
+            "dtype": stored.dtype,
+            "shape": list(stored.shape),
+            "data_offsets": [start, start + stored.nbytes],
+        }
         start += stored.nbytes
     header = json.dumps(entries, separators=(",", ":")).encode()
     return header + b" " * (-len(header) % 8)
@@ -104,9 +120,12 @@ def entries_of(header: bytes) -> dict[str, dict]:
 
 
 def write_files(folder: Path, files: dict[str, tuple[bytes, dict[str, Stored]]]) -> None:
-    """Write safetensors files, by their names, with these headers; the tensors have the types and shapes these tell."""
+    """Write safetensors files, by their names, with these headers; the tensors have the types and shapes
+    these tell."""
     total = sum(stored.nbytes for _, tensors in files.values() for stored in tensors.values())
-    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, mininterval=0.5, disable=not total) as bar:
+    with tqdm(
+        total=total, desc="weights", unit="B", unit_scale=True, mininterval=0.5, disable=not total
+    ) as bar:
         for name, (header, tensors) in files.items():
             with (folder / name).open("wb") as file:
                 file.write(struct.pack("<Q", len(header)) + header)
@@ -127,7 +146,11 @@ def write_folder(folder: Path, tensors: dict[str, Stored], max_shard_size: int) 
         shards[-1][name] = stored
         size += stored.nbytes
     count = len(shards)
-    names = [f"model-{k:05}-of-{count:05}.safetensors" for k in range(1, count + 1)] if count > 1 else ["model.safetensors"]
+    names = (
+        [f"model-{k:05}-of-{count:05}.safetensors" for k in range(1, count + 1)]
+        if count > 1
+        else ["model.safetensors"]
+    )
     write_files(folder, {name: (header_of(shard), shard) for name, shard in zip(names, shards)})
     if count > 1:
         write_json(folder / INDEX, index_of(dict(zip(names, shards))))
@@ -167,11 +190,15 @@ def read_safetensors(path: Path) -> WeightFile:
                     raise ValueError(f"its header contradicts itself about {name!r}")
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
             if 8 + length + end != path.stat().st_size:
-                raise ValueError(f"it has {path.stat().st_size} bytes and its header tells of {8 + length + end}")
+                raise ValueError(
+                    f"it has {path.stat().st_size} bytes and its header tells of {8 + length + end}"
+                )
         except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             raise ValueError(f"{path} is damaged ({error}); get it again") from error
     if unknown:
-        raise ValueError(f"{path} has tensors of type {', '.join(sorted(unknown))}; convert the unquantised checkpoint")
+        raise ValueError(
+            f"{path} has tensors of type {', '.join(sorted(unknown))}; convert the unquantised checkpoint"
+        )
 
     def stored(entry: dict) -> Stored:
         start, stop = entry["data_offsets"]

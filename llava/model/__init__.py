@@ -3,6 +3,10 @@ from .language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCau
 from .language_model.videollama2 import Videollama2MistralConfig, Videollama2MistralForCausalLM
 
 __all__ = [
-    "LlavaConfig", "LlavaLlamaForCausalLM", "LlavaMistralConfig", "LlavaMistralForCausalLM",
-    "Videollama2MistralConfig", "Videollama2MistralForCausalLM",
+    "LlavaConfig",
+    "LlavaLlamaForCausalLM",
+    "LlavaMistralConfig",
+    "LlavaMistralForCausalLM",
+    "Videollama2MistralConfig",
+    "Videollama2MistralForCausalLM",
 ]

@@ -10,23 +10,29 @@ MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 
 
 def arrange_tiles(
-    tokens: torch.Tensor, merge: str, image_size: tuple[int, int] | None = None, grid_pinpoints: str | list | None = None,
-    tile_edge: int | None = None, newline: torch.Tensor | None = None,
+    tokens: torch.Tensor,
+    merge: str,
+    image_size: tuple[int, int] | None = None,
+    grid_pinpoints: str | list | None = None,
+    tile_edge: int | None = None,
+    newline: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The visual tokens (N, D) of one image: those of the whole image, then its tiles' as one map, row by row.
+    """The visual tokens (N, D) of one image: those of the whole image, then its tiles' as one map, row by
+    row.
 
     Args:
         tokens: (1 + tiles, P, D), the whole image first; P is a square number.
-        merge: "flat" puts tile after tile; "spatial" puts the tiles together; "spatial_unpad" then cuts off what padding
-            added and ends each row with ``newline``, as it does the tokens of an image without tiles.
+        merge: "flat" puts tile after tile; "spatial" puts the tiles together; "spatial_unpad" then cuts off
+            what padding added and ends each row with ``newline``, as it does the tokens of an image without
+            tiles.
         image_size: (width, height) of the image, in pixels; of no account without tiles.
         grid_pinpoints: the configuration's resolutions.
         tile_edge: pixels of a tile's edge.
         newline: (D,).
 
     Raises:
-        ValueError: if the tiles are not those of an image of that size, or the image is so narrow that none of their tokens
-            would be left.
+        ValueError: if the tiles are not those of an image of that size, or the image is so narrow that none
+            of their tokens would be left.
     """
     base, tiles = tokens[0], tokens[1:]
     if merge == "flat":

@@ -1,4 +1,5 @@
-"""Load a LLaVA checkpoint in the original's format: the whole model, or a projector or LoRA adapter for a base model."""
+"""Load a LLaVA checkpoint in the original's format: the whole model, or a projector or LoRA adapter for a
+base model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,27 +29,31 @@ def load_pretrained_model(
     merge_lora: bool = True,
     **kwargs,
 ):
-    """Load tokenizer, model, image processor and context length, as the original's function of this name does.
+    """Load tokenizer, model, image processor and context length, as the original's function of this name
+    does.
 
     The context length is the model's own, ``model.context_length``: text and visual tokens of a prompt.
 
     Whatever the configuration and the headers of the files tell is checked before weights are read.
 
     Args:
-        model_path: folder or hub name of a checkpoint of type ``llava_llama``, ``llava_mistral`` or ``videollama2_mistral``;
-            with ``model_base``, of a projector (``mm_projector.bin``) or a LoRA adapter (``adapter_config.json``).
-        model_base: folder or hub name of the language model that ``model_path`` adds to; it gives the tokenizer.
+        model_path: folder or hub name of a checkpoint of type ``llava_llama``, ``llava_mistral`` or
+            ``videollama2_mistral``; with ``model_base``, of a projector (``mm_projector.bin``) or a LoRA
+            adapter (``adapter_config.json``).
+        model_base: folder or hub name of the language model that ``model_path`` adds to; it gives the
+            tokenizer.
         model_name: as in the original, and not needed: what lies in the folder says what to load.
         device: "cuda" or "cpu"; a device other than "cuda" takes the whole model.
         compression: applied from the first prompt on; ``model.set_compression`` changes it.
-        merge_lora: add an adapter to the weights, as the original does; False returns a ``PeftModel`` with the adapter beside
-            them, which generates and compresses alike.
-        kwargs: more arguments for ``from_pretrained``, such as ``torch_dtype`` (float16 on a GPU, float32 on a CPU by default)
-            and, for names on the hub, ``cache_dir, force_download, local_files_only, revision, token``.
+        merge_lora: add an adapter to the weights, as the original does; False returns a ``PeftModel`` with
+            the adapter beside them, which generates and compresses alike.
+        kwargs: more arguments for ``from_pretrained``, such as ``torch_dtype`` (float16 on a GPU, float32 on
+            a CPU by default) and, for names on the hub, ``cache_dir, force_download, local_files_only,
+            revision, token``.
 
     Raises:
-        ValueError: if the checkpoint is missing, incomplete, damaged or of another type, its parts do not fit together, or a
-            weight is not a finite number.
+        ValueError: if the checkpoint is missing, incomplete, damaged or of another type, its parts do not fit
+            together, or a weight is not a finite number.
     """
     if load_8bit and load_4bit:
         raise ValueError("load_8bit and load_4bit exclude each other; choose one")
@@ -56,10 +61,15 @@ def load_pretrained_model(
         from transformers import BitsAndBytesConfig
 
         kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=load_8bit, load_in_4bit=load_4bit, bnb_4bit_compute_dtype=torch.float16, bnb_4bit_quant_type="nf4",
+            load_in_8bit=load_8bit,
+            load_in_4bit=load_4bit,
+            bnb_4bit_compute_dtype=torch.float16,
+            bnb_4bit_quant_type="nf4",
             llm_int8_skip_modules=["mm_projector", "vision_tower", "lm_head"],
         )
-    dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", torch.float16 if device == "cuda" else torch.float32))
+    dtype = kwargs.pop(
+        "torch_dtype", kwargs.pop("dtype", torch.float16 if device == "cuda" else torch.float32)
+    )
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     kwargs.pop("multimodal", None)  # what lmms-eval's llava model passes for the sake of LLaVA-NeXT's code
 
@@ -67,15 +77,24 @@ def load_pretrained_model(
     try:
         with _quiet():
             model, info = parts.model_class.from_pretrained(
-                parts.base, config=parts.config, dtype=dtype, device_map=device_map if device == "cuda" else {"": device},
-                attn_implementation=attn_implementation, output_loading_info=True,
-                ignore_mismatched_sizes=bool(parts.values), **kwargs,  # the values below have the right sizes
+                parts.base,
+                config=parts.config,
+                dtype=dtype,
+                device_map=device_map if device == "cuda" else {"": device},
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=bool(parts.values),
+                **kwargs,  # the values below have the right sizes
             )
     except Exception as error:  # of transformers, safetensors, a quantiser or the memory
         raise ValueError(f"the checkpoint {model_path} cannot be loaded: {first_line(error)}") from error
-    missing = [name for name in info["missing_keys"] if name not in parts.values and not name.startswith(TOWER)]
+    missing = [
+        name for name in info["missing_keys"] if name not in parts.values and not name.startswith(TOWER)
+    ]
     if missing:
-        raise ValueError(f"{len(missing)} weights did not come out of {model_path}, {missing[0]!r} among them")
+        raise ValueError(
+            f"{len(missing)} weights did not come out of {model_path}, {missing[0]!r} among them"
+        )
     _fill(model, parts.values)
     if parts.adapter is not None:
         model = lora.add_adapter(model, parts.folder, parts.adapter, merge_lora)
@@ -95,17 +114,21 @@ def load_pretrained_model(
 
 
 def _fill(model, values: dict[str, torch.Tensor]) -> None:
-    """Put weights on top of a base model's; a tower among them counts only if it was tuned, as in the original."""
+    """Put weights on top of a base model's; a tower among them counts only if it was tuned, as in the
+    original."""
     own = model.state_dict()
     away = [name for name in values if name in own and own[name].is_meta]
     if away:
-        raise ValueError(f"{away[0]!r} is not in memory and cannot take the checkpoint's values; choose another device_map")
+        raise ValueError(
+            f"{away[0]!r} is not in memory and cannot take the checkpoint's values; choose another device_map"
+        )
     model.load_state_dict(values, strict=False)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report on weights: what is missing comes from other files, and all was checked before."""
+    """Without transformers' report on weights: what is missing comes from other files, and all was checked
+    before."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerBase,
+)
 
 from libra import Compression
 from libra.checkpoints import find_tower
-from libra.transformers_api import PreTrainedConfig
+from libra.engine.transformers_api import PreTrainedConfig
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from ..mm_utils import _pixels
@@ -45,8 +51,11 @@ class Checkpoint:
     vision: CLIPVisionConfig  # of the tower
 
 
-def inspect_checkpoint(model_path: str, model_base: str | None, compression: Compression | None = None, **hub) -> Checkpoint:
-    """Find everything that belongs to a checkpoint and see that it fits together, from configurations and file headers.
+def inspect_checkpoint(
+    model_path: str, model_base: str | None, compression: Compression | None = None, **hub
+) -> Checkpoint:
+    """Find everything that belongs to a checkpoint and see that it fits together, from configurations and
+    file headers.
 
     Args:
         model_path, model_base, compression: as in :func:`~llava.model.builder.load_pretrained_model`.
@@ -71,25 +80,34 @@ def inspect_checkpoint(model_path: str, model_base: str | None, compression: Com
     if (base / GENERATION).is_file():
         settings.check_generation(base / GENERATION, read_json(base / GENERATION))
     expected = expected_weights(model_class, config, folder)
-    tower_inside = any(name.startswith(TOWER) for name in expected) and any(name.startswith(TOWER) for name in stored)
+    tower_inside = any(name.startswith(TOWER) for name in expected) and any(
+        name.startswith(TOWER) for name in stored
+    )
     if not tower_inside:
         expected = {name: value for name, value in expected.items() if not name.startswith(TOWER)}
         check_tower(tower, vision)
     if getattr(config, "quantization_config", None) is None:  # packed weights have shapes of their own
-        weights.check_weights(model_path if model_base is None else f"{model_path} on {model_base}", expected, stored)
+        weights.check_weights(
+            model_path if model_base is None else f"{model_path} on {model_base}", expected, stored
+        )
     adapter = None
     if addition is not None and addition.name == weights.NON_LORA:
         adapter = lora.check_adapter(folder, expected)
-    return Checkpoint(folder, base, model_class, config, tokenizer, values, adapter, tower_inside, tower_name, vision)
+    return Checkpoint(
+        folder, base, model_class, config, tokenizer, values, adapter, tower_inside, tower_name, vision
+    )
 
 
 def _find_addition(folder: Path, model_base: str | None) -> Path | None:
-    """The file whose weights go on top of a base model's; None for a checkpoint that holds the whole model."""
+    """The file whose weights go on top of a base model's; None for a checkpoint that holds the whole
+    model."""
     adapted, projector = (folder / lora.CONFIG).is_file(), (folder / weights.PROJECTOR).is_file()
     if model_base is None:
         if adapted:
             own = read_json(folder / lora.CONFIG).get("base_model_name_or_path")
-            raise ValueError(f"{folder} holds a LoRA adapter: give its language model as model_base (it was made for {own})")
+            raise ValueError(
+                f"{folder} holds a LoRA adapter: give its language model as model_base (it was made for {own})"
+            )
         if projector and not weights.has_weights(folder):
             raise ValueError(f"{folder} holds a projector alone: give its language model as model_base")
         return None
@@ -100,12 +118,15 @@ def _find_addition(folder: Path, model_base: str | None) -> Path | None:
         )
     addition = folder / (weights.NON_LORA if adapted else weights.PROJECTOR)
     if not addition.is_file():
-        raise ValueError(f"{folder} lacks {weights.NON_LORA}, the projector that belongs to the adapter; download it again")
+        raise ValueError(
+            f"{folder} lacks {weights.NON_LORA}, the projector that belongs to the adapter; download it again"
+        )
     return addition
 
 
 def _model_type(values: dict) -> str | None:
-    """The ``model_type`` of a config.json; checkpoints from before transformers had a LLaVA of its own say just ``llava``."""
+    """The ``model_type`` of a config.json; checkpoints from before transformers had a LLaVA of its own say
+    just ``llava``."""
     kind = values.get("model_type")
     kind = kind if isinstance(kind, str) else shortened(repr(kind), 40)
     return "llava_llama" if kind == "llava" and "mm_vision_tower" in values else kind
@@ -116,7 +137,9 @@ def _read_config(folder: Path, base: Path) -> tuple[type, PreTrainedConfig]:
     values = read_json(path)
     kind = _model_type(values)
     if kind not in MODELS:
-        raise ValueError(f"{folder} {what_it_is(folder, values)}; the types that load are {', '.join(MODELS)}")
+        raise ValueError(
+            f"{folder} {what_it_is(folder, values)}; the types that load are {', '.join(MODELS)}"
+        )
     lacking = [name for name in _REQUIRED if values.get(name) is None]
     if lacking:
         raise ValueError(f"{path} names no {lacking[0]}, so this is no LLaVA checkpoint")
@@ -125,16 +148,23 @@ def _read_config(folder: Path, base: Path) -> tuple[type, PreTrainedConfig]:
     model_class = MODELS[kind]
     if base != folder:
         values.pop("quantization_config", None)  # of the training; the base model is not packed
-        families = {parent.model_type for parent in model_class.config_class.mro() if getattr(parent, "model_type", "")}
+        families = {
+            parent.model_type
+            for parent in model_class.config_class.mro()
+            if getattr(parent, "model_type", "")
+        }
         other = _model_type(read_json(base / "config.json"))
         if other not in families or (base / lora.CONFIG).is_file():
             what = "a LoRA adapter" if other in families else f"a {other!r} model"
-            raise ValueError(f"{base} is {what}, and {folder} goes on one of type {' or '.join(sorted(families))}")
+            raise ValueError(
+                f"{base} is {what}, and {folder} goes on one of type {' or '.join(sorted(families))}"
+            )
     return model_class, settings.read_config(model_class.config_class, path, {**values, "model_type": kind})
 
 
 def what_it_is(folder: Path | str, values: dict) -> str:
-    """The end of a sentence on a folder that is not in LLaVA's format: what it is and, where that helps, how to convert it."""
+    """The end of a sentence on a folder that is not in LLaVA's format: what it is and, where that helps, how
+    to convert it."""
     kind = _model_type(values)
     if "text_config" not in values or "vision_config" not in values:
         return f"is a {kind!r} checkpoint"
@@ -149,9 +179,11 @@ def what_it_is(folder: Path | str, values: dict) -> str:
 def _find_tower(
     config: PreTrainedConfig, folder: Path, stored: Iterable[str], hub: dict
 ) -> tuple[Path, str, CLIPVisionConfig]:
-    """The vision tower's folder, which ``config`` then names, the name to keep, and the tower's configuration.
+    """The vision tower's folder, which ``config`` then names, the name to keep, and the tower's
+    configuration.
 
-    A relative ``mm_vision_tower`` lies in the checkpoint's folder or beside it; otherwise it is a path or a hub name.
+    A relative ``mm_vision_tower`` lies in the checkpoint's folder or beside it; otherwise it is a path or a
+    hub name.
     """
     name = config.mm_vision_tower
     near = find_tower(name, folder)
@@ -191,13 +223,16 @@ def read_tower(folder: Path, stored: Iterable[str] = ()) -> CLIPVisionConfig:
 
 
 def _check_processor(folder: Path, edge: int) -> None:
-    """Try a tower's image processor on a small image: it must give ``edge`` x ``edge`` pixels, all of them numbers."""
+    """Try a tower's image processor on a small image: it must give ``edge`` x ``edge`` pixels, all of them
+    numbers."""
     path = folder / "preprocessor_config.json"
     read_json(path)
     try:
         processor = CLIPImageProcessor.from_pretrained(folder)
         if not 1 <= processor.size["shortest_edge"] <= _LARGEST_EDGE:
-            raise ValueError(f"it scales images to {shortened(str(processor.size['shortest_edge']), 40)} pixels")
+            raise ValueError(
+                f"it scales images to {shortened(str(processor.size['shortest_edge']), 40)} pixels"
+            )
         shape = processor.crop_size["height"], processor.crop_size["width"]
         if shape == (edge, edge) and not bool(_pixels(Image.new("RGB", (8, 8)), processor).isfinite().all()):
             raise ValueError("it makes pixels that are not numbers")
@@ -213,7 +248,9 @@ def _check_processor(folder: Path, edge: int) -> None:
 def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """A model's tokenizer, with LLaVA's own tokens where the configuration has them. Raises ValueError."""
     if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise ValueError(f"{folder} has no tokenizer (none of {', '.join(_TOKENIZERS)}); copy it from the language model")
+        raise ValueError(
+            f"{folder} has no tokenizer (none of {', '.join(_TOKENIZERS)}); copy it from the language model"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         tokenizer.decode(tokenizer("What is this?").input_ids)
@@ -260,7 +297,8 @@ def check_tower(folder: Path, vision: CLIPVisionConfig) -> None:
         ValueError: with the weight that is missing or does not fit.
     """
     expected = {
-        name.removeprefix("vision_model."): value for name, value in expected_weights(CLIPVisionModel, vision, folder).items()
+        name.removeprefix("vision_model."): value
+        for name, value in expected_weights(CLIPVisionModel, vision, folder).items()
     }
     stored = {name.removeprefix("vision_model."): value for name, value in stored_in(folder).items()}
     known = {name: value for name, value in stored.items() if name in expected}

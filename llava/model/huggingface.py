@@ -7,13 +7,14 @@ from .weights import check_dtype, check_finite, first_line, read_json, stored_in
 
 
 def load(model_class: type, path: str, **options):
-    """``model_class.from_pretrained(path, **options)``, after a look at the folder and with one at the weights' values.
+    """``model_class.from_pretrained(path, **options)``, after a look at the folder and with one at the
+    weights' values.
 
     A name of the hub is loaded as it is, and its weights' values are looked at too.
 
     Raises:
-        ValueError: if a file is missing or damaged or leads out of the folder, a value of config.json cannot be, weights are
-            not finite floating-point numbers, or transformers cannot load the model.
+        ValueError: if a file is missing or damaged or leads out of the folder, a value of config.json cannot
+            be, weights are not finite floating-point numbers, or transformers cannot load the model.
     """
     if Path(path).is_dir():
         check_folder(Path(path))
@@ -22,7 +23,9 @@ def load(model_class: type, path: str, **options):
     except Exception as error:  # a damaged checkpoint raises anything
         raise ValueError(f"the model {path} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):  # transformers would make them up
-        raise ValueError(f"the model {path} lacks {len(missing)} weights, {missing[0]!r} among them; download it again")
+        raise ValueError(
+            f"the model {path} lacks {len(missing)} weights, {missing[0]!r} among them; download it again"
+        )
     check_finite(f"the model {path}", model)
     return model
 
@@ -31,7 +34,9 @@ def check_folder(folder: Path) -> None:
     """What :func:`load` says of a folder, without loading it. Raises ValueError."""
     path = folder / "config.json"
     if not path.exists():
-        raise ValueError(f"the model {folder} cannot be loaded: it has no config.json; give a checkpoint's folder")
+        raise ValueError(
+            f"the model {folder} cannot be loaded: it has no config.json; give a checkpoint's folder"
+        )
     values, stored = read_json(path), stored_in(folder)
     check_sizes(path, values)
     check_depth(path, values, stored)

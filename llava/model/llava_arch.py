@@ -1,4 +1,5 @@
-"""What every LLaVA model shares, whatever its language model: vision tower, projector, image features among text embeddings."""
+"""What every LLaVA model shares, whatever its language model: vision tower, projector, image features among
+text embeddings."""
 
 from dataclasses import dataclass
 
@@ -7,8 +8,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from libra import Compression
-from libra.trace import RowTrace
-from libra.transformers_api import cache_argument, check_guesses, one_cache
+from libra.engine.trace import RowTrace
+from libra.engine.transformers_api import cache_argument, check_guesses, one_cache
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from .anyres import MERGE_TYPES, arrange_tiles
@@ -17,7 +18,8 @@ from .multimodal_projector.builder import build_vision_projector
 
 
 class LlavaMetaModel:
-    """Mixed into a decoder: adds the vision tower and the projector that the configuration names, and the newline of anyres."""
+    """Mixed into a decoder: adds the vision tower and the projector that the configuration names, and the
+    newline of anyres."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -54,7 +56,8 @@ class LlavaMetaForCausalLM:
 
     @property
     def context_length(self) -> int:
-        """Tokens of a prompt with its visual tokens: :attr:`length_limit`, where the decoder has that many positions."""
+        """Tokens of a prompt with its visual tokens: :attr:`length_limit`, where the decoder has that many
+        positions."""
         positions = self.config.max_position_embeddings
         return min(self.length_limit or positions, positions)
 
@@ -70,7 +73,8 @@ class LlavaMetaForCausalLM:
         return self.get_model().get_vision_tower()
 
     def set_compression(self, compression: Compression | None, trace: bool = False) -> None:
-        """Compress visual tokens from the next prefill on; None switches it off. ``trace``: record what becomes of each token.
+        """Compress visual tokens from the next prefill on; None switches it off. ``trace``: record what
+        becomes of each token.
 
         Raises:
             libra.config.ConfigError: if a compression layer is not a layer of this model.
@@ -86,12 +90,14 @@ class LlavaMetaForCausalLM:
 
     @property
     def compression_stats(self) -> dict | None:
-        """Of the last prefill with images, as :meth:`libra.passage.Passage.stats` tells it; None before it."""
+        """Of the last prefill with images, as :meth:`libra.engine.forward.Passage.stats` tells it; None
+        before it."""
         return self.model.last_stats
 
     @property
     def compression_trace(self) -> list[RowTrace] | None:
-        """What became of each visual token of the last prefill with images, for each row; only with ``trace=True``."""
+        """What became of each visual token of the last prefill with images, for each row; only with
+        ``trace=True``."""
         return None if self.model.recorder is None else self.model.recorder.rows()
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -99,19 +105,23 @@ class LlavaMetaForCausalLM:
         return self.get_model().mm_projector(self.get_vision_tower()(images))
 
     def image_features(self, images, image_sizes=None) -> list[torch.Tensor]:
-        """The visual tokens (N_i, D) of each image; the pictures of an entry (n, 3, H, W) become one run of tokens.
+        """The visual tokens (N_i, D) of each image; the pictures of an entry (n, 3, H, W) become one run of
+        tokens.
 
         Args:
             images: (I, 3, H, W), (I, n, 3, H, W) or a list of (3, H, W) or (n, 3, H, W) tensors.
-            image_sizes: (width, height) of each image in pixels, where the configuration's ``mm_patch_merge_type`` is spatial.
+            image_sizes: (width, height) of each image in pixels, where the configuration's
+                ``mm_patch_merge_type`` is spatial.
 
         Raises:
-            ValueError: if sizes are missing or do not fit the pictures, or the configuration asks for another way of merging.
+            ValueError: if sizes are missing or do not fit the pictures, or the configuration asks for another
+                way of merging.
         """
         return self._features(images, image_sizes, self.encode_images)
 
     def visual_tokens(self, images, image_sizes=None) -> list[int]:
-        """How many visual tokens :meth:`image_features` makes of each image, counted without running the vision tower."""
+        """How many visual tokens :meth:`image_features` makes of each image, counted without running the
+        vision tower."""
 
         def encode(pixels):
             tower = self.get_vision_tower()
@@ -121,7 +131,8 @@ class LlavaMetaForCausalLM:
         return [len(tokens) for tokens in self._features(images, image_sizes, encode)]
 
     def _features(self, images, image_sizes, encode) -> list[torch.Tensor]:
-        """:meth:`image_features` with ``encode`` as the way from (I, 3, H, W) pixels to (I, N, D) visual tokens."""
+        """:meth:`image_features` with ``encode`` as the way from (I, 3, H, W) pixels to (I, N, D) visual
+        tokens."""
         if isinstance(images, torch.Tensor) and images.ndim == 4:
             return list(encode(images))
         merge = getattr(self.config, "mm_patch_merge_type", "flat")
@@ -137,7 +148,10 @@ class LlavaMetaForCausalLM:
         tokens = encode(torch.cat(groups)).split([len(group) for group in groups])
         pinpoints = getattr(self.config, "image_grid_pinpoints", None)
         edge, newline = self.get_vision_tower().config.image_size, getattr(self.model, "image_newline", None)
-        return [arrange_tiles(part, merge, size, pinpoints, edge, newline) for part, size in zip(tokens, image_sizes)]
+        return [
+            arrange_tiles(part, merge, size, pinpoints, edge, newline)
+            for part, size in zip(tokens, image_sizes)
+        ]
 
     def _check_tiles(self, groups, image_sizes) -> None:
         aspect = getattr(self.config, "image_aspect_ratio", None)
@@ -155,18 +169,22 @@ class LlavaMetaForCausalLM:
         """(B, S) bool, True at placeholders."""
         return torch.isin(input_ids, torch.tensor(self.placeholders, device=input_ids.device))
 
-    def splice(self, input_ids, attention_mask=None, labels=None, images=None, image_sizes=None, padding_side=None) -> Spliced:
+    def splice(
+        self, input_ids, attention_mask=None, labels=None, images=None, image_sizes=None, padding_side=None
+    ) -> Spliced:
         """Put the visual tokens in the place of every -200 and pad the rows anew.
 
         Args:
-            input_ids: (B, S) with a placeholder for an image; a row without one takes an (ignored) image off the list too.
+            input_ids: (B, S) with a placeholder for an image; a row without one takes an (ignored) image off
+                the list too.
             attention_mask: (B, S), 0 for padding; None if there is none.
             padding_side: "left" or "right"; the configuration's ``tokenizer_padding_side`` where None.
 
         Rows longer than :attr:`length_limit` are cut.
 
         Raises:
-            ValueError: if there are not as many images as places for them, or ids that are neither tokens nor placeholders.
+            ValueError: if there are not as many images as places for them, or ids that are neither tokens nor
+                placeholders.
         """
         features = self.image_features(images, image_sizes)
         held = self._held_places(input_ids)
@@ -177,7 +195,9 @@ class LlavaMetaForCausalLM:
                 f" but {len(features)} were given; pass as many as there are image tokens"
             )
         embed = self.get_input_embeddings()
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        mask = (
+            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
         if bool(((input_ids < 0) & ~held & mask).any()):
             raise ValueError(
                 f"input_ids has negative ids other than this model's placeholders {list(self.placeholders)}; correct the prompt"
@@ -188,7 +208,8 @@ class LlavaMetaForCausalLM:
             ids = input_ids[b][mask[b]]
             targets = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[b][mask[b]]
             places = held[b][mask[b]].nonzero().flatten().tolist()
-            # A text-only row holds an empty slice of its image, so that the projector is in its graph on every training rank.
+            # A text-only row holds an empty slice of its image, so that the projector is in its graph on
+            # every training rank.
             pictures = [next(queue) for _ in places] or [next(queue)[:0]]
             text = embed(ids.clamp(min=0))
             cuts = list(zip([0, *(p + 1 for p in places)], [*places, len(ids)]))
@@ -213,7 +234,9 @@ class LlavaMetaForCausalLM:
 
         return Spliced(
             embeds=padded(rows["embeds"], 0.0),
-            mask=padded([torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows["embeds"]], False),
+            mask=padded(
+                [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows["embeds"]], False
+            ),
             labels=None if labels is None else padded(rows["labels"], IGNORE_INDEX),
             visual=padded(rows["visual"], False),
             keys=torch.stack(rows["keys"]),
@@ -222,10 +245,13 @@ class LlavaMetaForCausalLM:
     def prepare_inputs_labels_for_multimodal(
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
     ):
-        """The original's preparation: (None, position_ids, attention_mask, past_key_values, inputs_embeds, labels).
+        """The original's preparation: (None, position_ids, attention_mask, past_key_values, inputs_embeds,
+        labels).
 
-        What comes in as None goes out as None; the mask keeps its dtype. Without images, or for a single token of a decoding
-        step, everything is returned as it came. It does not tell which columns are visual tokens: :meth:`splice` does.
+        What comes in as None goes out as None; the mask keeps its dtype. Without images, or for a single
+        token of a decoding
+        step, everything is returned as it came. It does not tell which columns are visual tokens:
+        :meth:`splice` does.
         """
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
@@ -237,31 +263,41 @@ class LlavaMetaForCausalLM:
 
     @torch.no_grad()
     def generate(
-        self, inputs=None, images=None, image_sizes=None, attention_mask=None, past_key_values=None, cache=None, **kwargs
+        self,
+        inputs=None,
+        images=None,
+        image_sizes=None,
+        attention_mask=None,
+        past_key_values=None,
+        cache=None,
+        **kwargs,
     ):
         """Answer a batch of prompts; returns the new token ids alone.
 
         Args:
             inputs: (B, S) ids with a placeholder (-200) where an image goes, padded on either side.
-            images: one per placeholder and one (ignored) per text-only row, as :meth:`image_features` takes them; None if no
-                row has an image.
+            images: one per placeholder and one (ignored) per text-only row, as :meth:`image_features` takes
+                them; None if no row has an image.
             image_sizes: (width, height) of each image in pixels, for models that cut images into tiles.
             attention_mask: (B, S), 0 for padding.
-            past_key_values, cache: by either name, a ``DynamicCache`` to keep a conversation in. In a later turn it holds the
-                turns before, and ``inputs``, ``images`` and ``attention_mask`` are only the new turn's. What was compressed
-                stays as it is; the new images' visual tokens are compressed by the new turn's last token. One conversation at
-                a time.
+            past_key_values, cache: by either name, a ``DynamicCache`` to keep a conversation in. In a later
+                turn it holds the turns before, and ``inputs``, ``images`` and ``attention_mask`` are only the
+                new turn's. What was compressed stays as it is; the new images' visual tokens are compressed
+                by the new turn's last token. One conversation at a time.
             kwargs: transformers' generation arguments.
 
         Raises:
-            ValueError: without token ids, for more or fewer images than places, with compression on and no image (but in a
-                conversation, whose images may come later), for a prompt longer than :attr:`length_limit`, for a later turn of
-                several rows, beams or sequences, for two caches, where the prompt would be read in pieces, or for assisted
-                generation with transformers 5.17, which gives wrong tokens.
+            ValueError: without token ids, for more or fewer images than places, with compression on and no
+                image (but in a conversation, whose images may come later), for a prompt longer than
+                :attr:`length_limit`, for a later turn of several rows, beams or sequences, for two caches,
+                where the prompt would be read in pieces, or for assisted generation with transformers 5.17,
+                which gives wrong tokens.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None or "inputs_embeds" in kwargs:
-            raise ValueError("generate needs token ids: embeddings do not tell which columns are visual tokens")
+            raise ValueError(
+                "generate needs token ids: embeddings do not tell which columns are visual tokens"
+            )
         check_guesses(kwargs)
         settings = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None):
@@ -275,14 +311,18 @@ class LlavaMetaForCausalLM:
             if bool(self._held_places(inputs).any()):
                 raise ValueError("the prompt has an image token but no image was given; pass images=")
             if cache is None and self.compression is not None and self.compression.layers:
-                raise ValueError("compression is on but there is no image to compress; pass images, or switch it off")
+                raise ValueError(
+                    "compression is on but there is no image to compress; pass images, or switch it off"
+                )
             if past and attention_mask is not None:
                 inputs, attention_mask = inputs[:, attention_mask[0].bool()], None
             kwargs.update(inputs_embeds=self.get_input_embeddings()(inputs), attention_mask=attention_mask)
         else:
             spliced = self.splice(inputs, attention_mask, None, images, image_sizes, padding_side="left")
             kwargs.update(
-                inputs_embeds=spliced.embeds, attention_mask=spliced.mask.long(), visual_mask=spliced.visual,
+                inputs_embeds=spliced.embeds,
+                attention_mask=spliced.mask.long(),
+                visual_mask=spliced.visual,
                 sample_keys=spliced.keys,
             )
         if past:  # the cache's tokens and the new ones, none of them padding
@@ -292,7 +332,8 @@ class LlavaMetaForCausalLM:
         return super().generate(**kwargs)
 
     def _check_length(self, inputs, attention_mask, images, image_sizes, past: int) -> None:
-        """Refuse what :meth:`splice` would cut: a question that loses its end gets an answer to something else."""
+        """Refuse what :meth:`splice` would cut: a question that loses its end gets an answer to something
+        else."""
         if self.length_limit is None:
             return
         held = self._held_places(inputs)
@@ -301,7 +342,9 @@ class LlavaMetaForCausalLM:
         if images is not None:
             counts = iter(self.visual_tokens(images, image_sizes))
             for row, places in enumerate((mask & held).sum(1).tolist()):
-                tokens = [next(counts, 0) for _ in range(places or 1)]  # a row without places takes an image and ignores it
+                tokens = [
+                    next(counts, 0) for _ in range(places or 1)
+                ]  # a row without places takes an image and ignores it
                 lengths[row] += sum(tokens) if places else 0
         row = int(lengths.argmax())
         if lengths[row] > self.length_limit:
@@ -313,7 +356,8 @@ class LlavaMetaForCausalLM:
     def _check_later_turn(self, inputs: torch.Tensor, options: dict) -> None:
         defaults = options.get("generation_config") or self.generation_config
         wide = [
-            name for name in ("num_beams", "num_return_sequences")
+            name
+            for name in ("num_beams", "num_return_sequences")
             if (options.get(name) or getattr(defaults, name, None) or 1) > 1
         ]
         if len(inputs) > 1 or wide:
@@ -324,9 +368,17 @@ class LlavaMetaForCausalLM:
             )
 
     def prepare_inputs_for_generation(
-        self, input_ids, inputs_embeds=None, visual_mask=None, sample_keys=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        inputs_embeds=None,
+        visual_mask=None,
+        sample_keys=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
-        if is_first_iteration:  # the embeddings are this turn's alone: nothing to slice off for what the cache holds
+        if (
+            is_first_iteration
+        ):  # the embeddings are this turn's alone: nothing to slice off for what the cache holds
             kwargs["next_sequence_length"] = None
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs

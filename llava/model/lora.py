@@ -1,4 +1,5 @@
-"""LoRA adapters in the original's layout: ``adapter_config.json`` and ``adapter_model`` beside ``non_lora_trainables.bin``."""
+"""LoRA adapters in the original's layout: ``adapter_config.json`` and ``adapter_model`` beside
+``non_lora_trainables.bin``."""
 
 import re
 import warnings
@@ -25,8 +26,8 @@ def check_adapter(folder: Path, expected: Mapping[str, torch.Tensor]) -> dict[st
     """The adapter's weights, after a look at whether they fit a model with the state dict ``expected``.
 
     Raises:
-        ValueError: if files are missing or damaged, the adapter is none of LoRA's or was made for another model, or peft is not
-            installed.
+        ValueError: if files are missing or damaged, the adapter is none of LoRA's or was made for another
+            model, or peft is not installed.
     """
     _peft()
     kind = read_json(folder / CONFIG).get("peft_type")
@@ -38,13 +39,21 @@ def check_adapter(folder: Path, expected: Mapping[str, torch.Tensor]) -> dict[st
     adapter = read_shapes(file)
     factors = [match for name in adapter if (match := _FACTOR.fullmatch(name))]
     if not factors:
-        raise ValueError(f"{file} holds no LoRA weights (base_model.model.….lora_A.weight); download it again")
+        raise ValueError(
+            f"{file} holds no LoRA weights (base_model.model.….lora_A.weight); download it again"
+        )
     for factor in factors:
         weight = expected.get(f"{factor['module']}.weight")
         if weight is None:
-            raise ValueError(f"{file} adapts {factor['module']!r}, which this model does not have; give the adapter's own base")
+            raise ValueError(
+                f"{file} adapts {factor['module']!r}, which this model does not have; give the adapter's own base"
+            )
         out, inner = weight.shape
-        fits = adapter[factor[0]].shape[1:] == (inner,) if factor["side"] == "A" else adapter[factor[0]].shape[:1] == (out,)
+        fits = (
+            adapter[factor[0]].shape[1:] == (inner,)
+            if factor["side"] == "A"
+            else adapter[factor[0]].shape[:1] == (out,)
+        )
         if not fits:
             raise ValueError(
                 f"{file} holds {factor[0]!r} in the shape {adapter[factor[0]].shape}, which does not fit a weight of"
@@ -54,14 +63,17 @@ def check_adapter(folder: Path, expected: Mapping[str, torch.Tensor]) -> dict[st
 
 
 def add_adapter(model, folder: Path, adapter: Mapping[str, Stored], merge: bool):
-    """``model`` with the adapter in ``folder``: W + (α/r)·B·A in its weights, or beside them in peft's wrapper.
+    """``model`` with the adapter in ``folder``: W + (α/r)·B·A in its weights, or beside them in peft's
+    wrapper.
 
     Args:
         adapter: what :func:`check_adapter` returned.
-        merge: True gives the model itself, False a ``PeftModel`` around it, whose adapter can be switched off.
+        merge: True gives the model itself, False a ``PeftModel`` around it, whose adapter can be switched
+            off.
 
     Raises:
-        ValueError: if peft cannot make anything of the adapter, or weights that its configuration asks for are missing.
+        ValueError: if peft cannot make anything of the adapter, or weights that its configuration asks for
+            are missing.
     """
     peft = _peft()
     try:

@@ -1,4 +1,5 @@
-"""The files of a checkpoint: where they lie, and which weights are in them. No file can run code: pickles hold tensors only."""
+"""The files of a checkpoint: where they lie, and which weights are in them. No file can run code: pickles
+hold tensors only."""
 
 import json
 import os
@@ -16,18 +17,24 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from libra.checkpoints import find_checkpoint
-from libra.sentences import one_line
+from libra.utils.sentences import one_line
 
 # A single file or shards with an index, in the order in which transformers looks for them.
-WEIGHTS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 PROJECTOR = "mm_projector.bin"  # beside a base model: what its multimodal pre-training made
 NON_LORA = "non_lora_trainables.bin"  # beside an adapter: what was trained in full
 _LARGEST_JSON = 64 << 20  # bytes; an index of a very large model has one
 _DEEPEST_JSON = 32  # levels of lists and objects; a configuration has four
-_FLOAT = re.compile(r"b?f(loat)?\d+(_\w+)?", re.IGNORECASE)  # the floating-point types, as safetensors and torch call them
+_FLOAT = re.compile(
+    r"b?f(loat)?\d+(_\w+)?", re.IGNORECASE
+)  # the floating-point types, as safetensors and torch call them
 _SMALL = ("*.json", "*.model", "*.txt", PROJECTOR, NON_LORA, *ADAPTERS)
-# Tables that older versions of transformers wrote and every version computes; a tower that is not the one in use.
+# Tables that older versions of transformers wrote and every version computes; a tower that is not the one in
+# use.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|^model\.vision_tower\.")
 
 
@@ -71,36 +78,51 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} holds no JSON object; download it again")
     level = [values]
     for _ in range(_DEEPEST_JSON):
-        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
-                 if isinstance(inner, (dict, list))]
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
     if level:
         raise _nested(path)
     return values
 
 
 def _nested(path: Path) -> ValueError:
-    return ValueError(f"{path} is nested more than {_DEEPEST_JSON} levels deep, as no checkpoint's is; download it again")
+    return ValueError(
+        f"{path} is nested more than {_DEEPEST_JSON} levels deep, as no checkpoint's is; download it again"
+    )
 
 
 def _shards(index: Path) -> list[str]:
-    """The names of the files in an index. Raises ValueError for an index that is incomplete or leads out of its folder."""
+    """The names of the files in an index. Raises ValueError for an index that is incomplete or leads out of
+    its folder."""
     content = read_json(index)
     places = content.get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(name, str) for name in places.values())
+    ):
         raise ValueError(f"{index} has no weight_map that says where the weights are; download it again")
     if not isinstance(content.get("metadata"), dict):
-        raise ValueError(f'{index} has no metadata, without which transformers loads nothing; download it again, or add'
-                         ' "metadata": {} to it')
+        raise ValueError(
+            f"{index} has no metadata, without which transformers loads nothing; download it again, or add"
+            ' "metadata": {} to it'
+        )
     names = sorted(set(places.values()))
     away = [name for name in names if Path(name).name != name or name == ".." or set(name) & {"\\", "\0"}]
     if away:
-        raise ValueError(f"{index} names {away[0]!r}, which is not a file of its own folder; get the checkpoint again")
+        raise ValueError(
+            f"{index} names {away[0]!r}, which is not a file of its own folder; get the checkpoint again"
+        )
     return names
 
 
 def local_folder(name: str, **hub) -> Path:
-    """The folder of a model: what :func:`libra.checkpoints.find_checkpoint` finds, or where the hub's files of this name are,
-    downloaded unless they are there.
+    """The folder of a model: what :func:`libra.checkpoints.find_checkpoint` finds, or where the hub's files
+    of this name are, downloaded unless they are there.
 
     Args:
         hub: arguments of ``snapshot_download``, such as ``revision``, ``cache_dir`` and ``token``.
@@ -121,7 +143,9 @@ def local_folder(name: str, **hub) -> Path:
     except HFValidationError as error:
         raise ValueError(f"there is no folder {name}") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} is no folder here, and the hub does not give it: {first_line(error)}") from error
+        raise ValueError(
+            f"{name} is no folder here, and the hub does not give it: {first_line(error)}"
+        ) from error
     return folder
 
 
@@ -156,7 +180,9 @@ def _damaged(path: Path, reason: Exception | str) -> ValueError:
         return ValueError(f"{path} cannot be read; see to its permissions")
     with path.open("rb") as file:
         if file.read(24) == b"version https://git-lfs.":
-            return ValueError(f"{path} is Git LFS's note on where the weights are; fetch them with git lfs pull")
+            return ValueError(
+                f"{path} is Git LFS's note on where the weights are; fetch them with git lfs pull"
+            )
     reason = reason if isinstance(reason, str) else first_line(reason)
     return ValueError(f"{path} is damaged ({reason}); download it again")
 
@@ -185,7 +211,9 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in values.items()
     )
     if not tensors:
-        raise ValueError(f"{path} holds something other than tensors under their names, so it is no file of weights")
+        raise ValueError(
+            f"{path} holds something other than tensors under their names, so it is no file of weights"
+        )
     return values
 
 
@@ -200,7 +228,9 @@ def read_shapes(path: Path) -> dict[str, Stored]:
     try:
         with safe_open(path, "pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}
-            return {name: Stored(tuple(part.get_shape()), part.get_dtype(), path) for name, part in parts.items()}
+            return {
+                name: Stored(tuple(part.get_shape()), part.get_dtype(), path) for name, part in parts.items()
+            }
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
 
@@ -210,12 +240,18 @@ def stored_as(value: torch.Tensor, file: Path) -> Stored:
 
 
 def stored_in(folder: Path) -> dict[str, Stored]:
-    """:func:`read_shapes` of all the files with a model's weights, under the names that :func:`model_name` gives."""
-    return {model_name(name): weight for file in weight_files(folder) for name, weight in read_shapes(file).items()}
+    """:func:`read_shapes` of all the files with a model's weights, under the names that :func:`model_name`
+    gives."""
+    return {
+        model_name(name): weight
+        for file in weight_files(folder)
+        for name, weight in read_shapes(file).items()
+    }
 
 
 def model_name(name: str) -> str:
-    """The name that a published vision tower's weight has in the model: current transformers have one level less."""
+    """The name that a published vision tower's weight has in the model: current transformers have one level
+    less."""
     return name.replace(".vision_tower.vision_model.", ".vision_tower.")
 
 
@@ -242,7 +278,9 @@ def check_weights(owner: str, expected: Mapping[str, torch.Tensor], stored: Mapp
     """
     missing = [name for name in expected if name not in stored]
     if missing:
-        raise ValueError(f"{owner} lacks {len(missing)} weights, {missing[0]!r} among them; download it again")
+        raise ValueError(
+            f"{owner} lacks {len(missing)} weights, {missing[0]!r} among them; download it again"
+        )
     for name, value in expected.items():
         if stored[name].shape != tuple(value.shape):
             raise ValueError(
@@ -252,7 +290,10 @@ def check_weights(owner: str, expected: Mapping[str, torch.Tensor], stored: Mapp
         check_dtype(name, stored[name])
     unknown = [name for name in stored if name not in expected and not _IGNORED.search(name)]
     if unknown:
-        warnings.warn(f"{owner} has {len(unknown)} weights that its model lacks, {unknown[0]!r} among them", stacklevel=2)
+        warnings.warn(
+            f"{owner} has {len(unknown)} weights that its model lacks, {unknown[0]!r} among them",
+            stacklevel=2,
+        )
 
 
 def is_float(dtype: str) -> bool:

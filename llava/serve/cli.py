@@ -4,7 +4,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from libra.cli import Parser
+from libra.utils.cli import Parser
 
 from .options import add_options
 
@@ -44,7 +44,8 @@ def obey(session: "Session", line: str) -> None:
 
 
 def converse(session: "Session", **generation) -> None:
-    """Read questions and commands from stdin, stream the answers to stdout; an empty line, the end of input or Ctrl-C ends it.
+    """Read questions and commands from stdin, stream the answers to stdout; an empty line, the end of input
+    or Ctrl-C ends it.
 
     What cannot be asked or shown is answered with ``error: …`` on stderr and forgotten.
     """
@@ -67,17 +68,22 @@ def converse(session: "Session", **generation) -> None:
             continue
         notes = [session.tokens_note(), f"first token after {answer.first_token:.2f} s"]
         if answer.reread:
-            notes.append("the whole conversation was read again: its text does not go on from what was cached")
+            notes.append(
+                "the whole conversation was read again: its text does not go on from what was cached"
+            )
         print(f"[{'; '.join(note for note in notes if note)}]")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
-        prog="python -m llava.serve.cli", description="Talk about images or videos in the terminal.", epilog=EXAMPLES
+        prog="python -m llava.serve.cli",
+        description="Talk about images or videos in the terminal.",
+        epilog=EXAMPLES,
     )
     add_options(parser)
     parser.add_argument(
-        "--reprefill", action="store_true",
+        "--reprefill",
+        action="store_true",
         help="run the whole conversation again for every question, so that compression follows the newest one",
     )
     args = parser.parse_args(argv)

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image, ImageDraw
 
-from libra.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, StageTrace
+from libra.engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, StageTrace
 
 from ..mm_utils import get_anyres_image_grid_shape
 from ..model.anyres import arrange_tiles
@@ -12,7 +12,12 @@ LONG_SIDE = 480  # pixels of a drawing
 LEGEND = "yellow frame: target · blue: merged into one · orange: in the compensation token · dark: dropped · black: gone before"
 _FRAME = (255, 214, 0)
 # What lies over a token: red, green, blue and opacity.
-_SHADES = {GONE: (0, 0, 0, 225), DROPPED: (0, 0, 0, 165), MERGED: (0, 114, 178, 130), COMPENSATION: (213, 94, 0, 150)}
+_SHADES = {
+    GONE: (0, 0, 0, 225),
+    DROPPED: (0, 0, 0, 165),
+    MERGED: (0, 114, 178, 130),
+    COMPENSATION: (213, 94, 0, 150),
+}
 
 
 def token_boxes(image_size: tuple[int, int], model) -> list[torch.Tensor] | None:
@@ -23,8 +28,10 @@ def token_boxes(image_size: tuple[int, int], model) -> list[torch.Tensor] | None
         model: a LLaVA model, by whose configuration the image was processed.
 
     Returns:
-        One tensor (n, 4) of left, top, right and bottom a view, in the tokens' order: of the whole image and, where it is cut
-        into tiles, of the tiles. A newline token has no place: nan. None for models whose tokens are no parts of an image.
+        One tensor (n, 4) of left, top, right and bottom a view, in the tokens' order: of the whole image and,
+        where it is cut
+        into tiles, of the tiles. A newline token has no place: nan. None for models whose tokens are no parts
+        of an image.
     """
     if len(model.placeholders) > 1:  # the connector of videos mixes neighbouring patches of several frames
         return None
@@ -41,7 +48,9 @@ def token_boxes(image_size: tuple[int, int], model) -> list[torch.Tensor] | None
     scale = min(columns * edge / width, rows * edge / height)
     border = torch.tensor([(columns * edge - width * scale) / 2, (rows * edge - height * scale) / 2] * 2)
     tiles = [(unit + torch.tensor([c, r] * 2)) * edge for r in range(rows) for c in range(columns)]
-    boxes = torch.stack([unit * torch.tensor([width, height] * 2), *((tile - border) / scale for tile in tiles)])
+    boxes = torch.stack(
+        [unit * torch.tensor([width, height] * 2), *((tile - border) / scale for tile in tiles)]
+    )
     # The model's own way of putting tiles together puts their boxes in the order of the tokens.
     merge = getattr(config, "mm_patch_merge_type", "flat")
     newline = torch.full((4,), torch.nan)
@@ -50,15 +59,17 @@ def token_boxes(image_size: tuple[int, int], model) -> list[torch.Tensor] | None
 
 
 def draw_stage(image: Image.Image, boxes: list[torch.Tensor], stage: StageTrace) -> Image.Image:
-    """The image, once for each of :func:`token_boxes`' views side by side, with what a compression layer did to its tokens:
-    targets framed, the others shaded (see ``LEGEND``).
+    """The image, once for each of :func:`token_boxes`' views side by side, with what a compression layer did
+    to its tokens: targets framed, the others shaded (see ``LEGEND``).
 
     Raises:
         ValueError: if the record is of another number of tokens.
     """
     count = sum(map(len, boxes))
     if len(stage.fate) != count:
-        raise ValueError(f"the image has {count} visual tokens and the record {len(stage.fate)}; record the image alone")
+        raise ValueError(
+            f"the image has {count} visual tokens and the record {len(stage.fate)}; record the image alone"
+        )
     scale = LONG_SIDE / max(image.size)
     size = [max(1, round(edge * scale)) for edge in image.size]
     base = image.convert("RGB").resize(size)

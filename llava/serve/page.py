@@ -1,4 +1,5 @@
-"""The page that answers a question about an image with and without compression, and the application around it."""
+"""The page that answers a question about an image with and without compression, and the application around
+it."""
 
 import html
 import threading
@@ -13,9 +14,9 @@ from libra import Compression
 from libra.config import Row
 from libra.media import SERVED, open_image
 from libra.methods import METHODS
-from libra.registry import get_model
-from libra.server import guarded
+from libra.rows import get_model
 from libra.shipped import CONFIGS
+from libra.utils.server import guarded
 
 from . import overlay
 from .session import Loaded, Session
@@ -41,7 +42,8 @@ class Mistake(ValueError):
 
 @dataclass
 class Outcome:
-    """What one run of the model gave; ``drawings`` are the image with its tokens' fates, one a compression layer."""
+    """What one run of the model gave; ``drawings`` are the image with its tokens' fates, one a compression
+    layer."""
 
     answer: str
     first_token: float
@@ -51,8 +53,8 @@ class Outcome:
 
 
 def fitting_rows(model, folder: Path = CONFIGS) -> dict[str, Compression]:
-    """The compressions of the table rows in a folder, and one folder deeper, that are made for a model of this one's sizes, by
-    their files' names; each once."""
+    """The compressions of the table rows in a folder, and one folder deeper, that are made for a model of
+    this one's sizes, by their files' names; each once."""
     fitting = {}
     for path in [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]:
         row = Row.from_yaml(path)
@@ -87,7 +89,9 @@ def own_compression(method: str, layers: str, ratio: float) -> Compression:
     return Compression(method=method, layers=numbers, ratio=ratio)
 
 
-def answer(loaded: Loaded, image: Image.Image, question: str, compression: Compression | None, tokens: int) -> Outcome:
+def answer(
+    loaded: Loaded, image: Image.Image, question: str, compression: Compression | None, tokens: int
+) -> Outcome:
     """The model's answer of at most ``tokens`` tokens to a question about one image.
 
     Raises:
@@ -96,7 +100,9 @@ def answer(loaded: Loaded, image: Image.Image, question: str, compression: Compr
     loaded.model.set_compression(compression, trace=True)
     session = Session(**vars(loaded), images=[image], typed_places=False)
     given = session.ask(question, max_new_tokens=tokens)
-    return Outcome(given.text, given.first_token, given.seconds, session.visual_tokens, _drawings(loaded.model, image))
+    return Outcome(
+        given.text, given.first_token, given.seconds, session.visual_tokens, _drawings(loaded.model, image)
+    )
 
 
 def _drawings(model, image: Image.Image) -> list[tuple[Image.Image, str]]:
@@ -104,7 +110,10 @@ def _drawings(model, image: Image.Image) -> list[tuple[Image.Image, str]]:
     if not trace or boxes is None:
         return []
     return [
-        (overlay.draw_stage(image, boxes, stage), f"after layer {stage.layer}: {len(trace[0].kept(i))} tokens left")
+        (
+            overlay.draw_stage(image, boxes, stage),
+            f"after layer {stage.layer}: {len(trace[0].kept(i))} tokens left",
+        )
         for i, stage in enumerate(trace[0].stages)
     ]
 
@@ -120,7 +129,9 @@ def table(vanilla: Outcome, compressed: Outcome) -> str:
         "seconds to the first token": [f"{run.first_token:.3f}" for run in both],
         "seconds for the whole answer": [f"{run.seconds:.3f}" for run in both],
         "visual tokens, stage by stage": [stages(run.visual_tokens) for run in both],
-        "visual tokens of an average layer": [f"{sum(run.visual_tokens) / len(run.visual_tokens):.0f}" for run in both],
+        "visual tokens of an average layer": [
+            f"{sum(run.visual_tokens) / len(run.visual_tokens):.0f}" for run in both
+        ],
     }
     lines = [f"| {name} | {plain} | {short} |" for name, (plain, short) in rows.items()]
     return "\n".join(["| | vanilla | compressed |", "|---|--:|--:|", *lines])
@@ -134,7 +145,8 @@ def warm_up(loaded: Loaded) -> None:
 
 
 def examples(folder: Path) -> list[list[str]]:
-    """Images of the embedded benchmark, written to a folder, with their questions; none where its packages are missing."""
+    """Images of the embedded benchmark, written to a folder, with their questions; none where its packages
+    are missing."""
     try:
         from libra.mini.benchmark import scene_sample
 
@@ -183,7 +195,9 @@ class Asker:
             raise Mistake("compression", str(error)) from error
         try:
             with self._alone:
-                both = [answer(self.loaded, image, question.strip(), c, self.tokens) for c in (None, compression)]
+                both = [
+                    answer(self.loaded, image, question.strip(), c, self.tokens) for c in (None, compression)
+                ]
         except ValueError as error:
             raise Mistake("question", str(error)) from error
         return *both, notes
@@ -217,7 +231,9 @@ def build_page(loaded: Loaded, name: str, tokens: int, uploads: Uploads, shown: 
 
     def remarks(**texts: str):
         """What stands next to the fields; nothing at the others."""
-        return [gr.update(value=html.escape(texts.get(field, "")), visible=field in texts) for field in fields]
+        return [
+            gr.update(value=html.escape(texts.get(field, "")), visible=field in texts) for field in fields
+        ]
 
     def ask(*values):
         try:
@@ -226,7 +242,9 @@ def build_page(loaded: Loaded, name: str, tokens: int, uploads: Uploads, shown: 
             return [gr.skip()] * 4 + remarks(**{mistake.field: str(mistake)})
         except Exception:
             traceback.print_exc()
-            return [gr.skip()] * 4 + remarks(question="this did not work, through no fault of yours; the server's log says why")
+            return [gr.skip()] * 4 + remarks(
+                question="this did not work, through no fault of yours; the server's log says why"
+            )
         results = [vanilla.answer, compressed.answer, table(vanilla, compressed), compressed.drawings]
         return results + remarks(**({"image": notes} if notes else {}))
 
@@ -239,7 +257,9 @@ def build_page(loaded: Loaded, name: str, tokens: int, uploads: Uploads, shown: 
                 question = gr.Textbox(label="Question", placeholder="how many digits are there ?")
                 beside.append(gr.HTML(visible=False, elem_classes="remark"))
                 choice = gr.Dropdown(
-                    list(zip(labels, choices)), value=first, label="Compression (how much is removed after which layers)"
+                    list(zip(labels, choices)),
+                    value=first,
+                    label="Compression (how much is removed after which layers)",
                 )
                 with gr.Group(visible=first == OWN) as own:
                     method = gr.Dropdown(METHODS_OFFERED, value="libra", label="Method")
@@ -263,8 +283,13 @@ def build_page(loaded: Loaded, name: str, tokens: int, uploads: Uploads, shown: 
         choice.change(lambda chosen: gr.update(visible=chosen == OWN), choice, own)
         # Without preprocessing, since only the gate opens pictures.
         gr.on(
-            [button.click, question.submit], ask, [image, question, choice, method, at, ratio],
-            [vanilla, compressed, figures, gallery, *beside], preprocess=False, concurrency_limit=1, api_name="ask",
+            [button.click, question.submit],
+            ask,
+            [image, question, choice, method, at, ratio],
+            [vanilla, compressed, figures, gallery, *beside],
+            preprocess=False,
+            concurrency_limit=1,
+            api_name="ask",
         )
     page.state_session_capacity = SESSIONS
     page.has_launched = True  # or Gradio, mounted, skips its own question whether a file was uploaded
@@ -286,8 +311,19 @@ def build_app(page, uploads: Uploads, hosts: Sequence[str], per_minute: int):
         await app(scope, receive, sending)
 
     app = gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, path="/", show_error=False, run_history=False,
-        max_file_size=SERVED.bytes, ssr_mode=False, enable_monitoring=False, mcp_server=False, footer_links=[], css=STYLE,
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        page,
+        path="/",
+        show_error=False,
+        run_history=False,
+        max_file_size=SERVED.bytes,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        footer_links=[],
+        css=STYLE,
     )
     upload = {"/gradio_api/upload": SERVED.bytes + 64 * 1024}  # the form around the file
-    return guarded(UploadsOnly(at_home, uploads), hosts, per_minute=per_minute, body_bytes=REQUEST_BYTES, larger=upload)
+    return guarded(
+        UploadsOnly(at_home, uploads), hosts, per_minute=per_minute, body_bytes=REQUEST_BYTES, larger=upload
+    )

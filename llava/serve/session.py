@@ -25,14 +25,22 @@ from ..mm_utils import (
     special_spellings,
     tokenizer_image_token,
 )
-from ..video import DEFAULT_VIDEO_TOKEN, VIDEO_TOKEN_INDEX, ChatConversation, process_image, process_video, prompt_ids
+from ..video import (
+    DEFAULT_VIDEO_TOKEN,
+    VIDEO_TOKEN_INDEX,
+    ChatConversation,
+    process_image,
+    process_video,
+    prompt_ids,
+)
 
 PLACES = (DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, IMAGE_PLACEHOLDER)
 
 
 @dataclass
 class Loaded:
-    """A model with what a conversation needs beside it; ``conversation`` None stands for the tokenizer's chat template."""
+    """A model with what a conversation needs beside it; ``conversation`` None stands for the tokenizer's chat
+    template."""
 
     tokenizer: object
     model: torch.nn.Module
@@ -42,7 +50,8 @@ class Loaded:
 
 
 def load_model(args, compression: Compression | None = None) -> Loaded:
-    """The model of :func:`llava.serve.options.add_model_options`' arguments, of which all but ``model_path`` may be missing.
+    """The model of :func:`llava.serve.options.add_model_options`' arguments, of which all but ``model_path``
+    may be missing.
 
     Raises:
         ValueError: for a template, device or checkpoint that cannot be used.
@@ -63,20 +72,31 @@ def load_model(args, compression: Compression | None = None) -> Loaded:
     path = find_checkpoint(args.model_path)
     model_name = get_model_name_from_path(path)
     loaded = load_pretrained_model(
-        path, getattr(args, "model_base", None), model_name,
-        load_8bit="8bit" in quantised, load_4bit="4bit" in quantised, device=device, compression=compression,
+        path,
+        getattr(args, "model_base", None),
+        model_name,
+        load_8bit="8bit" in quantised,
+        load_4bit="4bit" in quantised,
+        device=device,
+        compression=compression,
     )
     model = loaded[1]
-    if VIDEO_TOKEN_INDEX in model.placeholders and not (conv_mode or getattr(model.config, "conversation", None)):
+    if VIDEO_TOKEN_INDEX in model.placeholders and not (
+        conv_mode or getattr(model.config, "conversation", None)
+    ):
         return Loaded(*loaded, None)
     conversation = conversation_name(model_name, model.config, conv_mode)
     if not conv_mode and conversation == "llava_v0":
-        print(f"note: the name {model_name} tells no template; llava_v0 it is, --conv-mode sets another", file=sys.stderr)
+        print(
+            f"note: the name {model_name} tells no template; llava_v0 it is, --conv-mode sets another",
+            file=sys.stderr,
+        )
     return Loaded(*loaded, conversation)
 
 
 class AnswerStreamer(TextStreamer):
-    """Prints an answer while it is generated, without the text that ends a turn, and notes the time of its first token.
+    """Prints an answer while it is generated, without the text that ends a turn, and notes the time of its
+    first token.
 
     A ``quiet`` one only notes the time.
     """
@@ -92,12 +112,16 @@ class AnswerStreamer(TextStreamer):
         super().put(value)
 
     def end(self):
-        self.first_token_at = self.first_token_at or time.perf_counter()  # an answer that is over at once may never be put
+        self.first_token_at = (
+            self.first_token_at or time.perf_counter()
+        )  # an answer that is over at once may never be put
         super().end()
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
         if not self.quiet:
-            super().on_finalized_text(text.removesuffix(self.stop) if stream_end and self.stop else text, stream_end)
+            super().on_finalized_text(
+                text.removesuffix(self.stop) if stream_end and self.stop else text, stream_end
+            )
 
 
 @dataclass
@@ -125,7 +149,8 @@ class Answer:
         text: without what ends a turn.
         first_token: seconds from the question to the first token, vision tower included; None with beams.
         seconds: from the question to the end.
-        reread: whether the turns before had to be read again, because the new prompt does not go on from what is cached.
+        reread: whether the turns before had to be read again, because the new prompt does not go on from what
+            is cached.
     """
 
     text: str
@@ -135,26 +160,42 @@ class Answer:
 
 
 class Session:
-    """A loaded model in a conversation, which stays in its KV cache: a turn runs the new text and the new images alone.
+    """A loaded model in a conversation, which stays in its KV cache: a turn runs the new text and the new
+    images alone.
 
-    With compression the visual tokens of a turn's images are compressed by that turn's question, and stay so in later turns.
+    With compression the visual tokens of a turn's images are compressed by that turn's question, and stay so
+    in later turns.
 
     Args:
         conversation: name of the template; None for the tokenizer's own chat template (VideoLLaMA-2).
         images: shown with the first question; :meth:`show` adds more at any time.
-        reprefill: run the whole conversation again for every question, so that compression follows the newest one.
-        typed_places: whether ``<image>``, ``<video>`` and ``<image-placeholder>`` in a question are places for what is shown.
-            Where the question comes from somebody else they are text. Other special tokens are always text.
+        reprefill: run the whole conversation again for every question, so that compression follows the newest
+            one.
+        typed_places: whether ``<image>``, ``<video>`` and ``<image-placeholder>`` in a question are places
+            for what is shown. Where the question comes from somebody else they are text. Other special tokens
+            are always text.
 
     Raises:
         ValueError: for images that the checkpoint's configuration cannot take.
     """
 
     def __init__(
-        self, tokenizer, model, image_processor, context_length: int, conversation: str | None,
-        images: list[Image.Image] = (), reprefill: bool = False, typed_places: bool = True,
+        self,
+        tokenizer,
+        model,
+        image_processor,
+        context_length: int,
+        conversation: str | None,
+        images: list[Image.Image] = (),
+        reprefill: bool = False,
+        typed_places: bool = True,
     ):
-        self.tokenizer, self.model, self.image_processor, self.reprefill = tokenizer, model, image_processor, reprefill
+        self.tokenizer, self.model, self.image_processor, self.reprefill = (
+            tokenizer,
+            model,
+            image_processor,
+            reprefill,
+        )
         self._spellings = special_spellings(tokenizer) | set(PLACES)
         self._typed = self._spellings - set(PLACES) if typed_places else self._spellings
         self._template = ChatConversation(tokenizer) if conversation is None else conv_templates[conversation]
@@ -169,7 +210,8 @@ class Session:
         """From command-line arguments; what is quick to check is checked before the model is loaded.
 
         Raises:
-            ValueError: for an image, video, compression file, template, device or checkpoint that cannot be used.
+            ValueError: for an image, video, compression file, template, device or checkpoint that cannot be
+                used.
         """
         compression = getattr(args, "compression", None)
         compression = Compression.from_yaml(compression) if compression else None
@@ -180,7 +222,9 @@ class Session:
         images, videos = [open_image(name, COMMAND) for name in names("image_file")], names("video_file")
         for video in videos:
             if not Path(video).expanduser().exists():
-                raise ValueError(f"the video {video} does not exist; give the path of a video file or of a folder of frames")
+                raise ValueError(
+                    f"the video {video} does not exist; give the path of a video file or of a folder of frames"
+                )
         loaded = load_model(args, compression)
         session = cls(**vars(loaded), images=images, reprefill=getattr(args, "reprefill", False))
         for video in videos:
@@ -200,8 +244,8 @@ class Session:
         self._counts: list[list[int]] = []  # visual tokens of each layer, of each prefill in the cache
 
     def show(self, picture: str | Path | Image.Image, modal: str = "image") -> Picture:
-        """Add an image (anything that :func:`libra.media.open_image` takes), or the file or folder of a "video", to the next
-        question.
+        """Add an image (anything that :func:`libra.media.open_image` takes), or the file or folder of a
+        "video", to the next question.
 
         Raises:
             ValueError: for what cannot be read, and for a video where the checkpoint takes images only.
@@ -213,7 +257,9 @@ class Session:
             image = open_image(picture, COMMAND)
             size, mark = image.size, DEFAULT_IMAGE_TOKEN
             if self._sees_videos:
-                pixels = process_image(image, processor, aspect_ratio=None)  # as VideoLLaMA-2's own inference does
+                pixels = process_image(
+                    image, processor, aspect_ratio=None
+                )  # as VideoLLaMA-2's own inference does
             else:
                 pixels = process_images([image], processor, config)[0]
         else:
@@ -227,13 +273,15 @@ class Session:
 
     @staticmethod
     def _stacked(entries: list):
-        """Entries of equal shape in one tensor, as ``process_images`` gives them; a list where they differ or name a modal."""
+        """Entries of equal shape in one tensor, as ``process_images`` gives them; a list where they differ or
+        name a modal."""
         if isinstance(entries[0], tuple) or len({entry.shape for entry in entries}) > 1:
             return entries
         return torch.stack(entries)
 
     def _with_places(self, question: str) -> str:
-        """The question with a mark for every picture still to be shown: where it has placeholders, else in front."""
+        """The question with a mark for every picture still to be shown: where it has placeholders, else in
+        front."""
         marks = [picture.mark for picture in self.pictures[self._shown :]]
         written = marks
         if getattr(self.model.config, "mm_use_im_start_end", False):
@@ -254,7 +302,9 @@ class Session:
 
     def _marks(self, text: str) -> list[str]:
         """The marks in a text that this model takes for an image or a video."""
-        return re.findall(f"{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}" if self._sees_videos else DEFAULT_IMAGE_TOKEN, text)
+        return re.findall(
+            f"{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}" if self._sees_videos else DEFAULT_IMAGE_TOKEN, text
+        )
 
     def _token_ids(self, conversation) -> list[int]:
         encode = prompt_ids if self._sees_videos else tokenizer_image_token
@@ -266,7 +316,8 @@ class Session:
         return len(ids) - places + sum(picture.tokens for picture in self.pictures[:places])
 
     def _reuse(self, ids: list[int]) -> int:
-        """How many of ``ids`` the cache goes on from; what it holds besides is taken out. 0: it has to be filled anew."""
+        """How many of ``ids`` the cache goes on from; what it holds besides is taken out. 0: it has to be
+        filled anew."""
         if self._cache is None:
             return 0
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._held, ids[:-1])))
@@ -278,14 +329,21 @@ class Session:
         return same
 
     def ask(
-        self, question: str, *, temperature: float = 0.0, top_p: float | None = None, max_new_tokens: int = 512,
-        num_beams: int = 1, stream: bool = False,
+        self,
+        question: str,
+        *,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        max_new_tokens: int = 512,
+        num_beams: int = 1,
+        stream: bool = False,
     ) -> Answer:
-        """Put a question in the light of the conversation so far; ``stream`` prints the answer as it comes (not with beams).
+        """Put a question in the light of the conversation so far; ``stream`` prints the answer as it comes
+        (not with beams).
 
         Raises:
-            ValueError: if the question's places for images do not fit, it hides a special token, or the conversation is too
-                long for the model.
+            ValueError: if the question's places for images do not fit, it hides a special token, or the
+                conversation is too long for the model.
                 The conversation then stays as it was.
         """
         turn = self.conversation.copy()
@@ -294,7 +352,9 @@ class Session:
         ids = self._token_ids(turn)
         length = self._columns(ids)
         if length >= self.limit:
-            raise ValueError(f"the conversation has {length} tokens and the model takes {self.limit}; start a new one")
+            raise ValueError(
+                f"the conversation has {length} tokens and the model takes {self.limit}; start a new one"
+            )
 
         start = time.perf_counter()
         lasting = num_beams == 1  # beams leave a cache of many rows
@@ -314,11 +374,21 @@ class Session:
         stop = None if turn.stop == self.tokenizer.eos_token else turn.stop
         criteria = [KeywordsStoppingCriteria([stop], self.tokenizer, prompt)] if stop else []
         streamer = AnswerStreamer(self.tokenizer, stop, quiet=not stream) if lasting else None
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            if temperature > 0
+            else {"do_sample": False}
+        )
         try:
             new = self.model.generate(
-                prompt, **given, cache=self._cache, num_beams=num_beams, max_new_tokens=max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id, stopping_criteria=StoppingCriteriaList(criteria), streamer=streamer,
+                prompt,
+                **given,
+                cache=self._cache,
+                num_beams=num_beams,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                streamer=streamer,
                 **sampling,
             )
         except BaseException:
@@ -331,7 +401,9 @@ class Session:
             stats = self.model.compression_stats
             layers = self.model.config.num_hidden_layers
             self._counts.append(
-                [row[0] for row in stats["visual_tokens"]] if stats else [sum(p.tokens for p in pictures)] * layers
+                [row[0] for row in stats["visual_tokens"]]
+                if stats
+                else [sum(p.tokens for p in pictures)] * layers
             )
         text = self.tokenizer.decode(new[0], skip_special_tokens=True).strip()
         text = text.removesuffix(stop).strip() if stop else text

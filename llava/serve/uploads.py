@@ -6,18 +6,36 @@ import threading
 import time
 from pathlib import Path
 
-from libra.server import refusal
+from libra.utils.server import refusal
 
 KEPT_SECONDS = 600.0  # after its last use
 KEPT_BYTES = 256 * 2**20  # of all together
 _API = "/gradio_api"
-# What the page in the browser asks of Gradio. The rest of Gradio's routes (proxies, recordings, code, run history …) is closed.
+# What the page in the browser asks of Gradio. The rest of Gradio's routes (proxies, recordings, code, run
+# history …) is closed.
 _OPEN = {
-    "/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt",
-    *(f"{_API}/{name}" for name in (
-        "info", "app_id", "startup-events", "theme.css", "upload", "upload_progress", "queue/join", "queue/data", "cancel",
-        "reset", "run/predict",
-    )),
+    "/",
+    "/config",
+    "/theme.css",
+    "/favicon.ico",
+    "/manifest.json",
+    "/robots.txt",
+    *(
+        f"{_API}/{name}"
+        for name in (
+            "info",
+            "app_id",
+            "startup-events",
+            "theme.css",
+            "upload",
+            "upload_progress",
+            "queue/join",
+            "queue/data",
+            "cancel",
+            "reset",
+            "run/predict",
+        )
+    ),
 }
 _OPEN_BELOW = ("/assets/", "/static/", "/svelte/", f"{_API}/heartbeat/")
 _FILE, _UPLOAD = f"{_API}/file=", f"{_API}/upload"
@@ -46,17 +64,21 @@ class Uploads:
             return None
 
     def read(self, path: str) -> bytes:
-        """An upload's bytes; it counts as used now. Raises ValueError where it is none, or no longer there."""
+        """An upload's bytes; it counts as used now. Raises ValueError where it is none, or no longer
+        there."""
         found = self.find(path)
         try:
             os.utime(found or "")
             return found.read_bytes()
         except OSError:
             minutes = f"{self.seconds / 60:.0f}"
-            raise ValueError(f"the image is gone, {minutes} minutes after its last use; upload it again") from None
+            raise ValueError(
+                f"the image is gone, {minutes} minutes after its last use; upload it again"
+            ) from None
 
     def sweep(self) -> None:
-        """Remove what was not used for ``seconds``, and the oldest where all together are larger than ``size``."""
+        """Remove what was not used for ``seconds``, and the oldest where all together are larger than
+        ``size``."""
         ages = []
         for path in self._files():
             try:
@@ -76,7 +98,8 @@ class Uploads:
                     pass
 
     def remove_unfinished(self) -> None:
-        """Remove what Gradio was still writing when an upload broke off; whole ones lie in folders of their own."""
+        """Remove what Gradio was still writing when an upload broke off; whole ones lie in folders of their
+        own."""
         for path in self.folder.iterdir():
             if path.is_file() and path not in self._always:
                 path.unlink(missing_ok=True)
@@ -93,10 +116,11 @@ class Uploads:
 
 
 class UploadsOnly:
-    """In front of Gradio: closes the routes that the page does not need, and every way to a file that was not uploaded.
+    """In front of Gradio: closes the routes that the page does not need, and every way to a file that was not
+    uploaded.
 
-    Gradio reads whatever file or address an argument names as ``{"path": …}``, for any of a page's fields, and copies it to
-    where its file route serves it. So paths are looked for everywhere in a request.
+    Gradio reads whatever file or address an argument names as ``{"path": …}``, for any of a page's fields,
+    and copies it to where its file route serves it. So paths are looked for everywhere in a request.
     """
 
     def __init__(self, app, uploads: Uploads):

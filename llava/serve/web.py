@@ -1,4 +1,5 @@
-"""A page that answers a question about an image with and without compression: ``python -m llava.serve.web``."""
+"""A page that answers a question about an image with and without compression: ``python -m
+llava.serve.web``."""
 
 import os
 import shutil
@@ -6,8 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from libra.cli import Parser, whole_from
-from libra.server import ends_in_time, is_local, listen, names_of, serve
+from libra.utils.cli import Parser, whole_from
+from libra.utils.server import ends_in_time, is_local, listen, names_of, serve
 
 from .options import add_model_options
 
@@ -21,17 +22,33 @@ Without --model-path it shows the embedded model, which knows handwritten digits
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m llava.serve.web", description="Compare answers with and without compression in a browser.",
+        prog="python -m llava.serve.web",
+        description="Compare answers with and without compression in a browser.",
         epilog=EXAMPLES,
     )
     add_model_options(parser, model_path="mini")
     parser.set_defaults(max_new_tokens=128)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)")
-    add("--port", type=whole_from(0, 65_535), default=7860, help="port to listen at (default 7860; 0 takes a free one)")
-    add("--allow-host", action="append", default=[], metavar="NAME",
-        help="another name by which browsers call this server, e.g. behind a proxy; may be repeated")
-    add("--per-minute", type=whole_from(1), default=120, help="requests a minute from one address (default 120)")
+    add(
+        "--port",
+        type=whole_from(0, 65_535),
+        default=7860,
+        help="port to listen at (default 7860; 0 takes a free one)",
+    )
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name by which browsers call this server, e.g. behind a proxy; may be repeated",
+    )
+    add(
+        "--per-minute",
+        type=whole_from(1),
+        default=120,
+        help="requests a minute from one address (default 120)",
+    )
     return parser
 
 
@@ -39,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="libra-web-"))
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=str(folder))
+    os.environ.update(
+        GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=str(folder)
+    )
     with ends_in_time(lambda: shutil.rmtree(folder, ignore_errors=True)) as start_clock:
         try:
             import gradio  # noqa: F401
@@ -62,8 +81,13 @@ def main(argv: list[str] | None = None) -> None:
         warm_up(loaded)
         host, port = server.getsockname()[:2]
         if not is_local(args.host):
-            print(f"warning: whoever reaches {host}:{port} can use this page; it asks for no password", file=sys.stderr)
-        print(f"open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends", flush=True)
+            print(
+                f"warning: whoever reaches {host}:{port} can use this page; it asks for no password",
+                file=sys.stderr,
+            )
+        print(
+            f"open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends", flush=True
+        )
         hosts = [*names_of(args.host), *args.allow_host]
         serve(build_app(page, uploads, hosts, args.per_minute), server, start_clock)
 

@@ -1,4 +1,5 @@
-"""The command line of ``llava.train.train``: the published LLaVA's flags, transformers' own, and ``--compression``."""
+"""The command line of ``llava.train.train``: the published LLaVA's flags, transformers' own, and
+``--compression``."""
 
 import difflib
 import importlib.util
@@ -38,7 +39,8 @@ class _Parser(HfArgumentParser):
 
 
 def exit_with(message: str, status: int = 2) -> NoReturn:
-    """``error: …`` and an exit status; of a machine's processes the first one speaks, and the others give it time to."""
+    """``error: …`` and an exit status; of a machine's processes the first one speaks, and the others give it
+    time to."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)  # a launcher ends all processes when one has ended: that should be the one that speaks
     print(f"error: {message}", file=sys.stderr)
@@ -47,18 +49,29 @@ def exit_with(message: str, status: int = 2) -> NoReturn:
 
 def make_parser() -> HfArgumentParser:
     parser = _Parser(
-        (ModelArguments, DataArguments, TrainingArguments), prog="python -m llava.train.train", epilog=EXAMPLES,
-        description="Train a LLaVA model, with its visual tokens compressed or without.", allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter, add_help=False,
+        (ModelArguments, DataArguments, TrainingArguments),
+        prog="python -m llava.train.train",
+        epilog=EXAMPLES,
+        description="Train a LLaVA model, with its visual tokens compressed or without.",
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument("--help-all", action="help", help="this text; --help leaves transformers' own flags out")
+    parser.add_argument(
+        "--help-all", action="help", help="this text; --help leaves transformers' own flags out"
+    )
     return parser
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Read the command line; an unknown flag, a missing one or a contradiction ends the program with a sentence."""
-    argv = [RENAMED.get(name, name) + equals + value for name, equals, value in
-            (word.partition("=") if word.startswith("--") else (word, "", "") for word in argv)]
+    """Read the command line; an unknown flag, a missing one or a contradiction ends the program with a
+    sentence."""
+    argv = [
+        RENAMED.get(name, name) + equals + value
+        for name, equals, value in (
+            word.partition("=") if word.startswith("--") else (word, "", "") for word in argv
+        )
+    ]
     parser = make_parser()
     if "--check_only" in argv:  # sharding takes a launcher's processes
         argv = _without_sharding(argv)
@@ -88,7 +101,9 @@ def _without_sharding(argv: list[str]) -> list[str]:
         elif name == "--deepspeed":
             file = value if equals else next(words, "")
             if not Path(file).is_file():
-                exit_with(f"--deepspeed {file}: there is no such file; the scripts folder has zero2.json and zero3.json")
+                exit_with(
+                    f"--deepspeed {file}: there is no such file; the scripts folder has zero2.json and zero3.json"
+                )
     return kept
 
 
@@ -96,19 +111,29 @@ def _prepare_cpu(parser, argv: list[str]) -> None:
     parser.set_defaults(use_cpu=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None)
     if any(word.partition("=")[0] == "--deepspeed" for word in argv):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        defaults = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
+        }
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
         try:
             import deepspeed
         except ImportError as error:
             exit_with(f"--deepspeed needs DeepSpeed ({error}); install it: pip install deepspeed")
-        deepspeed.init_distributed(dist_backend="gloo")  # before transformers does it, which would ask for NCCL
+        deepspeed.init_distributed(
+            dist_backend="gloo"
+        )  # before transformers does it, which would ask for NCCL
 
 
 def _check(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
     for name, value in (
-        ("model_name_or_path", model.model_name_or_path), ("data_path", data.data_path), ("output_dir", training.output_dir),
+        ("model_name_or_path", model.model_name_or_path),
+        ("data_path", data.data_path),
+        ("output_dir", training.output_dir),
     ):
         if not value:
             raise ValueError(f"--{name} is missing; --help shows an example")
@@ -126,44 +151,69 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
         if needed and importlib.util.find_spec(package) is None:
             raise ValueError(f"--{flag} needs {package}; install it: pip install {package}")
     if training.lora_weight_path:
-        raise ValueError("--lora_weight_path is not supported; --output_dir of an interrupted run goes on by itself")
+        raise ValueError(
+            "--lora_weight_path is not supported; --output_dir of an interrupted run goes on by itself"
+        )
     if training.lora_enable and model.tune_mm_mlp_adapter:
-        raise ValueError("--lora_enable trains the decoder and --tune_mm_mlp_adapter the projector alone; choose one")
+        raise ValueError(
+            "--lora_enable trains the decoder and --tune_mm_mlp_adapter the projector alone; choose one"
+        )
     if training.lora_enable and model.unfreeze_mm_vision_tower:
         raise ValueError("--unfreeze_mm_vision_tower does not go with --lora_enable; leave one out")
     if model.tune_mm_mlp_adapter and training.freeze_mm_mlp_adapter:
-        raise ValueError("--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train; choose one")
+        raise ValueError(
+            "--tune_mm_mlp_adapter and --freeze_mm_mlp_adapter together leave nothing to train; choose one"
+        )
     if training.remove_unused_columns:
         raise ValueError("--remove_unused_columns would remove the images; leave it out")
     _check_of_transformers(model, training)
     # The older name is a deprecated alias of the newer one since transformers 5.20.
-    names = [n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if hasattr(training, n)]
+    names = [
+        n
+        for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+        if hasattr(training, n)
+    ]
     options = dict(next((given for n in names if (given := getattr(training, n))), {}))
     if options.setdefault("use_reentrant", False) and model.compression:
-        raise ValueError("gradient checkpointing with use_reentrant gives wrong gradients with compression; leave it out")
+        raise ValueError(
+            "gradient checkpointing with use_reentrant gives wrong gradients with compression; leave it out"
+        )
     for name in names:
         setattr(training, name, options)
 
 
 def _check_of_transformers(model: ModelArguments, training: TrainingArguments) -> None:
-    """What transformers' own flags ask for in vain: it would stop with the weights in memory, or ignore them."""
+    """What transformers' own flags ask for in vain: it would stop with the weights in memory, or ignore
+    them."""
     if training.eval_strategy != "no":
-        raise ValueError("nothing is evaluated while training; leave --eval_strategy out and evaluate what --output_dir holds")
+        raise ValueError(
+            "nothing is evaluated while training; leave --eval_strategy out and evaluate what --output_dir holds"
+        )
     if training.resume_from_checkpoint:
-        raise ValueError("--resume_from_checkpoint is not needed: a run goes on from the newest checkpoint in --output_dir")
+        raise ValueError(
+            "--resume_from_checkpoint is not needed: a run goes on from the newest checkpoint in --output_dir"
+        )
     if training.save_only_model:
-        raise ValueError("--save_only_model would leave nothing to go on from; use --save_total_limit 1 to save room")
+        raise ValueError(
+            "--save_only_model would leave nothing to go on from; use --save_total_limit 1 to save room"
+        )
     if training.fsdp and training.deepspeed:
         raise ValueError("--fsdp and --deepspeed exclude each other; choose one")
     if training.fsdp and (training.use_cpu or training.parallel_mode != ParallelMode.DISTRIBUTED):
-        raise ValueError("--fsdp shards over the GPUs of a distributed run; start it with torchrun on GPUs, or leave it out")
+        raise ValueError(
+            "--fsdp shards over the GPUs of a distributed run; start it with torchrun on GPUs, or leave it out"
+        )
     if training.fp16 and training.use_cpu:
         raise ValueError("--fp16 True needs a GPU; on a CPU use --bf16 True")
     if model.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
-        raise ValueError("--attn_implementation flash_attention_2 needs a CUDA GPU and none is here; leave it out")
+        raise ValueError(
+            "--attn_implementation flash_attention_2 needs a CUDA GPU and none is here; leave it out"
+        )
     lacking = set(training.report_to) - set(get_available_reporting_integrations())
     if lacking:
-        raise ValueError(f"--report_to {min(lacking)} names no package that is installed; install it, or use none")
+        raise ValueError(
+            f"--report_to {min(lacking)} names no package that is installed; install it, or use none"
+        )
     output = Path(training.output_dir)
     near = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not near.is_dir() or not os.access(near, os.W_OK):

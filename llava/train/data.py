@@ -23,13 +23,16 @@ from .outcomes import Outcome
 from .samples import files_of
 
 logger = logging.get_logger(__name__)
+
+
 @dataclass
 class LazySupervisedDataset(Dataset):
-    """Samples as tensors: ``input_ids``, ``labels`` (S,), and ``images``, ``image_sizes`` (width, height), one for each place.
+    """Samples as tensors: ``input_ids``, ``labels`` (S,), and ``images``, ``image_sizes`` (width, height),
+    one for each place.
 
-    A sample without images has an image of zeros. One whose file cannot be read has one too and no labels: it keeps its place
-    in the batch and takes no part in the loss; ``unreadable`` says why. ``mismatched`` and ``cut``: see
-    :class:`~.labels.Encoded`. ``place`` is the sample's in ``samples``.
+    A sample without images has an image of zeros. One whose file cannot be read has one too and no labels: it
+    keeps its place in the batch and takes no part in the loss; ``unreadable`` says why. ``mismatched`` and
+    ``cut``: see :class:`~.labels.Encoded`. ``place`` is the sample's in ``samples``.
 
     Args:
         template: what ``training_template`` returned.
@@ -59,8 +62,12 @@ class LazySupervisedDataset(Dataset):
     @property
     def modality_lengths(self) -> list[int]:
         """Each sample's words; negative for a sample without images."""
-        counts = [sum(len(turn["value"].split()) for turn in sample["conversations"]) for sample in self.samples]
-        return [n if "image" in sample or "video" in sample else -n for n, sample in zip(counts, self.samples)]
+        counts = [
+            sum(len(turn["value"].split()) for turn in sample["conversations"]) for sample in self.samples
+        ]
+        return [
+            n if "image" in sample or "video" in sample else -n for n, sample in zip(counts, self.samples)
+        ]
 
     def encoded(self, index: int) -> Encoded:
         """Ids and labels, without a look at the images."""
@@ -83,8 +90,14 @@ class LazySupervisedDataset(Dataset):
             encoded.labels = torch.full_like(encoded.labels, IGNORE_INDEX)
         images, sizes = zip(*(pictures or [self._nothing()]))
         return {
-            "input_ids": encoded.input_ids, "labels": encoded.labels, "images": list(images), "image_sizes": list(sizes),
-            "place": index, "unreadable": unreadable, "mismatched": encoded.mismatch, "cut": encoded.cut,
+            "input_ids": encoded.input_ids,
+            "labels": encoded.labels,
+            "images": list(images),
+            "image_sizes": list(sizes),
+            "place": index,
+            "unreadable": unreadable,
+            "mismatched": encoded.mismatch,
+            "cut": encoded.cut,
         }
 
     def _image(self, name: str):
@@ -107,12 +120,16 @@ class LazySupervisedDataset(Dataset):
     def _video(self, name: str):
         aspect = self.pictures.image_aspect_ratio
         pixels = process_video(
-            str(Path(self.video_folder) / name), self.image_processor, aspect_ratio=aspect, num_frames=self.num_frames
+            str(Path(self.video_folder) / name),
+            self.image_processor,
+            aspect_ratio=aspect,
+            num_frames=self.num_frames,
         )
         return (pixels, "video"), (pixels.shape[3], pixels.shape[2])
 
     def _nothing(self):
-        """An image of zeros; with tiles it takes their way through the model, so that every rank uses the same weights."""
+        """An image of zeros; with tiles it takes their way through the model, so that every rank uses the
+        same weights."""
         crop = self.image_processor.crop_size
         size, pixels = (crop["width"], crop["height"]), torch.zeros(3, crop["height"], crop["width"])
         if self.num_frames is not None:
@@ -122,7 +139,8 @@ class LazySupervisedDataset(Dataset):
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """How many visual tokens an image becomes, from numbers alone (``patches`` a picture, ``edge`` its pixels)."""
+    """How many visual tokens an image becomes, from numbers alone (``patches`` a picture, ``edge`` its
+    pixels)."""
 
     patches: int
     edge: int
@@ -137,10 +155,13 @@ class VisualTokens:
 
 @dataclass
 class Collator:
-    """Samples to a batch, padded on the right, with text cut at ``limit`` tokens and the images of what was cut left out.
+    """Samples to a batch, padded on the right, with text cut at ``limit`` tokens and the images of what was
+    cut left out.
 
-    With ``visual_tokens`` an image counts as many tokens as it becomes: the model would cut there as well, but then labels
-    would be counted that nobody learns from. ``outcomes`` says of each sample what :meth:`.outcomes.Tally.add` takes.
+    With ``visual_tokens`` an image counts as many tokens as it becomes: the model would cut there as well,
+        but then labels
+    would be counted that nobody learns from. ``outcomes`` says of each sample what
+    :meth:`.outcomes.Tally.add` takes.
     """
 
     pad_token_id: int
@@ -153,11 +174,16 @@ class Collator:
         images = [image for row in rows for image in row.images]
         ids = [sample["input_ids"][: row.length] for sample, row in zip(samples, rows)]
         labels = [sample["labels"][: row.length] for sample, row in zip(samples, rows)]
-        alike = all(isinstance(image, torch.Tensor) for image in images) and len({image.shape for image in images}) == 1
+        alike = (
+            all(isinstance(image, torch.Tensor) for image in images)
+            and len({image.shape for image in images}) == 1
+        )
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            "attention_mask": pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True),
+            "attention_mask": pad_sequence(
+                [torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True
+            ),
             "images": torch.stack(images) if alike else images,
             "image_sizes": [size for row in rows for size in row.sizes],
             "outcomes": [
@@ -204,7 +230,8 @@ def _outcome(sample: dict, cut: bool, labels: torch.Tensor) -> Outcome:
 
 
 class ModalityLengthSampler(Sampler):
-    """Every sample once an epoch, in random order, but samples of one step are of one kind and of like length.
+    """Every sample once an epoch, in random order, but samples of one step are of one kind and of like
+    length.
 
     Args:
         lengths: ``modality_lengths`` of the data.

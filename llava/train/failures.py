@@ -11,13 +11,18 @@ from .arguments import TrainingArguments
 from .runs import Run
 
 # torch and safetensors have no exceptions of their own for these.
-_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|DataLoader worker .*killed by signal: Killed")
-_WRITING = re.compile(r"PytorchStreamWriter|inline_container|file write failed|No space left|os error 28|Disk quota")
+_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|DataLoader worker .*killed by signal: Killed"
+)
+_WRITING = re.compile(
+    r"PytorchStreamWriter|inline_container|file write failed|No space left|os error 28|Disk quota"
+)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sentence_of(error: Exception, run: Run, args: TrainingArguments) -> str | None:
-    """What to tell a user, with how to go on; None for an error that nobody foresaw, which needs its traceback."""
+    """What to tell a user, with how to go on; None for an error that nobody foresaw, which needs its
+    traceback."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _is(error, _MEMORY):
         return (
             f"there is not enough memory for --per_device_train_batch_size {args.per_device_train_batch_size}"

@@ -1,4 +1,5 @@
-"""The model a training begins with: a LLaVA checkpoint, or a plain language model that gets a vision tower and a projector."""
+"""The model a training begins with: a LLaVA checkpoint, or a plain language model that gets a vision tower
+and a projector."""
 
 import re
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from transformers import BitsAndBytesConfig, CLIPImageProcessor, CLIPVisionConfi
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from libra import Compression
-from libra.transformers_api import PreTrainedConfig
+from libra.engine.transformers_api import PreTrainedConfig
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from ..model.anyres import MERGE_TYPES
@@ -80,8 +81,13 @@ def find_start(
         found = inspect_checkpoint(name, None, compression, **hub)
         model_class, config, tokenizer, tower = found.model_class, found.config, found.tokenizer, found.vision
         tower_inside, tower_name = found.tower_inside, found.tower_name
-        if model.vision_tower and local_folder(model.vision_tower, **hub).resolve() != Path(config.mm_vision_tower).resolve():
-            raise ValueError(f"{name} has a vision tower already ({config.mm_vision_tower}); leave --vision_tower out")
+        if (
+            model.vision_tower
+            and local_folder(model.vision_tower, **hub).resolve() != Path(config.mm_vision_tower).resolve()
+        ):
+            raise ValueError(
+                f"{name} has a vision tower already ({config.mm_vision_tower}); leave --vision_tower out"
+            )
     else:
         model_class, config, tokenizer, tower = _plain_model(folder, settings, model, hub)
         tower_inside, tower_name = False, model.vision_tower
@@ -102,7 +108,10 @@ def find_start(
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     config.tokenizer_padding_side, config.tokenizer_model_max_length = "right", limit
     version = model.version or getattr(config, "conversation", None) or DEFAULT_VERSION
-    config.tune_mm_mlp_adapter, config.freeze_mm_mlp_adapter = model.tune_mm_mlp_adapter, training.freeze_mm_mlp_adapter
+    config.tune_mm_mlp_adapter, config.freeze_mm_mlp_adapter = (
+        model.tune_mm_mlp_adapter,
+        training.freeze_mm_mlp_adapter,
+    )
     config.mm_projector_lr = training.mm_projector_lr
     if version != "plain":
         config.conversation = version
@@ -111,12 +120,24 @@ def find_start(
     if compression is not None:
         config.trained_with_compression = compression.at_depth(config.num_hidden_layers).to_dict()
     return Start(
-        folder, model_class, config, tokenizer, processor, is_llava, tower_inside, tower_name, tower, projector, version, limit
+        folder,
+        model_class,
+        config,
+        tokenizer,
+        processor,
+        is_llava,
+        tower_inside,
+        tower_name,
+        tower,
+        projector,
+        version,
+        limit,
     )
 
 
 def own_limit(config: PreTrainedConfig, tokenizer) -> int:
-    """The tokens that a model takes by itself: a LLaVA's own limit, a plain model's tokenizer's, and no more than positions."""
+    """The tokens that a model takes by itself: a LLaVA's own limit, a plain model's tokenizer's, and no more
+    than positions."""
     own = getattr(config, "tokenizer_model_max_length", None) or tokenizer.model_max_length
     return min(own, config.max_position_embeddings)
 
@@ -132,7 +153,9 @@ def _plain_model(folder: Path, settings: dict, model: ModelArguments, hub: dict)
     model_class = _PLAIN[kind]
     if model.mm_projector_type in PADDING:
         if kind != "mistral":
-            raise ValueError(f"--mm_projector_type {model.mm_projector_type} is VideoLLaMA-2's, which needs a Mistral")
+            raise ValueError(
+                f"--mm_projector_type {model.mm_projector_type} is VideoLLaMA-2's, which needs a Mistral"
+            )
         model_class = Videollama2MistralForCausalLM
     path = folder / "config.json"
     check_sizes(path, settings)
@@ -147,22 +170,34 @@ def _plain_model(folder: Path, settings: dict, model: ModelArguments, hub: dict)
 
 
 def _complete(
-    config: PreTrainedConfig, tower: CLIPVisionConfig, model: ModelArguments, data: DataArguments, is_llava: bool
+    config: PreTrainedConfig,
+    tower: CLIPVisionConfig,
+    model: ModelArguments,
+    data: DataArguments,
+    is_llava: bool,
 ) -> None:
     """What the flags say, else the checkpoint, else the published code's defaults."""
     fixed = {"mm_projector_type": "linear", "mm_patch_merge_type": "flat"}
     for name, default in (
-        *fixed.items(), ("mm_vision_select_layer", -1), ("mm_vision_select_feature", "patch"),
+        *fixed.items(),
+        ("mm_vision_select_layer", -1),
+        ("mm_vision_select_feature", "patch"),
     ):
         given, own = getattr(model, name), getattr(config, name, None)
         if is_llava and name in fixed and given is not None and own is not None and given != own:
             raise ValueError(f"--{name} {given} is not the checkpoint's {own!r}; leave it out")
         setattr(config, name, given if given is not None else own if own is not None else default)
     if config.mm_patch_merge_type not in MERGE_TYPES:
-        raise ValueError(f"--mm_patch_merge_type {config.mm_patch_merge_type} is unknown; use one of {', '.join(MERGE_TYPES)}")
-    config.image_aspect_ratio = data.image_aspect_ratio or getattr(config, "image_aspect_ratio", None) or "square"
+        raise ValueError(
+            f"--mm_patch_merge_type {config.mm_patch_merge_type} is unknown; use one of {', '.join(MERGE_TYPES)}"
+        )
+    config.image_aspect_ratio = (
+        data.image_aspect_ratio or getattr(config, "image_aspect_ratio", None) or "square"
+    )
     if config.image_aspect_ratio not in ("square", "pad", "anyres"):
-        raise ValueError(f"--image_aspect_ratio {config.image_aspect_ratio} is unknown; use square, pad or anyres")
+        raise ValueError(
+            f"--image_aspect_ratio {config.image_aspect_ratio} is unknown; use square, pad or anyres"
+        )
     check_select_layer(config.mm_vision_select_layer, tower.num_hidden_layers, "--mm_vision_select_layer")
     if data.image_grid_pinpoints or config.image_aspect_ratio == "anyres":
         own = data.image_grid_pinpoints or getattr(config, "image_grid_pinpoints", None) or ANYRES
@@ -171,19 +206,28 @@ def _complete(
     if data.num_frames or not hasattr(config, "num_frames"):
         config.num_frames = data.num_frames or NUM_FRAMES
     config.mm_use_im_start_end = model.mm_use_im_start_end or getattr(config, "mm_use_im_start_end", False)
-    config.mm_use_im_patch_token = model.mm_use_im_patch_token or getattr(config, "mm_use_im_patch_token", False)
+    config.mm_use_im_patch_token = model.mm_use_im_patch_token or getattr(
+        config, "mm_use_im_patch_token", False
+    )
 
 
 def _read_projector(path: str, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}; --pretrain_mm_mlp_adapter is the mm_projector.bin of the first stage")
+        raise ValueError(
+            f"there is no file {path}; --pretrain_mm_mlp_adapter is the mm_projector.bin of the first stage"
+        )
     values = read_additions(Path(path))
     # Embeddings are in it where the first stage trained new tokens, which this model gets later.
-    wrong = [name for name, value in values.items() if "embed_tokens" not in name and (
-        name not in expected or expected[name].shape != value.shape)]
+    wrong = [
+        name
+        for name, value in values.items()
+        if "embed_tokens" not in name and (name not in expected or expected[name].shape != value.shape)
+    ]
     wrong += [name for name in expected if "mm_projector" in name and name not in values]
     if wrong:
-        raise ValueError(f"{path} does not fit this model: {wrong[0]!r} is missing on one side or has another shape")
+        raise ValueError(
+            f"{path} does not fit this model: {wrong[0]!r} is missing on one side or has another shape"
+        )
     return values
 
 
@@ -195,13 +239,22 @@ def build_model(start: Start, model: ModelArguments, training: TrainingArguments
     has_frozen_decoder = training.lora_enable or model.tune_mm_mlp_adapter
     dtype = low if training.deepspeed or has_frozen_decoder else torch.float32
     if training.bits < 16:
-        options = {"device_map": {"": training.device}, "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=training.bits == 4, load_in_8bit=training.bits == 8, bnb_4bit_compute_dtype=low,
-            bnb_4bit_use_double_quant=training.double_quant, bnb_4bit_quant_type=training.quant_type,
-            llm_int8_skip_modules=["mm_projector", "vision_tower", "lm_head"],
-        )}
+        options = {
+            "device_map": {"": training.device},
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=training.bits == 4,
+                load_in_8bit=training.bits == 8,
+                bnb_4bit_compute_dtype=low,
+                bnb_4bit_use_double_quant=training.double_quant,
+                bnb_4bit_quant_type=training.quant_type,
+                llm_int8_skip_modules=["mm_projector", "vision_tower", "lm_head"],
+            ),
+        }
     if not start.is_llava:
-        folder, config.mm_vision_tower = config.mm_vision_tower, None  # what comes with it is not in these weights
+        folder, config.mm_vision_tower = (
+            config.mm_vision_tower,
+            None,
+        )  # what comes with it is not in these weights
     llava = start.model_class.from_pretrained(
         start.folder, config=config, dtype=dtype, attn_implementation=model.attn_implementation, **options
     )
@@ -220,7 +273,9 @@ def build_model(start: Start, model: ModelArguments, training: TrainingArguments
     if training.bits < 16:
         from peft import prepare_model_for_kbit_training
 
-        llava = prepare_model_for_kbit_training(llava, use_gradient_checkpointing=training.gradient_checkpointing)
+        llava = prepare_model_for_kbit_training(
+            llava, use_gradient_checkpointing=training.gradient_checkpointing
+        )
     _add_tokens(llava, start)
     if start.projector is not None:
         _load_weights(llava, start.projector)
@@ -240,7 +295,9 @@ def _add_vision(llava) -> None:
     decoder.vision_tower = build_vision_tower(config)
     decoder.mm_projector = build_vision_projector(config).to(llava.dtype)
     if "unpad" in config.mm_patch_merge_type:
-        decoder.image_newline = nn.Parameter((torch.randn(config.hidden_size) * config.hidden_size**-0.5).to(llava.dtype))
+        decoder.image_newline = nn.Parameter(
+            (torch.randn(config.hidden_size) * config.hidden_size**-0.5).to(llava.dtype)
+        )
 
 
 def _add_tokens(llava, start: Start) -> None:
@@ -272,7 +329,9 @@ def _load_weights(llava, values: dict[str, torch.Tensor]) -> None:
     with _whole([own[name] for name in values]), torch.no_grad():
         for name, value in values.items():
             if own[name].shape != value.shape:  # embeddings, which were not checked before
-                raise ValueError(f"the first stage had other new tokens ({name!r} has another shape); give the flags it had")
+                raise ValueError(
+                    f"the first stage had other new tokens ({name!r} has another shape); give the flags it had"
+                )
             own[name].copy_(value)
 
 
@@ -282,11 +341,23 @@ def _add_adapters(llava, training: TrainingArguments):
     decoder = llava.get_model()
     tower = decoder.vision_tower
     del decoder.vision_tower  # its layers are named like the decoder's, which alone are meant
-    layers = [name for name, module in llava.named_modules() if isinstance(module, nn.Linear) and "mm_projector" not in name]
-    wrapped = get_peft_model(llava, LoraConfig(
-        r=training.lora_r, lora_alpha=training.lora_alpha, lora_dropout=training.lora_dropout, bias=training.lora_bias,
-        target_modules=sorted({name.rpartition(".")[2] for name in layers} - {"lm_head"}), task_type="CAUSAL_LM",
-    ), autocast_adapter_dtype=not training.deepspeed)  # ZeRO-3 wants one dtype for all that is trained
+    layers = [
+        name
+        for name, module in llava.named_modules()
+        if isinstance(module, nn.Linear) and "mm_projector" not in name
+    ]
+    wrapped = get_peft_model(
+        llava,
+        LoraConfig(
+            r=training.lora_r,
+            lora_alpha=training.lora_alpha,
+            lora_dropout=training.lora_dropout,
+            bias=training.lora_bias,
+            target_modules=sorted({name.rpartition(".")[2] for name in layers} - {"lm_head"}),
+            task_type="CAUSAL_LM",
+        ),
+        autocast_adapter_dtype=not training.deepspeed,
+    )  # ZeRO-3 wants one dtype for all that is trained
     decoder.vision_tower = tower
     return wrapped
 
@@ -308,7 +379,8 @@ def _choose_trainable(llava, model: ModelArguments, training: TrainingArguments)
 
 
 def _train_tower(tower) -> None:
-    """All that stands before the selected layer: what is behind gets no gradient, and DDP would wait for one."""
+    """All that stands before the selected layer: what is behind gets no gradient, and DDP would wait for
+    one."""
     layers = tower.config.num_hidden_layers
     used = tower.select_layer if tower.select_layer >= 0 else layers + 1 + tower.select_layer
     for name, value in tower.named_parameters():
@@ -319,5 +391,6 @@ def _train_tower(tower) -> None:
 def picture_settings(config) -> SimpleNamespace:
     """What decides about an image's pixels, apart from the model, so that worker processes do not copy it."""
     return SimpleNamespace(
-        image_aspect_ratio=config.image_aspect_ratio, image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None)
+        image_aspect_ratio=config.image_aspect_ratio,
+        image_grid_pinpoints=getattr(config, "image_grid_pinpoints", None),
     )

@@ -34,17 +34,21 @@ def training_template(version: str) -> Conversation | None:
     """
     if version == CHAT:
         return None
-    known = [name for name, template in conv_templates.items() if template.sep_style is not SeparatorStyle.SINGLE]
+    known = [
+        name for name, template in conv_templates.items() if template.sep_style is not SeparatorStyle.SINGLE
+    ]
     if version not in known:
         raise ValueError(f"there is no training version {version!r}; use one of {', '.join([*known, CHAT])}")
     return conv_templates[version]
 
 
-def place_images(turns: list[Turn], template: Conversation | None, several: bool, start_end: bool) -> list[Turn]:
+def place_images(
+    turns: list[Turn], template: Conversation | None, several: bool, start_end: bool
+) -> list[Turn]:
     """Turns with their ``<image>`` or ``<video>`` where training wants it.
 
-    It goes to the front of its turn, and several in a turn become one; ``several`` (a sample with a list of images) leaves
-    each where it stands. ``start_end`` puts ``<im_start>`` and ``<im_end>`` around it.
+    It goes to the front of its turn, and several in a turn become one; ``several`` (a sample with a list of
+    images) leaves each where it stands. ``start_end`` puts ``<im_start>`` and ``<im_end>`` around it.
     """
     placed = []
     for speaker, text in turns:
@@ -54,12 +58,16 @@ def place_images(turns: list[Turn], template: Conversation | None, several: bool
         if template is not None and "mmtag" in template.version:
             text = text.replace(DEFAULT_IMAGE_TOKEN, f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>")
         if start_end:
-            text = text.replace(DEFAULT_IMAGE_TOKEN, f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}")
+            text = text.replace(
+                DEFAULT_IMAGE_TOKEN, f"{DEFAULT_IM_START_TOKEN}{DEFAULT_IMAGE_TOKEN}{DEFAULT_IM_END_TOKEN}"
+            )
         placed.append((speaker, text))
     return placed
 
 
-def encode(turns: list[Turn], template: Conversation | None, tokenizer, has_image: bool, limit: int) -> Encoded:
+def encode(
+    turns: list[Turn], template: Conversation | None, tokenizer, has_image: bool, limit: int
+) -> Encoded:
     """Ids and labels of a conversation: an answer is supervised with what ends it.
 
     Args:
@@ -68,8 +76,8 @@ def encode(turns: list[Turn], template: Conversation | None, tokenizer, has_imag
         has_image: whether ``<image>`` stands for an image; otherwise it is text.
         limit: the tokenizer's ``model_max_length``; text without images is cut there.
 
-    The published code finds the answers by tokenizing each round alone, and gives up a sample whose rounds do not add up to
-    the whole. So does this, token for token.
+    The published code finds the answers by tokenizing each round alone, and gives up a sample whose rounds do
+    not add up to the whole. So does this, token for token.
     """
     if turns[0][0] != "human":
         turns = turns[1:]
@@ -104,16 +112,25 @@ def _answers(
     """The columns (from, to) of each answer, and the column behind the last round, counted round by round."""
     legacy = getattr(tokenizer, "legacy", None)
     if template.sep_style is SeparatorStyle.MPT:
-        return _sum_up(_pairs_of_turns(prompt, template.sep), template.sep + template.roles[1], 0, *(
-            (length_of, length_of, 1, -1) if template.version == "llama3" else
-            (length_of, lambda head: length_of(head) - 1, 0, int(bool(legacy)))
-        ))
+        return _sum_up(
+            _pairs_of_turns(prompt, template.sep),
+            template.sep + template.roles[1],
+            0,
+            *(
+                (length_of, length_of, 1, -1)
+                if template.version == "llama3"
+                else (length_of, lambda head: length_of(head) - 1, 0, int(bool(legacy)))
+            ),
+        )
     two = template.sep_style is SeparatorStyle.TWO
     mark = f"{template.sep}{template.roles[1]}: " if two else "[/INST] "
-    # A later round stands behind </s>, where some tokenizers put no space in front of it, as they do when it stands alone.
+    # A later round stands behind </s>, where some tokenizers put no space in front of it, as they do when it
+    # stands alone.
     later = -1 if two and legacy is False else 0
     # The bos that each round gets stands for the </s> that it lost; the mark's space belongs to the answer.
-    return _sum_up(prompt.split(template.sep2), mark, 1, length_of, lambda head: length_of(head.rstrip()) - 1, 0, later)
+    return _sum_up(
+        prompt.split(template.sep2), mark, 1, length_of, lambda head: length_of(head.rstrip()) - 1, 0, later
+    )
 
 
 def _pairs_of_turns(prompt: str, sep: str) -> list[str]:
@@ -123,8 +140,11 @@ def _pairs_of_turns(prompt: str, sep: str) -> list[str]:
     return [sep.join(turns[start:stop]) for start, stop in pairwise(cuts)]
 
 
-def _sum_up(rounds, mark: str, start: int, length_of, head_of, extra: int, later: int) -> tuple[list[tuple[int, int]], int]:
-    """Columns of the answers, round by round; ``extra`` tokens end each round and ``later`` correct all but the first."""
+def _sum_up(
+    rounds, mark: str, start: int, length_of, head_of, extra: int, later: int
+) -> tuple[list[tuple[int, int]], int]:
+    """Columns of the answers, round by round; ``extra`` tokens end each round and ``later`` correct all but
+    the first."""
     answers, end = [], start
     for i, text in enumerate(rounds):
         parts = text.split(mark)
@@ -138,8 +158,11 @@ def _sum_up(rounds, mark: str, start: int, length_of, head_of, extra: int, later
 
 
 def _encode_chat(turns: list[Turn], tokenizer) -> Encoded:
-    """By the tokenizer's chat template, as VideoLLaMA-2 does: an answer is what its turn adds to the prompt before it."""
-    said = [{"role": "user" if speaker == "human" else "assistant", "content": text} for speaker, text in turns]
+    """By the tokenizer's chat template, as VideoLLaMA-2 does: an answer is what its turn adds to the prompt
+    before it."""
+    said = [
+        {"role": "user" if speaker == "human" else "assistant", "content": text} for speaker, text in turns
+    ]
 
     def ids_of(messages, prompting=False) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)

@@ -1,4 +1,5 @@
-"""What became of each sample of a training: counted in the log, in ``trainer_state.json``, and by name in ``samples.json``."""
+"""What became of each sample of a training: counted in the log, in ``trainer_state.json``, and by name in
+``samples.json``."""
 
 import json
 from collections import Counter
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from libra.files import write_text
+from libra.utils.files import write_text
 
 from .samples import Data
 
@@ -79,15 +80,17 @@ class Tally:
             self.outcomes, self.reasons = stored["outcomes"], stored["reasons"]
 
     def counts(self) -> dict[str, int]:
-        """For the log: samples used, cut, without labels and skipped, the last ones kind by kind too; what is 0 is left out.
-        Every process has to call this."""
+        """For the log: samples used, cut, without labels and skipped, the last ones kind by kind too; what is
+        0 is left out. Every process has to call this."""
         found = torch.bincount(self.gathered(), minlength=len(Outcome)).tolist()
         used, cut = found[Outcome.USED] + found[Outcome.CUT], found[Outcome.CUT]
         skipped = Counter(self.data.kinds())
         skipped["unreadable"] += found[Outcome.UNREADABLE]
         counts = {
-            "samples_used": used, "samples_cut": cut,
-            "samples_without_labels": found[Outcome.MISMATCHED] + found[Outcome.BEHIND], "samples_skipped": skipped.total(),
+            "samples_used": used,
+            "samples_cut": cut,
+            "samples_without_labels": found[Outcome.MISMATCHED] + found[Outcome.BEHIND],
+            "samples_skipped": skipped.total(),
             **{f"samples_skipped/{kind}": n for kind, n in skipped.items()},
         }
         return {name: n for name, n in counts.items() if n or name == "samples_used"}
@@ -103,7 +106,9 @@ class Tally:
         if skipped := counts.get("samples_skipped"):
             kinds = [f"{n} {name.partition('/')[2]}" for name, n in counts.items() if "/" in name]
             parts.append(f"{skipped} were skipped ({', '.join(kinds)})")
-        rest = self.data.total - sum(counts.get(f"samples_{name}", 0) for name in ("used", "without_labels", "skipped"))
+        rest = self.data.total - sum(
+            counts.get(f"samples_{name}", 0) for name in ("used", "without_labels", "skipped")
+        )
         if rest:
             parts.append(f"{rest} were not reached")
         return "; ".join(parts)
@@ -115,16 +120,27 @@ class Tally:
         def entry(place: int, why: str) -> dict:
             return {"sample": samples[place]["number"], "id": samples[place].get("id"), "why": why}
 
-        skipped = [{"sample": n, "id": f.id, "why": str(f), "kind": f.kind} for n, f in sorted(self.data.faults.items())]
+        skipped = [
+            {"sample": n, "id": f.id, "why": str(f), "kind": f.kind}
+            for n, f in sorted(self.data.faults.items())
+        ]
         skipped += [
             {**entry(place, self.reasons.get(place, "it could not be read")), "kind": "unreadable"}
-            for place, outcome in enumerate(found) if outcome == Outcome.UNREADABLE
+            for place, outcome in enumerate(found)
+            if outcome == Outcome.UNREADABLE
         ]
         report = {
-            "data": self.data.path, "samples": self.data.total, "used": sum(outcome >= Outcome.CUT for outcome in found),
-            "images_put_in_front": self.data.placed, "rounds_without_an_answer": self.data.lost_rounds,
-            "cut": [samples[place]["number"] for place, outcome in enumerate(found) if outcome == Outcome.CUT],
-            "without_labels": [entry(i, REASONS[outcome]) for i, outcome in enumerate(found) if outcome in REASONS],
+            "data": self.data.path,
+            "samples": self.data.total,
+            "used": sum(outcome >= Outcome.CUT for outcome in found),
+            "images_put_in_front": self.data.placed,
+            "rounds_without_an_answer": self.data.lost_rounds,
+            "cut": [
+                samples[place]["number"] for place, outcome in enumerate(found) if outcome == Outcome.CUT
+            ],
+            "without_labels": [
+                entry(i, REASONS[outcome]) for i, outcome in enumerate(found) if outcome in REASONS
+            ],
             "skipped": skipped,
         }
         write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
@@ -135,11 +151,17 @@ def announce(data: Data, most: int = 20) -> list[str]:
     lines = [f"{data.sentence(number)} (left out)" for number in sorted(data.faults)[:most]]
     if data.faults:
         kinds = ", ".join(f"{n} {kind}" for kind, n in data.kinds().items())
-        lines.append(f"{len(data.faults)} of the {data.total} samples of {data.path} are left out ({kinds}); {REPORT} in the"
-                     f" output folder names them all")
+        lines.append(
+            f"{len(data.faults)} of the {data.total} samples of {data.path} are left out ({kinds}); {REPORT} in the"
+            f" output folder names them all"
+        )
     if data.placed:
-        lines.append(f"{data.placed} samples have an image or video without a place for it in the text; it goes to the front of"
-                     " their first question")
+        lines.append(
+            f"{data.placed} samples have an image or video without a place for it in the text; it goes to the front of"
+            " their first question"
+        )
     if data.lost_rounds:
-        lines.append(f"{data.lost_rounds} questions or answers are empty; those rounds are left out of their conversations")
+        lines.append(
+            f"{data.lost_rounds} questions or answers are empty; those rounds are left out of their conversations"
+        )
     return lines

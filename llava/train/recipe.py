@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import set_seed
 
-from libra.files import flush_folder, flush_tree
+from libra.utils.files import flush_folder, flush_tree
 
 from .arguments import TrainingArguments, exit_with, parse
 from .failures import how_to_go_on, sentence_of
@@ -24,7 +24,8 @@ STAGE = ".finished.tmp"  # where the finished model is written before it takes i
 
 
 def train(argv: list[str]) -> None:
-    """Train as the command line says; what is wrong with it, or goes wrong, ends the program with a sentence."""
+    """Train as the command line says; what is wrong with it, or goes wrong, ends the program with a
+    sentence."""
     model_args, data_args, args = parse(argv)
     try:
         prepared = prepare(model_args, data_args, args)
@@ -49,7 +50,8 @@ def train(argv: list[str]) -> None:
 
 @contextmanager
 def foreseen(run: Run, args: TrainingArguments) -> Iterator[None]:
-    """A full disk, too little memory and Ctrl-C end the program with a sentence; other errors keep their traceback."""
+    """A full disk, too little memory and Ctrl-C end the program with a sentence; other errors keep their
+    traceback."""
     try:
         yield
     except KeyboardInterrupt:
@@ -68,8 +70,13 @@ def run_training(prepared: Prepared, model, args: TrainingArguments) -> None:
     llava, run = model.get_base_model() if args.lora_enable else model, prepared.run
     llava.set_compression(prepared.compression)
     trainer = LlavaTrainer(
-        model=model, args=args, train_dataset=prepared.dataset, processing_class=prepared.start.tokenizer,
-        data_collator=prepared.collator, run=run, tally=Tally(prepared.data, args.device),
+        model=model,
+        args=args,
+        train_dataset=prepared.dataset,
+        processing_class=prepared.start.tokenizer,
+        data_collator=prepared.collator,
+        run=run,
+        tally=Tally(prepared.data, args.device),
     )
     checkpoint = begin(run, args)
     if checkpoint is not None:
@@ -109,7 +116,8 @@ def remove_unfinished(run: Run, args: TrainingArguments) -> None:
 
 
 def save_finished(trainer: LlavaTrainer, run: Run) -> None:
-    """Write the finished model next to its place, then move it there, config.json last: nobody loads one half of a model."""
+    """Write the finished model next to its place, then move it there, config.json last: nobody loads one half
+    of a model."""
     stage = run.folder / STAGE
     trainer.save_model(str(stage))
     if not trainer.args.should_save:

@@ -1,7 +1,9 @@
-"""A training run and its folder: what defines it, which of its checkpoints are whole, and from where it goes on.
+"""A training run and its folder: what defines it, which of its checkpoints are whole, and from where it goes
+on.
 
-``run.json`` in the output folder says what the run is made of. Each checkpoint gets a seal when all of it is on the disk; one
-without, or whose files are not those of its seal, was torn by a kill or a full disk and gives way to the newest whole one.
+``run.json`` in the output folder says what the run is made of. Each checkpoint gets a seal when all of it is
+on the disk; one without, or whose files are not those of its seal, was torn by a kill or a full disk and
+gives way to the newest whole one.
 """
 
 import hashlib
@@ -12,9 +14,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from libra.files import flush_tree, write_text
 from libra.identity import digest
-from libra.sentences import show
+from libra.utils.files import flush_tree, write_text
+from libra.utils.sentences import show
 
 from ..model.weights import ADAPTERS, PROJECTOR, has_weights, weight_files
 
@@ -27,7 +29,8 @@ _SAMPLED = 1 << 20  # bytes read of a large file at its start, in its middle and
 
 @dataclass(frozen=True)
 class Run:
-    """A training run: its output folder and everything that its weights depend on, under names that a user knows."""
+    """A training run: its output folder and everything that its weights depend on, under names that a user
+    knows."""
 
     folder: Path
     identity: dict[str, object]
@@ -54,7 +57,9 @@ class Run:
             record = json.loads(path.read_text(encoding="utf-8"))
             before = dict(record["run"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read; name another --output_dir, or empty this one") from error
+            raise ValueError(
+                f"{path} cannot be read; name another --output_dir, or empty this one"
+            ) from error
         now = json.loads(json.dumps(self.identity))
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if changed:
@@ -77,14 +82,18 @@ class Run:
         """Have a finished checkpoint on the disk and mark it as whole."""
         (checkpoint / SEAL).unlink(missing_ok=True)  # of an earlier checkpoint of the same step
         flush_tree(checkpoint)
-        write_text(checkpoint / SEAL, json.dumps({"run": self.digest, "files": _sizes(checkpoint)}, indent=1) + "\n")
+        write_text(
+            checkpoint / SEAL, json.dumps({"run": self.digest, "files": _sizes(checkpoint)}, indent=1) + "\n"
+        )
 
     def is_whole(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is of this run and all its files are as they were written."""
         try:
             seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
             sizes = _sizes(checkpoint)
-            return seal["run"] == self.digest and all(sizes.get(name) == size for name, size in seal["files"].items())
+            return seal["run"] == self.digest and all(
+                sizes.get(name) == size for name, size in seal["files"].items()
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
@@ -93,25 +102,29 @@ class Run:
         return next((path for path in reversed(self.checkpoints()) if self.is_whole(path)), None)
 
     def torn(self) -> list[Path]:
-        """The checkpoints that are newer than the newest whole one; one with another run's seal is not among them."""
+        """The checkpoints that are newer than the newest whole one; one with another run's seal is not among
+        them."""
         newest, found = self.newest(), self.checkpoints()
         newer = found if newest is None else found[found.index(newest) + 1 :]
         return [path for path in newer if _sealed_by(path) in (None, self.digest)]
 
     def keep(self, limit: int | None) -> None:
-        """Remove whole checkpoints but for the newest ``limit``; None keeps all, and what is not this run's is not touched."""
+        """Remove whole checkpoints but for the newest ``limit``; None keeps all, and what is not this run's
+        is not touched."""
         for path in [path for path in self.checkpoints() if self.is_whole(path)][: -limit if limit else 0]:
             (path / SEAL).unlink()  # half removed it is not whole
             shutil.rmtree(path, ignore_errors=True)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint of a training without seals, such as transformers' own Trainer writes, that looks whole."""
+    """The newest checkpoint of a training without seals, such as transformers' own Trainer writes, that looks
+    whole."""
     return next((str(path) for path in reversed(_checkpoints(Path(folder))) if _looks_whole(path)), None)
 
 
 def _looks_whole(checkpoint: Path) -> bool:
-    """Whether the state, which is written last, can be read, no file is empty, and none of torch's is cut short."""
+    """Whether the state, which is written last, can be read, no file is empty, and none of torch's is cut
+    short."""
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     if not all(path.stat().st_size for path in files):
         return False
@@ -124,8 +137,11 @@ def _looks_whole(checkpoint: Path) -> bool:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*")
-             if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()]
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
+    ]
     return [path for _, path in sorted(found)]
 
 

@@ -1,11 +1,13 @@
-"""Training data as it lies in files, in the forms that are in use, and as training takes it: in LLaVA's own form.
+"""Training data as it lies in files, in the forms that are in use, and as training takes it: in LLaVA's own
+form.
 
-LLaVA's has ``image`` or ``video`` and ``conversations`` of turns with ``from`` and ``value``; LLaMA-Factory's has ``images`` or
-``videos`` and ``messages`` of turns with ``role`` and ``content``; ShareGPT's has the conversations of the former and more
-names for who speaks. They may be mixed.
+LLaVA's has ``image`` or ``video`` and ``conversations`` of turns with ``from`` and ``value``; LLaMA-Factory's
+has ``images`` or ``videos`` and ``messages`` of turns with ``role`` and ``content``; ShareGPT's has the
+conversations of the former and more names for who speaks. They may be mixed.
 
-A sample that cannot be trained on as it was meant is left out, and the reason is told: nothing is guessed, except that an image
-without a place in the text goes to the front of the first question, and that is told too.
+A sample that cannot be trained on as it was meant is left out, and the reason is told: nothing is guessed,
+except that an image without a place in the text goes to the front of the first question, and that is told
+too.
 """
 
 import json
@@ -16,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from libra.sentences import ConfigError, show
+from libra.utils.sentences import ConfigError, show
 
 from ..constants import DEFAULT_IMAGE_TOKEN
 from ..conversation import Conversation, SeparatorStyle
@@ -24,25 +26,35 @@ from ..video import DEFAULT_VIDEO_TOKEN
 
 LOOKED_FOR = 100  # samples whose files must not all be missing before a training begins
 SPEAKERS = {
-    "human": "human", "user": "human",
-    "gpt": "gpt", "assistant": "gpt", "chatgpt": "gpt", "model": "gpt", "bing": "gpt", "bard": "gpt",
+    "human": "human",
+    "user": "human",
+    "gpt": "gpt",
+    "assistant": "gpt",
+    "chatgpt": "gpt",
+    "model": "gpt",
+    "bing": "gpt",
+    "bard": "gpt",
 }
 PLACES = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
 _MEDIA_KEYS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 _READ = {*_MEDIA_KEYS, "id", "conversations", "messages", "system", "tools"}
 _LOOKS_LIKE_MEDIA = re.compile(
     r"(image|img|picture|photo|pic|pixel|video|clip|frame|audio|sound|media)s?"
-    r"[_-]?(path|file|filename|name|url|uri|list|bytes|data|value|content|base64|folder|dir)?s?", re.IGNORECASE,
+    r"[_-]?(path|file|filename|name|url|uri|list|bytes|data|value|content|base64|folder|dir)?s?",
+    re.IGNORECASE,
 )
 _MEDIA_FILE = re.compile(
     r"data:(image|video|audio)/.*|.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|mp4|mkv|avi|mov|webm|m4v|mp3|wav|flac|ogg|m4a)",
     re.IGNORECASE | re.DOTALL,
 )
-_NEARLY_A_PLACE = re.compile(r"[<\[{(]\s*/?\s*(image|img|video|picture)s?[\s_-]*\d*\s*/?\s*[>\]})]", re.IGNORECASE)
+_NEARLY_A_PLACE = re.compile(
+    r"[<\[{(]\s*/?\s*(image|img|video|picture)s?[\s_-]*\d*\s*/?\s*[>\]})]", re.IGNORECASE
+)
 
 
 class Fault(ConfigError):
-    """Why a sample is left out: ``kind`` in a word or two, to be counted by, and a sentence. ``id`` is the sample's own."""
+    """Why a sample is left out: ``kind`` in a word or two, to be counted by, and a sentence. ``id`` is the
+    sample's own."""
 
     def __init__(self, kind: str, sentence: str):
         super().__init__(sentence)
@@ -51,7 +63,8 @@ class Fault(ConfigError):
 
 @dataclass
 class Data:
-    """The samples of a file, in LLaVA's form with their ``number`` in the file, and what is left out of it."""
+    """The samples of a file, in LLaVA's form with their ``number`` in the file, and what is left out of
+    it."""
 
     path: str
     samples: list[dict]
@@ -87,8 +100,11 @@ class Data:
         """Raises ValueError where no sample is left."""
         if not self.samples:
             first = self.sentence(min(self.faults))
-            raise ValueError(f"{self.path}, {first}" if self.total == 1 else
-                             f"{self.path} has nothing to learn from: each of its {self.total} samples is left out; {first}")
+            raise ValueError(
+                f"{self.path}, {first}"
+                if self.total == 1
+                else f"{self.path} has nothing to learn from: each of its {self.total} samples is left out; {first}"
+            )
 
 
 def read_samples(path: str) -> list:
@@ -108,7 +124,9 @@ def read_bytes(path: str) -> bytes:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"the data {show(path)} cannot be read ({reason}); give the path of a JSON file") from error
+        raise ValueError(
+            f"the data {show(path)} cannot be read ({reason}); give the path of a JSON file"
+        ) from error
 
 
 def parse_samples(path: str, content: bytes) -> list:
@@ -124,7 +142,7 @@ def parse_samples(path: str, content: bytes) -> list:
     else:
         samples = _parse(path, text)
     if not isinstance(samples, list) or not samples:
-        raise ValueError(f"{path} holds no list of samples; it should begin with [{{\"conversations\": …")
+        raise ValueError(f'{path} holds no list of samples; it should begin with [{{"conversations": …')
     return samples
 
 
@@ -132,10 +150,16 @@ def _parse(path: str, text: str, line: int = 1):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "name it .jsonl if it has one sample in each line" if error.msg == "Extra data" else "correct it"
-        raise ValueError(f"{path}, line {line + error.lineno - 1}: no valid JSON ({error.msg}); {hint}") from error
+        hint = (
+            "name it .jsonl if it has one sample in each line" if error.msg == "Extra data" else "correct it"
+        )
+        raise ValueError(
+            f"{path}, line {line + error.lineno - 1}: no valid JSON ({error.msg}); {hint}"
+        ) from error
     except RecursionError as error:
-        raise ValueError(f"{path}, line {line}: it is nested too deeply for a list of samples; correct it") from error
+        raise ValueError(
+            f"{path}, line {line}: it is nested too deeply for a list of samples; correct it"
+        ) from error
 
 
 def read_data(path: str, content: bytes, template: Conversation | None) -> Data:
@@ -166,10 +190,14 @@ def check_files(data: Data, kind: str, folder: str) -> None:
     """
     named = [name for sample in data.samples for name in files_of(sample, kind)][:LOOKED_FOR]
     if named and not Path(folder).is_dir():
-        raise ValueError(f"{data.path} names {kind}s and there is no folder {folder}; give it as --{kind}_folder")
+        raise ValueError(
+            f"{data.path} names {kind}s and there is no folder {folder}; give it as --{kind}_folder"
+        )
     if named and not any(os.path.exists(os.path.join(folder, name)) for name in named):
-        raise ValueError(f"none of the {kind}s that {data.path} names first lies in {folder}, {show(named[0])} for one;"
-                         f" --{kind}_folder is what their names begin at")
+        raise ValueError(
+            f"none of the {kind}s that {data.path} names first lies in {folder}, {show(named[0])} for one;"
+            f" --{kind}_folder is what their names begin at"
+        )
 
 
 def check_for_model(data: Data, takes_videos: bool) -> None:
@@ -209,7 +237,10 @@ def _in_our_form(sample, plain: bool, data: Data) -> dict:
     kind, files = _media_of(sample)
     rounds = _rounds_of(_turns_of(sample), plain)
     if plain and len(rounds) != 1:
-        raise Fault("conversation", f"the version plain takes one question and one answer, not {2 * len(rounds)} turns")
+        raise Fault(
+            "conversation",
+            f"the version plain takes one question and one answer, not {2 * len(rounds)} turns",
+        )
     kept, lost, files = _answered(rounds, kind, files, plain)
     turns = [{"from": who, "value": text} for pair in kept for who, text in zip(("human", "gpt"), pair)]
     placed = False
@@ -221,11 +252,15 @@ def _in_our_form(sample, plain: bool, data: Data) -> dict:
         raise Fault("places", f"it has {DEFAULT_IMAGE_TOKEN} and no image")
     data.placed += placed
     data.lost_rounds += lost
-    return {**({"id": sample["id"]} if "id" in sample else {}), **({kind: files} if files else {}), "conversations": turns}
+    return {
+        **({"id": sample["id"]} if "id" in sample else {}),
+        **({kind: files} if files else {}),
+        "conversations": turns,
+    }
 
 
 def _media_of(sample: dict) -> tuple[str | None, str | list[str] | None]:
-    """"image" or "video", and the file name, or the list of them; None twice for text. Raises Fault."""
+    """ "image" or "video", and the file name, or the list of them; None twice for text. Raises Fault."""
     given = {key: sample[key] for key in _MEDIA_KEYS if sample.get(key) not in (None, "", [])}
     for key, value in given.items():
         names = [value] if isinstance(value, str) else value
@@ -239,17 +274,24 @@ def _media_of(sample: dict) -> tuple[str | None, str | list[str] | None]:
         raise Fault("file names", f"its keys {' and '.join(given)} name different files; leave one out")
     for key, value in sample.items():
         if key not in _READ and _is_media(key, value, bool(given)):
-            raise Fault("unknown key", f"its key {show(key)} looks like media and is not read; call it image, images, video or"
-                                       " videos, or take it out")
+            raise Fault(
+                "unknown key",
+                f"its key {show(key)} looks like media and is not read; call it image, images, video or"
+                " videos, or take it out",
+            )
     if sample.get("system") not in (None, "") or sample.get("tools") not in (None, "", "[]", []):
-        raise Fault("system text", "it has a system text or tools of its own, and the template brings its own; take them out")
+        raise Fault(
+            "system text",
+            "it has a system text or tools of its own, and the template brings its own; take them out",
+        )
     if not given:
         return None, None
     return kinds.pop(), next(iter(given.values()))
 
 
 def _is_media(key: str, value, has_media: bool) -> bool:
-    """Whether a value under an unknown key looks like an image, a video or a sound that was meant to be shown.
+    """Whether a value under an unknown key looks like an image, a video or a sound that was meant to be
+    shown.
 
     An address next to a known file is where that came from.
     """
@@ -266,30 +308,46 @@ def _turns_of(sample: dict) -> list[tuple[str, str]]:
     """(human or gpt, text) of each turn, without a first one of gpt. Raises Fault."""
     given = [sample[key] for key in ("conversations", "messages") if sample.get(key)]
     if len(given) != 1 or not isinstance(given[0], list):
-        raise Fault("conversation", 'it has no list "conversations" or "messages"' if not given else
-                    'it has both "conversations" and "messages"' if len(given) == 2 else "its conversation is not a list")
+        raise Fault(
+            "conversation",
+            'it has no list "conversations" or "messages"'
+            if not given
+            else 'it has both "conversations" and "messages"'
+            if len(given) == 2
+            else "its conversation is not a list",
+        )
     turns = [_turn(turn) for turn in given[0]]
     return turns[1:] if turns[0][0] == "gpt" else turns
 
 
 def _turn(turn) -> tuple[str, str]:
-    wrong = Fault("conversation", 'a turn needs "from" (human or gpt) and "value" (a text), or "role" and "content"')
+    wrong = Fault(
+        "conversation", 'a turn needs "from" (human or gpt) and "value" (a text), or "role" and "content"'
+    )
     if not isinstance(turn, dict):
         raise wrong
     speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     if speaker == "system":
-        raise Fault("system text", "it has a system text of its own, and the template brings its own; take it out")
+        raise Fault(
+            "system text", "it has a system text of its own, and the template brings its own; take it out"
+        )
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise wrong
     for key, value in turn.items():
         if key not in ("from", "value", "role", "content") and _is_media(key, value, False):
-            raise Fault("unknown key", f"a turn has the key {show(key)}, which looks like media and is not read; name files as"
-                                       " image, images, video or videos of the sample")
+            raise Fault(
+                "unknown key",
+                f"a turn has the key {show(key)}, which looks like media and is not read; name files as"
+                " image, images, video or videos of the sample",
+            )
     if isinstance(text, list):
         texts = [part.get("text") for part in text if isinstance(part, dict) and part.get("type") == "text"]
         if len(texts) < len(text) or not all(isinstance(part, str) for part in texts):
-            raise Fault("unknown key", "a turn has parts that are not text and not read; name files as image, images, video or"
-                                       f" videos of the sample, and put {DEFAULT_IMAGE_TOKEN} where they go")
+            raise Fault(
+                "unknown key",
+                "a turn has parts that are not text and not read; name files as image, images, video or"
+                f" videos of the sample, and put {DEFAULT_IMAGE_TOKEN} where they go",
+            )
         text = "".join(texts)
     if text is None and SPEAKERS[speaker] == "gpt":
         text = ""
@@ -298,7 +356,9 @@ def _turn(turn) -> tuple[str, str]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise Fault("text", "its text has half of a surrogate pair, which is no character; correct it") from error
+        raise Fault(
+            "text", "its text has half of a surrogate pair, which is no character; correct it"
+        ) from error
     return SPEAKERS[speaker], text
 
 
@@ -318,8 +378,8 @@ def _answered(
 ) -> tuple[list[tuple[str, str]], int, str | list[str] | None]:
     """The rounds with a question and an answer, how many are lost, and the files that remain.
 
-    The template would run an empty turn into the next one. The places of what is lost go to the next question; where there is
-    none, the files are lost too.
+    The template would run an empty turn into the next one. The places of what is lost go to the next
+    question; where there is none, the files are lost too.
     """
     token = PLACES[kind or "image"]
     kept, carried = [], []
@@ -337,8 +397,11 @@ def _answered(
     return kept, len(rounds) - len(kept), files
 
 
-def _check_places(turns: list[dict], kind: str, files: str | list[str], plain: bool) -> tuple[str | list[str], bool]:
-    """The files as a name or a list, and whether their places were put in front. Raises Fault where places do not fit.
+def _check_places(
+    turns: list[dict], kind: str, files: str | list[str], plain: bool
+) -> tuple[str | list[str], bool]:
+    """The files as a name or a list, and whether their places were put in front. Raises Fault where places do
+    not fit.
 
     A single name has its places in one turn, where they become one, as in the published code.
     """
@@ -353,7 +416,9 @@ def _check_places(turns: list[dict], kind: str, files: str | list[str], plain: b
     counts = [turn["value"].count(token) for turn in turns]
     wanted = 1 if isinstance(files, str) else len(files)
     if not any(counts):
-        if nearly := next((found for turn in turns[::2] if (found := _NEARLY_A_PLACE.search(turn["value"]))), None):
+        if nearly := next(
+            (found for turn in turns[::2] if (found := _NEARLY_A_PLACE.search(turn["value"]))), None
+        ):
             raise Fault("places", f"it writes {nearly[0]} where an {kind} goes; write {token}")
         turns[0]["value"] = "\n".join([*[token] * wanted, turns[0]["value"]])
         return files, True

@@ -1,19 +1,29 @@
 """Attention for training many short texts on one image: all see the image, none sees another.
 
-A row is ``[prefix | slot 1 | slot 2 | …]`` with slots of one fixed length, each of one text or of several. The prefix is
-causal; a text attends to the whole prefix and, causally, to itself, exactly as if it stood alone behind the prefix. Cheaper
-than the equal block mask over the whole row, because scores between two slots are never computed.
+A row is ``[prefix | slot 1 | slot 2 | …]`` with slots of one fixed length, each of one text or of several.
+The prefix is causal; a text attends to the whole prefix and, causally, to itself, exactly as if it stood
+alone behind the prefix. Cheaper than the equal block mask over the whole row, because scores between two
+slots are never computed.
 """
 
 import torch
 
-from libra.transformers_api import AttentionInterface, AttentionMaskInterface
+from libra.engine.transformers_api import AttentionInterface, AttentionMaskInterface
 
 NAME = "shared_prefix"
 
 
 def shared_prefix_attention(
-    module, query, key, value, attention_mask, scaling, text_length: int, prefix_length: int, text_ids=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling,
+    text_length: int,
+    prefix_length: int,
+    text_ids=None,
+    **kwargs,
 ):
     """Query, key and value (B, H, prefix_length + n · text_length, D) to the output (B, same length, H, D).
 
@@ -35,7 +45,9 @@ def shared_prefix_attention(
         future = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device).triu(start + 1)
         parts.append(scores.masked_fill(future, float("-inf")).softmax(-1) @ v0[:, :, :stop])
 
-    to_prefix = (q1.flatten(2, 3) @ k0.transpose(-1, -2)).view(batch, heads, texts, text_length, prefix_length)
+    to_prefix = (q1.flatten(2, 3) @ k0.transpose(-1, -2)).view(
+        batch, heads, texts, text_length, prefix_length
+    )
     future = torch.ones(text_length, text_length, dtype=torch.bool, device=query.device).triu(1)
     if text_ids is not None:
         future = (future | (text_ids[..., :, None] != text_ids[..., None, :]))[:, None]

@@ -13,7 +13,8 @@ from llava.train.flags import help_text
 
 
 def silence_libraries() -> None:
-    """Of what they say in every run: transformers' remarks on its own older names, and DeepSpeed's on a missing GPU."""
+    """Of what they say in every run: transformers' remarks on its own older names, and DeepSpeed's on a
+    missing GPU."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not glob.glob("/dev/nvidia*") and not glob.glob("/dev/dri/*"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,4 +1,5 @@
-"""What training here adds to transformers' Trainer: learning rates, batches of one kind, counts, LLaVA's files."""
+"""What training here adds to transformers' Trainer: learning rates, batches of one kind, counts, LLaVA's
+files."""
 
 from pathlib import Path
 
@@ -14,7 +15,8 @@ TOWER_KEY = "model.vision_tower."
 
 
 class LlavaTrainer(Trainer):
-    """Trains a LLaVA model, whole, its projector alone, or LoRA adapters, and saves it in the published layouts.
+    """Trains a LLaVA model, whole, its projector alone, or LoRA adapters, and saves it in the published
+    layouts.
 
     Args:
         run: whose checkpoints are sealed when they are whole.
@@ -36,7 +38,10 @@ class LlavaTrainer(Trainer):
         if self.optimizer is None:
             optimizer = super().create_optimizer(model)
             parameters = list((self.model if model is None else model).named_parameters())
-            for part, rate in (("mm_projector", self.args.mm_projector_lr), ("vision_tower", self.args.mm_vision_tower_lr)):
+            for part, rate in (
+                ("mm_projector", self.args.mm_projector_lr),
+                ("vision_tower", self.args.mm_vision_tower_lr),
+            ):
                 if rate is not None:
                     _set_rate(optimizer, {id(value) for name, value in parameters if part in name}, rate)
         return self.optimizer
@@ -55,7 +60,8 @@ class LlavaTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model, trial):
-        """Older checkpoints go only when this one is whole: every process has written its part, and it has its seal."""
+        """Older checkpoints go only when this one is whole: every process has written its part, and it has
+        its seal."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -75,7 +81,11 @@ class LlavaTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.model.state_dict() if state_dict is None else state_dict
-        trained = {name: state[name] for name, value in self.model.named_parameters() if value.requires_grad and name in state}
+        trained = {
+            name: state[name]
+            for name, value in self.model.named_parameters()
+            if value.requires_grad and name in state
+        }
         if self.args.lora_enable:
             _save_adapter(self.model, state, trained, folder)
         elif _has_projector_alone(self.model):
@@ -90,7 +100,9 @@ class LlavaTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name in (PROJECTOR, NON_LORA):
             if (folder / name).is_file():
-                model.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True), strict=False)
+                model.load_state_dict(
+                    torch.load(folder / name, map_location="cpu", weights_only=True), strict=False
+                )
 
     def _issue_warnings_after_load(self, load_result):
         missing = load_result.missing_keys  # a tower that is not trained lies in its own folder
@@ -111,7 +123,9 @@ def _set_rate(optimizer, chosen: set[int], rate: float) -> None:
 def _has_projector_alone(model) -> bool:
     """Whether the language model is frozen whole, head and decoder."""
     language = ("lm_head", "model.layers")
-    return not any(value.requires_grad for name, value in model.named_parameters() if name.startswith(language))
+    return not any(
+        value.requires_grad for name, value in model.named_parameters() if name.startswith(language)
+    )
 
 
 def _save_adapter(model, state: dict, trained: dict, folder: Path) -> None:
@@ -121,11 +135,14 @@ def _save_adapter(model, state: dict, trained: dict, folder: Path) -> None:
     torch.save(others, folder / NON_LORA)
 
 
-def save_llava(model, tokenizer, folder: Path, tower_folder: str = "vision_tower", state: dict | None = None) -> None:
+def save_llava(
+    model, tokenizer, folder: Path, tower_folder: str = "vision_tower", state: dict | None = None
+) -> None:
     """Write a checkpoint in the original's layout: language model and projector in ``folder``.
 
-    A vision tower that came from a folder goes into a folder inside it, and ``mm_vision_tower`` in the written configuration
-    is that one's relative name; one from the hub keeps its name. A tuned tower's weights are in the checkpoint as well.
+    A vision tower that came from a folder goes into a folder inside it, and ``mm_vision_tower`` in the
+    written configuration is that one's relative name; one from the hub keeps its name. A tuned tower's
+    weights are in the checkpoint as well.
 
     Args:
         state: the weights, where they are not the model's own (ZeRO-3 has them in pieces).

@@ -25,9 +25,11 @@ JITTERED = 0.3  # share of the images whose positions are not consecutive
 
 
 def position_steps(rng: np.random.Generator) -> torch.Tensor:
-    """(VISUAL,): how far each visual token's position lies behind the one before, 1, or in some images 0 or 1 by chance.
+    """(VISUAL,): how far each visual token's position lies behind the one before, 1, or in some images 0 or 1
+    by chance.
 
-    So a model meets positions as methods leave them that number the kept tokens anew; no token is ever missing in training.
+    So a model meets positions as methods leave them that number the kept tokens anew; no token is ever
+    missing in training.
     """
     if rng.random() >= JITTERED:
         return torch.ones(VISUAL, dtype=torch.long)
@@ -40,9 +42,11 @@ def position_steps(rng: np.random.Generator) -> torch.Tensor:
 
 @dataclass
 class Questioned(Dataset):
-    """Image ``index`` with its patch labels and packed questions; scenes become full and hard over the first ``easy`` images.
+    """Image ``index`` with its patch labels and packed questions; scenes become full and hard over the first
+    ``easy`` images.
 
-    Nothing that comes before the last third depends on ``size``: a training may be made longer or shorter until then.
+    Nothing that comes before the last third depends on ``size``: a training may be made longer or shorter
+        until then.
     """
 
     size: int
@@ -75,7 +79,8 @@ class Questioned(Dataset):
 
 
 class Answerer(nn.Module):
-    """LLaVA on many texts an image; patch heads on the projected visual tokens keep the projector from collapsing."""
+    """LLaVA on many texts an image; patch heads on the projected visual tokens keep the projector from
+    collapsing."""
 
     def __init__(self, llava, tokenizer):
         super().__init__()
@@ -83,20 +88,29 @@ class Answerer(nn.Module):
         self.register_buffer("prefix", torch.tensor(tokenizer(PREFIX).input_ids), persistent=False)
 
     def logits(self, images, input_ids, text_ids, places, steps, where) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (n, vocabulary) of the n text tokens at ``where`` (B, SLOTS, SLOT), and the visual tokens (B, VISUAL, ·)."""
+        """Logits (n, vocabulary) of the n text tokens at ``where`` (B, SLOTS, SLOT), and the visual tokens
+        (B, VISUAL, ·)."""
         embed = self.llava.get_input_embeddings()
         visual = self.llava.encode_images(images)
         head = embed(self.prefix).expand(len(images), -1, -1)
         first, behind = head.shape[1], head.shape[1] + VISUAL
         seen = first - 1 + steps.cumsum(1)
-        positions = torch.cat([torch.arange(first).expand(len(images), -1), seen, seen[:, -1:] + 1 + places.flatten(1)], 1)
+        positions = torch.cat(
+            [torch.arange(first).expand(len(images), -1), seen, seen[:, -1:] + 1 + places.flatten(1)], 1
+        )
         hidden = self.llava.model(
-            inputs_embeds=torch.cat([head, visual, embed(input_ids.flatten(1))], 1), position_ids=positions, use_cache=False,
-            text_length=SLOT, prefix_length=behind, text_ids=text_ids,
+            inputs_embeds=torch.cat([head, visual, embed(input_ids.flatten(1))], 1),
+            position_ids=positions,
+            use_cache=False,
+            text_length=SLOT,
+            prefix_length=behind,
+            text_ids=text_ids,
         ).last_hidden_state
         return self.llava.lm_head(hidden[:, behind:][where.flatten(1)]).float(), visual
 
-    def forward(self, images, input_ids, labels, text_ids, places, weights, steps, things, paints, patch_weights, part):
+    def forward(
+        self, images, input_ids, labels, text_ids, places, weights, steps, things, paints, patch_weights, part
+    ):
         """The loss; the patch labels count half, and in the last third of the training less and less."""
         answers = labels != IGNORE_INDEX
         logits, visual = self.logits(images, input_ids, text_ids, places, steps, answers)

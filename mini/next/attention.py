@@ -1,6 +1,7 @@
 """Where the tower's [CLS] token looks; :mod:`mini.next.look` is the command.
 
-Methods such as FasterVLM, VisionZip and VisPruner score visual tokens by its attention in the layer that LLaVA selects.
+Methods such as FasterVLM, VisionZip and VisPruner score visual tokens by its attention in the layer that
+LLaVA selects.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,10 +20,11 @@ KEPT = (0.5, 0.25, 0.125)  # shares of the patches
 
 @dataclass(frozen=True)
 class Look:
-    """Means over scenes. ``area``: share of the patches with digits; ``mass``: share of the [CLS] attention on them.
+    """Means over scenes. ``area``: share of the patches with digits; ``mass``: share of the [CLS] attention
+    on them.
 
-    ``auc``: chance that a patch with a digit has more attention than one without; ``kept``: per cent of the patches with digits
-    among the most attended half, quarter and eighth.
+    ``auc``: chance that a patch with a digit has more attention than one without; ``kept``: per cent of the
+    patches with digits among the most attended half, quarter and eighth.
     """
 
     area: float
@@ -45,7 +47,10 @@ def look(tower: CLIPVisionModel, layer: int, small: bool, scenes: int = 100, see
     drawn = [draw_scene(rng, "test", GRID, small=small) for _ in range(scenes)]
     digits = torch.from_numpy(np.stack([scene.owners != NOTHING for scene in drawn]))
     pixels = torch.stack([pixels_of(scene.image) for scene in drawn])
-    rows = [tower(part, output_attentions=True).attentions[layer][:, :, 0, 1:].mean(1) for part in pixels.split(20)]
+    rows = [
+        tower(part, output_attentions=True).attentions[layer][:, :, 0, 1:].mean(1)
+        for part in pixels.split(20)
+    ]
     scores = torch.cat(rows)
     kept = []
     for share in KEPT:
@@ -63,4 +68,8 @@ def measure(folder: Path) -> dict[str, dict]:
     """``{"-2 big": …}`` of the last two layers of the tower in ``folder``."""
     tower = CLIPVisionModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     sizes = {"big": False, "small": True}
-    return {f"{layer} {name}": asdict(look(tower, layer, small)) for layer in (-2, -1) for name, small in sizes.items()}
+    return {
+        f"{layer} {name}": asdict(look(tower, layer, small))
+        for layer in (-2, -1)
+        for name, small in sizes.items()
+    }

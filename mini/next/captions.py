@@ -8,10 +8,15 @@ from .shapes import COLORS as SHAPE_COLORS
 from .shapes import SHAPES, Shape
 
 SHORTENED = 0.4  # share of captions that name some of the digits only, so that short texts mean something
-# A question's first words may stand before a shortened caption: methods will show the text tower questions, where these
-# words are to mean nothing.
+# A question's first words may stand before a shortened caption: methods will show the text tower questions,
+# where these words are to mean nothing.
 OPENINGS = (
-    "what digit is at the", "what color is the", "where is the", "is there a", "how many", "describe the digits .",
+    "what digit is at the",
+    "what color is the",
+    "where is the",
+    "is there a",
+    "how many",
+    "describe the digits .",
     "read all the",
 )
 MOST_TOKENS = 29  # <s>, an opening, 5 digits of 4 words, or 6 without an opening, and </s>
@@ -31,7 +36,9 @@ def near_miss(rng: np.random.Generator, digits: list[Digit]) -> list[Digit]:
         new = Digit(old.value, _other(rng, old.color, COLOR_NAMES), old.row, old.column)
     else:
         taken = {(digit.row, digit.column) for digit in digits}
-        free = [(row, column) for row in range(BOARD) for column in range(BOARD) if (row, column) not in taken]
+        free = [
+            (row, column) for row in range(BOARD) for column in range(BOARD) if (row, column) not in taken
+        ]
         new = Digit(old.value, old.color, *pick(rng, free))
     changed = [*digits[:index], new, *digits[index + 1 :]]
     return sorted(changed, key=lambda digit: (digit.row, digit.column))

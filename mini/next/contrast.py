@@ -30,7 +30,9 @@ def caption_ids(tokenizer, captions: list[str]) -> torch.Tensor:
     rows = []
     for caption in captions:  # a token is a word: five times as fast as the tokenizer's own call
         words = [tokenizer.bos_token, *caption.split(), tokenizer.eos_token]
-        rows.append(tokenizer.convert_tokens_to_ids(words + [tokenizer.pad_token] * (MOST_TOKENS - len(words))))
+        rows.append(
+            tokenizer.convert_tokens_to_ids(words + [tokenizer.pad_token] * (MOST_TOKENS - len(words)))
+        )
     return torch.tensor(rows)
 
 
@@ -87,7 +89,8 @@ class SmallClip(nn.Module):
 
 
 def similarities(seen, read) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines of images (B, D) with captions (B, 3, D): (B, B) with all true ones, (B, 2) with their near misses."""
+    """Cosines of images (B, D) with captions (B, 3, D): (B, B) with all true ones, (B, 2) with their near
+    misses."""
     seen, read = F.normalize(seen, dim=-1), F.normalize(read, dim=-1)
     return seen @ read[:, 0].T, (seen[:, None] * read[:, 1:]).sum(-1)
 
@@ -99,7 +102,8 @@ def same_rows(captions: torch.Tensor) -> torch.Tensor:
 
 
 def contrastive_loss(logits, near, same) -> torch.Tensor:
-    """CLIP's symmetric loss of (B, B) logits, images by captions, with (B, 2) logits of near misses among the captions."""
+    """CLIP's symmetric loss of (B, B) logits, images by captions, with (B, 2) logits of near misses among the
+    captions."""
     target = torch.arange(len(logits))
     logits = logits.masked_fill(same, torch.finfo(logits.dtype).min)
     return (F.cross_entropy(torch.cat([logits, near], 1), target) + F.cross_entropy(logits.T, target)) / 2

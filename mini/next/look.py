@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from libra.cli import Parser
+from libra.utils.cli import Parser
 
 
 def main() -> None:

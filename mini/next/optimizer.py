@@ -1,11 +1,13 @@
-"""Muon for a decoder's matrices and AdamW for the rest, as one optimizer that the Trainer and its schedule can hold."""
+"""Muon for a decoder's matrices and AdamW for the rest, as one optimizer that the Trainer and its schedule
+can hold."""
 
 import torch
 from torch import nn
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """:class:`torch.optim.Muon` for ``matrices`` and :class:`torch.optim.AdamW` for ``others``; the groups are theirs."""
+    """:class:`torch.optim.Muon` for ``matrices`` and :class:`torch.optim.AdamW` for ``others``; the groups
+    are theirs."""
 
     def __init__(self, matrices: list, others: list, muon_lr: float, lr: float, weight_decay: float):
         self.parts = {
@@ -32,9 +34,14 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(module: nn.Module, muon_lr: float, lr: float, weight_decay: float) -> MuonAndAdamW:
-    """Muon for the matrices of the decoder's layers and of the projector; embeddings, heads, norms and biases go to AdamW."""
+    """Muon for the matrices of the decoder's layers and of the projector; embeddings, heads, norms and biases
+    go to AdamW."""
     trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    inner = {name for name, value in trained.items() if value.ndim == 2 and ("layers." in name or "mm_projector" in name)}
+    inner = {
+        name
+        for name, value in trained.items()
+        if value.ndim == 2 and ("layers." in name or "mm_projector" in name)
+    }
     matrices = [value for name, value in trained.items() if name in inner]
     others = [value for name, value in trained.items() if name not in inner]
     return MuonAndAdamW(matrices, others, muon_lr, lr, weight_decay)

@@ -15,7 +15,8 @@ EMPTY = -1
 
 
 class Encoder:
-    """A question with its answer as tokens: those behind the image in LLaVA's prompt, and how many are the question's."""
+    """A question with its answer as tokens: those behind the image in LLaVA's prompt, and how many are the
+    question's."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -52,13 +53,15 @@ class Slot:
         self.count += 1
 
 
-def pack(encoder: Encoder, questions: list[Question]) -> tuple[dict[str, torch.Tensor], list[tuple[int, int] | None]]:
+def pack(
+    encoder: Encoder, questions: list[Question]
+) -> tuple[dict[str, torch.Tensor], list[tuple[int, int] | None]]:
     """Put each text into the first slot that has room; a text that no slot has room for is left out.
 
     Returns:
-        ``input_ids``, ``labels`` (the next token where it belongs to an answer), ``text_ids`` (which text of its slot a token
-        belongs to, or EMPTY), ``places`` (in the text) and ``weights`` (of the labels), each (SLOTS, SLOT); and for each
-        question its slot and its number there, or None.
+        ``input_ids``, ``labels`` (the next token where it belongs to an answer), ``text_ids`` (which text of
+        its slot a token belongs to, or EMPTY), ``places`` (in the text) and ``weights`` (of the labels), each
+        (SLOTS, SLOT); and for each question its slot and its number there, or None.
     """
     pad = encoder.tokenizer.pad_token_id
     slots, found = [Slot() for _ in range(SLOTS)], []

@@ -24,11 +24,14 @@ def pixels_of(image: np.ndarray) -> torch.Tensor:
 
 
 def _labels(owners: np.ndarray, things: list[str], paints: list[str]) -> dict[str, torch.Tensor]:
-    """Labels (grid²,) of patches that belong to ``things``; each thing, and the background, has weight 1 in all."""
+    """Labels (grid²,) of patches that belong to ``things``; each thing, and the background, has weight 1 in
+    all."""
     areas = np.bincount(owners + 1, minlength=len(things) + 1)
     return {
         "things": torch.from_numpy(np.array([IGNORE_INDEX, *map(THINGS.index, things)])[owners + 1]),
-        "paints": torch.from_numpy(np.array([PAINTS.index("<none>"), *map(PAINTS.index, paints)])[owners + 1]),
+        "paints": torch.from_numpy(
+            np.array([PAINTS.index("<none>"), *map(PAINTS.index, paints)])[owners + 1]
+        ),
         "patch_weights": torch.from_numpy((1 / areas.clip(min=1))[owners + 1]).float(),
     }
 
@@ -52,12 +55,17 @@ class PatchHeads(nn.Module):
         self.thing, self.paint = nn.Linear(WIDTH, len(THINGS)), nn.Linear(WIDTH, len(PAINTS))
 
     def forward(self, tokens, things, paints, patch_weights) -> torch.Tensor:
-        """The loss. A digit counts as one, however many patches it covers: a small one is as hard to name as a big one."""
+        """The loss. A digit counts as one, however many patches it covers: a small one is as hard to name as
+        a big one."""
         on_things = patch_weights * (things != IGNORE_INDEX)
-        return _loss(self.thing(tokens), things, on_things) + 0.5 * _loss(self.paint(tokens), paints, patch_weights)
+        return _loss(self.thing(tokens), things, on_things) + 0.5 * _loss(
+            self.paint(tokens), paints, patch_weights
+        )
 
 
 def _loss(logits, labels, weights) -> torch.Tensor:
     """Weighted mean of the cross-entropies of (B, N, classes) logits."""
-    each = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
+    each = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+    )
     return (each * weights.flatten()).sum() / weights.sum()

@@ -1,6 +1,7 @@
 """The question types of the embedded benchmark and of its training, all about scenes of digits.
 
-Each maker takes a scene's digits and returns (question, answer), or None where the scene does not allow the type.
+Each maker takes a scene's digits and returns (question, answer), or None where the scene does not allow the
+type.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,9 @@ import numpy as np
 from .scenes import BOARD, COLOR_NAMES, Digit
 
 Question = tuple[str, str]
-PLACES = [[f"{row} {column}" for column in ("left", "center", "right")] for row in ("top", "middle", "bottom")]
+PLACES = [
+    [f"{row} {column}" for column in ("left", "center", "right")] for row in ("top", "middle", "bottom")
+]
 LETTERS = "ABCD"
 DIRECTIONS = {"right of": (0, 1), "left of": (0, -1), "below": (1, 0), "above": (-1, 0)}
 VALUE_NAMES = tuple(str(value) for value in range(10))
@@ -32,7 +35,8 @@ def _single(digits, attribute: str) -> list[Digit]:
 
 
 def _absent(rng, digits) -> tuple[int, str]:
-    """Value and colour of a digit that is not there, though mostly its value or its colour is: a hard negative."""
+    """Value and colour of a digit that is not there, though mostly its value or its colour is: a hard
+    negative."""
     present = {(digit.value, digit.color) for digit in digits}
     while True:
         digit, kind = pick(rng, digits), rng.integers(5)
@@ -67,7 +71,9 @@ def counting(rng, digits) -> Question:
         return "how many digits are there ?", str(len(digits))
     if kind == 1:
         row = int(rng.integers(BOARD))
-        return f"how many digits are in the {PLACES[row][0].split()[0]} row ?", str(sum(d.row == row for d in digits))
+        return f"how many digits are in the {PLACES[row][0].split()[0]} row ?", str(
+            sum(d.row == row for d in digits)
+        )
     # Mostly a colour that is there, or the answer would be 0 most of the time.
     name = pick(rng, digits).color if rng.random() < 0.75 else pick(rng, COLOR_NAMES)
     return f"how many {name} digits are there ?", str(sum(d.color == name for d in digits))
@@ -90,7 +96,8 @@ def relation(rng, digits) -> Question | None:
 
 
 def find(rng, digits) -> Question:
-    """Where something is: a coloured digit, or a digit or a colour that is there once; a fifth of them are nowhere."""
+    """Where something is: a coloured digit, or a digit or a colour that is there once; a fifth of them are
+    nowhere."""
     if rng.random() < 0.2:
         value, name = _absent(rng, digits)
         return f"where is the {name} {value} ?", "nowhere"
@@ -119,7 +126,9 @@ def extreme(rng, digits) -> Question:
 def _wrong(rng, right, others: list, everything):
     """A false value: by a coin one that another digit of the scene has, a near miss, or any."""
     near = [value for value in others if value != right]
-    return pick(rng, near if near and rng.random() < 0.5 else [value for value in everything if value != right])
+    return pick(
+        rng, near if near and rng.random() < 0.5 else [value for value in everything if value != right]
+    )
 
 
 def yes_no(rng, digits) -> Question:
@@ -151,7 +160,8 @@ def _listing(options) -> str:
 
 
 def multiple_choice(rng, digits, count: int = 4) -> Question:
-    """``count`` options for the digit or the colour at a place; two others of the scene come first as distractors."""
+    """``count`` options for the digit or the colour at a place; two others of the scene come first as
+    distractors."""
     digit = pick(rng, digits)
     if rng.integers(2):
         what, right, seen, everything = "digit", str(digit.value), {str(d.value) for d in digits}, VALUE_NAMES
@@ -243,7 +253,8 @@ TYPES = (*SCENE_TYPES, EASY_VQA)
 
 
 def ask(rng: np.random.Generator, digits: tuple[Digit, ...], count: int, part: float = 1.0) -> list[Question]:
-    """At most ``count`` different questions about one scene; ``part`` (0 to 1) of the training gives the types' weights."""
+    """At most ``count`` different questions about one scene; ``part`` (0 to 1) of the training gives the
+    types' weights."""
     kinds = list(TRAINED.values())
     weights = np.array([kind.late if part >= LATE else kind.early for kind in kinds])
     questions: list[Question] = []

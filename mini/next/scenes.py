@@ -1,6 +1,7 @@
 """Synthetic scenes of real handwriting: 2 to 6 coloured digits on a 3 × 3 board, 96 × 96 pixels.
 
-The glyphs are scikit-learn's handwritten digits, split so that no validation or test glyph is seen in training.
+The glyphs are scikit-learn's handwritten digits, split so that no validation or test glyph is seen in
+training.
 """
 
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ IMAGE_SIZE = 96
 BOARD = 3
 CELL = IMAGE_SIZE // BOARD
 COLORS = {
-    "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230),
-    "yellow": (235, 205, 40), "purple": (165, 60, 200), "cyan": (50, 200, 210),
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 230),
+    "yellow": (235, 205, 40),
+    "purple": (165, 60, 200),
+    "cyan": (50, 200, 210),
 }
 COLOR_NAMES = tuple(COLORS)
 BIG_SIZES = range(23, 31)  # pixels a side
@@ -59,10 +64,18 @@ def _glyphs() -> tuple[dict[int, np.ndarray], dict[str, list[np.ndarray]]]:
         for split, part in zip(SPLIT_SHARES, np.split(order, cuts))
     }
     scaled = {
-        size: np.stack([
-            np.clip(np.asarray(Image.fromarray(glyph.astype(np.float32)).resize((size, size), Image.BICUBIC)) / 16 * 1.15, 0, 1)
-            for glyph in data.images
-        ])
+        size: np.stack(
+            [
+                np.clip(
+                    np.asarray(Image.fromarray(glyph.astype(np.float32)).resize((size, size), Image.BICUBIC))
+                    / 16
+                    * 1.15,
+                    0,
+                    1,
+                )
+                for glyph in data.images
+            ]
+        )
         for size in (*SMALL_SIZES, *BIG_SIZES)
     }
     return scaled, by_digit
@@ -70,7 +83,10 @@ def _glyphs() -> tuple[dict[int, np.ndarray], dict[str, list[np.ndarray]]]:
 
 def _clouds(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     coarse = rng.standard_normal((6, 6, 3), np.float32) * rng.uniform(8, 25)
-    cloud = [np.asarray(Image.fromarray(coarse[..., c]).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC)) for c in range(3)]
+    cloud = [
+        np.asarray(Image.fromarray(coarse[..., c]).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC))
+        for c in range(3)
+    ]
     return canvas + np.stack(cloud, -1) + rng.standard_normal(canvas.shape, np.float32) * 8
 
 
@@ -87,14 +103,23 @@ def _clutter(rng: np.random.Generator, canvas: np.ndarray, strokes: bool) -> np.
         else:
             across, down = rng.integers(3, 22, 2).tolist()
             pen.rectangle([x, y, x + across, y + down], fill=ink)
-    return np.asarray(image).astype(np.float32) + rng.standard_normal(canvas.shape, np.float32) * rng.uniform(0, 12)
+    return np.asarray(image).astype(np.float32) + rng.standard_normal(canvas.shape, np.float32) * rng.uniform(
+        0, 12
+    )
 
 
 def _background(rng: np.random.Generator, difficulty: float) -> np.ndarray:
-    """A dark canvas: plain, noisy, cloudy or cluttered; cluttered are 40% of the scenes at difficulty 1, none at 0."""
+    """A dark canvas: plain, noisy, cloudy or cluttered; cluttered are 40% of the scenes at difficulty 1, none
+    at 0."""
     canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.integers(0, 70), np.float32) + rng.integers(-12, 13, 3)
     cluttered = 0.2 * difficulty
-    shares = {"plain": 0.15, "noisy": 0.2, "cloudy": 0.65 - 2 * cluttered, "strokes": cluttered, "blocks": cluttered}
+    shares = {
+        "plain": 0.15,
+        "noisy": 0.2,
+        "cloudy": 0.65 - 2 * cluttered,
+        "strokes": cluttered,
+        "blocks": cluttered,
+    }
     kind = rng.choice(list(shares), p=list(shares.values()))
     if kind == "noisy":
         return canvas + rng.standard_normal(canvas.shape, np.float32) * rng.uniform(8, 28)
@@ -114,7 +139,11 @@ def _share_of_small(rng: np.random.Generator, difficulty: float) -> float:
 
 
 def draw_scene(
-    rng: np.random.Generator, split: Split, grid: int = 16, small: bool | None = None, difficulty: float = 1.0,
+    rng: np.random.Generator,
+    split: Split,
+    grid: int = 16,
+    small: bool | None = None,
+    difficulty: float = 1.0,
     most: int = MOST_DIGITS,
 ) -> Scene:
     """Draw one scene.

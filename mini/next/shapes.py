@@ -12,8 +12,14 @@ from .scenes import IMAGE_SIZE, NOTHING, Split
 SIZE = 64  # pixels a side
 SHAPES = ("rectangle", "circle", "triangle")
 COLORS = {
-    "black": (0, 0, 0), "gray": (128, 128, 128), "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255),
-    "yellow": (255, 255, 0), "teal": (0, 128, 128), "brown": (165, 42, 42),
+    "black": (0, 0, 0),
+    "gray": (128, 128, 128),
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "teal": (0, 128, 128),
+    "brown": (165, 42, 42),
 }
 VALIDATION = 10  # every tenth training image is kept for validation
 
@@ -44,7 +50,8 @@ def easy_vqa_image(path: str) -> Image.Image:
 
 
 class Shape(NamedTuple):
-    """What an easy-VQA image shows: its pixels at the model's size, name and colour, and where the shape lies."""
+    """What an easy-VQA image shows: its pixels at the model's size, name and colour, and where the shape
+    lies."""
 
     image: np.ndarray  # (96, 96, 3) uint8
     name: str
@@ -72,4 +79,10 @@ def see_shape(path: str, grid: int) -> Shape:
 def easy_vqa_words() -> set[str]:
     """All words of its training questions and answers."""
     _, by_image = easy_vqa("train")
-    return {word for questions in by_image.values() for pair in questions for text in pair for word in text.split()}
+    return {
+        word
+        for questions in by_image.values()
+        for pair in questions
+        for text in pair
+        for word in text.split()
+    }

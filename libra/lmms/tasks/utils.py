@@ -7,7 +7,8 @@ from libra.mini.benchmark import QUESTIONS, as_dataset, samples_of
 
 
 class Drawn(ConfigurableTask):
-    """A question type of the embedded benchmark: drawn, unless ``dataset_kwargs`` names the file it was written to."""
+    """A question type of the embedded benchmark: drawn, unless ``dataset_kwargs`` names the file it was
+    written to."""
 
     def __init__(self, config: dict):
         super().__init__(config={key: value for key, value in config.items() if key != "class"})

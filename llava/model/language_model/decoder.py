@@ -1,4 +1,5 @@
-"""What the language models share: the decoder's loop with the compression in it, and the head with the loss."""
+"""What the language models share: the decoder's loop with the compression in it, and the head with the
+loss."""
 
 from dataclasses import dataclass
 
@@ -6,9 +7,9 @@ import torch
 from torch import nn
 
 from libra import Compression
-from libra.passage import Passage
-from libra.trace import Recorder
-from libra.transformers_api import (
+from libra.engine.forward import Passage
+from libra.engine.trace import Recorder
+from libra.engine.transformers_api import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     DynamicCache,
@@ -42,8 +43,20 @@ class LlavaDecoder(LlavaMetaModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
-        visual_mask=None, labels=None, score_columns=None, sample_keys=None, padding_side=None, cache=None, **kwargs,
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        visual_mask=None,
+        labels=None,
+        score_columns=None,
+        sample_keys=None,
+        padding_side=None,
+        cache=None,
+        **kwargs,
     ) -> DecoderOutput:
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = one_cache(past_key_values, cache)
@@ -51,8 +64,18 @@ class LlavaDecoder(LlavaMetaModel):
             cache = DynamicCache(config=self.config)
 
         passage = Passage(
-            self, self.compression, hidden, attention_mask, position_ids, cache, visual_mask, labels, score_columns,
-            sample_keys, self.trace, padding_side,
+            self,
+            self.compression,
+            hidden,
+            attention_mask,
+            position_ids,
+            cache,
+            visual_mask,
+            labels,
+            score_columns,
+            sample_keys,
+            self.trace,
+            padding_side,
         )
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, **passage.inputs(i), use_cache=use_cache, **kwargs)
@@ -70,10 +93,14 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
     """
 
     decoder_class: type[LlavaDecoder]
-    _keys_to_ignore_on_load_unexpected = [r"^model\.vision_tower\."]  # a tower that was not tuned loads its own
+    _keys_to_ignore_on_load_unexpected = [
+        r"^model\.vision_tower\."
+    ]  # a tower that was not tuned loads its own
 
     def __init__(self, config):
-        PreTrainedModel.__init__(self, config)  # not the language model's own, which would build a plain decoder first
+        PreTrainedModel.__init__(
+            self, config
+        )  # not the language model's own, which would build a plain decoder first
         self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -81,22 +108,38 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
 
     @can_return_tuple
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None,
-        use_cache=None, images=None, image_sizes=None, visual_mask=None, score_columns=None, sample_keys=None, logits_to_keep=0,
-        cache=None, **kwargs,
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        images=None,
+        image_sizes=None,
+        visual_mask=None,
+        score_columns=None,
+        sample_keys=None,
+        logits_to_keep=0,
+        cache=None,
+        **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits and, with ``labels``, the loss.
 
         Args:
-            input_ids: (B, S) with a placeholder (-200) where an image goes; ``images`` gives one per placeholder and one per
-                text-only row, in the form that :meth:`image_features` takes.
+            input_ids: (B, S) with a placeholder (-200) where an image goes; ``images`` gives one per
+                placeholder and one per text-only row, in the form that :meth:`image_features` takes.
             image_sizes: each image's (width, height) in pixels, for models that cut images into tiles.
-            inputs_embeds: (B, S, D) instead of both; ``visual_mask`` (B, S) bool then says which columns are visual tokens.
+            inputs_embeds: (B, S, D) instead of both; ``visual_mask`` (B, S) bool then says which columns are
+                visual tokens.
             labels: (B, S), -100 where nothing is supervised. They shorten with the sequence.
-            score_columns: (B,), the column whose attention scores the visual tokens, if not the row's last prompt token.
+            score_columns: (B,), the column whose attention scores the visual tokens, if not the row's last
+                prompt token.
 
         Returns:
-            logits (B, S', vocabulary) of the columns that are left after the last compression layer, padded on the side of the
+            logits (B, S', vocabulary) of the columns that are left after the last compression layer, padded
+            on the side of the
             input: with ``images`` that of the configuration's ``tokenizer_padding_side``.
         """
         padding_side = None
@@ -106,17 +149,30 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             attention_mask, labels, sample_keys = spliced.mask, spliced.labels, spliced.keys
             padding_side = self.padding_side
         output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            cache=one_cache(past_key_values, cache), inputs_embeds=inputs_embeds, use_cache=use_cache,
-            visual_mask=visual_mask, labels=labels, score_columns=score_columns, sample_keys=sample_keys,
-            padding_side=padding_side, **kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=one_cache(past_key_values, cache),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            visual_mask=visual_mask,
+            labels=labels,
+            score_columns=score_columns,
+            sample_keys=sample_keys,
+            padding_side=padding_side,
+            **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=output.labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=output.labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, **cache_argument(cache_of(output)),
-            hidden_states=output.hidden_states, attentions=output.attentions,
+            loss=loss,
+            logits=logits,
+            **cache_argument(cache_of(output)),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )

@@ -1,4 +1,5 @@
-"""VideoLLaMA-2 on Mistral: the frames of a video through the vision tower and the spatial-temporal connector."""
+"""VideoLLaMA-2 on Mistral: the frames of a video through the vision tower and the spatial-temporal
+connector."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,15 +22,17 @@ class Videollama2MistralModel(LlavaMistralModel):
     def __init__(self, config):
         kind = getattr(config, "mm_projector_type", None)
         if getattr(config, "mm_vision_tower", None) and kind not in PADDING:
-            raise ValueError(f"mm_projector_type {kind!r} is not supported for videos; the connectors are {', '.join(PADDING)}")
+            raise ValueError(
+                f"mm_projector_type {kind!r} is not supported for videos; the connectors are {', '.join(PADDING)}"
+            )
         super().__init__(config)
 
 
 class Videollama2MistralForCausalLM(LlavaMistralForCausalLM):
     """Answers questions about videos (placeholder -201) and images (-200).
 
-    ``images`` is a list of pairs (pixels, modal): (frames, 3, H, W) with "video", (1, 3, H, W) or (3, H, W) with "image"; one
-    for each placeholder and one, ignored, for each row without any.
+    ``images`` is a list of pairs (pixels, modal): (frames, 3, H, W) with "video", (1, 3, H, W) or (3, H, W)
+    with "image"; one for each placeholder and one, ignored, for each row without any.
     """
 
     config_class = Videollama2MistralConfig
@@ -38,14 +41,17 @@ class Videollama2MistralForCausalLM(LlavaMistralForCausalLM):
     length_limit = None  # a checkpoint's tokenizer_model_max_length counts its text alone
 
     def image_features(self, images, image_sizes=None) -> list[torch.Tensor]:
-        """The visual tokens (N_i, D) of each video or image; an image is a video of ``config.num_frames`` equal frames.
+        """The visual tokens (N_i, D) of each video or image; an image is a video of ``config.num_frames``
+        equal frames.
 
         Raises:
             ValueError: for an entry that is no such pair.
         """
         videos, copies = self._videos(images)
         features = self.get_vision_tower()(torch.cat(videos)).split([len(frames) for frames in videos])
-        return [self.get_model().mm_projector(part.repeat(n, 1, 1)[None])[0] for part, n in zip(features, copies)]
+        return [
+            self.get_model().mm_projector(part.repeat(n, 1, 1)[None])[0] for part, n in zip(features, copies)
+        ]
 
     def visual_tokens(self, images, image_sizes=None) -> list[int]:
         connector, patches = self.get_model().mm_projector, self.get_vision_tower().num_patches

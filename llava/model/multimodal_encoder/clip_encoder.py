@@ -12,9 +12,10 @@ from ..settings import tower_config
 class CLIPVisionTower(nn.Module):
     """A CLIP ViT whose hidden layer ``mm_vision_select_layer`` gives the visual tokens.
 
-    With ``delay_load`` only the configuration is read; :meth:`load_model` brings the weights. Where the configuration says that
-    the tower was tuned (``unfreeze_mm_vision_tower``), its parameters are there at once and the model's checkpoint fills them.
-    :meth:`load_model` freezes them; ``vision_tower.requires_grad_(True)`` makes them trainable.
+    With ``delay_load`` only the configuration is read; :meth:`load_model` brings the weights. Where the
+    configuration says that the tower was tuned (``unfreeze_mm_vision_tower``), its parameters are there at
+    once and the model's checkpoint fills them. :meth:`load_model` freezes them;
+    ``vision_tower.requires_grad_(True)`` makes them trainable.
     """
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
@@ -23,7 +24,9 @@ class CLIPVisionTower(nn.Module):
         self.select_layer = args.mm_vision_select_layer
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
         if self.select_feature not in ("patch", "cls_patch"):
-            raise ValueError(f"mm_vision_select_feature {self.select_feature!r} is unknown; use 'patch' or 'cls_patch'")
+            raise ValueError(
+                f"mm_vision_select_feature {self.select_feature!r} is unknown; use 'patch' or 'cls_patch'"
+            )
         self.is_loaded = False
         if not delay_load:
             self.load_model()
@@ -35,17 +38,25 @@ class CLIPVisionTower(nn.Module):
     def _read_config(self) -> CLIPVisionConfig:
         """Of a folder, after a look at its values; of a name on the hub, as transformers finds it."""
         folder = Path(self.vision_tower_name)
-        return tower_config(folder) if folder.is_dir() else CLIPVisionConfig.from_pretrained(self.vision_tower_name)
+        return (
+            tower_config(folder)
+            if folder.is_dir()
+            else CLIPVisionConfig.from_pretrained(self.vision_tower_name)
+        )
 
     def load_model(self, device_map=None) -> None:
-        """Read image processor and weights from ``vision_tower_name`` (folder or hub name) unless they are there; freeze.
+        """Read image processor and weights from ``vision_tower_name`` (folder or hub name) unless they are
+        there; freeze.
 
         Raises:
             ValueError: if weights are missing, which transformers would make up.
         """
         if not self.is_loaded:
             tower, info = CLIPVisionModel.from_pretrained(
-                self.vision_tower_name, config=self._read_config(), device_map=device_map, output_loading_info=True
+                self.vision_tower_name,
+                config=self._read_config(),
+                device_map=device_map,
+                output_loading_info=True,
             )
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(
@@ -61,11 +72,15 @@ class CLIPVisionTower(nn.Module):
         self.is_loaded = True
 
     def forward(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-        """(B, 3, H, W) pixels to (B, N, mm_hidden_size) features in their dtype; a list of (3, H, W) to a list of (1, N, ·)."""
+        """(B, 3, H, W) pixels to (B, N, mm_hidden_size) features in their dtype; a list of (3, H, W) to a
+        list of (1, N, ·)."""
         if isinstance(images, list):
             return [self(image[None]) for image in images]
-        states = self.vision_tower(images.to(self.device, self.dtype), output_hidden_states=True).hidden_states
-        # Once the decoder around it has recorded its hidden states, transformers records each of the tower's twice.
+        states = self.vision_tower(
+            images.to(self.device, self.dtype), output_hidden_states=True
+        ).hidden_states
+        # Once the decoder around it has recorded its hidden states, transformers records each of the tower's
+        # twice.
         states = [state for state, before in zip(states, (None, *states)) if state is not before]
         hidden = states[self.select_layer]
         return (hidden[:, 1:] if self.select_feature == "patch" else hidden).to(images.dtype)

@@ -10,9 +10,11 @@ PADDING = {"stc_connector": 1, "stc_connector_v35": 0}
 
 
 class STCConnector(nn.Module):
-    """A RegNet stage on each frame, a 3D convolution that halves time, height and width, another stage, and an MLP.
+    """A RegNet stage on each frame, a 3D convolution that halves time, height and width, another stage, and
+    an MLP.
 
-    (B, T, P, ``width``) features of T frames with P (a square number) patches each become (B, T'·P', ``hidden_size``), time
+    (B, T, P, ``width``) features of T frames with P (a square number) patches each become (B, T'·P',
+    ``hidden_size``), time
     first and then row by row: an axis of n becomes ⌊n/2⌋ + 1 with padding 1 and ⌊n/2⌋ without.
 
     Args:
@@ -31,13 +33,21 @@ class STCConnector(nn.Module):
             from timm.layers import LayerNorm2d
             from timm.models.regnet import RegStage
         except ImportError as error:
-            raise ValueError(f"VideoLLaMA-2's connector needs timm ({error}); install it: pip install timm") from error
-        settings = dict(depth=depth, out_chs=hidden_size, stride=1, dilation=1, act_layer=nn.SiLU, norm_layer=LayerNorm2d)
+            raise ValueError(
+                f"VideoLLaMA-2's connector needs timm ({error}); install it: pip install timm"
+            ) from error
+        settings = dict(
+            depth=depth, out_chs=hidden_size, stride=1, dilation=1, act_layer=nn.SiLU, norm_layer=LayerNorm2d
+        )
         self.padding = padding
         self.s1 = RegStage(in_chs=width, **settings)
-        self.sampler = nn.Sequential(nn.Conv3d(hidden_size, hidden_size, kernel_size=2, stride=2, padding=padding), nn.SiLU())
+        self.sampler = nn.Sequential(
+            nn.Conv3d(hidden_size, hidden_size, kernel_size=2, stride=2, padding=padding), nn.SiLU()
+        )
         self.s2 = RegStage(in_chs=hidden_size, **settings)
-        self.readout = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+        self.readout = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        )
 
     def length(self, frames: int, patches: int) -> int:
         """How many visual tokens that many frames of ``patches`` features become."""
@@ -52,7 +62,9 @@ class STCConnector(nn.Module):
         """
         frames, side = features.shape[1], math.isqrt(features.shape[2])
         if frames + 2 * self.padding < 2:
-            raise ValueError("this connector joins frames in pairs and got a single one; give at least two frames")
+            raise ValueError(
+                "this connector joins frames in pairs and got a single one; give at least two frames"
+            )
         maps = features.unflatten(2, (side, side)).permute(0, 1, 4, 2, 3)  # (B, T, C, H, W)
         maps = _per_frame(self.s1, maps)
         maps = self.sampler(maps.transpose(1, 2)).transpose(1, 2)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .fuse import fused
+from .dispatch import fused
 
 
 @fused
@@ -21,7 +21,8 @@ def score_row(
         key: (B, H_kv, K, D) with H a multiple of H_kv and K ≥ S; the last S keys belong to the queries.
         rows: (B, R) which of the S queries.
         scaling: factor on the scores, 1/√D as a rule.
-        key_mask: (B, K or more) bool, False for padding; its last K columns are the keys'. None if there is none.
+        key_mask: (B, K or more) bool, False for padding; its last K columns are the keys'. None if there is
+            none.
         sliding_window: how many keys back a query sees, itself included; None for all.
 
     Returns:

@@ -1,4 +1,5 @@
-"""Configuration files: YAML with plain values only, read so that no text can run code, fill memory or end in a traceback."""
+"""Configuration files: YAML with plain values only, read so that no text can run code, fill memory or end in
+a traceback."""
 
 import stat
 from pathlib import Path
@@ -24,7 +25,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise _Refused(f"the alias *{show(event.anchor)} is not taken; write the value out", event.start_mark)
+            raise _Refused(
+                f"the alias *{show(event.anchor)} is not taken; write the value out", event.start_mark
+            )
         if self.depth == DEEPEST:
             problem = f"there are more than {DEEPEST} lists and mappings within each other; no key is as deep"
             raise _Refused(problem, self.peek_event().start_mark)
@@ -44,8 +47,9 @@ class _Refused(yaml.MarkedYAMLError):
 def load(path: str | Path) -> dict[Any, Any]:
     """A YAML file's top mapping, made of dict, list, str, int, float, bool and None.
 
-    Raises ConfigError for a missing or unreadable file, for one that is no regular file, no YAML or larger than `LARGEST`, for
-    tags, aliases, merge keys and keys that are written twice; the sentence names the file, and the line or the key.
+    Raises ConfigError for a missing or unreadable file, for one that is no regular file, no YAML or larger
+    than `LARGEST`, for tags, aliases, merge keys and keys that are written twice; the sentence names the
+    file, and the line or the key.
     """
     path = Path(path)
     try:
@@ -53,16 +57,22 @@ def load(path: str | Path) -> dict[Any, Any]:
         content = _content(path) if regular else b""
     except FileNotFoundError:
         beside = [other.name for other in path.parent.glob("*.yaml")]
-        raise ConfigError(f"{path}: there is no such file;{did_you_mean(path.name, beside) or ' check the path'}") from None
+        raise ConfigError(
+            f"{path}: there is no such file;{did_you_mean(path.name, beside) or ' check the path'}"
+        ) from None
     except (OSError, ValueError) as error:  # a ValueError for a zero byte in the name
-        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); give a YAML file") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); give a YAML file"
+        ) from None
     if not regular:
         raise ConfigError(f"{path}: cannot be read (it is not a regular file); give a YAML file")
     if len(content) > LARGEST:
         raise ConfigError(f"{path}: is larger than {LARGEST >> 10} KB; a configuration is a short YAML text")
     mapping = _parse(content, path)
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: holds no keys; write a mapping such as `method: libra` with `layers: [7, 15, 23]`")
+        raise ConfigError(
+            f"{path}: holds no keys; write a mapping such as `method: libra` with `layers: [7, 15, 23]`"
+        )
     return mapping
 
 
@@ -79,9 +89,13 @@ def _parse(content: bytes, path: Path) -> Any:
         return None if node is None else _plain(loader, node, "")
     except yaml.MarkedYAMLError as error:
         where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise ConfigError(f"{path}: is not valid YAML: {error.problem[:200]}{where}; correct that line") from None
+        raise ConfigError(
+            f"{path}: is not valid YAML: {error.problem[:200]}{where}; correct that line"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError):  # bytes that are no text, or control characters
-        raise ConfigError(f"{path}: is not a plain text file in UTF-8; a configuration is a YAML text") from None
+        raise ConfigError(
+            f"{path}: is not a plain text file in UTF-8; a configuration is a YAML text"
+        ) from None
     except RecursionError:
         raise ConfigError(f"{path}: is nested too deeply; a configuration is a short YAML text") from None
     finally:
@@ -103,7 +117,9 @@ def _plain(loader: _Loader, node: yaml.Node, key: str) -> Any:
             return loader.construct_yaml_null(node) if kind == "null" else loader.construct_yaml_bool(node)
         if kind in _NUMBERS:
             return _number(loader, node, kind, key)
-    raise _Refused(f"{_of(key)}the tag {show(node.tag)} is not taken here; write the plain value", node.start_mark)
+    raise _Refused(
+        f"{_of(key)}the tag {show(node.tag)} is not taken here; write the plain value", node.start_mark
+    )
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, outer: str) -> dict[Any, Any]:

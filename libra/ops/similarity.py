@@ -1,9 +1,10 @@
-"""Cosine similarity of many tokens to many others, a piece at a time: what eq. 5 and Turbo's redundancy ask for."""
+"""Cosine similarity of many tokens to many others, a piece at a time: what eq. 5 and Turbo's redundancy ask
+for."""
 
 import torch
 import torch.nn.functional as F
 
-from .fuse import fused
+from .dispatch import fused
 
 PIECE = 1 << 24  # similarities held at a time: 64 MB
 HASHED = 32  # rows whose hash is computed at a time
@@ -16,20 +17,26 @@ def most_similar(
     groups: tuple[torch.Tensor, torch.Tensor] | None = None,
     itself: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each token the one of the others that is most similar to it; the first of several that are the same vector.
+    """For each token the one of the others that is most similar to it; the first of several that are the same
+    vector.
 
     Args:
         tokens: (B, Q, D).
         others: (B, K, D).
-        groups: (B, Q) and (B, K) integers; a token is compared with those of its own group only. None compares all.
-        itself: False where both are the same tokens and none is to be compared with itself; of several any may be named then.
+        groups: (B, Q) and (B, K) integers; a token is compared with those of its own group only. None
+            compares all.
+        itself: False where both are the same tokens and none is to be compared with itself; of several any
+            may be named then.
 
     Returns:
-        the similarities (B, Q) float32 in [-1, 1], -inf where a token has nobody to be compared with, and the places (B, Q).
+        the similarities (B, Q) float32 in [-1, 1], -inf where a token has nobody to be compared with, and the
+        places (B, Q).
     """
     batch, count, _ = tokens.shape
     # The tokens' own lengths change nothing in whom they are most similar to.
-    keys = F.normalize(others.float(), dim=-1).add_(0.0).transpose(1, 2)  # (B, D, K); a zero has no sign after adding 0
+    keys = (
+        F.normalize(others.float(), dim=-1).add_(0.0).transpose(1, 2)
+    )  # (B, D, K); a zero has no sign after adding 0
     best = torch.empty(batch, count, device=tokens.device)
     place = torch.empty(batch, count, dtype=torch.long, device=tokens.device)
     step = max(1, PIECE // max(1, batch * others.shape[1]))
@@ -52,9 +59,11 @@ def most_similar(
 
 
 def first_equal(rows: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:
-    """(B, K): for each of ``rows`` (B, K, D), float32, the first one of its group (B, K) that is the same vector.
+    """(B, K): for each of ``rows`` (B, K, D), float32, the first one of its group (B, K) that is the same
+    vector.
 
-    Rows are compared by a 64-bit hash of their bits, added up in whole numbers: exact in any order, on any device.
+    Rows are compared by a 64-bit hash of their bits, added up in whole numbers: exact in any order, on any
+    device.
     """
     rows = F.pad(rows, (0, 1)) if rows.shape[-1] % 2 else rows.contiguous()
     bits = rows.view(torch.int64)  # two numbers each
@@ -71,7 +80,8 @@ def first_equal(rows: torch.Tensor, groups: torch.Tensor | None = None) -> torch
 
 
 def _hash(bits: torch.Tensor) -> torch.Tensor:
-    """(B, k) int64 of (B, k, n) int64: each number is mixed with its place, then all of a row are added up, modulo 2^64."""
+    """(B, k) int64 of (B, k, n) int64: each number is mixed with its place, then all of a row are added up,
+    modulo 2^64."""
     mixed = bits + torch.arange(bits.shape[-1], device=bits.device) * 0x1E3779B97F4A7C15
     for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
         mixed ^= mixed >> 29
@@ -81,7 +91,8 @@ def _hash(bits: torch.Tensor) -> torch.Tensor:
 
 
 def cosine(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity (B, Q) float32 of each of ``tokens`` (B, Q, D) to the one of ``others`` (B, Q, D) in its place.
+    """Cosine similarity (B, Q) float32 of each of ``tokens`` (B, Q, D) to the one of ``others`` (B, Q, D) in
+    its place.
 
     Computed in float64, so that pairs which are equally similar come out equal, whatever batch they are in.
     """

@@ -1,19 +1,22 @@
 """How many visual tokens each layer sees: as real numbers (the paper's FLOPs) and in whole tokens (a run).
 
-A compression after layer L leaves layers 0..L on the longer sequence; layer L+1 is the first to see the shorter one.
+A compression after layer L leaves layers 0..L on the longer sequence; layer L+1 is the first to see the
+shorter one.
 """
 
 from collections.abc import Sequence
 
 from .config import ROUNDINGS, Compression
-from .sentences import ConfigError, show
+from .utils.sentences import ConfigError, show
 
 
 def kept(n: int, ratio: float, rounding: str = "round") -> int:
-    """Targets N_t that a span of `n` visual tokens keeps when the fraction `ratio` in [0, 1) is removed (§3.1).
+    """Targets N_t that a span of `n` visual tokens keeps when the fraction `ratio` in [0, 1) is removed
+    (§3.1).
 
-    rounding: "round" (to the nearest whole number, halves to the even one) | "floor" | "ceil", of (1-R)·N without float error.
-    At least one token of a span stays; an empty span keeps none. ConfigError for another rounding.
+    rounding: "round" (to the nearest whole number, halves to the even one) | "floor" | "ceil", of (1-R)·N
+    without float error. At least one token of a span stays; an empty span keeps none. ConfigError for another
+    rounding.
     """
     if rounding not in ROUNDINGS:
         raise ConfigError(f"rounding: {show(rounding)} is unknown; use one of {', '.join(ROUNDINGS)}")
@@ -27,7 +30,8 @@ def kept(n: int, ratio: float, rounding: str = "round") -> int:
 
 
 def _fraction_left(n: int, ratio: float) -> tuple[int, int]:
-    """1-R as a fraction of whole numbers: that of the decimal or fraction which the float R was written as, where it matters.
+    """1-R as a fraction of whole numbers: that of the decimal or fraction which the float R was written as,
+    where it matters.
 
     It matters where (1-R)·N is whole or half-way between two whole numbers; R is then a fraction over 2·N.
     """
@@ -39,7 +43,8 @@ def _fraction_left(n: int, ratio: float) -> tuple[int, int]:
 
 
 def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
-    """Visual tokens of each of `num_layers` layers, real-valued: N·(1-R)^k after k compressions (§3.4, as Table 1 counts).
+    """Visual tokens of each of `num_layers` layers, real-valued: N·(1-R)^k after k compressions (§3.4, as
+    Table 1 counts).
 
     ConfigError when the compression names a layer that the model does not have.
     """
@@ -48,10 +53,11 @@ def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
 
 
 def actual(c: Compression, num_layers: int, spans: Sequence[int]) -> list[int]:
-    """Visual tokens of each of `num_layers` layers in whole tokens: every span is shortened by itself, then summed.
+    """Visual tokens of each of `num_layers` layers in whole tokens: every span is shortened by itself, then
+    summed.
 
-    spans: lengths of one sample's spans. The compensation tokens are not counted (§3.3: their FLOPs are negligible).
-    ConfigError when the compression names a layer that the model does not have.
+    spans: lengths of one sample's spans. The compensation tokens are not counted (§3.3: their FLOPs are
+    negligible). ConfigError when the compression names a layer that the model does not have.
     """
     c = c.at_depth(num_layers)
     lengths, counts = list(spans), []

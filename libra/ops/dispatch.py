@@ -1,4 +1,5 @@
-"""Where a GPU would wait for launches, a Triton kernel does the work of a torch function: its twin in :mod:`libra.kernels`."""
+"""Where a GPU would wait for launches, a Triton kernel does the work of a torch function: its twin in
+:mod:`libra.ops.kernels`."""
 
 import contextlib
 import functools
@@ -14,7 +15,8 @@ _failed: set[str] = set()  # the kernels that this machine could not compile or 
 
 @functools.cache
 def _kernels():
-    """The module of the kernels, None where there is no Triton that works or LIBRA_KERNELS=torch switches it off."""
+    """The module of the kernels, None where there is no Triton that works or LIBRA_KERNELS=torch switches it
+    off."""
     if os.environ.get("LIBRA_KERNELS") == "torch" or importlib.util.find_spec("triton") is None:
         return None
     try:
@@ -26,7 +28,8 @@ def _kernels():
 
 
 def runs_kernels(tensor: torch.Tensor) -> bool:
-    """Whether the work on ``tensor`` is a kernel's: it lies on a GPU, and no compiler is tracing, which sees more in torch."""
+    """Whether the work on ``tensor`` is a kernel's: it lies on a GPU, and no compiler is tracing, which sees
+    more in torch."""
     return tensor.is_cuda and not torch.compiler.is_compiling()
 
 
@@ -59,8 +62,9 @@ def _launch(name: str, args: tuple, kwargs: dict):
 def fused(function: Callable) -> Callable:
     """Call the kernel of the same name instead, on a GPU and where no gradient is asked for.
 
-    ``function`` stays the definition, and what runs everywhere else: on a CPU, without Triton, while training, and where its
-    kernel fails. A kernel may answer NotImplemented for what it does not do. The first argument is a tensor.
+    ``function`` stays the definition, and what runs everywhere else: on a CPU, without Triton, while
+    training, and where its kernel fails. A kernel may answer NotImplemented for what it does not do. The
+    first argument is a tensor.
     """
     name = function.__name__
 

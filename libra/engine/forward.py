@@ -11,10 +11,10 @@ Both drivers (``llava``'s decoder and :func:`libra.attach`) run the same loop::
 import torch
 from torch.profiler import record_function
 
-from . import hybrid
+from ..config import Compression
+from . import score
 from .cache import Stage, StagedCache
-from .config import Compression
-from .stream import VisualTokenStream
+from .tokens import VisualTokenStream
 from .trace import Recorder
 from .transformers_api import cache_argument, create_causal_mask, create_sliding_window_causal_mask
 
@@ -30,7 +30,8 @@ def attention_kind(config, layer: int) -> str:
 
 
 def position_axes(decoder) -> int:
-    """How many position numbers a token has: 3 with multi-axis rotary embeddings (time, height, width), otherwise 1."""
+    """How many position numbers a token has: 3 with multi-axis rotary embeddings (time, height, width),
+    otherwise 1."""
     return 3 if hasattr(decoder.rotary_emb, "mrope_section") else 1
 
 
@@ -49,16 +50,18 @@ def fitted(decoder, compression: Compression) -> Compression:
 
 
 class Passage:
-    """The stages of one forward call, whether it is a prefill (with visual tokens or without) or a decoding step.
+    """The stages of one forward call, whether it is a prefill (with visual tokens or without) or a decoding
+    step.
 
     Args:
         decoder: the text model: ``layers``, ``rotary_emb`` and ``config``.
         compression: None or one without layers leaves everything as the plain model does it.
         inputs_embeds: (B, S, D).
-        attention_mask: (B, past + S) with 0 for padding, or None; a ready 4D mask, or a mask for each kind of attention, only
-            without compression.
-        position_ids: (B or 1, S); multi-axis rotary embeddings also take (3, B, S), and (4, B, S) with the text's numbers in
-            front, by which the plain model tells packed sequences. None counts on from the cache.
+        attention_mask: (B, past + S) with 0 for padding, or None; a ready 4D mask, or a mask for each kind of
+            attention, only without compression.
+        position_ids: (B or 1, S); multi-axis rotary embeddings also take (3, B, S), and (4, B, S) with the
+            text's numbers in front, by which the plain model tells packed sequences. None counts on from the
+            cache.
         cache: the KV cache or None.
         visual: (B, S) bool, the columns of visual tokens; None or none: nothing is compressed in this call.
         labels, score_columns, keys, padding_side: see :class:`VisualTokenStream`.
@@ -66,15 +69,29 @@ class Passage:
     """
 
     def __init__(
-        self, decoder, compression: Compression | None, inputs_embeds, attention_mask=None, position_ids=None, cache=None,
-        visual=None, labels=None, score_columns=None, keys=None, trace=False, padding_side=None,
+        self,
+        decoder,
+        compression: Compression | None,
+        inputs_embeds,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        visual=None,
+        labels=None,
+        score_columns=None,
+        keys=None,
+        trace=False,
+        padding_side=None,
     ):
         self.decoder, self.cache = decoder, cache
-        self.compression = None if compression is None or not compression.compresses else fitted(decoder, compression)
+        self.compression = (
+            None if compression is None or not compression.compresses else fitted(decoder, compression)
+        )
         past = 0 if cache is None else cache.get_seq_length()
         self._text_positions, self._positions = self._split(position_ids, past, inputs_embeds)
         self._rotary = decoder.rotary_emb(inputs_embeds, self._positions)
-        # (B, 1), the positions of each row's first and last column, where they are compact: later stages may have lost them.
+        # (B, 1), the positions of each row's first and last column, where they are compact: later stages may
+        # have lost them.
         self._first: torch.Tensor | None = None
         self._last: torch.Tensor | None = None
         self.stream: VisualTokenStream | None = None
@@ -84,19 +101,25 @@ class Passage:
             self._masks = self._make_masks(range(layers), inputs_embeds, attention_mask, self._text_positions)
             return
 
-        hybrid.enable(decoder.config)
+        score.enable(decoder.config)
         starts = [0, *(layer + 1 for layer in self.compression.layers)]
         used_before = past > 0 and not isinstance(cache, StagedCache)
-        self._stages = [Stage(start) for start in starts] if cache is None else StagedCache.adopt(cache, starts).stages
+        self._stages = (
+            [Stage(start) for start in starts] if cache is None else StagedCache.adopt(cache, starts).stages
+        )
         if cache is not None:
             cache.expects_a_call = True
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
-            raise ValueError("compression needs a 2D attention mask (batch, tokens): a ready 4D mask cannot be shortened")
+            raise ValueError(
+                "compression needs a 2D attention mask (batch, tokens): a ready 4D mask cannot be shortened"
+            )
         if used_before and attention_mask is not None:
             for stage in self._stages:  # filled without compression: all layers hold the same keys
                 stage.mask = attention_mask[:, :past].bool()
         self._new_mask = None if attention_mask is None else attention_mask[:, past:].bool()
-        self._held: list[tuple[int, list[int], int]] = []  # of each stage: columns, valid tokens of this call, earlier columns
+        self._held: list[
+            tuple[int, list[int], int]
+        ] = []  # of each stage: columns, valid tokens of this call, earlier columns
         if visual is not None and bool(visual.any()):
             self.stream = VisualTokenStream(
                 self.compression, visual, self._new_mask, labels, score_columns, keys, padding_side
@@ -110,7 +133,8 @@ class Passage:
         self._enter(0, inputs_embeds)
 
     def _split(self, position_ids, past: int, hidden: torch.Tensor):
-        """Positions for the masks, None where the plain model gives none, and those for the rotary embeddings."""
+        """Positions for the masks, None where the plain model gives none, and those for the rotary
+        embeddings."""
         axes = position_axes(self.decoder)
         if position_ids is None:
             position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
@@ -132,16 +156,23 @@ class Passage:
             first.setdefault(attention_kind(config, layer), layer)
         return {
             kind: MASKS[kind](
-                config=config, inputs_embeds=hidden, attention_mask=mask, position_ids=position_ids, layer_idx=layer,
+                config=config,
+                inputs_embeds=hidden,
+                attention_mask=mask,
+                position_ids=position_ids,
+                layer_idx=layer,
                 **cache_argument(self.cache),
             )
             for kind, layer in first.items()
         }
 
     def _enter(self, number: int, hidden: torch.Tensor) -> None:
-        """Make stage ``number`` the current one: its keys are those its layers already hold and this call's columns."""
+        """Make stage ``number`` the current one: its keys are those its layers already hold and this call's
+        columns."""
         self._number, stage = number, self._stages[number]
-        ends = [later.first_layer for later in self._stages[number + 1 :]] or [self.decoder.config.num_hidden_layers]
+        ends = [later.first_layer for later in self._stages[number + 1 :]] or [
+            self.decoder.config.num_hidden_layers
+        ]
         layers = range(stage.first_layer, ends[0])
         if not layers:
             return  # compressed behind the last layer: nobody is left to attend
@@ -159,17 +190,22 @@ class Passage:
         return 0 if self.cache is None else self.cache.get_seq_length(stage.first_layer)
 
     def _key_mask(self, stage: Stage, hidden: torch.Tensor) -> torch.Tensor | None:
-        """(B, K) for the keys that a stage's layers hold and this call's columns; None if no row has padding."""
+        """(B, K) for the keys that a stage's layers hold and this call's columns; None if no row has
+        padding."""
         if stage.mask is None and self._new_mask is None:
             return None
         lengths = self._past(stage), hidden.shape[1]
         whole = [torch.ones(len(hidden), n, dtype=torch.bool, device=hidden.device) for n in lengths]
-        return torch.cat([ones if mask is None else mask for ones, mask in zip(whole, (stage.mask, self._new_mask))], 1)
+        return torch.cat(
+            [ones if mask is None else mask for ones, mask in zip(whole, (stage.mask, self._new_mask))], 1
+        )
 
     def _renumber(self, stage: Stage, hidden: torch.Tensor) -> None:
-        """Compact positions: a stage counts its own columns on from where it stood, and remembers how far it fell behind.
+        """Compact positions: a stage counts its own columns on from where it stood, and remembers how far it
+        fell behind.
 
-        What comes after the call stands behind the last of these columns, whatever the last columns of the prompt were.
+        What comes after the call stands behind the last of these columns, whatever the last columns of the
+        prompt were.
         """
         positions = self._compact_positions(stage, hidden)
         if self.stream is not None:
@@ -184,7 +220,9 @@ class Passage:
             return positions[:, -1:] if last else positions[:, :1]
         place = torch.arange(self._new_mask.shape[1], device=positions.device)
         valid = self._new_mask.bool()
-        column = torch.where(valid, place, -1).amax(1) if last else torch.where(valid, place, len(place)).amin(1)
+        column = (
+            torch.where(valid, place, -1).amax(1) if last else torch.where(valid, place, len(place)).amin(1)
+        )
         return positions.expand(len(valid), -1).gather(1, column[:, None])
 
     def _compact_positions(self, stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
@@ -198,27 +236,31 @@ class Passage:
         return self._first - behind + (valid.cumsum(1) - 1).clamp(min=0)
 
     def inputs(self, layer: int) -> dict:
-        """Keyword arguments of decoder layer ``layer``: mask, positions, cache and, at a compression layer, the probe."""
+        """Keyword arguments of decoder layer ``layer``: mask, positions, cache and, at a compression layer,
+        the probe."""
         mask = self._masks[attention_kind(self.decoder.config, layer)]
         given = {"attention_mask": mask, "position_embeddings": self._rotary, **cache_argument(self.cache)}
         if self.compression is None:
             return {**given, "position_ids": self._text_positions}
         self._probe = None
         if self.stream is not None and layer in self.compression.layers:
-            self._probe = hybrid.Probe(self.stream.queries, self._stages[self._number].mask)
+            self._probe = score.Probe(self.stream.queries, self._stages[self._number].mask)
             if self.compression.score_layer == "same":
                 given["score_probe"] = self._probe
         return {**given, "position_ids": None}
 
     def compress(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What the next layer gets: ``hidden`` (B, S, D) itself, or a shorter sequence behind a compression layer."""
+        """What the next layer gets: ``hidden`` (B, S, D) itself, or a shorter sequence behind a compression
+        layer."""
         if self.compression is None or layer not in self.compression.layers:
             return hidden
         if self.stream is not None:
             if self.compression.score_layer == "next":
                 self._score_with(layer + 1, hidden)
             spans = self.stream.span_lengths
-            hidden, shortened, step = self.stream.compress(hidden, self._probe.attention[:, :, -hidden.shape[1] :])
+            hidden, shortened, step = self.stream.compress(
+                hidden, self._probe.attention[:, :, -hidden.shape[1] :]
+            )
             if self.recorder is not None:
                 self.recorder.add(layer, step, spans)
             with record_function("libra.gather"):
@@ -230,23 +272,25 @@ class Passage:
         return hidden
 
     def _score_with(self, layer: int, hidden: torch.Tensor) -> None:
-        """Answer the probe with the next layer, whose keys of earlier calls are those of its own, shorter stage."""
+        """Answer the probe with the next layer, whose keys of earlier calls are those of its own, shorter
+        stage."""
         stage, rotary, past_keys = self._stages[self._number + 1], self._rotary, None
         if self.cache is not None and self.cache.get_seq_length(layer):
             past_keys = self.cache.layers[layer].keys
             if self.compression.positions == "compact":
                 rotary = self.decoder.rotary_emb(hidden, self._compact_positions(stage, hidden))
         self._probe.key_mask = self._key_mask(stage, hidden)
-        hybrid.next_layer_attention(self.decoder.layers[layer], hidden, rotary, self._probe, past_keys)
+        score.next_layer_attention(self.decoder.layers[layer], hidden, rotary, self._probe, past_keys)
 
     def stats(self) -> dict:
         """Of a call with visual tokens, once it is through.
 
-        ``visual_tokens`` [layer][row], without compensation tokens; ``compensation_tokens`` [layer][row], added after that
-        layer; ``columns``: for each row those that are left after the last layer, text and all; ``padding``: the side on which
-        such rows are padded, None where none is; ``cache``: bytes that the KV cache holds after the call (None without one),
-        and how they split up into ``visual``, ``compensation``, ``text`` and ``padding`` columns of this call, the ``earlier``
-        ones, and the ``window`` of layers that hold their newest columns only.
+        ``visual_tokens`` [layer][row], without compensation tokens; ``compensation_tokens`` [layer][row],
+        added after that layer; ``columns``: for each row those that are left after the last layer, text and
+        all; ``padding``: the side on which such rows are padded, None where none is; ``cache``: bytes that
+        the KV cache holds after the call (None without one), and how they split up into ``visual``,
+        ``compensation``, ``text`` and ``padding`` columns of this call, the ``earlier`` ones, and the
+        ``window`` of layers that hold their newest columns only.
         """
         layers = self.decoder.config.num_hidden_layers
         counts, added = self.stream.counts, dict(zip(self.compression.layers, self.stream.compensated))
@@ -270,10 +314,16 @@ class Passage:
             if held < past + columns:
                 split["window"] += size
                 continue
-            visual, compensation = sum(self.stream.counts[stage]), sum(map(sum, self.stream.compensated[:stage]))
+            visual, compensation = (
+                sum(self.stream.counts[stage]),
+                sum(map(sum, self.stream.compensated[:stage])),
+            )
             shares = {
-                "visual": visual, "compensation": compensation, "text": sum(lengths) - visual - compensation,
-                "padding": batch * columns - sum(lengths), "earlier": batch * past,
+                "visual": visual,
+                "compensation": compensation,
+                "text": sum(lengths) - visual - compensation,
+                "padding": batch * columns - sum(lengths),
+                "earlier": batch * past,
             }
             for name, tokens in shares.items():
                 split[name] += tokens * size // (batch * held)
@@ -281,5 +331,6 @@ class Passage:
 
     @property
     def labels(self) -> torch.Tensor | None:
-        """(B, S'): the labels of the columns that are left, None where none were given or nothing was compressed."""
+        """(B, S'): the labels of the columns that are left, None where none were given or nothing was
+        compressed."""
         return None if self.stream is None else self.stream.labels

@@ -2,8 +2,8 @@
 
 import pytest
 
+from libra.budget import actual, average, kept, nominal
 from libra.config import Compression, ConfigError
-from libra.schedule import actual, average, kept, nominal
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,8 @@ def test_spans_are_shortened_each_by_itself():
 
 
 def test_pyramiddrop_keeps_what_its_own_code_keeps():
-    # Golden data: layer list [2, 4, 6] of 8, ratios 0.5, 0.25, 0.125 of 144 tokens, acting on the input of those layers.
+    # Golden data: layer list [2, 4, 6] of 8, ratios 0.5, 0.25, 0.125 of 144 tokens, acting on the input of
+    # those layers.
     c = Compression(method="pyramiddrop", layers=(1, 3, 5), ratio=0.5)
     assert actual(c, 8, [144]) == [144, 144, 72, 72, 36, 36, 18, 18]
 

@@ -1,8 +1,11 @@
-"""Triton kernels: what a GPU runs in place of the torch functions of the same names, which :func:`libra.fuse.fused` marks.
+"""Triton kernels: what a GPU runs in place of the torch functions of the same names, which
+:func:`libra.ops.dispatch.fused` marks.
 
-A function here takes and returns what its twin does, whose docstring holds, or it answers NotImplemented and leaves the work to
-the twin. Everything is summed in float32 and in a fixed order, without atomics: the same input gives the same bits. Offsets
-along rows and batches are int64; a block of any kernel fits the 99 KB of shared memory of consumer GPUs.
+A function here takes and returns what its twin does, whose docstring holds, or it answers NotImplemented and
+leaves the work to
+the twin. Everything is summed in float32 and in a fixed order, without atomics: the same input gives the same
+bits. Offsets along rows and batches are int64; a block of any kernel fits the 99 KB of shared memory of
+consumer GPUs.
 """
 
 import functools
@@ -13,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import Layout, on_device
+from .spans import Layout, on_device
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LONGEST_ROW = 1 << 17
@@ -44,24 +47,30 @@ def _chunk(length: int, most: int = 2048) -> int:
     return max(16, min(triton.next_power_of_2(length), most))
 
 
-# Numbers that change from prompt to prompt must not be compiled into a kernel: naming them so keeps one kernel for all.
+# Numbers that change from prompt to prompt must not be compiled into a kernel: naming them so keeps one
+# kernel for all.
 
 
-@triton.jit(do_not_specialize=["rows_count", "length", "keys", "heads_shared", "mask_first", "window", "blocks"])
+@triton.jit(
+    do_not_specialize=["rows_count", "length", "keys", "heads_shared", "mask_first", "window", "blocks"]
+)
 def _score_blocks(
     query, key, rows, key_mask, scores, tops, totals, scaling,
     query_batch, query_head, query_row, key_batch, key_head, key_row, mask_batch, mask_column,
     kv_heads, heads_shared, rows_count, length, keys, width, mask_first, window, blocks,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, PICKED: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the picked queries of one key head on a block of its keys, and the block's part of their softmax."""
+    """Scores of the picked queries of one key head on a block of its keys, and the block's part of their
+    softmax."""
     block = tl.program_id(0)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     place = block * KEYS + tl.arange(0, KEYS)
     lane = tl.arange(0, WIDTH)
     real = place < keys
-    tile = key + batch * key_batch + kv_head * key_head + place.to(tl.int64)[:, None] * key_row + lane[None, :]
+    tile = (
+        key + batch * key_batch + kv_head * key_head + place.to(tl.int64)[:, None] * key_row + lane[None, :]
+    )
     k = tl.load(tile, mask=real[:, None] & (lane < width)[None, :], other=0.0).to(tl.float32)
     seen = real
     if MASKED:
@@ -72,7 +81,11 @@ def _score_blocks(
         head = kv_head * heads_shared + picked // rows_count
         out = batch * rows_count + picked % rows_count
         row = tl.load(rows + out)
-        q = tl.load(query + batch * query_batch + head * query_head + row * query_row + lane, mask=lane < width, other=0.0)
+        q = tl.load(
+            query + batch * query_batch + head * query_head + row * query_row + lane,
+            mask=lane < width,
+            other=0.0,
+        )
         score = tl.sum(k * (q.to(tl.float32) * scaling)[None, :], 1)
         newest = row + keys - length
         visible = seen & (place <= newest)
@@ -89,7 +102,16 @@ def _score_blocks(
 
 @triton.jit(do_not_specialize=["keys", "blocks"])
 def _score_mean(
-    scores, tops, totals, attention, heads, keys, blocks, HEADS: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr
+    scores,
+    tops,
+    totals,
+    attention,
+    heads,
+    keys,
+    blocks,
+    HEADS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     """The softmax of every head over all keys, averaged over the heads, for one block of keys of one row."""
     row = tl.program_id(1).to(tl.int64)
@@ -118,7 +140,8 @@ def score_row(
     key_mask: torch.Tensor | None = None,
     sliding_window: int | None = None,
 ) -> torch.Tensor:
-    """Two launches: the keys are read once, in blocks; then each block of the row is finished for all heads."""
+    """Two launches: the keys are read once, in blocks; then each block of the row is finished for all
+    heads."""
     batch, heads, length, width = query.shape
     kv_heads, keys, picked = key.shape[1], key.shape[2], rows.shape[1]
     key_block = 64 if width <= 128 else 32
@@ -166,7 +189,8 @@ def _most_similar(
     GROUPED: tl.constexpr, ITSELF: tl.constexpr, WIDEN: tl.constexpr, WHOLE: tl.constexpr,
     TOKENS: tl.constexpr, OTHERS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The best of one split of the others for a block of tokens, times the tokens' lengths, and those lengths."""
+    """The best of one split of the others for a block of tokens, times the tokens' lengths, and those
+    lengths."""
     split = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -187,8 +211,12 @@ def _most_similar(
         squares = tl.zeros((OTHERS, WIDTH), dtype=tl.float32)
         for start in range(0, width, WIDTH):
             column = start + lane
-            x = tl.load(token_row + column[None, :], mask=is_token[:, None] & (column < width)[None, :], other=0.0)
-            y = tl.load(other_row + column[None, :], mask=is_other[:, None] & (column < width)[None, :], other=0.0)
+            x = tl.load(
+                token_row + column[None, :], mask=is_token[:, None] & (column < width)[None, :], other=0.0
+            )
+            y = tl.load(
+                other_row + column[None, :], mask=is_other[:, None] & (column < width)[None, :], other=0.0
+            )
             wide = y.to(tl.float32)
             squares += wide * wide
             if WIDEN:
@@ -212,7 +240,9 @@ def _most_similar(
     squares_here = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
     for start in range(0, width, WIDTH):
         column = start + lane
-        x = tl.load(token_row + column[None, :], mask=is_token[:, None] & (column < width)[None, :], other=0.0).to(tl.float32)
+        x = tl.load(
+            token_row + column[None, :], mask=is_token[:, None] & (column < width)[None, :], other=0.0
+        ).to(tl.float32)
         squares_here += x * x
     token_length = tl.maximum(tl.sqrt_rn(tl.sum(squares_here, 1)), 1e-12)
     out = (batch * splits + split) * count + token
@@ -225,7 +255,9 @@ def _most_similar(
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
-def _best_split(part_best, part_place, lengths, best, place, count, splits, TOKENS: tl.constexpr, SPLITS: tl.constexpr):
+def _best_split(
+    part_best, part_place, lengths, best, place, count, splits, TOKENS: tl.constexpr, SPLITS: tl.constexpr
+):
     """The best of all splits, the first of several, divided by the tokens' lengths."""
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -236,7 +268,9 @@ def _best_split(part_best, part_place, lengths, best, place, count, splits, TOKE
     parts = tl.load(part_best + line, mask=inside, other=float("-inf"))
     top = tl.max(parts, 0)
     chosen = tl.min(tl.where(parts == top[None, :], split[:, None], SPLITS - 1), 0)
-    found = tl.load(part_place + (batch * splits + chosen) * count + token, mask=is_token & (chosen < splits), other=0)
+    found = tl.load(
+        part_place + (batch * splits + chosen) * count + token, mask=is_token & (chosen < splits), other=0
+    )
     length = tl.load(lengths + batch * count + token, mask=is_token, other=1.0)
     tl.store(best + batch * count + token, _cosine(top, length), mask=is_token)
     tl.store(place + batch * count + token, found, mask=is_token)
@@ -248,7 +282,8 @@ def most_similar(
     groups: tuple[torch.Tensor, torch.Tensor] | None = None,
     itself: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch where the tokens fill the GPU; otherwise the others are split, and a second, small one joins the parts."""
+    """One launch where the tokens fill the GPU; otherwise the others are split, and a second, small one joins
+    the parts."""
     batch, count, width = tokens.shape
     total = others.shape[1]
     if (
@@ -276,7 +311,10 @@ def most_similar(
     place = torch.empty(batch, count, dtype=torch.long, device=device)
     part_best, part_place, lengths = best, place, best
     if splits > 1:
-        part_best, lengths = torch.empty(batch, splits, count, device=device), torch.empty(batch, count, device=device)
+        part_best, lengths = (
+            torch.empty(batch, splits, count, device=device),
+            torch.empty(batch, count, device=device),
+        )
         part_place = torch.empty(batch, splits, count, dtype=torch.long, device=device)
     ids = (place, place) if groups is None else tuple(group.contiguous() for group in groups)
     _most_similar[(blocks, splits, batch)](
@@ -287,14 +325,25 @@ def most_similar(
     )  # fmt: skip
     if splits > 1:
         _best_split[(triton.cdiv(count, 64), batch)](
-            part_best, part_place, lengths, best, place, count, splits, TOKENS=64, SPLITS=triton.next_power_of_2(splits)
+            part_best,
+            part_place,
+            lengths,
+            best,
+            place,
+            count,
+            splits,
+            TOKENS=64,
+            SPLITS=triton.next_power_of_2(splits),
         )
     return best, place
 
 
 @triton.jit(do_not_specialize=["count"])
-def _group_softmax(logits, groups, weights, count, NOWHERE: tl.constexpr, TOKENS: tl.constexpr, OTHERS: tl.constexpr):
-    """Each token looks through its whole row for its group: integer comparisons, cheaper than sorting or atomics."""
+def _group_softmax(
+    logits, groups, weights, count, NOWHERE: tl.constexpr, TOKENS: tl.constexpr, OTHERS: tl.constexpr
+):
+    """Each token looks through its whole row for its group: integer comparisons, cheaper than sorting or
+    atomics."""
     row = tl.program_id(1).to(tl.int64) * count
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     is_token = token < count
@@ -303,13 +352,19 @@ def _group_softmax(logits, groups, weights, count, NOWHERE: tl.constexpr, TOKENS
     top = logit
     for start in range(0, count, OTHERS):
         other = start + tl.arange(0, OTHERS)
-        same = group[:, None] == tl.load(groups + row + other, mask=other < count, other=NOWHERE - 1).to(tl.int32)[None, :]
+        same = (
+            group[:, None]
+            == tl.load(groups + row + other, mask=other < count, other=NOWHERE - 1).to(tl.int32)[None, :]
+        )
         found = tl.load(logits + row + other, mask=other < count, other=0.0)
         top = tl.maximum(top, tl.max(tl.where(same, found[None, :], float("-inf")), 1))
     total = tl.zeros((TOKENS,), dtype=tl.float32)
     for start in range(0, count, OTHERS):
         other = start + tl.arange(0, OTHERS)
-        same = group[:, None] == tl.load(groups + row + other, mask=other < count, other=NOWHERE - 1).to(tl.int32)[None, :]
+        same = (
+            group[:, None]
+            == tl.load(groups + row + other, mask=other < count, other=NOWHERE - 1).to(tl.int32)[None, :]
+        )
         found = tl.load(logits + row + other, mask=other < count, other=0.0)
         total += tl.sum(tl.where(same, tl.exp(found[None, :] - top[:, None]), 0.0), 1)
     weight = tl.where(group == NOWHERE, 0.0, tl.exp(logit - top) / total)
@@ -323,7 +378,9 @@ def group_softmax(logits: torch.Tensor, groups: torch.Tensor, slots: int) -> tor
         return NotImplemented
     logits, groups = logits.contiguous(), groups.contiguous()
     weights = torch.empty_like(logits)
-    _group_softmax[(triton.cdiv(count, 32), batch)](logits, groups, weights, count, NOWHERE=-1, TOKENS=32, OTHERS=128)
+    _group_softmax[(triton.cdiv(count, 32), batch)](
+        logits, groups, weights, count, NOWHERE=-1, TOKENS=32, OTHERS=128
+    )
     return weights
 
 
@@ -332,7 +389,8 @@ def _merge_groups(
     hidden, groups, weights, merged, hidden_batch, hidden_row, count, slots, width,
     SCAN: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One slot, one block of its width: look for the slot's tokens, and add up those stretches of the row that hold any."""
+    """One slot, one block of its width: look for the slot's tokens, and add up those stretches of the row
+    that hold any."""
     slot = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     batch = tl.program_id(2).to(tl.int64)
@@ -351,10 +409,16 @@ def _merge_groups(
             values = tl.load(tile, mask=own[:, None] & (column < width)[None, :], other=0.0)
             sums += values.to(tl.float32) * weight[:, None]
     total = tl.sum(sums, 0)
-    tl.store(merged + (batch * slots + slot) * width + column, total.to(merged.dtype.element_ty), mask=column < width)
+    tl.store(
+        merged + (batch * slots + slot) * width + column,
+        total.to(merged.dtype.element_ty),
+        mask=column < width,
+    )
 
 
-def merge_groups(hidden: torch.Tensor, groups: torch.Tensor, weights: torch.Tensor, slots: int) -> torch.Tensor:
+def merge_groups(
+    hidden: torch.Tensor, groups: torch.Tensor, weights: torch.Tensor, slots: int
+) -> torch.Tensor:
     """One launch; every slot gathers its own tokens."""
     batch, count, width = hidden.shape
     block = min(256, _chunk(width))
@@ -380,12 +444,16 @@ def _ordinals(chosen, numbers, length, count, chosen_row, chosen_column, CHUNK: 
     total = tl.zeros((), dtype=tl.int32)
     for start in range(0, length, CHUNK):
         place = start + lane
-        picked = tl.load(chosen + row * chosen_row + place * chosen_column, mask=place < length, other=0).to(tl.int32)
+        picked = tl.load(chosen + row * chosen_row + place * chosen_column, mask=place < length, other=0).to(
+            tl.int32
+        )
         total += tl.sum(picked, 0)
     before = tl.zeros((), dtype=tl.int32)
     for start in range(0, length, CHUNK):
         place = start + lane
-        picked = tl.load(chosen + row * chosen_row + place * chosen_column, mask=place < length, other=0).to(tl.int32)
+        picked = tl.load(chosen + row * chosen_row + place * chosen_column, mask=place < length, other=0).to(
+            tl.int32
+        )
         rank = before + tl.cumsum(picked, 0) - picked
         slot = tl.where(picked > 0, rank, total + place - rank)
         tl.store(numbers + row * count + slot, place.to(tl.int64), mask=(place < length) & (slot < count))
@@ -399,13 +467,18 @@ def ordinals(chosen: torch.Tensor, count: int) -> torch.Tensor:
     if chosen.dtype != torch.bool or not 0 < length <= LONGEST_ROW or batch == 0 or count <= 0:
         return NotImplemented
     numbers = torch.empty(batch, count, dtype=torch.long, device=chosen.device)
-    _ordinals[(batch,)](_bytes(chosen), numbers, length, count, *chosen.stride(), CHUNK=_chunk(length), num_warps=8)
+    _ordinals[(batch,)](
+        _bytes(chosen), numbers, length, count, *chosen.stride(), CHUNK=_chunk(length), num_warps=8
+    )
     return numbers
 
 
 @triton.jit(do_not_specialize=["length", "width", "keep_row"])
-def _repack(keep, behind, extra, shift, source, place, length, width, keep_row, keep_column, CHUNK: tl.constexpr):
-    """One row. Every new column is written once: by the old one that moves there, by the gap, or because it stays empty."""
+def _repack(
+    keep, behind, extra, shift, source, place, length, width, keep_row, keep_column, CHUNK: tl.constexpr
+):
+    """One row. Every new column is written once: by the old one that moves there, by the gap, or because it
+    stays empty."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, CHUNK)
     more = tl.load(extra + row).to(tl.int32)
@@ -414,7 +487,10 @@ def _repack(keep, behind, extra, shift, source, place, length, width, keep_row, 
     total = tl.zeros((), dtype=tl.int32)
     for start in range(0, length, CHUNK):
         column = start + lane
-        total += tl.sum(tl.load(keep + row * keep_row + column * keep_column, mask=column < length, other=0).to(tl.int32), 0)
+        total += tl.sum(
+            tl.load(keep + row * keep_row + column * keep_column, mask=column < length, other=0).to(tl.int32),
+            0,
+        )
     for start in range(0, width, CHUNK):
         column = start + lane
         empty = (column < moved) | (column >= moved + total + more)
@@ -439,7 +515,12 @@ def repack(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch."""
     batch, length = keep.shape
-    if keep.dtype != torch.bool or batch == 0 or not 0 < max(length, width) <= LONGEST_ROW or min(length, width) == 0:
+    if (
+        keep.dtype != torch.bool
+        or batch == 0
+        or not 0 < max(length, width) <= LONGEST_ROW
+        or min(length, width) == 0
+    ):
         return NotImplemented
     source = torch.empty(batch, width, dtype=torch.long, device=keep.device)
     place = torch.empty(batch, length, dtype=torch.long, device=keep.device)
@@ -452,7 +533,16 @@ def repack(
 
 @triton.jit(do_not_specialize=["length", "importance_row", "spans", "one_size", "one_keep"])
 def _best_of_intervals(
-    importance, table, chosen, length, importance_row, spans, one_size, one_keep, ALIKE: tl.constexpr, TOKENS: tl.constexpr
+    importance,
+    table,
+    chosen,
+    length,
+    importance_row,
+    spans,
+    one_size,
+    one_keep,
+    ALIKE: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """A token is the first best of its interval if none there is better, and none before it as good."""
     batch = tl.program_id(1).to(tl.int64)
@@ -505,10 +595,22 @@ def best_of_intervals(importance: torch.Tensor, layout: Layout) -> torch.Tensor:
     most = max(map(len, layout.spans))
     table = importance
     if not alike:
-        pairs = [[*zip(row, keeps), *[(0, 0)] * (most - len(row))] for row, keeps in zip(layout.spans, layout.keeps)]
+        pairs = [
+            [*zip(row, keeps), *[(0, 0)] * (most - len(row))]
+            for row, keeps in zip(layout.spans, layout.keeps)
+        ]
         table = on_device(pairs, importance.device, torch.long)
     chosen = torch.empty(batch, length, dtype=torch.bool, device=importance.device)
     _best_of_intervals[(triton.cdiv(length, 128), batch)](
-        importance, table, _bytes(chosen), length, importance.stride(0), most, size, keep, ALIKE=alike, TOKENS=128
+        importance,
+        table,
+        _bytes(chosen),
+        length,
+        importance.stride(0),
+        most,
+        size,
+        keep,
+        ALIKE=alike,
+        TOKENS=128,
     )
     return chosen

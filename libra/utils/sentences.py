@@ -1,4 +1,5 @@
-"""How errors are worded: one line, whatever the input held, with values shown short and a hint at the word that was meant."""
+"""How errors are worded: one line, whatever the input held, with values shown short and a hint at the word
+that was meant."""
 
 import difflib
 from collections.abc import Iterable
@@ -15,15 +16,19 @@ class ConfigError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """A text with line breaks and everything else that is not printable written as escapes, such as ``\\n``."""
+    """A text with line breaks and everything else that is not printable written as escapes, such as
+    ``\\n``."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def show(value: Any) -> str:
-    """A value as it stands in a file, no longer than a line: text without quotes as long as it can be told from nothing."""
+    """A value as it stands in a file, no longer than a line: text without quotes as long as it can be told
+    from nothing."""
     if isinstance(value, str):
         text = value if value.strip() and value.isprintable() else repr(value[:MOST])
-    elif isinstance(value, int) and value.bit_length() > 4 * MOST:  # Python refuses to write out very long numbers
+    elif (
+        isinstance(value, int) and value.bit_length() > 4 * MOST
+    ):  # Python refuses to write out very long numbers
         return f"a whole number of {value.bit_length()} bits"
     elif isinstance(value, (list, tuple)):
         text = "[" + ", ".join(map(_show_part, value[:MOST])) + "]"
@@ -41,6 +46,6 @@ def _show_part(value: Any) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """" did you mean …?" with the known word nearest to a wrong one, or nothing where none is near."""
+    """ " did you mean …?" with the known word nearest to a wrong one, or nothing where none is near."""
     near = difflib.get_close_matches(word[:MOST], list(known), n=1)
     return f" did you mean {near[0]}?" if near else ""

@@ -1,4 +1,5 @@
-"""The models a row can name: their sizes, checkpoints and prompt templates, from models.yaml beside this module."""
+"""The models a row can name: their sizes, checkpoints and prompt templates, from models.yaml beside this
+module."""
 
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
@@ -6,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from .names import spelled
-from .sentences import ConfigError, did_you_mean, show
+from .utils.names import spelled
+from .utils.sentences import ConfigError, did_you_mean, show
 
 _FILE = Path(__file__).with_name("models.yaml")
 
@@ -16,10 +17,13 @@ _FILE = Path(__file__).with_name("models.yaml")
 class ModelSpec:
     """One model.
 
-    layers, hidden_size (d), intermediate_size (m), kv_size (d_kv: key and value heads × head size): the decoder's sizes;
+    layers, hidden_size (d), intermediate_size (m), kv_size (d_kv: key and value heads × head size): the
+    decoder's sizes;
     visual_tokens: tokens of each sequence a sample makes, empty where they depend on the image;
-    checkpoint: a hub name, or a folder of the repository; conversation: template name, None for the tokenizer's own;
-    text_tokens: length of a usual prompt, where known; note: where a number comes from that is not the model's own.
+    checkpoint: a hub name, or a folder of the repository; conversation: template name, None for the
+        tokenizer's own;
+    text_tokens: length of a usual prompt, where known; note: where a number comes from that is not the
+        model's own.
     """
 
     name: str
@@ -38,8 +42,13 @@ def spec_of(config, name: str) -> ModelSpec:
     """The sizes of a Hugging Face text configuration; visual tokens and checkpoint are left empty."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelSpec(
-        name=name, layers=config.num_hidden_layers, hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size, kv_size=head * config.num_key_value_heads, visual_tokens=(), checkpoint="",
+        name=name,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        kv_size=head * config.num_key_value_heads,
+        visual_tokens=(),
+        checkpoint="",
     )
 
 
@@ -49,7 +58,8 @@ def load_models() -> dict[str, ModelSpec]:
 
 
 def get_model(name: str, source: str = "") -> ModelSpec:
-    """The model of that name. ConfigError with the list of names for any other; `source` (a file) opens the sentence."""
+    """The model of that name. ConfigError with the list of names for any other; `source` (a file) opens the
+    sentence."""
     models = _models()
     found = spelled(name, models)
     if found is None:
@@ -68,6 +78,8 @@ def _models() -> dict[str, ModelSpec]:
     for name, keys in table.items():
         for key in (keys.keys() - known) | (needed - keys.keys()):
             problem = "is missing" if key in needed else "is no key of a model"
-            raise ConfigError(f"{_FILE.name}: {name}: {key} {problem}; the keys are {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"{_FILE.name}: {name}: {key} {problem}; the keys are {', '.join(sorted(known))}"
+            )
         models[name] = ModelSpec(name=name, **(keys | {"visual_tokens": tuple(keys["visual_tokens"])}))
     return models

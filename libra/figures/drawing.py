@@ -1,4 +1,5 @@
-"""The paper's Figures 1 and 2, drawn from a trace: which visual tokens became targets, and where the others went."""
+"""The paper's Figures 1 and 2, drawn from a trace: which visual tokens became targets, and where the others
+went."""
 
 import base64
 import io
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from .config import Compression
-from .files import write_text
-from .media import open_image
-from .trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace, StageTrace
+from ..config import Compression
+from ..engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace, StageTrace
+from ..media import open_image
+from ..utils.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,10 @@ PANEL = 3.5  # inches
 # alone, would be taken for their orange, which is left out.
 GROUP_COLORS = ("#0072B2", "#F0E442", "#009E73", "#CC79A7", "#56B4E9")
 COMPENSATION_COLOR = "#D55E00"
-VEIL_COLOR, VEIL = "#d4d4d4", 0.78  # over tokens that are not kept; the kept ones stand out on white skies and at night
+VEIL_COLOR, VEIL = (
+    "#d4d4d4",
+    0.78,
+)  # over tokens that are not kept; the kept ones stand out on white skies and at night
 GONE_COLOR, GONE_VEIL = "#6e6e6e", 0.86
 BORDER_COLOR = "#0072B2"
 
@@ -40,7 +44,8 @@ class Block:
     Attributes:
         tokens: their number.
         columns: tokens of a row, without its newline token; the last row may be shorter.
-        picture: what the model saw there; without one the cells are drawn alone, with the numbers of the tokens.
+        picture: what the model saw there; without one the cells are drawn alone, with the numbers of the
+            tokens.
         newline: whether each row ends in a newline token, which stands beside the picture (LLaVA-NeXT).
     """
 
@@ -51,7 +56,9 @@ class Block:
 
     def __post_init__(self):
         if self.tokens < 1 or self.columns < 1:
-            raise ValueError(f"a block needs tokens and columns, at least 1 each, not {self.tokens} and {self.columns}")
+            raise ValueError(
+                f"a block needs tokens and columns, at least 1 each, not {self.tokens} and {self.columns}"
+            )
 
     @property
     def width(self) -> int:
@@ -83,17 +90,26 @@ class Record:
 
     def __post_init__(self):
         if not self.trace.spans or not self.trace.stages:
-            raise ValueError("the trace has no visual tokens or no compression layer: there is nothing to draw")
+            raise ValueError(
+                "the trace has no visual tokens or no compression layer: there is nothing to draw"
+            )
         blocks = tuple(self.blocks) or tuple(map(strip, self.trace.spans))
         object.__setattr__(self, "blocks", blocks)
         drawn, traced = sum(block.tokens for block in blocks), sum(self.trace.spans)
         if drawn != traced:
-            raise ValueError(f"the blocks hold {drawn} tokens and the trace {traced}; give one or more blocks for each span")
+            raise ValueError(
+                f"the blocks hold {drawn} tokens and the trace {traced}; give one or more blocks for each span"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, with its pictures in it."""
         blocks = [
-            {"tokens": b.tokens, "columns": b.columns, "newline": b.newline, "picture": b.picture and _to_base64(b.picture)}
+            {
+                "tokens": b.tokens,
+                "columns": b.columns,
+                "newline": b.newline,
+                "picture": b.picture and _to_base64(b.picture),
+            }
             for b in self.blocks
         ]
         data = {"compression": self.compression.to_dict(), "blocks": blocks, "trace": self.trace.to_json()}
@@ -108,12 +124,18 @@ class Record:
                 Block(b["tokens"], b["columns"], b["picture"] and _from_base64(b["picture"]), b["newline"])
                 for b in data["blocks"]
             ]
-            return cls(RowTrace.from_json(data["trace"]), Compression.from_dict(data["compression"]), tuple(blocks))
+            return cls(
+                RowTrace.from_json(data["trace"]), Compression.from_dict(data["compression"]), tuple(blocks)
+            )
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror or error}); give a file of --save-trace") from None
+            raise ValueError(
+                f"{path} cannot be read ({error.strerror or error}); give a file of --save-trace"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is no trace file of --save-trace ({reason}); trace the image again") from None
+            raise ValueError(
+                f"{path} is no trace file of --save-trace ({reason}); trace the image again"
+            ) from None
 
 
 def _to_base64(picture: Image.Image) -> str:
@@ -151,7 +173,8 @@ class Canvas:
         self.corners, self.height = torch.cat(corners), top - 1
 
     def borders(self, labels: torch.Tensor) -> torch.Tensor:
-        """The edges between neighbouring cells of different ``labels`` (n,) and around blocks, (m, 2, 2): two points (x, y)."""
+        """The edges between neighbouring cells of different ``labels`` (n,) and around blocks, (m, 2, 2): two
+        points (x, y)."""
         raster = torch.full((self.height + 2, self.width + 2), -1)  # with an empty cell all around
         raster[self.corners[:, 1] + 1, self.corners[:, 0] + 1] = labels
         y, x = (raster[:, :-1] != raster[:, 1:]).nonzero().T
@@ -163,7 +186,8 @@ class Canvas:
 def intervals(trace: RowTrace, stage: int) -> torch.Tensor:
     """The interval (§3.2) of each token at a stage, (n,), counted over all spans.
 
-    An interval is a run of the tokens that were left; those between them that were gone bear the number of the one before.
+    An interval is a run of the tokens that were left; those between them that were gone bear the number of
+    the one before.
     """
     numbers, first = [], 0
     for fate in trace.stages[stage].fate.split(trace.spans):
@@ -174,10 +198,12 @@ def intervals(trace: RowTrace, stage: int) -> torch.Tensor:
 
 
 def fastv(trace: RowTrace, stage: int) -> torch.Tensor:
-    """FastV's choice, (n,) bool: of each span as many tokens as the stage kept, the most important at the first compression
-    layer, where the importance of all is known. Ties go to the first token."""
+    """FastV's choice, (n,) bool: of each span as many tokens as the stage kept, the most important at the
+    first compression layer, where the importance of all is known. Ties go to the first token."""
     chosen = []
-    for importance, fate in zip(trace.stages[0].importance.split(trace.spans), trace.stages[stage].fate.split(trace.spans)):
+    for importance, fate in zip(
+        trace.stages[0].importance.split(trace.spans), trace.stages[stage].fate.split(trace.spans)
+    ):
         order = importance.argsort(descending=True, stable=True)
         chosen.append(torch.zeros_like(fate, dtype=torch.bool))
         chosen[-1][order[: int((fate == TARGET).sum())]] = True
@@ -185,7 +211,8 @@ def fastv(trace: RowTrace, stage: int) -> torch.Tensor:
 
 
 def groups(stage: StageTrace) -> torch.Tensor:
-    """The number of each token's merged group, in the order of their targets, (n,); -1 for a token in none."""
+    """The number of each token's merged group, in the order of their targets, (n,); -1 for a token in
+    none."""
     merged = stage.slot[stage.fate == MERGED]
     number = torch.full_like(stage.slot, -1)
     targets = merged.unique()
@@ -195,7 +222,8 @@ def groups(stage: StageTrace) -> torch.Tensor:
 
 
 def figure_class():
-    """Matplotlib's figure, without pyplot, which would choose a window system. Raises ValueError where it is missing."""
+    """Matplotlib's figure, without pyplot, which would choose a window system. Raises ValueError where it is
+    missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -204,17 +232,21 @@ def figure_class():
 
 
 def draw(record: Record) -> "Figure":
-    """A row of panels for each compression layer: FastV's choice, the targets in their intervals and, where there is any, the
-    merging.
+    """A row of panels for each compression layer: FastV's choice, the targets in their intervals and, where
+    there is any, the merging.
 
     Raises:
         ValueError: if matplotlib is missing.
     """
     trace, canvas = record.trace, Canvas(record.blocks)
-    merges = any(bool((stage.fate == fate).any()) for stage in trace.stages for fate in (MERGED, COMPENSATION))
+    merges = any(
+        bool((stage.fate == fate).any()) for stage in trace.stages for fate in (MERGED, COMPENSATION)
+    )
     columns = 3 if merges else 2
     height = PANEL * min(2.5, max(0.3, canvas.height / canvas.width)) + 0.4
-    figure = figure_class()(figsize=(columns * PANEL + 0.2, len(trace.stages) * height + 0.8), layout="constrained")
+    figure = figure_class()(
+        figsize=(columns * PANEL + 0.2, len(trace.stages) * height + 0.8), layout="constrained"
+    )
     figure.suptitle(_describe(record), fontsize=11)
     rows = figure.subplots(len(trace.stages), columns, squeeze=False)
     for number, (panels, stage) in enumerate(zip(rows, trace.stages)):
@@ -247,9 +279,15 @@ def _titles(record: Record, number: int) -> tuple[str, str, str]:
     merged, rest, dropped = (int((stage.fate == fate).sum()) for fate in (MERGED, COMPENSATION, DROPPED))
     kept = f"{after} of {tokens} tokens kept ({100 * after / tokens:.3g}%)"
     how = "the best of each interval" if _has_intervals(record) else f"select {record.compression.select}"
-    gone = [f"{count} {what}" for count, what in (
-        (merged, "merged"), (rest, "into the compensation token"), (dropped, "dropped"),
-    ) if count]
+    gone = [
+        f"{count} {what}"
+        for count, what in (
+            (merged, "merged"),
+            (rest, "into the compensation token"),
+            (dropped, "dropped"),
+        )
+        if count
+    ]
     return (
         f"FastV: top-k by the importance at layer {trace.stages[0].layer}\n{kept}",
         f"layer {stage.layer}: {how}\n{kept}",
@@ -306,7 +344,9 @@ def _draw_targets(panel: "Axes", canvas: Canvas, stage: StageTrace, runs: torch.
     _fill(panel, canvas, stage.fate > TARGET, facecolors=VEIL_COLOR, alpha=VEIL)
     _fill(panel, canvas, stage.fate == GONE, facecolors=GONE_COLOR, alpha=GONE_VEIL)
     if runs is not None:
-        _lines(panel, canvas.borders(runs), colors=BORDER_COLOR, linewidths=min(1.2, 22 / canvas.width), zorder=4)
+        _lines(
+            panel, canvas.borders(runs), colors=BORDER_COLOR, linewidths=min(1.2, 22 / canvas.width), zorder=4
+        )
     _frame(panel, canvas, stage.fate == TARGET)
 
 
@@ -335,13 +375,24 @@ def _add_legend(figure: "Figure", record: Record) -> None:
     entries = [
         (True, "kept: a target", Patch(facecolor="none", edgecolor="black")),
         (_has_intervals(record), "border of an interval", Line2D([], [], color=BORDER_COLOR)),
-        (MERGED in fates, "merged, with a line to its target", tuple(Patch(facecolor=color) for color in GROUP_COLORS[:3])),
+        (
+            MERGED in fates,
+            "merged, with a line to its target",
+            tuple(Patch(facecolor=color) for color in GROUP_COLORS[:3]),
+        ),
         (COMPENSATION in fates, "in the compensation token", Patch(facecolor=COMPENSATION_COLOR)),
         (True, "not kept", Patch(facecolor=VEIL_COLOR)),
         (GONE in fates, "gone at an earlier layer", Patch(facecolor=GONE_COLOR)),
     ]
     _, labels, handles = zip(*(entry for entry in entries if entry[0]))
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False, handlelength=1.6,
-        columnspacing=1.4, handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=6,
+        fontsize=8,
+        frameon=False,
+        handlelength=1.6,
+        columnspacing=1.4,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
     )

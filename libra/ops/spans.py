@@ -1,4 +1,5 @@
-"""Where the visual tokens of a ragged batch lie: rows of spans, as small tensors that the batched maths indexes with."""
+"""Where the visual tokens of a ragged batch lie: rows of spans, as small tensors that the batched maths
+indexes with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +7,13 @@ from functools import cached_property
 
 import torch
 
-from .fuse import fused
-from .schedule import kept
+from ..budget import kept
+from .dispatch import fused
 
 
 def on_device(rows, device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A small table made on the host, copied without waiting for the device, as ``torch.tensor(rows, device=…)`` would."""
+    """A small table made on the host, copied without waiting for the device, as ``torch.tensor(rows,
+    device=…)`` would."""
     return torch.tensor(rows, dtype=dtype).to(device, non_blocking=True)
 
 
@@ -19,8 +21,9 @@ def on_device(rows, device, dtype: torch.dtype | None = None) -> torch.Tensor:
 class Layout:
     """The spans of B rows and how many target tokens each span keeps.
 
-    A row's visual tokens are numbered 0 … n-1 span after span; rows are padded on the right to N, their targets to T.
-    Everything per token is (B, N); padded places belong to no span and their values mean nothing.
+    A row's visual tokens are numbered 0 … n-1 span after span; rows are padded on the right to N, their
+    targets to T. Everything per token is (B, N); padded places belong to no span and their values mean
+    nothing.
     """
 
     spans: tuple[tuple[int, ...], ...]  # tokens of each span of each row
@@ -29,7 +32,8 @@ class Layout:
 
     @classmethod
     def build(cls, spans: Sequence[Sequence[int]], ratio: float, rounding: str, device) -> "Layout":
-        """``spans``: B lists of span lengths (each at least 1); ``ratio`` and ``rounding`` as in :class:`libra.Compression`."""
+        """``spans``: B lists of span lengths (each at least 1); ``ratio`` and ``rounding`` as in
+        :class:`libra.Compression`."""
         keeps = tuple(tuple(kept(n, ratio, rounding) for n in row) for row in spans)
         return cls(tuple(tuple(row) for row in spans), keeps, torch.device(device))
 
@@ -61,13 +65,16 @@ class Layout:
     @cached_property
     def _rows(self) -> torch.Tensor:
         """(B, 2): the visual tokens and the target tokens of each row."""
-        return on_device([[*pair] for pair in zip(self.lengths, self.target_counts)], self.device, torch.long).view(-1, 2)
+        return on_device(
+            [[*pair] for pair in zip(self.lengths, self.target_counts)], self.device, torch.long
+        ).view(-1, 2)
 
     @cached_property
     def _spans(self) -> torch.Tensor:
         """(B, M + 1, 4): of each span its first token, its tokens, its first target and its targets.
 
-        What is no span begins behind the row's last one and has nothing; the last column is what a padded place points to.
+        What is no span begins behind the row's last one and has nothing; the last column is what a padded
+        place points to.
         """
         width = max(map(len, self.spans), default=0) + 1
         rows = []
@@ -132,7 +139,8 @@ class Layout:
 
 @fused
 def ordinals(chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """(B, N) bool to the ascending numbers of the chosen places, (B, count); a row with fewer goes on with others."""
+    """(B, N) bool to the ascending numbers of the chosen places, (B, count); a row with fewer goes on with
+    others."""
     return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
 
@@ -142,7 +150,8 @@ def flat_rows(index: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows ``index`` (B, K) of ``x`` (B or 1, S, …): (B, K, …). Whole rows are copied, which gather does number by number."""
+    """Rows ``index`` (B, K) of ``x`` (B or 1, S, …): (B, K, …). Whole rows are copied, which gather does
+    number by number."""
     flat = flat_rows(index, x.shape[1]) if len(x) == len(index) > 1 else index.flatten()
     return x.reshape(-1, *x.shape[2:]).index_select(0, flat).view(*index.shape, *x.shape[2:])
 
@@ -151,7 +160,8 @@ def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def repack(
     keep: torch.Tensor, behind: torch.Tensor, extra: torch.Tensor, shift: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move the columns that stay together, ``shift`` columns from the left, with room for an extra column behind one of them.
+    """Move the columns that stay together, ``shift`` columns from the left, with room for an extra column
+    behind one of them.
 
     Args:
         keep: (B, S) bool.
@@ -161,8 +171,10 @@ def repack(
         width: of the new rows, S'.
 
     Returns:
-        source (B, S'): the old column of each new one; of the extra one ``behind``; of one that stays empty its own number.
-        place (B, S): the new column of each old one; of one that goes the last new column before it, which may be -1.
+        source (B, S'): the old column of each new one; of the extra one ``behind``; of one that stays empty
+        its own number.
+        place (B, S): the new column of each old one; of one that goes the last new column before it, which
+        may be -1.
     """
     batch, length = keep.shape
     columns = torch.arange(length, device=keep.device)

@@ -24,8 +24,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name next to ``path``, for libraries that want a file to write to. What is written there becomes ``path``
-    when the block ends without an error, and vanishes otherwise."""
+    """A temporary name next to ``path``, for libraries that want a file to write to. What is written there
+    becomes ``path`` when the block ends without an error, and vanishes otherwise."""
     path = Path(path)
     make_folder(path.parent)
     work = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -40,9 +40,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``destination`` when the block ends without an error, and vanishes otherwise.
+    """A temporary folder that becomes ``destination`` when the block ends without an error, and vanishes
+    otherwise.
 
-    An older folder of that name goes only when the new one is whole. Raises OSError where ``destination`` is a file.
+    An older folder of that name goes only when the new one is whole. Raises OSError where ``destination`` is
+    a file.
     """
     destination = Path(destination)
     make_folder(destination.parent)
@@ -70,7 +72,8 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed; only for a folder in which nobody writes now."""
+    """Remove the temporary files of writers that were killed; only for a folder in which nobody writes
+    now."""
     for work in folder.glob(".*.tmp"):
         work.unlink(missing_ok=True)
 
@@ -84,7 +87,8 @@ def flush_tree(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk. Some file systems, such as those of networks, know no such thing."""
+    """Have the names in a folder on the disk. Some file systems, such as those of networks, know no such
+    thing."""
     with suppress(OSError):
         _flush(folder)
 

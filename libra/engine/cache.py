@@ -14,7 +14,8 @@ class Stage:
     Attributes:
         first_layer: the first of those layers.
         mask: (B, K) bool, False for padding; None if no row has any.
-        shift: (B, 1), how far behind the original numbering the positions of a compact stage are; None with original positions.
+        shift: (B, 1), how far behind the original numbering the positions of a compact stage are; None with
+            original positions.
     """
 
     first_layer: int
@@ -36,7 +37,8 @@ class StagedCache(DynamicCache):
 
     @classmethod
     def adopt(cls, cache, first_layers: list[int]) -> "StagedCache":
-        """Turn a plain, empty or text-only DynamicCache into a staged one, in place: its owner keeps the same object.
+        """Turn a plain, empty or text-only DynamicCache into a staged one, in place: its owner keeps the same
+        object.
 
         Raises:
             ValueError: for other kinds of cache, or a cache that was filled under another compression.
@@ -60,7 +62,8 @@ class StagedCache(DynamicCache):
         """Append a layer's new keys and values.
 
         Raises:
-            ValueError: at the first layer of a call without compression, which takes all layers to hold as many keys.
+            ValueError: at the first layer of a call without compression, which takes all layers to hold as
+                many keys.
         """
         if layer_idx == 0:
             if not self.expects_a_call and len({layer.get_seq_length() for layer in self.layers}) > 1:
@@ -88,14 +91,17 @@ class StagedCache(DynamicCache):
         self._to_stages(lambda x: x[indices])
 
     def crop(self, tokens_to_remove: int):
-        """Drop the newest ``-tokens_to_remove`` tokens, as transformers' caches do; 0 only trims sliding windows.
+        """Drop the newest ``-tokens_to_remove`` tokens, as transformers' caches do; 0 only trims sliding
+        windows.
 
         Raises:
-            ValueError: for a positive number, or if that would cut into a compressed prompt before the end of its visual
-                tokens, which the later layers no longer hold one by one.
+            ValueError: for a positive number, or if that would cut into a compressed prompt before the end of
+                its visual tokens, which the later layers no longer hold one by one.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes how many tokens to remove as a negative number, but got {tokens_to_remove}")
+            raise ValueError(
+                f"crop takes how many tokens to remove as a negative number, but got {tokens_to_remove}"
+            )
         if tokens_to_remove and self.get_seq_length(0) + tokens_to_remove < self.compressed_until:
             raise ValueError(
                 f"crop keeps at least the {self.compressed_until} columns up to the last compressed visual token; start a new"

@@ -5,7 +5,8 @@ from typing import Any
 
 
 def spelled(word: Any, known: Iterable[str]) -> str | None:
-    """The known name that a word is, in its own spelling: - and _ count as the same. None where there is none."""
+    """The known name that a word is, in its own spelling: - and _ count as the same. None where there is
+    none."""
     known = list(known)
     if not isinstance(word, str):
         return None

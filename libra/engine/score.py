@@ -1,7 +1,10 @@
-"""Hybrid attention (§4.4): everybody attends as before, and at a compression layer one score row is computed beside it.
+"""Hybrid attention (§4.4): everybody attends as before, and at a compression layer one score row is computed
+beside it.
 
-transformers hands every attention function the finished queries and keys, and passes unknown keyword arguments through a
-decoder layer down to it. A :class:`Probe` travels that way to the compression layers; without one the wrappers do nothing.
+transformers hands every attention function the finished queries and keys, and passes unknown keyword
+arguments through a
+decoder layer down to it. A :class:`Probe` travels that way to the compression layers; without one the
+wrappers do nothing.
 """
 
 import sys
@@ -11,7 +14,7 @@ from functools import wraps
 import torch
 from torch.profiler import record_function
 
-from .importance import score_row
+from ..ops.scores import score_row
 from .transformers_api import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -27,11 +30,14 @@ class Answered(Exception):
 
 
 class Probe:
-    """What one compression layer is asked: the attention (B, R, K) of the tokens ``rows`` (B, R) on all K keys.
+    """What one compression layer is asked: the attention (B, R, K) of the tokens ``rows`` (B, R) on all K
+    keys.
 
-    A fresh object for every layer and pass: gradient checkpointing runs a layer again when later stages are already shorter.
-    With ``only`` the attention module is left as soon as the probe is answered; ``past_keys`` (B, H_kv, P, head_dim) then come
-    before the keys of this call. No dataclass: FSDP copies those on their way into a layer, and the copy would get the answer.
+    A fresh object for every layer and pass: gradient checkpointing runs a layer again when later stages are
+    already shorter. With ``only`` the attention module is left as soon as the probe is answered;
+    ``past_keys`` (B, H_kv, P, head_dim) then come
+    before the keys of this call. No dataclass: FSDP copies those on their way into a layer, and the copy
+    would get the answer.
     """
 
     def __init__(self, rows: torch.Tensor, key_mask: torch.Tensor | None):
@@ -63,14 +69,17 @@ def _with_probe(attend: Callable) -> Callable:
 
 
 def _eager(module, *args, **kwargs):
-    """The eager attention of the module's own modelling file, which transformers keeps out of its registry."""
+    """The eager attention of the module's own modelling file, which transformers keeps out of its
+    registry."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
 
 def enable(config) -> None:
-    """Make the attention implementation that ``config`` names able to answer probes; eager attention is renamed for it.
+    """Make the attention implementation that ``config`` names able to answer probes; eager attention is
+    renamed for it.
 
-    Flash attention resolves its name again while it runs, so the built-in functions are wrapped under their own names.
+    Flash attention resolves its name again while it runs, so the built-in functions are wrapped under their
+    own names.
     """
     name = config._attn_implementation
     if name == "eager":
@@ -90,18 +99,23 @@ def disable(config) -> None:
         config._attn_implementation = "eager"
 
 
-def next_layer_attention(layer, hidden: torch.Tensor, position_embeddings, probe: Probe, past_keys=None) -> None:
+def next_layer_attention(
+    layer, hidden: torch.Tensor, position_embeddings, probe: Probe, past_keys=None
+) -> None:
     """Answer ``probe`` with the projections of the layer that comes next, as PyramidDrop scores.
 
-    ``hidden`` (B, S, D) leaves the compression layer; ``position_embeddings`` are cosines and sines (B or 1, S, head_dim);
-    ``past_keys`` (B, H_kv, P, head_dim) are the keys that the next layer already holds. The layer's own attention module makes
-    queries and keys, whatever norms it has on them, and is left before it attends.
+    ``hidden`` (B, S, D) leaves the compression layer; ``position_embeddings`` are cosines and sines (B or 1,
+    S, head_dim); ``past_keys`` (B, H_kv, P, head_dim) are the keys that the next layer already holds. The
+    layer's own attention module makes queries and keys, whatever norms it has on them, and is left before it
+    attends.
     """
     probe.only, probe.past_keys = True, past_keys
     try:
         with torch.no_grad():
             layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden), position_embeddings=position_embeddings, attention_mask=None,
+                hidden_states=layer.input_layernorm(hidden),
+                position_embeddings=position_embeddings,
+                attention_mask=None,
                 score_probe=probe,
             )
     except Answered:

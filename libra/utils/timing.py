@@ -16,7 +16,8 @@ Mode = TypeVar("Mode")
 
 
 class Moment(NamedTuple):
-    """Seconds on the wall clock and of this process's CPU time, which other processes on the machine do not lengthen."""
+    """Seconds on the wall clock and of this process's CPU time, which other processes on the machine do not
+    lengthen."""
 
     wall: float
     cpu: float
@@ -33,7 +34,8 @@ def now(device: torch.device) -> Moment:
 
 
 def in_turns(pairs: int, modes: Sequence[Mode] = (False, True)) -> Iterator[tuple[int, Mode]]:
-    """(pair, mode) for runs in turns; every other pair goes backwards, so that a slow drift favours no mode."""
+    """(pair, mode) for runs in turns; every other pair goes backwards, so that a slow drift favours no
+    mode."""
     for pair in range(pairs):
         for mode in modes if pair % 2 == 0 else modes[::-1]:
             yield pair, mode
@@ -41,7 +43,8 @@ def in_turns(pairs: int, modes: Sequence[Mode] = (False, True)) -> Iterator[tupl
 
 @dataclass(frozen=True)
 class Interval:
-    """A median with an interval between two of the sorted values; ``coverage`` is the probability that it holds the truth."""
+    """A median with an interval between two of the sorted values; ``coverage`` is the probability that it
+    holds the truth."""
 
     median: float
     low: float
@@ -52,9 +55,9 @@ class Interval:
 def median_interval(values: list[float], level: float = 0.95) -> Interval:
     """The median and its order-statistic interval: exact for independent values of whatever distribution.
 
-    The interval from the k-th smallest to the k-th largest of n misses the true median with probability 2·P(Bin(n, ½) < k);
-    k is the largest for which it covers ``level``. Fewer than six values cannot cover 95%: then it is all of them, and
-    ``coverage`` is smaller.
+    The interval from the k-th smallest to the k-th largest of n misses the true median with probability
+    2·P(Bin(n, ½) < k); k is the largest for which it covers ``level``. Fewer than six values cannot cover
+    95%: then it is all of them, and ``coverage`` is smaller.
     """
     ordered, n = sorted(values), len(values)
 

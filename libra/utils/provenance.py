@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 PUBLISHED = "docs/results"
 
 
@@ -16,7 +16,9 @@ def machine() -> dict:
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+        model = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
+        )
     except OSError:
         pass
     return {"cpu": model, "cores": cores()}
@@ -47,9 +49,12 @@ def commit() -> str:
 
 
 def changes() -> list[str]:
-    """The files that are not as the checkout's commit has them, new ones too. Those of :data:`PUBLISHED` do not count, for
-    publishing one table must not stop the next. Raises OSError or CalledProcessError outside git."""
-    lines = _git("status", "--porcelain", "--untracked-files=all", "--", ".", f":(exclude){PUBLISHED}").splitlines()
+    """The files that are not as the checkout's commit has them, new ones too. Those of :data:`PUBLISHED` do
+    not count, for publishing one table must not stop the next. Raises OSError or CalledProcessError outside
+    git."""
+    lines = _git(
+        "status", "--porcelain", "--untracked-files=all", "--", ".", f":(exclude){PUBLISHED}"
+    ).splitlines()
     return [line.split(maxsplit=1)[1] for line in lines]
 
 
@@ -58,7 +63,9 @@ def require_clean() -> None:
     try:
         changed = changes()
     except (OSError, subprocess.CalledProcessError):
-        raise ValueError("what is published names its commit, and this is no git checkout: publish from one") from None
+        raise ValueError(
+            "what is published names its commit, and this is no git checkout: publish from one"
+        ) from None
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(
@@ -70,5 +77,7 @@ def require_clean() -> None:
 def _git(*arguments: str) -> str:
     if not (REPOSITORY / ".git").exists():  # an installed package may lie in somebody else's checkout
         raise FileNotFoundError(f"{REPOSITORY} is not a git checkout")
-    run = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True
+    )
     return run.stdout.strip()

@@ -1,4 +1,5 @@
-"""One compression step on visual tokens alone: choose targets, treat the rest. Pure tensor maths, free of any model."""
+"""One compression step on visual tokens alone: choose targets, treat the rest. Pure tensor maths, free of any
+model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,8 @@ from torch.profiler import record_function
 
 from . import merge, select
 from .config import Compression
-from .layout import Layout, ordinals, take
 from .merge import MERGERS, NOWHERE, Matches, check_slots, group_softmax, merge_groups
+from .ops.spans import Layout, ordinals, take
 from .select import SELECTORS, Candidates, check_targets
 
 NEVER_COMPENSATE = {"drop", "average", "igm-pos"}  # no room need be left for one
@@ -57,7 +58,8 @@ class Compressed:
 
     @property
     def weights(self) -> torch.Tensor:
-        """The importance-informed merging matrix W of eq. 7, dense: (B, T[+1], N); its last row is the compensation token's."""
+        """The importance-informed merging matrix W of eq. 7, dense: (B, T[+1], N); its last row is the
+        compensation token's."""
         slots = torch.arange(self.tokens.shape[1], device=self.groups.device)
         return (self.groups[:, None, :] == slots[None, :, None]) * self.token_weights[:, None, :]
 
@@ -70,7 +72,8 @@ def compress_layout(
     score_rows: torch.Tensor | None = None,
     keys: torch.Tensor | None = None,
 ) -> Compressed:
-    """:func:`compress` for a ready :class:`Layout`, without waiting for the device: the outcome is not trimmed.
+    """:func:`compress` for a ready :class:`Layout`, without waiting for the device: the outcome is not
+    trimmed.
 
     Args:
         score_rows: (B, N), which of its row's attention rows scored a token; None where there is one a row.
@@ -98,7 +101,9 @@ def compress_layout(
                 has_one = (groups == matches.compensation).any(1)
                 mask, slots = torch.cat([mask, has_one[:, None]], 1), slots + 1
             tokens = merge_groups(hidden, groups, token_weights, slots)
-    similarity = matches.nearest[0] if "nearest" in vars(matches) else None  # a cached property: there if a merger used it
+    similarity = (
+        matches.nearest[0] if "nearest" in vars(matches) else None
+    )  # a cached property: there if a merger used it
     return Compressed(tokens, mask, targets, groups, token_weights, importance, similarity, layout, has_one)
 
 
@@ -116,14 +121,18 @@ def compress(
         importance: (B, N) attention α of the score row on them (eq. 4); no gradient flows through it.
         c: what to do; ``c.layers`` is not looked at.
         lengths: (B,) visual tokens of each row; all N where None.
-        spans: for each row the lengths of its contiguous runs of visual tokens; they sum to its length. One run where None.
+        spans: for each row the lengths of its contiguous runs of visual tokens; they sum to its length. One
+            run where None.
 
     Raises:
-        ValueError: if shapes, lengths and spans do not agree, there is no row or a row without visual tokens, hidden states are
-            not floating-point numbers, anything but padding is NaN or infinite, or ``c`` is vanilla, which does nothing.
+        ValueError: if shapes, lengths and spans do not agree, there is no row or a row without visual tokens,
+            hidden states are not floating-point numbers, anything but padding is NaN or infinite, or ``c`` is
+            vanilla, which does nothing.
     """
     if not isinstance(c, Compression) or c.method == "vanilla":
-        raise ValueError("libra.compress needs a libra.Compression that compresses, such as Compression(method='libra')")
+        raise ValueError(
+            "libra.compress needs a libra.Compression that compresses, such as Compression(method='libra')"
+        )
     _check_tensors(hidden, importance)
     spans = _spans(hidden, lengths, spans)
     layout = Layout.build(spans, c.ratio, c.rounding, hidden.device)
@@ -137,14 +146,21 @@ def compress(
     pad = (0, count - longest)  # what is told per token is as long as what came in
     groups = torch.nn.functional.pad(step.groups, pad, value=NOWHERE)
     names = ("token_weights", "importance", "similarity")
-    padded = {name: torch.nn.functional.pad(value, pad) for name in names if (value := getattr(step, name)) is not None}
+    padded = {
+        name: torch.nn.functional.pad(value, pad)
+        for name in names
+        if (value := getattr(step, name)) is not None
+    }
     return replace(step, groups=groups, **padded)
 
 
 def _check_tensors(hidden, importance) -> None:
-    """Raises ValueError unless they are (B, N, D) and (B, N), with numbers that can be merged and compared."""
+    """Raises ValueError unless they are (B, N, D) and (B, N), with numbers that can be merged and
+    compared."""
     if not isinstance(hidden, torch.Tensor) or not isinstance(importance, torch.Tensor):
-        raise ValueError(f"hidden and importance must be tensors, not {type(hidden).__name__} and {type(importance).__name__}")
+        raise ValueError(
+            f"hidden and importance must be tensors, not {type(hidden).__name__} and {type(importance).__name__}"
+        )
     if hidden.ndim != 3 or importance.shape != hidden.shape[:2] or not hidden.numel():
         raise ValueError(
             f"hidden must be (B, N, D) and importance (B, N), none of them 0, but they are {tuple(hidden.shape)} and"
@@ -152,7 +168,9 @@ def _check_tensors(hidden, importance) -> None:
         )
     if not hidden.is_floating_point() or importance.is_complex():
         kinds = f"{hidden.dtype} and {importance.dtype}"
-        raise ValueError(f"hidden must be floating-point numbers and importance real ones, but they are {kinds}")
+        raise ValueError(
+            f"hidden must be floating-point numbers and importance real ones, but they are {kinds}"
+        )
 
 
 def _spans(hidden: torch.Tensor, lengths, spans) -> list[list[int]]:
@@ -169,8 +187,12 @@ def _spans(hidden: torch.Tensor, lengths, spans) -> list[list[int]]:
     except TypeError:
         agree = False
     if not agree:
-        raise ValueError(f"lengths and spans must describe {batch} rows and agree, but they are {lengths} and {spans}")
+        raise ValueError(
+            f"lengths and spans must describe {batch} rows and agree, but they are {lengths} and {spans}"
+        )
     whole = all(isinstance(n, Integral) and n >= 1 for row in spans for n in row)
     if not whole or min(lengths) < 1 or max(lengths) > count:
-        raise ValueError(f"every row needs 1 to {count} visual tokens and no empty span, but the spans are {spans}")
+        raise ValueError(
+            f"every row needs 1 to {count} visual tokens and no empty span, but the spans are {spans}"
+        )
     return [[int(n) for n in row] for row in spans]

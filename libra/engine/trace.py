@@ -1,10 +1,11 @@
-"""Which token went where: an optional record of every compression step, told in the numbers of the original visual tokens."""
+"""Which token went where: an optional record of every compression step, told in the numbers of the original
+visual tokens."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
-from .compress import Compressed
+from ..step import Compressed
 
 GONE, TARGET, MERGED, COMPENSATION, DROPPED = range(5)
 FATES = ("gone", "target", "merged", "compensation", "dropped")
@@ -20,7 +21,8 @@ class StageTrace:
         slot: the number of the target token it went into, its own for a target; -1 where there is none.
         weight: float32, its share of the token it went into (a row of eq. 7's W); 0 where there is none.
         importance: float32, α of eq. 4; nan for tokens that were gone.
-        similarity: float32, s^max of eq. 5, 1 for a target; nan for tokens that were gone, and where nobody asked for it.
+        similarity: float32, s^max of eq. 5, 1 for a target; nan for tokens that were gone, and where nobody
+            asked for it.
     """
 
     layer: int
@@ -37,14 +39,16 @@ class StageTrace:
 
     @property
     def compensation_share(self) -> float:
-        """Share of the tokens that are no targets that went into the compensation token; nan where there are none."""
+        """Share of the tokens that are no targets that went into the compensation token; nan where there are
+        none."""
         rest = self.fate > TARGET
         return float((self.fate[rest] == COMPENSATION).float().mean())
 
 
 @dataclass(frozen=True)
 class RowTrace:
-    """The fates of one row's visual tokens, numbered span after span; ``spans`` are the spans' lengths before compression."""
+    """The fates of one row's visual tokens, numbered span after span; ``spans`` are the spans' lengths before
+    compression."""
 
     spans: tuple[int, ...]
     stages: tuple[StageTrace, ...]
@@ -58,17 +62,21 @@ class RowTrace:
         return {
             "spans": list(self.spans),
             "stages": [
-                {"layer": stage.layer, **{name: _numbers(getattr(stage, name)) for name in _PER_TOKEN}} for stage in self.stages
+                {"layer": stage.layer, **{name: _numbers(getattr(stage, name)) for name in _PER_TOKEN}}
+                for stage in self.stages
             ],
         }
 
     @classmethod
     def from_json(cls, data: dict) -> "RowTrace":
-        """Raises ValueError where the values are no trace: something is missing, or the lengths do not agree."""
+        """Raises ValueError where the values are no trace: something is missing, or the lengths do not
+        agree."""
         try:
             spans = tuple(int(n) for n in data["spans"])
             stages = tuple(
-                StageTrace(int(stage["layer"]), *(_tensor(stage[name], dtype) for name, dtype in _PER_TOKEN.items()))
+                StageTrace(
+                    int(stage["layer"]), *(_tensor(stage[name], dtype) for name, dtype in _PER_TOKEN.items())
+                )
                 for stage in data["stages"]
             )
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -80,7 +88,11 @@ class RowTrace:
             for name in _PER_TOKEN:
                 if getattr(stage, name).shape != (count,):
                     raise ValueError(f"{where} has not one {name} for each of {count} tokens")
-            if not bool(((0 <= stage.fate) & (stage.fate < len(FATES)) & (-1 <= stage.slot) & (stage.slot < count)).all()):
+            if not bool(
+                (
+                    (0 <= stage.fate) & (stage.fate < len(FATES)) & (-1 <= stage.slot) & (stage.slot < count)
+                ).all()
+            ):
                 raise ValueError(f"{where} has fates or slots that do not exist")
             is_target = stage.fate == TARGET
             if not bool(is_target[stage.slot[stage.fate == MERGED]].all()):
@@ -91,7 +103,11 @@ class RowTrace:
 
 
 _PER_TOKEN = {
-    "fate": torch.int8, "slot": torch.long, "weight": torch.float32, "importance": torch.float32, "similarity": torch.float32,
+    "fate": torch.int8,
+    "slot": torch.long,
+    "weight": torch.float32,
+    "importance": torch.float32,
+    "similarity": torch.float32,
 }
 
 
@@ -113,14 +129,17 @@ class Recorder:
         self._steps: list[tuple[int, Compressed, list[list[int]]]] = []
 
     def add(self, layer: int, step: Compressed, spans: list[list[int]]) -> None:
-        """``spans``: the lengths of each row's spans before the step, without a stand-in for rows that have none."""
+        """``spans``: the lengths of each row's spans before the step, without a stand-in for rows that have
+        none."""
         self._steps.append((layer, replace(step, tokens=step.tokens[:, :, :0]), spans))
 
     def rows(self) -> list[RowTrace]:
         """One :class:`RowTrace` a row."""
         first = self._steps[0][2] if self._steps else []
         steps = [(layer, _on_host(step), spans) for layer, step, spans in self._steps]
-        return [RowTrace(tuple(spans), tuple(self._stages(steps, b, sum(spans)))) for b, spans in enumerate(first)]
+        return [
+            RowTrace(tuple(spans), tuple(self._stages(steps, b, sum(spans)))) for b, spans in enumerate(first)
+        ]
 
     @staticmethod
     def _stages(steps, b: int, tokens: int):
@@ -141,10 +160,15 @@ class Recorder:
                 whole[alive] = values
                 return whole
 
-            similarity = torch.full((count,), torch.nan) if step.similarity is None else step.similarity[b, :count]
+            similarity = (
+                torch.full((count,), torch.nan) if step.similarity is None else step.similarity[b, :count]
+            )
             yield StageTrace(
-                layer, over_all(torch.where(is_target, TARGET, fate).to(torch.int8), GONE), over_all(into, -1),
-                over_all(torch.where(group < 0, 0.0, weight), 0.0), over_all(step.importance[b, :count], torch.nan),
+                layer,
+                over_all(torch.where(is_target, TARGET, fate).to(torch.int8), GONE),
+                over_all(into, -1),
+                over_all(torch.where(group < 0, 0.0, weight), 0.0),
+                over_all(step.importance[b, :count], torch.nan),
                 over_all(similarity, torch.nan),
             )
             alive = alive[targets]
@@ -152,4 +176,6 @@ class Recorder:
 
 def _on_host(step: Compressed) -> Compressed:
     names = ("mask", "targets", "groups", "token_weights", "importance", "similarity")
-    return replace(step, **{name: value.cpu() for name in names if (value := getattr(step, name)) is not None})
+    return replace(
+        step, **{name: value.cpu() for name in names if (value := getattr(step, name)) is not None}
+    )

@@ -1,8 +1,9 @@
 """What every server of this project needs: who may ask, how often and how much, and an end in time.
 
-A server in front of a model listens where a browser can reach it, and so can every page that the browser shows. The gate
-answers only to the names that the server was bound to (a foreign site's name that resolves here is refused), takes changes only
-from its own pages, and limits requests and their bodies. It knows nothing of what is served.
+A server in front of a model listens where a browser can reach it, and so can every page that the browser
+shows. The gate answers only to the names that the server was bound to (a foreign site's name that resolves
+here is refused), takes changes only from its own pages, and limits requests and their bodies. It knows
+nothing of what is served.
 
 Starlette and uvicorn come with a server's own packages, so they are imported when they are needed.
 """
@@ -21,14 +22,16 @@ from contextlib import contextmanager
 SECONDS_TO_END = 3.0  # between SIGTERM and the end of the process, whatever its threads do
 _READING = ("GET", "HEAD", "OPTIONS")
 _HEADERS = (
-    (b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"cross-origin-resource-policy", b"same-origin"),
     (b"referrer-policy", b"no-referrer"),
 )
 _ADDRESSES = 10_000  # that the rate limit remembers
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine reaches a server at that address; a name that merely begins like one is not local."""
+    """Whether only this machine reaches a server at that address; a name that merely begins like one is not
+    local."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -36,7 +39,8 @@ def is_local(host: str) -> bool:
 
 
 def names_of(host: str) -> list[str]:
-    """The names by which a browser may call a server that listens at ``host``, as they stand in a Host header."""
+    """The names by which a browser may call a server that listens at ``host``, as they stand in a Host
+    header."""
     names = {"localhost", "127.0.0.1", "::1", host}
     if host in ("0.0.0.0", "::"):  # all of this machine's addresses
         names |= {socket.gethostname(), socket.getfqdn(), *_addresses(socket.gethostname())}
@@ -56,7 +60,9 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{host}:{port} cannot be used ({reason}); choose another --port or --host") from None
+        raise ValueError(
+            f"{host}:{port} cannot be used ({reason}); choose another --port or --host"
+        ) from None
 
 
 def refusal(status: int, sentence: str, **headers: str):
@@ -66,18 +72,23 @@ def refusal(status: int, sentence: str, **headers: str):
     return JSONResponse({"error": {"message": sentence}}, status, headers or None)
 
 
-def guarded(app, hosts: Sequence[str], *, per_minute: int, body_bytes: int, larger: Mapping[str, int] | None = None):
+def guarded(
+    app, hosts: Sequence[str], *, per_minute: int, body_bytes: int, larger: Mapping[str, int] | None = None
+):
     """An ASGI application behind the gate.
 
     Args:
         hosts: names that a request may be addressed to (see :func:`names_of`); others get 400.
-        per_minute: requests that change or compute something (not GET) which one client may send; more get 429.
+        per_minute: requests that change or compute something (not GET) which one client may send; more get
+            429.
         body_bytes: of a request; more get 413.
         larger: beginnings of paths with another limit.
     """
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    return TrustedHostMiddleware(_Gate(app, _Rate(per_minute), body_bytes, larger or {}), list(hosts), www_redirect=False)
+    return TrustedHostMiddleware(
+        _Gate(app, _Rate(per_minute), body_bytes, larger or {}), list(hosts), www_redirect=False
+    )
 
 
 class _Gate:
@@ -94,7 +105,9 @@ class _Gate:
                 return await refused(scope, receive, send)
         if scope["type"] == "websocket":
             return await self.app(scope, receive, send)
-        limit = next((size for start, size in self.larger.items() if scope["path"].startswith(start)), self.body_bytes)
+        limit = next(
+            (size for start, size in self.larger.items() if scope["path"].startswith(start)), self.body_bytes
+        )
         too_large = refusal(413, f"the request has more than {limit:,} bytes")
         if int(headers.get("content-length") or 0) > limit:
             return await too_large(scope, receive, send)
@@ -107,7 +120,8 @@ class _Gate:
 
     @staticmethod
     def _foreign(headers: dict[str, str]):
-        """The refusal of a request on behalf of another site's page. Browsers say so; other programs need not."""
+        """The refusal of a request on behalf of another site's page. Browsers say so; other programs need
+        not."""
         origin = headers.get("origin")
         same = origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower()
         if same and headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
@@ -118,7 +132,9 @@ class _Gate:
         seconds = self.rate.wait((scope.get("client") or ("", 0))[0])
         if not seconds:
             return None
-        return refusal(429, f"too many requests; try again in {seconds:.0f} s", **{"Retry-After": f"{seconds:.0f}"})
+        return refusal(
+            429, f"too many requests; try again in {seconds:.0f} s", **{"Retry-After": f"{seconds:.0f}"}
+        )
 
 
 class _TooLarge(Exception):
@@ -138,14 +154,17 @@ class _CountedBody:
 
 
 class _Answer:
-    """The application's answer with the gate's headers; the refusal in its place where the body was too large."""
+    """The application's answer with the gate's headers; the refusal in its place where the body was too
+    large."""
 
     def __init__(self, send, body: _CountedBody, too_large, scope):
         self._send, self._body, self._too_large, self._scope = send, body, too_large, scope
         self._started = self._replaced = False
 
     async def send(self, message):
-        if self._body.left < 0 and not self._started:  # frameworks answer an exception while they read with their own words
+        if (
+            self._body.left < 0 and not self._started
+        ):  # frameworks answer an exception while they read with their own words
             return await self.refuse()
         if self._replaced:
             return
@@ -165,7 +184,9 @@ class _Rate:
 
     def __init__(self, per_minute: int):
         self.per_minute = per_minute
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client → requests left, at this time
+        self._left: OrderedDict[str, tuple[float, float]] = (
+            OrderedDict()
+        )  # client → requests left, at this time
 
     def wait(self, client: str) -> float:
         """Takes one request; the seconds until there is one again, 0 where it is granted."""
@@ -180,11 +201,15 @@ class _Rate:
 
 
 @contextmanager
-def ends_in_time(clean_up: Callable[[], None], seconds: float = SECONDS_TO_END) -> Iterator[Callable[[], None]]:
-    """SIGTERM and Ctrl-C end the process with exit status 0: what runs inside is left, then ``clean_up`` is called.
+def ends_in_time(
+    clean_up: Callable[[], None], seconds: float = SECONDS_TO_END
+) -> Iterator[Callable[[], None]]:
+    """SIGTERM and Ctrl-C end the process with exit status 0: what runs inside is left, then ``clean_up`` is
+    called.
 
-    Threads that still compute are not waited for, and after ``seconds`` nothing is. ``clean_up`` is called in any case, perhaps
-    twice. Gives a function that starts the clock, for whoever handles the signals in between.
+    Threads that still compute are not waited for, and after ``seconds`` nothing is. ``clean_up`` is called in
+    any case, perhaps twice. Gives a function that starts the clock, for whoever handles the signals in
+    between.
     """
     signalled = threading.Event()
 
@@ -224,6 +249,11 @@ def serve(app, listener: socket.socket, start_clock: Callable[[], None]) -> None
             super().handle_exit(number, frame)
 
     settings = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=1, limit_concurrency=256, server_header=False, date_header=False
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=1,
+        limit_concurrency=256,
+        server_header=False,
+        date_header=False,
     )
     Server(settings).run(sockets=[listener])

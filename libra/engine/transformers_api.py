@@ -1,9 +1,9 @@
 """The installed transformers, in one language.
 
 What differs between the versions in :data:`RANGE` is known in this module only, and what is used of
-transformers' internals is imported from here. Everything else says ``cache``, as transformers does since 5.24.
-Before, the keyword and the field of outputs were ``past_key_values``. 5.24 still takes that name, with a warning,
-and ignores it where both names are given.
+transformers' internals is imported from here. Everything else says ``cache``, as transformers does since
+5.24. Before, the keyword and the field of outputs were ``past_key_values``. 5.24 still takes that name, with
+a warning, and ignores it where both names are given.
 
 Importing this module raises :class:`WrongTransformers` where transformers is missing or not in :data:`RANGE`.
 """
@@ -25,9 +25,13 @@ def _accepted_version() -> str:
     try:
         from transformers import __version__ as installed
     except ModuleNotFoundError:
-        raise WrongTransformers(f"libra needs {wanted}, which is not installed; run: pip install '{wanted}'") from None
+        raise WrongTransformers(
+            f"libra needs {wanted}, which is not installed; run: pip install '{wanted}'"
+        ) from None
     if not SpecifierSet(RANGE).contains(installed, prereleases=True):
-        raise WrongTransformers(f"libra needs {wanted}, but {installed} is installed; run: pip install '{wanted}'")
+        raise WrongTransformers(
+            f"libra needs {wanted}, but {installed} is installed; run: pip install '{wanted}'"
+        )
     return installed
 
 
@@ -54,12 +58,33 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs  # noqa: E402
 
 __all__ = [
-    "ALL_ATTENTION_FUNCTIONS", "ALL_MASK_ATTENTION_FUNCTIONS", "ASSISTED_GENERATION", "AttentionInterface",
-    "AttentionMaskInterface", "BaseModelOutputWithPast", "CACHE", "Cache", "CausalLMOutputWithPast",
-    "DynamicCache", "ModelOutput", "PreTrainedConfig", "PreTrainedModel", "RANGE", "WrongTransformers",
-    "cache_argument", "cache_given", "cache_of", "can_return_tuple", "capture_outputs", "check_guesses",
-    "create_causal_mask", "create_sliding_window_causal_mask", "empty_layers", "merge_with_config_defaults",
-    "one_cache", "take_cache",
+    "ALL_ATTENTION_FUNCTIONS",
+    "ALL_MASK_ATTENTION_FUNCTIONS",
+    "ASSISTED_GENERATION",
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "BaseModelOutputWithPast",
+    "CACHE",
+    "Cache",
+    "CausalLMOutputWithPast",
+    "DynamicCache",
+    "ModelOutput",
+    "PreTrainedConfig",
+    "PreTrainedModel",
+    "RANGE",
+    "WrongTransformers",
+    "cache_argument",
+    "cache_given",
+    "cache_of",
+    "can_return_tuple",
+    "capture_outputs",
+    "check_guesses",
+    "create_causal_mask",
+    "create_sliding_window_causal_mask",
+    "empty_layers",
+    "merge_with_config_defaults",
+    "one_cache",
+    "take_cache",
 ]
 
 FORMER = "past_key_values"
@@ -68,7 +93,8 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 
 
 def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
-    """The keyword argument by which transformers' models, layers, ``generate``, masks and outputs take a cache."""
+    """The keyword argument by which transformers' models, layers, ``generate``, masks and outputs take a
+    cache."""
     return {CACHE: cache}
 
 
@@ -83,7 +109,8 @@ def cache_of(output: ModelOutput) -> Cache | None:
 
 
 def empty_layers(cache: DynamicCache) -> None:
-    """Remove all that a cache's layers hold. Before 5.19 their own ``reset`` sets it to zero and keeps its length."""
+    """Remove all that a cache's layers hold. Before 5.19 their own ``reset`` sets it to zero and keeps its
+    length."""
     for layer in cache.layers:
         layer.keys = layer.values = None
         layer.is_initialized = False
@@ -117,7 +144,8 @@ def one_cache(first: Cache | None, second: Cache | None) -> Cache | None:
 
 
 def take_cache(cache: Cache | None, arguments: dict) -> Cache | None:
-    """The cache of a call whose parameter is called ``cache``; the former name is taken out of its other ``arguments``.
+    """The cache of a call whose parameter is called ``cache``; the former name is taken out of its other
+    ``arguments``.
 
     Raises:
         ValueError: for two different ones.

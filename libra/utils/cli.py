@@ -13,7 +13,8 @@ LONGEST_WORD = 400  # characters of a word that an error repeats
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, `error: …`, with exit status 2; the epilog keeps its line breaks.
+    """An argument parser whose errors are one line, `error: …`, with exit status 2; the epilog keeps its line
+    breaks.
 
     A main catches its own ValueErrors and hands their sentence to `error`, so nobody sees a traceback.
     """
@@ -28,11 +29,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def only_commands(package: str, *commands: str) -> None:
-    """Called by a package when it is imported: end ``python -m package.module`` where that module is not a command of it.
+    """Called by a package when it is imported: end ``python -m package.module`` where that module is not a
+    command of it.
 
-    Python would run such a module and say nothing. Exit status 2 with a sentence; nothing happens in an ordinary import.
+    Python would run such a module and say nothing. Exit status 2 with a sentence; nothing happens in an
+    ordinary import.
     """
-    if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv[:-1]:  # so it reads only while Python looks for the module to run
+    if (
+        sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv[:-1]
+    ):  # so it reads only while Python looks for the module to run
         return
     asked = sys.orig_argv[sys.orig_argv.index("-m") + 1]
     known = [f"{package}.{command}" for command in commands]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import record_function
 
-from .compress import Compressed, compress_layout
-from .config import Compression
-from .layout import Layout, flat_rows, on_device, ordinals, repack, take
+from ..config import Compression
+from ..ops.spans import Layout, flat_rows, on_device, ordinals, repack, take
+from ..step import Compressed, compress_layout
 
 IGNORE_INDEX = -100
 
@@ -16,7 +16,9 @@ IGNORE_INDEX = -100
 class Shortened:
     """How the columns of a shorter stage come from those of the longer one."""
 
-    source: torch.Tensor  # (B, S') the old column behind each new one; the compensation token names the last visual column
+    source: (
+        torch.Tensor
+    )  # (B, S') the old column behind each new one; the compensation token names the last visual column
     mask: torch.Tensor | None  # (B, S') bool, None if no row has padding
 
     def gather(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -33,33 +35,49 @@ class VisualTokenStream:
     Args:
         compression: what happens at each compression layer.
         visual: (B, S) bool, True at the columns of visual tokens; each contiguous run of them is a span.
-        mask: (B, S), 0 for padding, which is all on the left or all on the right of a row; None if there is none.
+        mask: (B, S), 0 for padding, which is all on the left or all on the right of a row; None if there is
+            none.
         labels: (B, S) with -100 where nothing is supervised; None outside training.
-        score_columns: (B,) the column that scores each row's visual tokens. By default the last valid column or, with labels,
-            for each span the last column before the first answer that follows it.
+        score_columns: (B,) the column that scores each row's visual tokens. By default the last valid column
+            or, with labels, for each span the last column before the first answer that follows it.
         keys: (B,) integers for pseudo-random selection.
-        padding_side: where rows that come without padding get it, should their lengths become unequal: "left", which generation
-            needs, or "right". None: right with labels, left without. Padding that is there keeps its side.
+        padding_side: where rows that come without padding get it, should their lengths become unequal:
+            "left", which generation needs, or "right". None: right with labels, left without. Padding that is
+            there keeps its side.
 
     Raises:
         ValueError: if the mask has padding in the middle or on both sides of the batch's rows.
     """
 
     def __init__(
-        self, compression: Compression, visual, mask=None, labels=None, score_columns=None, keys=None, padding_side=None
+        self,
+        compression: Compression,
+        visual,
+        mask=None,
+        labels=None,
+        score_columns=None,
+        keys=None,
+        padding_side=None,
     ):
         self.compression, self.labels, self.keys = compression, labels, keys
         self.mask = None if mask is None else mask.bool()
         self._side = padding_side or ("left" if labels is None else "right")
-        self.counts: list[list[int]] = []  # visual tokens of each row, stage by stage, without compensation tokens
-        self.compensated: list[list[bool]] = []  # which rows got a compensation token at each compression layer
+        self.counts: list[
+            list[int]
+        ] = []  # visual tokens of each row, stage by stage, without compensation tokens
+        self.compensated: list[
+            list[bool]
+        ] = []  # which rows got a compensation token at each compression layer
         with record_function("libra.layout"):
             begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-            self.spans = begins.cumsum(1) * visual  # (B, S): 0 for text and padding, k for the row's k-th span
+            self.spans = (
+                begins.cumsum(1) * visual
+            )  # (B, S): 0 for text and padding, k for the row's k-th span
             self._survey(score_columns)
 
     def _survey(self, score_columns) -> None:
-        """Bring the batch's layout to the host once: after it every shape is known but for compensation tokens."""
+        """Bring the batch's layout to the host once: after it every shape is known but for compensation
+        tokens."""
         batch, length = self.spans.shape
         device = self.spans.device
         columns = torch.arange(length, device=device)
@@ -70,7 +88,11 @@ class VisualTokenStream:
         members = self.spans[:, None, :] == numbers[:, None]  # (B, M, S)
         last_valid = torch.where(valid, columns, -1).amax(1)
         last_of_span = torch.where(members, columns, -1).amax(2)
-        scorer = last_valid[:, None].expand(-1, most) if score_columns is None else score_columns[:, None].expand(-1, most)
+        scorer = (
+            last_valid[:, None].expand(-1, most)
+            if score_columns is None
+            else score_columns[:, None].expand(-1, most)
+        )
         if score_columns is None and self.labels is not None:
             answers = (self.labels != IGNORE_INDEX)[:, None, :] & (columns > last_of_span[..., None])
             first_answer = torch.where(answers, columns, length).amin(2)
@@ -95,7 +117,9 @@ class VisualTokenStream:
         padded_left = any(entry[-2] > 0 for entry in summary)
         padded_right = any(entry[-1] < length - 1 for entry in summary)
         if padded_left and padded_right or any(entry[-3] != entry[-1] - entry[-2] + 1 for entry in summary):
-            raise ValueError("the attention mask has padding on both sides or inside a row; pad on one side only")
+            raise ValueError(
+                "the attention mask has padding on both sides or inside a row; pad on one side only"
+            )
         self.pads_left = padded_left or not padded_right and self._side == "left"
         if not (padded_left or padded_right):
             self.mask = None
@@ -105,18 +129,23 @@ class VisualTokenStream:
         self._set_queries(scorers, last_visual, fill=[entry[-1] for entry in summary])
 
     def _set_queries(self, scorers, last_visual, fill) -> None:
-        """The query columns (B, R) of the probes and the weights (B, G, R) that turn R attention rows into G score rows."""
+        """The query columns (B, R) of the probes and the weights (B, G, R) that turn R attention rows into G
+        score rows."""
         groups = max((len(row) for row in scorers), default=0)
         if self.compression.importance == "mean":
             queries = [
-                [list(range(end + 1, column + 1)) or [column] for column, end in zip(*row)] for row in zip(scorers, last_visual)
+                [list(range(end + 1, column + 1)) or [column] for column, end in zip(*row)]
+                for row in zip(scorers, last_visual)
             ]
         else:
             queries = [[[column] for column in row] for row in scorers]
         flat = [[(g, column, 1 / len(run)) for g, run in enumerate(row) for column in run] for row in queries]
         width = max((len(row) for row in flat), default=0)
-        # Shorter lists are filled with a valid column: a padding token sees no key, and its attention would be undefined.
-        columns = [[column for _, column, _ in row] + [valid] * (width - len(row)) for row, valid in zip(flat, fill)]
+        # Shorter lists are filled with a valid column: a padding token sees no key, and its attention would
+        # be undefined.
+        columns = [
+            [column for _, column, _ in row] + [valid] * (width - len(row)) for row, valid in zip(flat, fill)
+        ]
         weights = [[[0.0] * width for _ in range(groups)] for _ in flat]
         for b, row in enumerate(flat):
             for r, (g, _, share) in enumerate(row):
@@ -132,11 +161,13 @@ class VisualTokenStream:
         return None if self.mask is None else "left" if self.pads_left else "right"
 
     def _columns(self, count: int) -> torch.Tensor:
-        """(B, count): the columns of each row's visual tokens, ascending; a shorter row goes on with other columns."""
+        """(B, count): the columns of each row's visual tokens, ascending; a shorter row goes on with other
+        columns."""
         return ordinals(self.spans > 0, count)
 
     def _importance(self, attention: torch.Tensor, columns: torch.Tensor, layout: Layout):
-        """α of the visual tokens (B, N) from attention (B, R, S), and which score row each token has (B, N) or None for one."""
+        """α of the visual tokens (B, N) from attention (B, R, S), and which score row each token has (B, N)
+        or None for one."""
         scores = attention if self._query_weights is None else self._query_weights @ attention  # (B, G, S)
         groups = scores.shape[1]
         if groups == 1:
@@ -144,9 +175,13 @@ class VisualTokenStream:
         width = 1 + max(map(len, self._which))
         table = on_device([row + [0] * (width - len(row)) for row in self._which], attention.device)
         owner = table.gather(1, layout.span)
-        return scores.gather(2, columns[:, None].expand(-1, groups, -1)).gather(1, owner[:, None])[:, 0], owner
+        return scores.gather(2, columns[:, None].expand(-1, groups, -1)).gather(1, owner[:, None])[
+            :, 0
+        ], owner
 
-    def compress(self, hidden: torch.Tensor, attention: torch.Tensor) -> tuple[torch.Tensor, Shortened, Compressed]:
+    def compress(
+        self, hidden: torch.Tensor, attention: torch.Tensor
+    ) -> tuple[torch.Tensor, Shortened, Compressed]:
         """Shorten the stage behind a compression layer.
 
         Args:
@@ -154,7 +189,8 @@ class VisualTokenStream:
             attention: (B, R, S) the probe's answer for the columns of this call.
 
         Returns:
-            the new hidden states (B, S', D), how their columns come from the old ones, and the compression step itself.
+            the new hidden states (B, S', D), how their columns come from the old ones, and the compression
+            step itself.
         """
         device = hidden.device
         with record_function("libra.layout"):
@@ -170,17 +206,28 @@ class VisualTokenStream:
             new_hidden, shortened = self._shorten(hidden, columns, step)
         return new_hidden, shortened, step
 
-    def _shorten(self, hidden: torch.Tensor, columns: torch.Tensor, step: Compressed) -> tuple[torch.Tensor, Shortened]:
-        """Drop the non-target columns, make room for compensation tokens, move everything that is kept per column.
+    def _shorten(
+        self, hidden: torch.Tensor, columns: torch.Tensor, step: Compressed
+    ) -> tuple[torch.Tensor, Shortened]:
+        """Drop the non-target columns, make room for compensation tokens, move everything that is kept per
+        column.
 
-        Whether a row has a compensation token is the device's knowledge. All work is queued with room for one, and only then
-        comes the one question that waits for the device; the answer cuts off columns that every row leaves empty.
+        Whether a row has a compensation token is the device's knowledge. All work is queued with room for
+        one, and only then comes the one question that waits for the device; the answer cuts off columns that
+        every row leaves empty.
         """
         device, layout = self.spans.device, step.layout
         room = step.has_compensation is not None
-        kept = [n - before + after for n, before, after in zip(self.row_lengths, layout.lengths, layout.target_counts)]
+        kept = [
+            n - before + after
+            for n, before, after in zip(self.row_lengths, layout.lengths, layout.target_counts)
+        ]
         width = max(kept) + room
-        extra = step.has_compensation[:, None].long() if room else torch.zeros(len(kept), 1, dtype=torch.long, device=device)
+        extra = (
+            step.has_compensation[:, None].long()
+            if room
+            else torch.zeros(len(kept), 1, dtype=torch.long, device=device)
+        )
         ends = on_device(kept, device)[:, None] + extra
 
         keep = torch.ones_like(self.spans, dtype=torch.bool) if self.mask is None else self.mask.clone()
@@ -191,7 +238,9 @@ class VisualTokenStream:
         shift = width - ends if self.pads_left else torch.zeros_like(ends)
         source, place = repack(keep, last_visual, extra, shift, width)
         # A row without one sends the slot of the compensation token to a column that it leaves empty.
-        compensation = torch.where(extra > 0, place.gather(1, last_visual) + 1, 0 if self.pads_left else width - 1)
+        compensation = torch.where(
+            extra > 0, place.gather(1, last_visual) + 1, 0 if self.pads_left else width - 1
+        )
         new_hidden = take(hidden, source)
         if self.compression.merge != "drop":
             slots = place.gather(1, columns.gather(1, step.targets))
@@ -218,15 +267,18 @@ class VisualTokenStream:
         return new_hidden, Shortened(source, self.mask)
 
     def _put(self, hidden: torch.Tensor, step: Compressed, place: torch.Tensor) -> None:
-        """Write the merged tokens (B, T[+1], D) into their columns ``place`` (B, T[+1]) of the new ``hidden`` (B, S', D)."""
+        """Write the merged tokens (B, T[+1], D) into their columns ``place`` (B, T[+1]) of the new ``hidden``
+        (B, S', D)."""
         batch, length, width = hidden.shape
         slots, targets = place.shape[1], step.layout.targets
         flat = flat_rows(place, length)
         tokens = step.tokens.reshape(-1, width)
-        # Of the slots that rows fill as far as the host knows; a row without visual tokens keeps its one column as it is.
+        # Of the slots that rows fill as far as the host knows; a row without visual tokens keeps its one
+        # column as it is.
         filled = [
             row * slots + slot
-            for row, (count, spans) in enumerate(zip(step.layout.target_counts, self.span_lengths)) if spans
+            for row, (count, spans) in enumerate(zip(step.layout.target_counts, self.span_lengths))
+            if spans
             for slot in (*range(count), *range(targets, slots))
         ]
         if len(filled) < batch * slots:

@@ -1,4 +1,5 @@
-"""Compression for stock Hugging Face models: ``with libra.attach(model, compression):`` touches one instance alone."""
+"""Compression for stock Hugging Face models: ``with libra.attach(model, compression):`` touches one instance
+alone."""
 
 import copy
 import inspect
@@ -12,10 +13,10 @@ from types import FrameType, MethodType
 
 import torch
 
-from . import hybrid
-from .config import Compression
-from .passage import MASKS, Passage, attention_kind, fitted
-from .registry import spec_of
+from ..config import Compression
+from ..rows import spec_of
+from . import score
+from .forward import MASKS, Passage, attention_kind, fitted
 from .trace import Recorder, RowTrace
 from .transformers_api import (
     ASSISTED_GENERATION,
@@ -58,7 +59,13 @@ FAMILIES = {
 }
 # Decoders whose forward is the plain loop of CompressedDecoder.
 DECODERS = (
-    "LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Qwen2VLTextModel", "Qwen2_5_VLTextModel", "Qwen3VLTextModel",
+    "LlamaModel",
+    "MistralModel",
+    "Qwen2Model",
+    "Qwen3Model",
+    "Qwen2VLTextModel",
+    "Qwen2_5_VLTextModel",
+    "Qwen3VLTextModel",
 )
 
 
@@ -78,7 +85,8 @@ class Call:
     whole: bool = True  # False: the model's body was called by itself
 
 
-# Next to the models' own arguments, which some of them also hand to their vision towers; each thread has its own.
+# Next to the models' own arguments, which some of them also hand to their vision towers; each thread has its
+# own.
 _CALL: ContextVar[Call | None] = ContextVar("libra_call", default=None)
 _MARKED: ContextVar[tuple["_Watch", torch.Tensor] | None] = ContextVar("libra_marked", default=None)
 
@@ -95,7 +103,8 @@ def _frames():
 def _running(decoder: torch.nn.Module) -> Call | None:
     """The call of ``decoder``'s model that is on its way, if one is.
 
-    torch runs no hook at the end of a call that Ctrl-C interrupts, nor of a compiled one that fails, so such a call is found
+    torch runs no hook at the end of a call that Ctrl-C interrupts, nor of a compiled one that fails, so such
+    a call is found
     here: its frame no longer runs.
     """
     call = _CALL.get()
@@ -106,18 +115,23 @@ def _running(decoder: torch.nn.Module) -> Call | None:
 
 
 def _caller() -> FrameType:
-    """The frame of torch's that runs a hook of this module, and with it the module that the hook belongs to."""
+    """The frame of torch's that runs a hook of this module, and with it the module that the hook belongs
+    to."""
     ours = (__name__, "torch._dynamo", "torch._compile")
     return next(frame for frame in _frames() if not frame.f_globals.get("__name__", "").startswith(ours))
 
 
 def _assisted(model: torch.nn.Module) -> bool:
-    """Whether ``model`` is called by its own assisted generation, which puts its first guesses behind the prompt."""
-    return any(frame.f_code is ASSISTED_GENERATION and frame.f_locals.get("self") is model for frame in _frames())
+    """Whether ``model`` is called by its own assisted generation, which puts its first guesses behind the
+    prompt."""
+    return any(
+        frame.f_code is ASSISTED_GENERATION and frame.f_locals.get("self") is model for frame in _frames()
+    )
 
 
 class CompressedDecoder:
-    """Mixed into a decoder's class while compression is attached: the plain loop over the layers, with the passage in it."""
+    """Mixed into a decoder's class while compression is attached: the plain loop over the layers, with the
+    passage in it."""
 
     compression: Compression
     trace: bool
@@ -129,13 +143,23 @@ class CompressedDecoder:
         return other
 
     def __reduce_ex__(self, protocol):
-        raise pickle.PicklingError("a compressed model cannot be pickled: detach first, with the handle or libra.detach(model)")
+        raise pickle.PicklingError(
+            "a compressed model cannot be pickled: detach first, with the handle or libra.detach(model)"
+        )
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None,
-        visual_pos_masks=None, deepstack_visual_embeds=None, **kwargs,
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+        visual_pos_masks=None,
+        deepstack_visual_embeds=None,
+        **kwargs,
     ):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = take_cache(cache, kwargs)
@@ -144,9 +168,19 @@ class CompressedDecoder:
         call = _running(self)
         told = {} if call is None else call.inputs
         passage = Passage(
-            self, self.compression, hidden, attention_mask, position_ids, cache, **told, trace=self.trace, padding_side="left"
+            self,
+            self.compression,
+            hidden,
+            attention_mask,
+            position_ids,
+            cache,
+            **told,
+            trace=self.trace,
+            padding_side="left",
         )
-        deep = () if deepstack_visual_embeds is None else deepstack_visual_embeds  # Qwen3-VL's, before any compression
+        deep = (
+            () if deepstack_visual_embeds is None else deepstack_visual_embeds
+        )  # Qwen3-VL's, before any compression
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden = layer(hidden, **passage.inputs(i), use_cache=use_cache, **kwargs)
             if i < len(deep):
@@ -168,7 +202,8 @@ def _named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
 
 
 class _Watch:
-    """The hooks that follow each call of one model, and what came of the last one. An :class:`Attachment` is its handle."""
+    """The hooks that follow each call of one model, and what came of the last one. An :class:`Attachment` is
+    its handle."""
 
     def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool):
         base = _base_of(model)
@@ -188,13 +223,16 @@ class _Watch:
         ids = [getattr(base.config, token, None) for token in family.token_ids]
         self._token_ids = [token for token in ids if token is not None]
         self._plain_class = type(decoder)
-        # Under the plain class's own name, by which transformers knows how to record hidden states and attentions.
+        # Under the plain class's own name, by which transformers knows how to record hidden states and
+        # attentions.
         names = {name: getattr(self._plain_class, name) for name in ("__module__", "__qualname__")}
         _become(decoder, type(self._plain_class.__name__, (CompressedDecoder, self._plain_class), names))
         decoder.compression, decoder.trace, decoder.watch = self.compression, trace, self
         body = base.get_submodule(family.body)
         self._hooks = []
-        for module in {id(m): m for m in (model, base)}.values():  # peft's forward goes past the base model's hooks
+        for module in {
+            id(m): m for m in (model, base)
+        }.values():  # peft's forward goes past the base model's hooks
             self._hooks += [
                 module.register_forward_pre_hook(self._begin, with_kwargs=True),
                 module.register_forward_hook(self._end, with_kwargs=True, always_call=True),
@@ -213,7 +251,7 @@ class _Watch:
         self._hooks, decoder = [], self.decoder
         _become(decoder, self._plain_class)
         del decoder.compression, decoder.trace, decoder.watch
-        hybrid.disable(decoder.config)
+        score.disable(decoder.config)
 
     # --- the model: labels, which become shorter ---
 
@@ -258,7 +296,9 @@ class _Watch:
         if call.labels is None:
             return None
         logits = output[0] if isinstance(output, tuple) else output.logits
-        options = {"num_items_in_batch": kwargs["num_items_in_batch"]} if "num_items_in_batch" in kwargs else {}
+        options = (
+            {"num_items_in_batch": kwargs["num_items_in_batch"]} if "num_items_in_batch" in kwargs else {}
+        )
         vocabulary = self.base.config.get_text_config().vocab_size
         loss = self.base.loss_function(logits=logits, labels=call.labels, vocab_size=vocabulary, **options)
         if isinstance(output, tuple):
@@ -283,7 +323,8 @@ class _Watch:
             self._remember(call)
 
     def _survey(self, call: Call, kwargs: dict) -> dict:
-        """What the passage is told: columns of visual tokens, labels, who scores, and a number made of the row's own text."""
+        """What the passage is told: columns of visual tokens, labels, who scores, and a number made of the
+        row's own text."""
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         cache, mask = cache_given(kwargs), kwargs.get("attention_mask")
         length = (embeds if ids is None else ids).shape[1]
@@ -299,7 +340,9 @@ class _Watch:
                     "the prompts are padded on the right; generate needs processor.tokenizer.padding_side = 'left'"
                 )
         elif mask is None and self._is_packed(kwargs.get("position_ids")):
-            raise ValueError("several samples are packed into one row; compression needs one sample a row, padded")
+            raise ValueError(
+                "several samples are packed into one row; compression needs one sample a row, padded"
+            )
         columns = None
         if call.score_offset:
             columns = torch.full((len(visual),), length - 1 - call.score_offset, device=visual.device)
@@ -314,12 +357,20 @@ class _Watch:
             marked = marked.to((embeds if ids is None else ids).device)
             batch, length = (embeds if ids is None else ids).shape[:2]
             if marked.shape[1] != length or batch % len(marked):
-                raise ValueError(f"the marked visual tokens are {tuple(marked.shape)} but the prompt is {(batch, length)}")
-            return marked.repeat_interleave(batch // len(marked), 0)  # beams and returned sequences repeat the rows
-        encoded = kwargs.get("mm_encoder_outputs") or {}  # newer releases' generate runs the vision tower beforehand
+                raise ValueError(
+                    f"the marked visual tokens are {tuple(marked.shape)} but the prompt is {(batch, length)}"
+                )
+            return marked.repeat_interleave(
+                batch // len(marked), 0
+            )  # beams and returned sequences repeat the rows
+        encoded = (
+            kwargs.get("mm_encoder_outputs") or {}
+        )  # newer releases' generate runs the vision tower beforehand
         pixels = [value for name, value in kwargs.items() if name.startswith("pixel_values")]
         pictures = any(value is not None for value in (*pixels, *encoded.values()))
-        if ids is not None:  # a placeholder that the model said, or that a guess repeats, comes without a picture: text
+        if (
+            ids is not None
+        ):  # a placeholder that the model said, or that a guess repeats, comes without a picture: text
             return torch.isin(ids, torch.tensor(self._token_ids, device=ids.device)) & pictures
         if pictures:
             table = self.base.get_input_embeddings()
@@ -332,7 +383,9 @@ class _Watch:
 
     @staticmethod
     def _is_packed(position_ids) -> bool:
-        return position_ids is not None and position_ids.ndim == 2 and bool((position_ids.diff(dim=1) < 0).any())
+        return (
+            position_ids is not None and position_ids.ndim == 2 and bool((position_ids.diff(dim=1) < 0).any())
+        )
 
     def _remember(self, call: Call) -> None:
         if call.stats is not None:
@@ -342,14 +395,19 @@ class _Watch:
 class Attachment:
     """A compression on one model; ``detach`` (or leaving the ``with`` block) gives the model back as it was.
 
-    The model stays compressed when a handle is dropped, and says so once when it is called next; :func:`detach` gives it back.
+    The model stays compressed when a handle is dropped, and says so once when it is called next;
+    :func:`detach` gives it back.
     """
 
     def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool = False):
         if not isinstance(compression, Compression):
-            raise ValueError(f"libra.attach needs a libra.Compression, not {type(compression).__name__}; from_yaml reads files")
+            raise ValueError(
+                f"libra.attach needs a libra.Compression, not {type(compression).__name__}; from_yaml reads files"
+            )
         if hasattr(model, "_orig_mod"):
-            raise ValueError("this is the wrapper of torch.compile; attach to the model in it first, then compile")
+            raise ValueError(
+                "this is the wrapper of torch.compile; attach to the model in it first, then compile"
+            )
         self._hold(_Watch(model, compression, trace))
 
     def _hold(self, watch: _Watch) -> None:
@@ -362,24 +420,30 @@ class Attachment:
         return other
 
     def mark_visual_tokens(self, mask: torch.Tensor) -> None:
-        """Say for this thread's next call which columns of its ``inputs_embeds`` are visual tokens: (B, S) bool."""
+        """Say for this thread's next call which columns of its ``inputs_embeds`` are visual tokens: (B, S)
+        bool."""
         if mask.ndim != 2:
-            raise ValueError(f"the mask of visual tokens must be (batch, tokens), but it is {tuple(mask.shape)}")
+            raise ValueError(
+                f"the mask of visual tokens must be (batch, tokens), but it is {tuple(mask.shape)}"
+            )
         _MARKED.set((self._watch, mask.bool()))
 
     @property
     def stats(self) -> dict | None:
         """Of the last prefill with visual tokens; None before one.
 
-        ``visual_tokens`` and ``compensation_tokens``: [layer][row]; ``columns``: for each row those of its logits, ``padding``:
-        on which side the others are; ``flops``: multiply-accumulates of each row's visual tokens by §4.1's formula for whole
-        tokens; ``flops_ratio``: the same over those of the plain model; ``cache``: bytes of the KV cache after the
-        prefill, ``total`` and what they are for (:meth:`libra.passage.Passage.stats`).
+        ``visual_tokens`` and ``compensation_tokens``: [layer][row]; ``columns``: for each row those of its
+        logits, ``padding``: on which side the others are; ``flops``: multiply-accumulates of each row's
+        visual tokens by §4.1's formula for whole tokens; ``flops_ratio``: the same over those of the plain
+        model; ``cache``: bytes of the KV cache after the
+        prefill, ``total`` and what they are for (:meth:`libra.engine.forward.Passage.stats`).
         """
         watch = self._watch
         if watch.stats is None:
             return None
-        from .flops import model_flops  # here, so that `python -m libra.flops` finds its module not yet imported
+        from ..flops import (
+            model_flops,  # here, so that `python -m libra.flops` finds its module not yet imported
+        )
 
         stats, spec = watch.stats, spec_of(watch.decoder.config, type(watch.base).__name__)
         rows = list(zip(*stats["visual_tokens"]))
@@ -390,7 +454,8 @@ class Attachment:
 
     @property
     def trace(self) -> list[RowTrace] | None:
-        """Of the last prefill with visual tokens, for each row what became of each of them; only with ``trace=True``."""
+        """Of the last prefill with visual tokens, for each row what became of each of them; only with
+        ``trace=True``."""
         return None if self._watch.recorder is None else self._watch.recorder.rows()
 
     def detach(self) -> None:
@@ -405,7 +470,8 @@ class Attachment:
 
 
 def _become(decoder: torch.nn.Module, new: type) -> None:
-    """Change a decoder's class, and with it the forward that accelerate's device hooks keep on the module itself."""
+    """Change a decoder's class, and with it the forward that accelerate's device hooks keep on the module
+    itself."""
     old, decoder.__class__ = type(decoder), new
     for name in ("forward", "_old_forward"):
         if getattr(vars(decoder).get(name), "__func__", None) is old.forward:
@@ -419,11 +485,15 @@ def _check(decoder, compression: Compression, model) -> Compression:
         raise ValueError(f"libra.attach does not support {name} decoders; it supports {', '.join(DECODERS)}")
     replaced = "forward" in own and getattr(own["forward"], "__func__", None) is not type(decoder).forward
     if replaced and "_old_forward" not in own:
-        raise ValueError(f"the forward of this model's {name} was replaced (by torch.compile?); attach first, then replace it")
+        raise ValueError(
+            f"the forward of this model's {name} was replaced (by torch.compile?); attach first, then replace it"
+        )
     compression = fitted(decoder, compression)
     kinds = {attention_kind(config, layer) for layer in range(config.num_hidden_layers)}
     if kinds - MASKS.keys():
-        raise ValueError(f"libra.attach does not support {', '.join(kinds - MASKS.keys())}; it supports {', '.join(MASKS)}")
+        raise ValueError(
+            f"libra.attach does not support {', '.join(kinds - MASKS.keys())}; it supports {', '.join(MASKS)}"
+        )
     deep = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     if compression.layers and compression.layers[0] < deep - 1:
         raise ValueError(
@@ -440,17 +510,20 @@ def attach(model: PreTrainedModel, compression: Compression, trace: bool = False
     ...     ids = model.generate(**processor(images=images, text=prompts, padding=True, return_tensors="pt"))
     >>> handle.stats["flops_ratio"]
 
-    Batches may be padded on the left (for ``generate``) or on the right (for a forward pass and the loss). The model keeps its
-    attention implementation. With ``trace`` the handle tells what became of each visual token.
+    Batches may be padded on the left (for ``generate``) or on the right (for a forward pass and the loss).
+    The model keeps its attention implementation. With ``trace`` the handle tells what became of each visual
+    token.
 
     Raises:
-        ValueError: for a model that is not supported (the sentence lists those that are) or a layer it does not have.
+        ValueError: for a model that is not supported (the sentence lists those that are) or a layer it does
+            not have.
     """
     return Attachment(model, compression, trace)
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Give a model back as it was before :func:`attach`, where its handle is not at hand; without a compression do nothing."""
+    """Give a model back as it was before :func:`attach`, where its handle is not at hand; without a
+    compression do nothing."""
     base = _base_of(model)
     family = FAMILIES.get(type(base).__name__)
     decoder = None if family is None else base.get_submodule(family.decoder)
@@ -460,4 +533,8 @@ def detach(model: PreTrainedModel) -> None:
 
 def _base_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model in an adapter of peft, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    return (
+        model.get_base_model()
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        else model
+    )

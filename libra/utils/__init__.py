@@ -1,0 +1,2 @@
+"""What every room uses: command lines, files, sentences of errors, provenance, clocks. Nothing here knows a
+model or a method."""
