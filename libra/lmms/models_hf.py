@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 import libra
 from libra.config import Row
-from libra.engine.attach import FAMILIES
+from libra.engine.attach import FAMILIES, Attachment
 from libra.engine.transformers_api import PreTrainedConfig
 from llava.model import huggingface
 
@@ -39,7 +39,7 @@ def class_of(path: str) -> str | None:
 
 
 class HuggingFace(Engine):
-    """Any family of ``libra.attach.FAMILIES``, with the checkpoint's own processor and chat template.
+    """Any family of ``libra.engine.attach.FAMILIES``, with the checkpoint's own processor and chat template.
 
     Videos go to the families that take them as such, to the others as images, frame by frame.
     """
@@ -61,7 +61,7 @@ class HuggingFace(Engine):
         model_class = getattr(transformers, class_name)
         self.model = huggingface.load(model_class, path, dtype=dtype, device_map={"": device}).eval()
         self.takes_videos = any(name.startswith("video_") for name in FAMILIES[class_name].token_ids)
-        self.handle: libra.attach.Attachment | None = None
+        self.handle: Attachment | None = None
 
     def set_row(self, row: Row, trace: bool) -> None:
         if self.handle is not None:
