@@ -77,7 +77,7 @@ if __name__ == "__main__":
     from setuptools import find_packages, setup
 
     # Rows and the embedded checkpoint lie at the top of the repository and are copied into the package
-    # (libra/shipped.py).
+    # (libra/rows.py).
     shipped = {"libra.configs": "configs", "libra.mini.checkpoint": "mini/checkpoint"}
     setup(
         name="libra-merging",

@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from libra.config import Row
 from libra.identity import checkpoint_identity, code_identity, digest, file_digest
+from libra.rows import Row
 
 FORMAT = 2  # of a cell's file; raise when its keys change
 SCORING = ("harness.py", "turns.py")  # of this package, what makes a cell of answers

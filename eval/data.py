@@ -50,7 +50,7 @@ DATA = {  # task of a row's file → what it reads
 
 def tasks_of(tables: list[str]) -> list[str]:
     """The paper's tasks that the rows of these tables name, in the order of their columns."""
-    from libra.config import Row
+    from libra.rows import Row
 
     named = set()
     for name in tables:

@@ -3,8 +3,8 @@ settings."""
 
 from collections.abc import Mapping, Sequence
 
-from libra.config import Row
 from libra.identity import row_identity
+from libra.rows import Row
 
 from .cells import TURNS
 from .suites import BLIND

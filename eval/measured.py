@@ -4,17 +4,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from libra.config import ConfigError, Row
+from libra.config import ConfigError
 from libra.flops import cost
-from libra.rows import get_model
+from libra.methods import MERGERS
+from libra.rows import Row, get_model
 
 from .cells import TURNS
 from .fitting import fitting
 from .plan import flops_ratio
 from .statistics import Figure, Spread, is_learned, mean_of, paired_difference
 from .suites import BLIND, NOT_AVERAGED, SUITES, Column, Table, columns, suite_rows
-
-HAVE_SHARE = ("igm", "igm-neg")  # merges that can make a compensation token
 
 
 class Measured:
@@ -56,6 +55,10 @@ class Measured:
     @property
     def columns(self) -> list[Column]:
         return columns(self.tasks)
+
+    def _has_share(self, row: str) -> bool:
+        """Whether the row's merge can make compensation tokens."""
+        return MERGERS[self.rows[row].compression.merge].compensates
 
     def _ok(self, row: str, task: str) -> dict | None:
         cell = self.cells.get((row, task))
@@ -137,7 +140,7 @@ class Measured:
     def stages(self, row: str, name: str) -> dict[int, Figure]:
         """Compression layer → ``similarity`` (Table 4's Sim) or ``share`` (what went into the compensation
         token, of the tokens that are no targets), averaged over the tasks."""
-        if name == "share" and self.rows[row].compression.merge not in HAVE_SHARE:
+        if name == "share" and not self._has_share(row):
             return {}
         found: dict[int, list[Figure]] = {}
         for task in self.tasks:
@@ -150,7 +153,7 @@ class Measured:
     def histograms(self, row: str) -> dict[int, np.ndarray]:
         """Compression layer → samples in each of 20 bins of the compensation share, over all tasks."""
         found: dict[int, np.ndarray] = {}
-        for task in self.tasks if self.rows[row].compression.merge in HAVE_SHARE else ():
+        for task in self.tasks if self._has_share(row) else ():
             for stage in (self._ok(row, task) or {}).get("trace") or ():
                 found[stage["layer"]] = found.get(stage["layer"], 0) + np.asarray(stage["histogram"])
         return found

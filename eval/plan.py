@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from libra.checkpoints import find_checkpoint
-from libra.config import Compression, ConfigError, Row
+from libra.config import Compression, ConfigError
 from libra.flops import cost
 from libra.identity import checkpoint_identity, hub_revision, row_identity
-from libra.rows import get_model
+from libra.rows import Row, get_model
 from libra.utils import provenance
 from libra.utils.names import spelled
 

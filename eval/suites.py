@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from libra.config import Row
 from libra.lmms import TASKS
+from libra.rows import Row
 from libra.utils.provenance import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"

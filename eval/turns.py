@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from lmms_eval.api.model import lmms
 
-from libra.config import Row
 from libra.lmms.lmms_libra import LibraModel, is_number
 from libra.lmms.samples import SampleLog
+from libra.rows import Row
 
 TAKEN = ("seconds", "cache_bytes", "peak_bytes")  # what a record tells of each row; a CPU has no peak
 

@@ -1,7 +1,7 @@
 """Libra-Merging: fewer visual tokens between the decoder layers of a vision-language model, without training.
 
 >>> c = libra.Compression(method="libra", layers=(7, 15, 23), ratio=0.5)
->>> out = libra.compress(hidden, importance, c)                     # the maths alone
+>>> out = libra.compress(hidden, importance, c)                     # only the maths
 
 Importing this package is cheap: a name's module, and with it torch or transformers, is imported when the name
 is first used.
@@ -15,11 +15,12 @@ from .utils.lazy import lazily
 if TYPE_CHECKING:
     from .config import Compression
     from .engine.attach import attach, detach
-    from .merge import register_merge
-    from .select import register_select
+    from .methods import Context, register_merge, register_select
     from .step import Compressed, compress
 
-__all__ = ["Compressed", "Compression", "attach", "compress", "detach", "register_merge", "register_select"]
+__all__ = [
+    "Compressed", "Compression", "Context", "attach", "compress", "detach", "register_merge", "register_select",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 _MODULES = {
@@ -28,8 +29,9 @@ _MODULES = {
     "Compressed": "step",
     "compress": "step",
     "Compression": "config",
-    "register_merge": "merge",
-    "register_select": "select",
+    "Context": "methods",
+    "register_merge": "methods",
+    "register_select": "methods",
 }
 __getattr__ = lazily(__name__, _MODULES)
 

@@ -42,6 +42,11 @@ def _fraction_left(n: int, ratio: float) -> tuple[int, int]:
     return bottom - top, bottom
 
 
+def keeps(spans: Sequence[Sequence[int]], c: Compression) -> list[list[int]]:
+    """Targets of each span of each row, for B lists of span lengths: :func:`kept` of each."""
+    return [[kept(n, c.ratio, c.rounding) for n in row] for row in spans]
+
+
 def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
     """Visual tokens of each of `num_layers` layers, real-valued: N·(1-R)^k after k compressions (§3.4, as
     Table 1 counts).

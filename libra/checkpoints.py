@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from .rows import load_models
-from .shipped import EMBEDDED
+from .rows import EMBEDDED, load_models
 from .utils.names import spelled
 from .utils.provenance import REPOSITORY
 from .utils.sentences import ConfigError, did_you_mean, show

@@ -1,18 +1,16 @@
-"""What a compression is, and what a table row's YAML file says. Every field is checked and the wrong one is
-named."""
+"""What a compression is. Every field is checked, and an error names the wrong one and what to write
+instead."""
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from . import shipped
+from . import merge, select  # noqa: F401  They register what several methods share.
 from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS, natural_layers
-from .rows import get_model
-from .utils import plain_yaml
 from .utils.names import spelled
 from .utils.sentences import ConfigError, did_you_mean, show
 
@@ -83,15 +81,15 @@ class Compression:
 
     def __post_init__(self):
         if self.method is not None:
-            object.__setattr__(self, "method", _choice("method", self.method))
+            object.__setattr__(self, "method", choice("method", self.method))
         given = {key for key in DEFAULTS if getattr(self, key) is not None}
         for key, value in _expand(self.method).items():
             if key not in given:
                 object.__setattr__(self, key, value)
         for key in ("select", "merge", "importance", "score_layer", "positions", "rounding"):
-            object.__setattr__(self, key, _choice(key, getattr(self, key)))
+            object.__setattr__(self, key, choice(key, getattr(self, key)))
         for key, value in (
-            ("layers", () if self.layers is None and self.method == "vanilla" else _layers(self.layers)),
+            ("layers", () if self.layers is None and not self.acts else _layers(self.layers)),
             ("ratio", _ratio(self.ratio)),
             ("tau", _number("tau", self.tau, lambda v: -1 <= v <= 1, "a number in [-1, 1]")),
             ("eta", _eta(self.eta)),
@@ -119,7 +117,7 @@ class Compression:
                 raise ConfigError(
                     f"compression: {show(mapping)} is not a mapping; write {{method: …, layers: […]}}"
                 )
-            _keys("compression", mapping, _NAMES)
+            check_keys("compression", mapping, _NAMES)
             for key, value in mapping.items():
                 if value is None:
                     raise ConfigError(f"{key}: has no value; give it one or remove the key")
@@ -128,21 +126,19 @@ class Compression:
                 if key in mapping and key != "layers":
                     raise ConfigError(f"{key}: {show(mapping[key])} has no effect: {why}; remove {key}")
         except ConfigError as error:
-            raise _at(source, error) from None
+            raise at(source, error) from None
         return compression
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Compression":
-        """A compression from a YAML file: its keys alone, or a table row's file, whose `compression:` block
-        is taken.
+        """A compression from a YAML file with its keys, or from a table row's file, whose `compression:`
+        block is taken.
 
         path: a file, or the name of a shipped row. Raises ConfigError, also for a missing or malformed file.
         """
-        file, source = shipped.find_row(path)
-        mapping = plain_yaml.load(file)
-        if mapping.keys() & {f.name for f in fields(Row)}:
-            return _row(mapping, source).compression
-        return _block(mapping, source)
+        from .rows import read_compression  # rows are above compressions
+
+        return read_compression(path)
 
     @classmethod
     def named(cls, name: str) -> "Compression":
@@ -151,7 +147,9 @@ class Compression:
 
         Raises ConfigError for another name.
         """
-        return cls.from_yaml(shipped.row(name))
+        from .rows import shipped_row
+
+        return cls.from_yaml(shipped_row(name))
 
     def to_dict(self) -> dict[str, Any]:
         """The keys that matter, resolved, as plain YAML and JSON values; `from_dict` gives back an equal
@@ -165,6 +163,11 @@ class Compression:
         if self.method is None:
             del values["method"]
         return values
+
+    @property
+    def acts(self) -> bool:
+        """False for a method that changes nothing wherever it stands, such as vanilla."""
+        return self.method is None or METHODS[self.method].compresses
 
     @property
     def compresses(self) -> bool:
@@ -183,7 +186,7 @@ class Compression:
         layers = self._natural(num_layers)
         if not layers:
             problem = f"layers: a model of {num_layers} layers has no natural place for this method; name the layers"
-            raise _at(source, ConfigError(problem))
+            raise at(source, ConfigError(problem))
         return replace(self, layers=layers)
 
     def check_layers(self, num_layers: int, source: str = "") -> None:
@@ -197,7 +200,7 @@ class Compression:
             if problem:
                 natural = self._natural(num_layers)
                 mend = f"use for example {show(natural)}" if natural else "use a smaller layer"
-                raise _at(source, ConfigError(f"layers: {problem}; {mend}"))
+                raise at(source, ConfigError(f"layers: {problem}; {mend}"))
 
     def _natural(self, num_layers: int) -> tuple[int, ...]:
         last = num_layers - (2 if self.score_layer == "next" else 1)
@@ -205,128 +208,34 @@ class Compression:
 
     def _without_effect(self) -> dict[str, str]:
         """Keys that change nothing here, each with the reason."""
-        if self.method == "vanilla":
-            return {name: "method vanilla compresses nothing" for name in _NAMES if name != "method"}
+        if not self.acts:
+            return {name: f"method {self.method} compresses nothing" for name in _NAMES if name != "method"}
         idle = {}
-        # Only the merges and selects of this package: one that a user registers may read any key.
-        if self.merge in ("drop", "average", "igm-pos", "igm-neg"):
-            idle["tau"] = f"it belongs to merge igm, and merge is {self.merge}"
-        if self.merge in ("drop", "average"):
-            idle["eta"] = f"it belongs to the igm merges, and merge is {self.merge}"
-        if self.select in ("intervals", "topk", "random"):
-            idle["information_weight"] = f"it belongs to select information, and select is {self.select}"
-        if self.select in ("intervals", "topk", "information"):
-            idle["seed"] = f"it belongs to select random, and select is {self.select}"
-        if self.select == "random" and self.merge in ("drop", "average"):
-            # Neither the choice nor the merge reads α, so how α is made is moot.
+        chooser, treatment = SELECTORS[self.select], MERGERS[self.merge]
+        for key, what, own, other in (
+            ("tau", "merge", treatment, chooser),
+            ("eta", "merge", treatment, chooser),
+            ("information_weight", "select", chooser, treatment),
+            ("seed", "select", chooser, treatment),
+        ):
+            # Where it is not known what is read, as of most that users register, any key may have an effect.
+            if own.reads is not None and key not in own.reads and key not in (other.reads or ()):
+                readers = _readers(what, key)
+                idle[key] = f"it belongs to {what} {', '.join(readers)}, and {what} is {getattr(self, what)}"
+        if all(part.reads is not None and "importance" not in part.reads for part in (chooser, treatment)):
+            # Neither the choice nor the merge reads α, so it does not matter how α is made.
             idle["importance"] = idle["score_layer"] = (
-                f"select random with merge {self.merge} uses no importance"
+                f"select {self.select} with merge {self.merge} uses no importance"
             )
         return idle
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a table, as its YAML file describes it.
-
-    model: a name of `libra.rows`; tasks: what it is evaluated on; paper: the paper's figures for it, for
-        comparison only;
-    name: the file's stem unless given; path: the file; title: in a table, the name unless given; attention:
-    how the model attends, one of `ATTENTIONS`. The score row is computed next to any of them.
-    """
-
-    model: str
-    compression: Compression
-    tasks: list[str] = field(default_factory=list)
-    paper: dict[str, float] = field(default_factory=dict)
-    name: str = ""
-    path: str = ""
-    title: str = ""
-    attention: str = "sdpa"
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, needs_model: bool = True) -> "Row":
-        """Reads and checks a row's file; without layers the compression gets the natural places of the row's
-        model.
-
-        path: a file, or the name of a shipped row; needs_model: False also takes a compression's keys only,
-        as a row whose model is "". Raises ConfigError naming the key and the file.
-        """
-        file, source = shipped.find_row(path)
-        mapping = plain_yaml.load(file)
-        if not needs_model and not mapping.keys() & {f.name for f in fields(cls)}:
-            name = Path(source).stem
-            return cls("", _block(mapping, source), name=name, path=source, title=name)
-        row = _row(mapping, source)
-        if row.compression.layers is not None:
-            return row
-        return replace(
-            row, compression=row.compression.at_depth(get_model(row.model, row.path).layers, row.path)
-        )
+def _readers(what: str, key: str) -> list[str]:
+    table = SELECTORS if what == "select" else MERGERS
+    return [name for name, traits in table.items() if key in (traits.reads or ())]
 
 
 _NAMES = tuple(f.name for f in fields(Compression))
-ROW_KEYS = ("model", "compression", "tasks", "paper", "name", "title", "attention")
-_NO_LAYERS = (
-    "layers: there are none; write for example layers: [7, 15, 23], remove the key for the method's natural places, or write"
-    " method: vanilla to compress nothing"
-)
-
-
-def _row(mapping: dict[Any, Any], source: str) -> Row:
-    """A row from a file's keys; its compression may still be without layers."""
-    try:
-        _keys("a row", mapping, ROW_KEYS)
-        for key, example in (
-            ("model", "model: llava-1.5-7b"),
-            ("compression", "compression: {method: vanilla}"),
-        ):
-            if key not in mapping:
-                raise ConfigError(f"{key}: is missing; a row needs it, for example `{example}`")
-        for key in ("model", "name", "title"):
-            if key in mapping and not _is_name(mapping[key]):
-                raise ConfigError(f"{key}: {show(mapping[key])} is not a name; write a text of one line")
-        attention = _choice("attention", mapping.get("attention", Row.attention))
-        tasks, paper = _tasks(mapping.get("tasks", [])), _paper(mapping.get("paper", {}))
-    except ConfigError as error:
-        raise _at(source, error) from None
-    name = mapping.get("name", Path(source).stem)
-    compression = _block(mapping["compression"], source)
-    return Row(
-        mapping["model"], compression, tasks, paper, name, source, mapping.get("title", name), attention
-    )
-
-
-def _tasks(tasks: Any) -> list[str]:
-    if not isinstance(tasks, list) or not all(map(_is_name, tasks)):
-        raise ConfigError(f"tasks: {show(tasks)} is not a list of task names; write for example [gqa, mme]")
-    if len(set(tasks)) < len(tasks):
-        raise ConfigError(f"tasks: {show(tasks)} names a task twice; name each once")
-    return tasks
-
-
-def _paper(paper: Any) -> dict[str, float]:
-    if not isinstance(paper, dict):
-        raise ConfigError(
-            f"paper: {show(paper)} is not a mapping; write for example {{table: 1, flops: 1.78}}"
-        )
-    for key, value in paper.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not _is_name(key) or not number or not abs(value) < 1e15:
-            raise ConfigError(f"paper: {show(key)}: {show(value)} is not a figure; write a name and a number")
-    return paper
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and value.isprintable()
-
-
-def _block(mapping: Any, source: str) -> Compression:
-    """A file's compression keys; unlike a dictionary's, its list of layers is not allowed to be empty."""
-    compression = Compression.from_dict(mapping, source)
-    if not compression.compresses and compression.method != "vanilla":
-        raise _at(source, ConfigError(_NO_LAYERS))
-    return compression
 
 
 def _expand(method: str | None) -> dict[str, str]:
@@ -334,16 +243,16 @@ def _expand(method: str | None) -> dict[str, str]:
 
 
 def _default(key: str, method: str | None) -> Any:
-    if method == "vanilla" and key == "layers":
+    if key == "layers" and method and not METHODS[method].compresses:
         return ()
     return _expand(method).get(key, Compression.__dataclass_fields__[key].default)
 
 
-def _at(source: str, error: ConfigError) -> ConfigError:
+def at(source: str, error: ConfigError) -> ConfigError:
     return ConfigError(f"{source}: {error}" if source else str(error))
 
 
-def _keys(what: str, mapping: Mapping[Any, Any], known: tuple[str, ...]) -> None:
+def check_keys(what: str, mapping: Mapping[Any, Any], known: tuple[str, ...]) -> None:
     for key in mapping:
         if key in known:
             continue
@@ -353,7 +262,7 @@ def _keys(what: str, mapping: Mapping[Any, Any], known: tuple[str, ...]) -> None
         raise ConfigError(f"{show(key)}: is no key of {what};{hint} the keys are {', '.join(known)}")
 
 
-def _choice(key: str, value: Any) -> str:
+def choice(key: str, value: Any) -> str:
     """The value in its own spelling. Raises ConfigError for an unknown one."""
     known = _CHOICES[key]
     name = spelled(value, known)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from . import budget
-from .config import Compression, ConfigError, Row
-from .rows import ModelSpec, get_model
+from .config import Compression, ConfigError
+from .methods import METHODS
+from .rows import ModelSpec, Row, get_model
 from .utils.cli import LARGEST, Parser, whole_from
 from .utils.sentences import show as shown
 
@@ -130,13 +131,11 @@ def _notes(
         )
     if spec.note and own_tokens:
         notes.append(spec.note)
-    if c.method == "fastv" and len(c.layers) == 1 and c.layers[0] > 0:
+    own_count = METHODS[c.method].own_count if c.method else ""
+    if own_count and len(c.layers) == 1 and c.layers[0] > 0:
         k = c.layers[0]
         earlier = cost(spec, replace(c, layers=(k - 1,)), sequences).total
-        notes.append(
-            f"FastV's own K={k} prunes the input of layer {k} by the scores of layer {k - 1}: "
-            f"layers [{k - 1}] here, {_total(earlier)}."
-        )
+        notes.append(f"{own_count.format(K=k, before=k - 1)}: layers [{k - 1}] here, {_total(earlier)}.")
     if "percent" in paper and paper["percent"] != round(100 * ratio):
         notes.append(f"the paper prints {paper['percent']}%; its formula gives {100 * ratio:.1f}%.")
     return notes

@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .checkpoints import find_tower
-from .config import Row
-from .rows import get_model
+from .rows import Row, get_model
 from .utils.files import write_text
 
 LARGE = 64 << 20  # bytes from which a file's digest is remembered

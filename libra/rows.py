@@ -1,16 +1,185 @@
-"""The models a row can name: their sizes, checkpoints and prompt templates, from models.yaml beside this
-module."""
+"""Table rows and models by name: what a row's YAML file says, the rows that come with the package, and the
+sizes of the models (models.yaml next to this module).
 
-from dataclasses import MISSING, dataclass, fields
+In the repository the rows are in `configs/` and the embedded model is in `mini/checkpoint/`; setup.py copies
+them into the package.
+"""
+
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from .config import Compression, at, check_keys, choice
+from .utils import plain_yaml
 from .utils.names import spelled
+from .utils.provenance import REPOSITORY
 from .utils.sentences import ConfigError, did_you_mean, show
 
 _FILE = Path(__file__).with_name("models.yaml")
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _folder(inside: str, above: str) -> Path:
+    """A folder of the installed package, else the repository's."""
+    return _PACKAGE / inside if (_PACKAGE / inside).is_dir() else REPOSITORY / above
+
+
+CONFIGS = _folder("configs", "configs")
+EMBEDDED = _folder("mini/checkpoint", "mini/checkpoint")
+
+
+@cache
+def shipped_rows() -> dict[str, Path]:
+    """Name → file of every shipped row. The name is the path below configs/, without .yaml."""
+    return {
+        path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in sorted(CONFIGS.rglob("*.yaml"))
+    }
+
+
+def shipped_row(name: str) -> Path:
+    """The file of a shipped row. Raises ConfigError for another name."""
+    found = spelled(name, shipped_rows())
+    if found is None:
+        hint = (
+            did_you_mean(str(name), shipped_rows())
+            or f" the names are {', '.join(list(shipped_rows())[:3])} …, the files of configs/"
+        )
+        raise ConfigError(f"{show(name)} is not the name of a row;{hint}")
+    return shipped_rows()[found]
+
+
+def find_row(given: str | Path) -> tuple[Path, str]:
+    """The file that a user means, and what to call it: a path, else the name of a shipped row, which may also
+    be written as `configs/NAME.yaml`. Raises ConfigError where there is neither.
+    """
+    path = Path(given)
+    try:
+        if path.exists():
+            return path, str(given)
+    except (OSError, ValueError):  # a name too long, or with a zero byte: whoever opens it says so
+        return path, str(given)
+    name = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
+    found = spelled(name, shipped_rows())
+    if found is None:
+        beside = [other.name for other in path.parent.glob("*.yaml")]
+        hint = did_you_mean(path.name, beside) or did_you_mean(name, shipped_rows()) or " check the path"
+        raise ConfigError(f"{path}: there is no such file, and no row of that name;{hint}")
+    return shipped_rows()[found], found
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table, as its YAML file describes it.
+
+    model: a name in models.yaml; tasks: what it is evaluated on; paper: the paper's figures for it, for
+        comparison only;
+    name: the file's stem unless given; path: the file; title: in a table, the name unless given; attention:
+    how the model attends, one of `ATTENTIONS`. The score row is computed next to any of them.
+    """
+
+    model: str
+    compression: Compression
+    tasks: list[str] = field(default_factory=list)
+    paper: dict[str, float] = field(default_factory=dict)
+    name: str = ""
+    path: str = ""
+    title: str = ""
+    attention: str = "sdpa"
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, needs_model: bool = True) -> "Row":
+        """Reads and checks a row's file; without layers the compression gets the natural places of the row's
+        model.
+
+        path: a file, or the name of a shipped row; needs_model: False also takes a compression's keys only,
+        as a row whose model is "". Raises ConfigError naming the key and the file.
+        """
+        file, source = find_row(path)
+        mapping = plain_yaml.load(file)
+        if not needs_model and not mapping.keys() & {f.name for f in fields(cls)}:
+            name = Path(source).stem
+            return cls("", _block(mapping, source), name=name, path=source, title=name)
+        row = _row(mapping, source)
+        if row.compression.layers is not None:
+            return row
+        return replace(
+            row, compression=row.compression.at_depth(get_model(row.model, row.path).layers, row.path)
+        )
+
+
+ROW_KEYS = ("model", "compression", "tasks", "paper", "name", "title", "attention")
+_NO_LAYERS = (
+    "layers: there are none; write for example layers: [7, 15, 23], remove the key for the method's natural places, or write"
+    " method: vanilla to compress nothing"
+)
+
+
+def read_compression(path: str | Path) -> Compression:
+    """The compression of a YAML file or a shipped row, see :meth:`Compression.from_yaml`."""
+    file, source = find_row(path)
+    mapping = plain_yaml.load(file)
+    if mapping.keys() & {f.name for f in fields(Row)}:
+        return _row(mapping, source).compression
+    return _block(mapping, source)
+
+
+def _row(mapping: dict[Any, Any], source: str) -> Row:
+    """A row from a file's keys; its compression may still be without layers."""
+    try:
+        check_keys("a row", mapping, ROW_KEYS)
+        for key, example in (
+            ("model", "model: llava-1.5-7b"),
+            ("compression", "compression: {method: vanilla}"),
+        ):
+            if key not in mapping:
+                raise ConfigError(f"{key}: is missing; a row needs it, for example `{example}`")
+        for key in ("model", "name", "title"):
+            if key in mapping and not _is_name(mapping[key]):
+                raise ConfigError(f"{key}: {show(mapping[key])} is not a name; write a text of one line")
+        attention = choice("attention", mapping.get("attention", Row.attention))
+        tasks, paper = _tasks(mapping.get("tasks", [])), _paper(mapping.get("paper", {}))
+    except ConfigError as error:
+        raise at(source, error) from None
+    name = mapping.get("name", Path(source).stem)
+    compression = _block(mapping["compression"], source)
+    return Row(
+        mapping["model"], compression, tasks, paper, name, source, mapping.get("title", name), attention
+    )
+
+
+def _tasks(tasks: Any) -> list[str]:
+    if not isinstance(tasks, list) or not all(map(_is_name, tasks)):
+        raise ConfigError(f"tasks: {show(tasks)} is not a list of task names; write for example [gqa, mme]")
+    if len(set(tasks)) < len(tasks):
+        raise ConfigError(f"tasks: {show(tasks)} names a task twice; name each once")
+    return tasks
+
+
+def _paper(paper: Any) -> dict[str, float]:
+    if not isinstance(paper, dict):
+        raise ConfigError(
+            f"paper: {show(paper)} is not a mapping; write for example {{table: 1, flops: 1.78}}"
+        )
+    for key, value in paper.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not _is_name(key) or not number or not abs(value) < 1e15:
+            raise ConfigError(f"paper: {show(key)}: {show(value)} is not a figure; write a name and a number")
+    return paper
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
+def _block(mapping: Any, source: str) -> Compression:
+    """A file's compression keys; unlike a dictionary's, its list of layers is not allowed to be empty."""
+    compression = Compression.from_dict(mapping, source)
+    if not compression.compresses and compression.acts:
+        raise at(source, ConfigError(_NO_LAYERS))
+    return compression
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""One compression step on visual tokens alone: choose targets, treat the rest. Pure tensor maths, free of any
-model."""
+"""One compression step: choose targets, treat the rest. Tensor maths on visual tokens, without a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,13 +8,14 @@ from numbers import Integral
 import torch
 from torch.profiler import record_function
 
-from . import merge, select
+from . import budget
 from .config import Compression
-from .merge import MERGERS, NOWHERE, Matches, check_slots, group_softmax, merge_groups
-from .ops.spans import Layout, ordinals, take
+from .merge import MERGERS, Matches, check_slots
+from .methods import Context
+from .ops import NOWHERE
+from .ops.reference import group_softmax, merge_groups, ordinals, take
+from .ops.spans import Spans
 from .select import SELECTORS, Candidates, check_targets
-
-NEVER_COMPENSATE = {"drop", "average", "igm-pos"}  # no room need be left for one
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Compressed:
     """The outcome of one compression step on a batch of B rows of at most N visual tokens, D wide.
 
     Attributes:
-        tokens: (B, T, D), or (B, T + 1, D) where any row has a compensation token: it is the last slot.
+        tokens: (B, T, D), or (B, T + 1, D) where a row has a compensation token, which is the last slot.
         mask: (B, T[+1]) bool, False in the slots that a row does not fill.
         targets: (B, T), the numbers of the target tokens, ascending.
-        groups: (B, N), the slot each visual token went to; -1 if it was dropped or is padding.
+        groups: (B, N), the slot that each visual token went to; -1 if it was dropped or is padding.
         token_weights: (B, N) float32, each token's weight in its slot.
         importance: (B, N) float32, the α the choice was made by; 0 for padding.
         similarity: (B, N) float32, s^max of eq. 5; None where the merge does not ask for it.
@@ -41,7 +41,7 @@ class Compressed:
     token_weights: torch.Tensor
     importance: torch.Tensor
     similarity: torch.Tensor | None
-    layout: Layout
+    layout: Spans
     has_compensation: torch.Tensor | None
 
     @cached_property
@@ -64,47 +64,50 @@ class Compressed:
         return (self.groups[:, None, :] == slots[None, :, None]) * self.token_weights[:, None, :]
 
 
-def compress_layout(
+def compress_spans(
     hidden: torch.Tensor,
     importance: torch.Tensor,
     c: Compression,
-    layout: Layout,
+    spans: Spans,
     score_rows: torch.Tensor | None = None,
-    keys: torch.Tensor | None = None,
+    row_seeds: torch.Tensor | None = None,
+    context: Context | None = None,
 ) -> Compressed:
-    """:func:`compress` for a ready :class:`Layout`, without waiting for the device: the outcome is not
-    trimmed.
+    """:func:`compress` for ready :class:`~libra.ops.spans.Spans`, without waiting for the device.
+
+    The outcome is not trimmed: where the merge may make compensation tokens, all rows have a slot for one.
 
     Args:
+        hidden, importance, c, context: as of :func:`compress`; importance is not looked at in padding.
         score_rows: (B, N), which of its row's attention rows scored a token; None where there is one a row.
-        keys: (B,) integers that pseudo-random selection draws from; None for zeros.
+        row_seeds: (B,) integers that pseudo-random selection draws from; None for zeros.
     """
+    select, merge = SELECTORS[c.select], MERGERS[c.merge]
     with record_function("libra.select"):
-        importance = importance.detach().float().masked_fill(~layout.valid, 0.0)
-        candidates = Candidates(hidden, importance, layout, score_rows, keys)
-        is_target = SELECTORS[c.select](candidates, c)
-        if c.select not in select.BUILT_IN:
-            is_target = check_targets(c.select, is_target, layout)
-        targets = ordinals(is_target, layout.targets)
+        importance = importance.detach().float().masked_fill(~spans.valid, 0.0)
+        candidates = Candidates(hidden, importance, spans, score_rows, row_seeds, context or Context())
+        is_target = select.function(candidates, c)
+        if not select.trusted:
+            is_target = check_targets(c.select, is_target, spans)
+        targets = ordinals(is_target, spans.targets)
     matches = Matches(candidates, None if c.eta == "mean" else c.eta, is_target, targets)
     with record_function("libra.similarity"):
-        returned = MERGERS[c.merge](matches, c)
-        groups, logits = returned if c.merge in merge.BUILT_IN else check_slots(c.merge, returned, matches)
+        returned = merge.function(matches, c)
+        slot, logits = returned if merge.trusted else check_slots(c.merge, returned, matches)
     with record_function("libra.merge"):
-        groups = groups.masked_fill(~layout.valid, NOWHERE)
-        mask, slots, has_one = layout.target_valid, layout.targets, None
-        if c.merge == "drop":
+        slot = slot.masked_fill(~spans.valid, NOWHERE)
+        mask, slots, has_one = spans.target_valid, spans.targets, None
+        if merge.drops:
             token_weights, tokens = is_target.float(), take(hidden, targets)
         else:
-            token_weights = group_softmax(logits, groups, slots + 1)
-            if c.merge not in NEVER_COMPENSATE and layout.target_counts != layout.lengths:
-                has_one = (groups == matches.compensation).any(1)
+            token_weights = group_softmax(logits, slot, slots + 1)
+            if merge.compensates and spans.target_counts != spans.lengths:
+                has_one = (slot == matches.compensation).any(1)
                 mask, slots = torch.cat([mask, has_one[:, None]], 1), slots + 1
-            tokens = merge_groups(hidden, groups, token_weights, slots)
-    similarity = (
-        matches.nearest[0] if "nearest" in vars(matches) else None
-    )  # a cached property: there if a merger used it
-    return Compressed(tokens, mask, targets, groups, token_weights, importance, similarity, layout, has_one)
+            tokens = merge_groups(hidden, slot, token_weights, slots)
+    # A cached property: it is there if the merger used it.
+    similarity = matches.nearest[0] if "nearest" in vars(matches) else None
+    return Compressed(tokens, mask, targets, slot, token_weights, importance, similarity, spans, has_one)
 
 
 def compress(
@@ -129,21 +132,21 @@ def compress(
             hidden states are not floating-point numbers, anything but padding is NaN or infinite, or ``c`` is
             vanilla, which does nothing.
     """
-    if not isinstance(c, Compression) or c.method == "vanilla":
+    if not isinstance(c, Compression) or not c.acts:
         raise ValueError(
             "libra.compress needs a libra.Compression that compresses, such as Compression(method='libra')"
         )
     _check_tensors(hidden, importance)
-    spans = _spans(hidden, lengths, spans)
-    layout = Layout.build(spans, c.ratio, c.rounding, hidden.device)
+    lengths_of = _spans(hidden, lengths, spans)
+    layout = Spans.build(lengths_of, budget.keeps(lengths_of, c), hidden.device)
     for name, finite in (("hidden", hidden.isfinite().all(-1)), ("importance", importance.isfinite())):
         if not bool((finite[:, : layout.tokens] | ~layout.valid).all()):
             raise ValueError(f"{name} has NaN or infinite numbers; correct the numbers that come in")
     longest, count = layout.tokens, hidden.shape[1]
-    step = compress_layout(hidden[:, :longest], importance[:, :longest], c, layout).trimmed()
+    step = compress_spans(hidden[:, :longest], importance[:, :longest], c, layout).trimmed()
     if longest == count:
         return step
-    pad = (0, count - longest)  # what is told per token is as long as what came in
+    pad = (0, count - longest)  # what is returned per token is as long as what came in
     groups = torch.nn.functional.pad(step.groups, pad, value=NOWHERE)
     names = ("token_weights", "importance", "similarity")
     padded = {

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from eval.cells import read_cell, read_json
 from libra import Compression
 from libra.budget import actual
-from libra.config import Row
 from libra.flops import layer_flops
 from libra.identity import checkpoint_identity, code_identity, digest, row_identity
 from libra.mini.questions import TYPES, easy_vqa, easy_vqa_image
 from libra.mini.scenes import draw_scene
+from libra.rows import Row
 from libra.utils.files import write_text
 from libra.utils.provenance import REPOSITORY, commit, machine, require_clean, versions
 from libra.utils.timing import in_turns, median_interval, now, peak_memory

@@ -19,8 +19,10 @@ from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from libra.budget import keeps  # noqa: E402
+from libra.config import Compression  # noqa: E402
 from libra.ops import kernels  # noqa: E402
-from libra.ops.spans import Layout  # noqa: E402
+from libra.ops.spans import Spans  # noqa: E402
 
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
@@ -105,7 +107,9 @@ def launches(dtype: torch.dtype) -> None:
         kernels.ordinals(chosen, length // 2)
         kernels.repack(chosen, one, one, one, length // 2)
         for spans in ([[length]] * 2, [[length // 4, length // 2], [length]]):
-            kernels.best_of_intervals(empty(2, length), Layout.build(spans, 0.5, "round", "meta"))
+            kernels.best_of_intervals(
+                empty(2, length), Spans.build(spans, keeps(spans, Compression()), "meta")
+            )
 
 
 def builds(capabilities: list[int], one: bool):

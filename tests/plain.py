@@ -1,7 +1,7 @@
 """A compressed decoder by hand: one sample, no cache, no padding, whole attention matrices; slow, readable,
 differentiable.
 
-Who is a target and what the weights are comes from ``compress_layout``, which test_maths.py holds against the
+Who is a target and what the weights are comes from ``compress_spans``, which test_maths.py holds against the
 equations.
 Everything around it is done here a second time: who scores, which columns stay, positions, later turns of a
 chat, labels.
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from libra import Compression
-from libra.ops.spans import Layout
-from libra.step import compress_layout
+from libra.budget import keeps
+from libra.ops.spans import Spans
+from libra.step import compress_spans
 
 
 @dataclass
@@ -130,8 +131,9 @@ def shorten(hidden, alpha, c: Compression, prefills: list[Prefill], turn: int):
     if prefill.spans:
         visual = [j for span in prefill.spans for j in span]
         values, owners = importance(alpha, prefill)
-        layout = Layout.build([[len(span) for span in prefill.spans]], c.ratio, c.rounding, "cpu")
-        step = compress_layout(
+        lengths = [[len(span) for span in prefill.spans]]
+        layout = Spans.build(lengths, keeps(lengths, c), "cpu")
+        step = compress_spans(
             hidden[visual][None], values[None], c, layout, owners[None], torch.tensor([prefill.key])
         )
         targets = [visual[t] for t in step.targets[0].tolist()]

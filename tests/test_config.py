@@ -12,10 +12,9 @@ import pytest
 import yaml
 
 from libra import rows
-from libra.config import Compression, ConfigError, Row
-from libra.merge import MERGERS
-from libra.methods import DEFAULTS, METHODS
-from libra.select import SELECTORS
+from libra.config import Compression, ConfigError
+from libra.methods import DEFAULTS, MERGERS, METHODS, SELECTORS, Merge, Select
+from libra.rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -224,8 +223,8 @@ def test_check_layers():
 
 
 def test_a_registered_select_and_merge_are_names_like_any_other(monkeypatch):
-    monkeypatch.setitem(SELECTORS, "mine", SELECTORS["topk"])
-    monkeypatch.setitem(MERGERS, "my-merge", MERGERS["drop"])
+    monkeypatch.setitem(SELECTORS, "mine", Select(SELECTORS["topk"].function))
+    monkeypatch.setitem(MERGERS, "my-merge", Merge(MERGERS["drop"].function))
     keys = {
         "select": "mine",
         "merge": "my-merge",

@@ -10,7 +10,7 @@ import pytest
 
 from libra import merge, select
 from libra.methods import METHODS
-from libra.shipped import rows
+from libra.rows import shipped_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md"])
@@ -102,7 +102,7 @@ def test_links_and_paths_exist(page):
             assert exists(str(target.relative_to(ROOT))), f"{page.name} links to {link}"
     # A path in a comment of an example that the reader is to create is no claim.
     for path in re.findall(rf"(?<![\w/.-])(?<!# )((?:{FOLDERS})/[\w*./-]*[\w*/])", text):
-        assert exists(path.rstrip("/")) or path in rows(), f"{page.name} mentions {path}"
+        assert exists(path.rstrip("/")) or path in shipped_rows(), f"{page.name} mentions {path}"
     for module in re.findall(r"python -m ([a-z][\w.]*)", text):
         assert importlib.util.find_spec(module), f"{page.name} runs {module}"
 

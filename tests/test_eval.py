@@ -22,12 +22,12 @@ from eval.measured import Measured
 from eval.pool import PoolError
 from eval.statistics import Figure
 from eval.suites import get_table, get_task, row_files
-from libra.config import Compression, Row
+from libra.config import Compression
 from libra.flops import cost
 from libra.identity import row_identity
 from libra.lmms.samples import SampleLog
 from libra.mini.questions import TYPES
-from libra.rows import get_model
+from libra.rows import Row, get_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TABLE = get_table(1)

@@ -22,10 +22,10 @@ from transformers import (
 )
 
 import libra
-from libra.config import Row
 from libra.lmms.lmms_libra import LibraModel
 from libra.lmms.models_hf import class_of
 from libra.lmms.models_llava import Llava
+from libra.rows import Row
 from llava.convert import convert
 from llava.model.builder import load_pretrained_model
 from llava.video import mm_infer, process_image, process_video

@@ -15,7 +15,8 @@ import torch
 import libra
 from libra import Compression
 from libra.budget import nominal
-from libra.config import ROW_KEYS, ConfigError, Row
+from libra.config import ConfigError
+from libra.rows import ROW_KEYS, Row
 
 
 def refused(error) -> str:

@@ -20,12 +20,13 @@ from transformers import DynamicCache
 import libra
 from libra import Compression
 from libra.budget import actual, kept, nominal
-from libra.config import ConfigError, Row
+from libra.config import ConfigError
 from libra.flops import report
 from libra.merge import MERGERS
 from libra.methods import METHODS
 from libra.ops import kernels
-from libra.ops.similarity import most_similar
+from libra.ops.reference import most_similar
+from libra.rows import Row
 from libra.select import SELECTORS, top_of_span
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.builder import load_pretrained_model
@@ -498,7 +499,7 @@ def test_b16_taken_names_are_refused(own):
         )  # a notebook's cell that is run again
         with pytest.raises(ValueError, match="own is taken by"):
             register("own")(lambda candidates, c: None)
-    assert SELECTORS["topk"].__module__ == "libra.select"
+    assert SELECTORS["topk"].function.__module__ == "libra.select"
 
 
 # --- E 3: rounding, float64, odd inputs ---

@@ -19,9 +19,9 @@ from eval import report, run, suites
 from eval.cells import check_unchanged, read_cell, read_cells
 from eval.suites import get_table
 from libra import identity
-from libra.config import Row
 from libra.identity import checkpoint_identity, code_digests, digest, file_digest
 from libra.mini.questions import TYPES
+from libra.rows import Row
 from libra.utils.provenance import require_clean
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from libra.config import Compression, ConfigError, Row
+from libra.config import Compression, ConfigError
 from libra.flops import cost, layer_flops, main, model_flops, report
-from libra.rows import get_model
+from libra.rows import Row, get_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

@@ -20,12 +20,18 @@ import torch
 from hypothesis import given, settings
 
 from libra import Compression
-from libra.merge import group_softmax, merge_groups
-from libra.ops import dispatch as fuse
-from libra.ops.scores import score_row
-from libra.ops.similarity import most_similar
-from libra.ops.spans import Layout, ordinals, repack
-from libra.select import best_of_intervals
+from libra.budget import keeps
+from libra.ops import dispatch
+from libra.ops.reference import (
+    best_of_intervals,
+    group_softmax,
+    merge_groups,
+    most_similar,
+    ordinals,
+    repack,
+    score_row,
+)
+from libra.ops.spans import Spans
 from libra.step import compress
 
 kernels = pytest.importorskip("libra.ops.kernels", reason="Triton is not installed")
@@ -76,8 +82,8 @@ def launched(monkeypatch):
         counts[name] += result is not NotImplemented
         return result
 
-    monkeypatch.setattr(fuse, "runs_kernels", lambda tensor: True)
-    monkeypatch.setattr(fuse, "_launch", launch)
+    monkeypatch.setattr(dispatch, "runs_kernels", lambda tensor: True)
+    monkeypatch.setattr(dispatch, "_launch", launch)
     return counts
 
 
@@ -239,7 +245,7 @@ def test_repack(device, length, pads_left):
 def test_best_of_intervals(device, ratio):
     _, whole = drawn(int(100 * ratio), device)
     for spans in [[1]], [[150]], [[37]] * 3, [[20, 7, 13], [5], [1, 1, 1, 40]], [[300, 11], [140, 140]]:
-        layout = Layout.build(spans, ratio, "round", device)
+        layout = Spans.build(spans, keeps(spans, Compression(ratio=ratio)), device)
         for steps in 2, 1000:
             importance = whole(0, steps, len(spans), layout.tokens) / steps
             got, want = (
@@ -261,7 +267,7 @@ def test_what_kernels_leave_to_torch(device, launched):
     assert most_similar(hidden, hidden)[1].shape == (2, 9)
     assert score_row(hidden[:, None], hidden[:, None], groups[:, :1], 1.0).shape == (2, 1, 9)
     assert ordinals(groups > 5, 0).shape == (2, 0) and ordinals(groups[:0] > 5, 2).shape == (0, 2)
-    spread = Layout.build([[5000]], 0.9999, "round", device)
+    spread = Spans.build([[5000]], [[1]], device)
     assert best_of_intervals(normal(1, 5000).abs(), spread).sum() == 1
     assert not +launched
 
@@ -309,7 +315,7 @@ def test_a_step_of_kernels_is_the_torch_step(device, select, merge, launched, mo
     got = compress(hidden, importance, c, spans=spans)
     assert set(launched) >= {"ordinals"} | (set() if merge == "drop" else {"group_softmax", "merge_groups"})
     monkeypatch.undo()
-    monkeypatch.setattr(fuse, "runs_kernels", lambda tensor: False)
+    monkeypatch.setattr(dispatch, "runs_kernels", lambda tensor: False)
     want = compress(hidden, importance, c, spans=spans)
     assert (
         torch.equal(got.targets, want.targets)
@@ -348,7 +354,7 @@ def test_a_model_with_kernels_is_the_model_without(device, keys, side, launched,
     merges = {"group_softmax", "merge_groups"} if model.compression.merge != "drop" else set()
     assert {"score_row", "ordinals", "repack"} | merges <= set(launched)
     monkeypatch.undo()
-    monkeypatch.setattr(fuse, "runs_kernels", lambda tensor: False)
+    monkeypatch.setattr(dispatch, "runs_kernels", lambda tensor: False)
     with tiny.watched() as plain_steps:
         plain_logits = model(**given).logits
     assert len(steps) == len(plain_steps) == len(keys["layers"])
@@ -370,12 +376,12 @@ def test_no_kernel_where_a_gradient_is_wanted(launched):
 
 
 def test_no_kernel_on_a_cpu_or_where_they_are_switched_off(monkeypatch):
-    monkeypatch.setattr(fuse, "_launch", lambda *args: pytest.fail("a kernel was asked"))
+    monkeypatch.setattr(dispatch, "_launch", lambda *args: pytest.fail("a kernel was asked"))
     assert ordinals(torch.tensor([[False, True]]), 1).tolist() == [[1]]
-    fuse._kernels.cache_clear()
+    dispatch._kernels.cache_clear()
     monkeypatch.setenv("LIBRA_KERNELS", "torch")
-    assert fuse._kernels() is None
-    fuse._kernels.cache_clear()
+    assert dispatch._kernels() is None
+    dispatch._kernels.cache_clear()
 
 
 def test_a_kernel_that_fails_is_named_once_and_torch_goes_on(monkeypatch):
@@ -385,8 +391,8 @@ def test_a_kernel_that_fails_is_named_once_and_torch_goes_on(monkeypatch):
         calls.append(args)
         raise RuntimeError("PTX was compiled with an unsupported toolchain\nand so on")
 
-    monkeypatch.setattr(fuse, "runs_kernels", lambda tensor: True)
-    monkeypatch.setattr(fuse, "_failed", set())
+    monkeypatch.setattr(dispatch, "runs_kernels", lambda tensor: True)
+    monkeypatch.setattr(dispatch, "_failed", set())
     monkeypatch.setattr(kernels, "ordinals", broken)
     chosen = torch.tensor([[False, True, True]])
     said = r"kernel ordinals failed .*\(RuntimeError: PTX was compiled with an unsupported toolchain\).*LIBRA_KERNELS=torch"
@@ -403,7 +409,7 @@ def test_a_kernel_that_fails_is_named_once_and_torch_goes_on(monkeypatch):
     monkeypatch.setattr(kernels, "group_softmax", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         group_softmax(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.long), 1)
-    assert fuse._failed == {"ordinals"}
+    assert dispatch._failed == {"ordinals"}
 
 
 def builds(tmp_path, *arguments: str) -> list[dict]:

@@ -13,12 +13,12 @@ from PIL import Image
 from tiny import hf_model
 from transformers import CLIPVisionConfig
 
-from libra.config import Compression, ConfigError, Row
+from libra.config import Compression, ConfigError
 from libra.flops import model_flops
 from libra.latency import Bench, Prompt, main, measure, scale_layers
 from libra.latency.random_weights import CLIP_L_336, RandomWeights, random_model, weight_bytes
 from libra.latency.vision import TOWERS, tower_of, views_of
-from libra.rows import ModelSpec, get_model
+from libra.rows import ModelSpec, Row, get_model
 from libra.utils.files import write_text
 from libra.utils.timing import in_turns, median_interval, peak_memory
 

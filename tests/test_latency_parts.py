@@ -79,9 +79,7 @@ def test_ranges_do_not_lie_in_one_another(method, layers, keys, monkeypatch):
         "step",
         "select",
         "engine.score",
-        "ops.scores",
         "engine.forward",
-        "ops.spans",
     ):
         module = __import__(f"libra.{name}", fromlist=[name])
         if hasattr(module, "record_function"):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from libra.config import Row
+from libra.rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = 6

@@ -1,5 +1,5 @@
-"""libra.compress and libra.ops.scores against tests/reference.py, which reads the paper's equations literally
-in float64.
+"""libra.compress and libra.ops.reference against tests/reference.py, which reads the paper's equations
+literally in float64.
 
 The reference decides. Where it finds that two choices differ by less than the float32 rounding of a cosine,
 either is right, and the weights and tokens have to be those of the choice that was made. Comparisons of given
@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import libra
-from libra.ops.scores import score_row
-from libra.ops.spans import Layout
-from libra.step import compress_layout
+from libra.budget import keeps
+from libra.ops.reference import score_row
+from libra.ops.spans import Spans
+from libra.step import compress_spans
 
 NEAR = 1e-6
 SELECTS = ("intervals", "topk", "random", "information")
@@ -345,9 +346,9 @@ def test_a_score_row_for_each_image(case, data):
     for b, spans in enumerate(case.spans):
         first_of_second_turn = sum(spans[: data.draw(st.integers(1, len(spans)))])
         scored_by[b, first_of_second_turn:] = 1
-    layout = Layout.build(case.spans, case.c.ratio, case.c.rounding, case.hidden.device)
+    spans = Spans.build(case.spans, keeps(case.spans, case.c), case.hidden.device)
     case = Case(case.hidden[:, :n], case.importance[:, :n], case.spans, case.c, case.exact)
-    out = compress_layout(case.hidden, case.importance, case.c, layout, score_rows=scored_by).trimmed()
+    out = compress_spans(case.hidden, case.importance, case.c, spans, score_rows=scored_by).trimmed()
     check(case, out, [row[: sum(spans)].tolist() for row, spans in zip(scored_by, case.spans, strict=True)])
 
 

@@ -8,10 +8,10 @@ import pytest
 import libra
 from eval.plan import plan
 from eval.suites import get_table
-from libra import flops, shipped
+from libra import flops, rows
 from libra.checkpoints import find_checkpoint
-from libra.config import ConfigError, Row
-from libra.rows import get_model
+from libra.config import ConfigError
+from libra.rows import Row, get_model
 from llava.model.weights import local_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def test_a_compression_by_the_name_of_its_row(elsewhere):
 
 
 def test_every_row_has_a_name(elsewhere):
-    names = shipped.rows()
+    names = rows.shipped_rows()
     assert len(names) == len(list((ROOT / "configs").rglob("*.yaml"))) > 100
     row = Row.from_yaml("mini/windowed-fastv")
     assert (row.path, row.name) == ("mini/windowed_fastv", "windowed_fastv")

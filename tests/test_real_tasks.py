@@ -14,7 +14,7 @@ from eval.cells import Cell, what_is_loaded
 from eval.harness import Harness, Settings
 from eval.pool import _sentence, run_cells
 from eval.suites import Task
-from libra.config import Row
+from libra.rows import Row
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model

@@ -24,10 +24,10 @@ from eval.harness import Settings, trace_summary
 from eval.measured import Measured
 from eval.statistics import Figure, Spread
 from eval.suites import CONFIGS, SUITES, TABLES, columns, get_table, get_task, row_files, suite_rows
-from libra.config import ATTENTIONS, ConfigError, Row
+from libra.config import ATTENTIONS, ConfigError
 from libra.flops import cost
 from libra.mini.questions import TYPES
-from libra.rows import get_model
+from libra.rows import Row, get_model
 
 ROOT = Path(__file__).resolve().parent.parent
 LEARNED = ["mini_reading", "mini_position", "mini_relation", "mini_counting", "mini_color", "mini_easy_vqa"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from libra.config import Compression, Row
+from libra.config import Compression
 from libra.flops import model_flops
-from libra.rows import ModelSpec
+from libra.rows import ModelSpec, Row
 from llava.eval import random_llava, true_size
 from llava.model.builder import load_pretrained_model
 

@@ -14,7 +14,7 @@ from functools import wraps
 import torch
 from torch.profiler import record_function
 
-from ..ops.scores import score_row
+from ..ops.reference import score_row
 from .transformers_api import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import record_function
 
+from ..budget import keeps
 from ..config import Compression
-from ..ops.spans import Layout, flat_rows, on_device, ordinals, repack, take
-from ..step import Compressed, compress_layout
+from ..methods import MERGERS
+from ..ops.reference import flat_rows, ordinals, repack, take
+from ..ops.spans import Spans, on_device
+from ..step import Compressed, compress_spans
 
 IGNORE_INDEX = -100
 
@@ -165,7 +168,7 @@ class VisualTokenStream:
         columns."""
         return ordinals(self.spans > 0, count)
 
-    def _importance(self, attention: torch.Tensor, columns: torch.Tensor, layout: Layout):
+    def _importance(self, attention: torch.Tensor, columns: torch.Tensor, layout: Spans):
         """α of the visual tokens (B, N) from attention (B, R, S), and which score row each token has (B, N)
         or None for one."""
         scores = attention if self._query_weights is None else self._query_weights @ attention  # (B, G, S)
@@ -196,12 +199,12 @@ class VisualTokenStream:
         with record_function("libra.layout"):
             # A row without visual tokens takes part with one column that is put back untouched.
             spans = [row or [1] for row in self.span_lengths]
-            layout = Layout.build(spans, self.compression.ratio, self.compression.rounding, device)
+            layout = Spans.build(spans, keeps(spans, self.compression), device)
             columns = self._columns(layout.tokens)
             importance, owner = self._importance(attention, columns, layout)
         with record_function("libra.gather"):
             visual = take(hidden, columns)
-        step = compress_layout(visual, importance, self.compression, layout, owner, self.keys)
+        step = compress_spans(visual, importance, self.compression, layout, owner, self.keys)
         with record_function("libra.gather"):
             new_hidden, shortened = self._shorten(hidden, columns, step)
         return new_hidden, shortened, step
@@ -242,7 +245,7 @@ class VisualTokenStream:
             extra > 0, place.gather(1, last_visual) + 1, 0 if self.pads_left else width - 1
         )
         new_hidden = take(hidden, source)
-        if self.compression.merge != "drop":
+        if not MERGERS[self.compression.merge].drops:
             slots = place.gather(1, columns.gather(1, step.targets))
             self._put(new_hidden, step, torch.cat([slots, compensation], 1) if room else slots)
 

@@ -16,6 +16,7 @@ from PIL import Image
 from ..config import Compression
 from ..engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace, StageTrace
 from ..media import open_image
+from ..methods import SELECTORS
 from ..utils.files import write_text
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def draw(record: Record) -> "Figure":
 
 
 def _has_intervals(record: Record) -> bool:
-    return record.compression.select == "intervals"
+    return SELECTORS[record.compression.select].per_interval
 
 
 def _describe(record: Record) -> str:

@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from llava.model import huggingface
 
 from ..checkpoints import find_checkpoint
-from ..config import Compression, ConfigError, Row
-from ..rows import ModelSpec, get_model, spec_of
+from ..config import Compression, ConfigError
+from ..rows import ModelSpec, Row, get_model, spec_of
 from ..utils import numbers as units
 from ..utils.files import write_text
 from ..utils.provenance import commit, machine, versions

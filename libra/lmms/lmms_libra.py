@@ -15,10 +15,9 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from libra.checkpoints import find_checkpoint
-from libra.config import Row
 from libra.identity import checkpoint_identity, code_identity, digest, row_identity
 from libra.media import BROKEN, is_picture, open_image
-from libra.rows import get_model
+from libra.rows import Row, get_model
 from llava.video import load_frames
 
 from .models_base import Engine, Sample

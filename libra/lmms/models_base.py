@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from libra.config import Row
 from libra.engine.transformers_api import cache_of
+from libra.rows import Row
 
 FRAMES = 8  # of a video, where the model itself has no number
 MAX_NEW_TOKENS = 1024  # what the harness's own LLaVA model takes where a task says nothing

@@ -7,9 +7,9 @@ from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import libra
-from libra.config import Row
 from libra.engine.attach import FAMILIES, Attachment
 from libra.engine.transformers_api import PreTrainedConfig
+from libra.rows import Row
 from llava.model import huggingface
 
 from .models_base import Engine, Sample

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from libra.config import Row
+from libra.rows import Row
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token

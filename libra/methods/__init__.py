@@ -1,15 +1,28 @@
-"""Named points of the grid: how targets are chosen × what becomes of the rest, each with the keys it sets.
+"""Named points of the grid: how targets are chosen × what becomes of the rest. One file a method.
 
-The layers and the ratio are the row's own (`configs/`); a key written beside `method` overrides the one set
-here.
+A file holds a method's paper, formula, constants and traits; what several methods share is in
+:mod:`libra.select` and :mod:`libra.merge`. Layers and ratio are the row's own (`configs/`); a key written
+next to `method` overrides the one that the method sets.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from fractions import Fraction
+from . import fastv, libra, pyramiddrop, random, turbo, vanilla, windowed_fastv
+from .context import Context
+from .registry import (
+    KEYS,
+    MERGERS,
+    QUARTERS,
+    SELECTORS,
+    Merge,
+    Method,
+    Select,
+    register_merge,
+    register_select,
+)
 
-QUARTERS = (Fraction(1, 4), Fraction(2, 4), Fraction(3, 4))
-EARLY = (Fraction(1, 8),)  # after layer 3 of 32
+__all__ = [
+    "DEFAULTS", "KEYS", "MERGERS", "METHODS", "SELECTORS", "Context", "Merge", "Method", "Select", "natural_layers",
+    "register_merge", "register_select",
+]  # fmt: skip
 
 # What a compression without a method is: the paper's own choice, read as docs/method.md says.
 DEFAULTS = {
@@ -20,68 +33,8 @@ DEFAULTS = {
     "rounding": "round",
 }
 
-
-# Who selects and who merges, by name. The names are here so that a configuration is checked without torch;
-# select.py and merge.py put the functions in, and libra.register_select and libra.register_merge add a user's
-# own.
-SELECTORS: dict[str, Callable | None] = dict.fromkeys(("intervals", "topk", "information", "random"))
-MERGERS: dict[str, Callable | None] = dict.fromkeys(("drop", "average", "igm", "igm-pos", "igm-neg"))
-
-
-@dataclass(frozen=True)
-class Method:
-    """One named method.
-
-    description: one line for tables and help; section: where the paper (or its source) speaks of it;
-    keys: the fields of `Compression` that it sets, the others keep `DEFAULTS`; places: how much of the depth
-        is behind each of its compressions where a compression names no layers.
-    """
-
-    description: str
-    section: str
-    keys: dict[str, str] = field(default_factory=dict)
-    places: tuple[Fraction, ...] = EARLY
-
-
-METHODS = {
-    "vanilla": Method("the plain model: nothing is compressed", "Table 1, vanilla", places=()),
-    "libra": Method(
-        "the most important token of each interval; similar tokens merge by importance, the others form one token",
-        "§3.2–3.4",
-        {"select": "intervals", "merge": "igm"},
-        QUARTERS,
-    ),
-    "fastv": Method(
-        "the most important tokens; the rest is dropped", "§3.1, §4.1", {"select": "topk", "merge": "drop"}
-    ),
-    "turbo": Method(
-        "the tokens of lowest information degree; each of the rest is averaged into its most similar target",
-        "§3.1, §4.1",
-        {"select": "information", "merge": "average"},
-    ),
-    "windowed-fastv": Method(
-        "the most important token of each interval; the rest is dropped (a control)",
-        "§3.2 without §3.3",
-        {"select": "intervals", "merge": "drop"},
-    ),
-    "random": Method(
-        "tokens drawn at random; the rest is dropped (a control)",
-        "not in the paper",
-        {"select": "random", "merge": "drop"},
-    ),
-    "pyramiddrop": Method(
-        "the most important tokens by the next layer's query and keys; the rest is dropped, positions are renumbered",
-        "not in the paper (PyramidDrop)",
-        {
-            "select": "topk",
-            "merge": "drop",
-            "score_layer": "next",
-            "positions": "compact",
-            "rounding": "floor",
-        },
-        QUARTERS,
-    ),
-}
+_FILES = (vanilla, libra, fastv, turbo, windowed_fastv, random, pyramiddrop)
+METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
 
 
 def natural_layers(method: str | None, num_layers: int, last: int) -> tuple[int, ...]:

@@ -1,5 +1,4 @@
-"""Where a GPU would wait for launches, a Triton kernel does the work of a torch function: its twin in
-:mod:`libra.ops.kernels`."""
+"""Runs the Triton kernel of the same name on a GPU, otherwise the torch function."""
 
 import contextlib
 import functools
@@ -15,7 +14,7 @@ _failed: set[str] = set()  # the kernels that this machine could not compile or 
 
 @functools.cache
 def _kernels():
-    """The module of the kernels, None where there is no Triton that works or LIBRA_KERNELS=torch switches it
+    """:mod:`libra.ops.kernels`; None without a working Triton, or where LIBRA_KERNELS=torch switches kernels
     off."""
     if os.environ.get("LIBRA_KERNELS") == "torch" or importlib.util.find_spec("triton") is None:
         return None
@@ -28,26 +27,27 @@ def _kernels():
 
 
 def runs_kernels(tensor: torch.Tensor) -> bool:
-    """Whether the work on ``tensor`` is a kernel's: it lies on a GPU, and no compiler is tracing, which sees
-    more in torch."""
+    """True on a GPU outside torch.compile, which optimises the torch definitions better than opaque
+    kernels."""
     return tensor.is_cuda and not torch.compiler.is_compiling()
 
 
 def _say(what: str, error: Exception) -> None:
     reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     warnings.warn(
-        f"{what} failed on this machine ({reason}); torch does the work from now on, and LIBRA_KERNELS=torch in the environment"
-        " keeps kernels off",
+        f"{what} failed on this machine ({reason}); torch does the work from now on, and LIBRA_KERNELS=torch in the"
+        " environment keeps kernels off",
         stacklevel=5,
     )
 
 
 def _launch(name: str, args: tuple, kwargs: dict):
-    """What the kernel ``name`` returns. One that fails says so once, and from then on counts as not there."""
+    """What the kernel ``name`` returns. A kernel that fails is reported once and then disabled."""
     if (kernels := _kernels()) is None:
         return NotImplemented
     device = args[0].device
-    # Triton launches on the current device, which is another one where a model is spread over several.
+    # Triton launches on the current device, which need not be the tensors' where a model is spread over
+    # several.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         try:
             return getattr(kernels, name)(*args, **kwargs)
@@ -60,11 +60,11 @@ def _launch(name: str, args: tuple, kwargs: dict):
 
 
 def fused(function: Callable) -> Callable:
-    """Call the kernel of the same name instead, on a GPU and where no gradient is asked for.
+    """Decorates a torch definition: on a GPU, and where no gradient is needed, its kernel runs instead.
 
-    ``function`` stays the definition, and what runs everywhere else: on a CPU, without Triton, while
-    training, and where its kernel fails. A kernel may answer NotImplemented for what it does not do. The
-    first argument is a tensor.
+    The torch function runs everywhere else: on a CPU, without Triton, while training, and after its kernel
+    failed. A kernel may return NotImplemented for arguments it does not support. The first argument must be a
+    tensor.
     """
     name = function.__name__
 

@@ -1,11 +1,9 @@
-"""Triton kernels: what a GPU runs in place of the torch functions of the same names, which
-:func:`libra.ops.dispatch.fused` marks.
+"""Triton kernels: what a GPU runs in place of the functions of the same names in :mod:`libra.ops.reference`.
 
-A function here takes and returns what its twin does, whose docstring holds, or it answers NotImplemented and
-leaves the work to
-the twin. Everything is summed in float32 and in a fixed order, without atomics: the same input gives the same
-bits. Offsets along rows and batches are int64; a block of any kernel fits the 99 KB of shared memory of
-consumer GPUs.
+A function here takes and returns what the torch definition does, whose docstring holds, or it returns
+NotImplemented and the definition runs. Sums are float32, in a fixed order, without atomics: the same input
+gives the same bits. Offsets along rows and batches are int64; a block of any kernel fits the 99 KB of shared
+memory of consumer GPUs.
 """
 
 import functools
@@ -16,13 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .spans import Layout, on_device
+from .spans import Spans, on_device
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LONGEST_ROW = 1 << 17
 MOST_BLOCKS = (1 << 16) - 1  # of a grid's second and third axis
 LONGEST_INTERVAL = 1024  # a token is compared with its whole interval, one by one
-MULTIPROCESSORS = 108  # where the device does not tell
+MULTIPROCESSORS = 108  # assumed off a GPU
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python, on any device
 
 
@@ -176,7 +174,8 @@ def score_row(
 
 @triton.jit
 def _cosine(product, length):
-    """A product of a token with a unit vector over the token's length, in [-1, 1]; -inf for nobody stays."""
+    """A product of a token with a unit vector over the token's length, in [-1, 1]; -inf (nothing to compare
+    with) stays."""
     cosine = tl.div_rn(product, length)
     cosine = tl.where(cosine > 1.0, 1.0, cosine)
     return tl.where((cosine < -1.0) & (cosine > float("-inf")), -1.0, cosine)
@@ -184,9 +183,9 @@ def _cosine(product, length):
 
 @triton.jit(do_not_specialize=["count", "total", "per_split", "splits"])
 def _most_similar(
-    tokens, others, token_groups, other_groups, best, place, lengths,
+    tokens, others, token_spans, other_spans, best, place, lengths,
     tokens_batch, tokens_row, others_batch, others_row, count, total, width, per_split, splits,
-    GROUPED: tl.constexpr, ITSELF: tl.constexpr, WIDEN: tl.constexpr, WHOLE: tl.constexpr,
+    SPANS: tl.constexpr, ITSELF: tl.constexpr, WIDEN: tl.constexpr, WHOLE: tl.constexpr,
     TOKENS: tl.constexpr, OTHERS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The best of one split of the others for a block of tokens, times the tokens' lengths, and those
@@ -197,9 +196,9 @@ def _most_similar(
     lane = tl.arange(0, WIDTH)
     token_row = tokens + batch * tokens_batch + token.to(tl.int64)[:, None] * tokens_row
     is_token = token < count
-    group = token  # only looked at where GROUPED
-    if GROUPED:
-        group = tl.load(token_groups + batch * count + token, mask=is_token, other=0).to(tl.int32)
+    span = token  # only looked at where SPANS
+    if SPANS:
+        span = tl.load(token_spans + batch * count + token, mask=is_token, other=0).to(tl.int32)
     highest = tl.full((TOKENS,), float("-inf"), dtype=tl.float32)
     where = tl.zeros((TOKENS,), dtype=tl.int32)
     begin = split * per_split
@@ -226,9 +225,9 @@ def _most_similar(
         length = tl.maximum(tl.sqrt_rn(tl.sum(squares, 1)), 1e-12)
         cosine = tl.div_rn(product, tl.broadcast_to(length[None, :], (TOKENS, OTHERS)))
         compared = tl.broadcast_to(is_other[None, :], (TOKENS, OTHERS))
-        if GROUPED:
-            other_group = tl.load(other_groups + batch * total + other, mask=is_other, other=0).to(tl.int32)
-            compared = compared & (group[:, None] == other_group[None, :])
+        if SPANS:
+            other_span = tl.load(other_spans + batch * total + other, mask=is_other, other=0).to(tl.int32)
+            compared = compared & (span[:, None] == other_span[None, :])
         if not ITSELF:
             compared = compared & (token[:, None] != other[None, :])
         cosine = tl.where(compared, cosine, float("-inf"))
@@ -279,7 +278,7 @@ def _best_split(
 def most_similar(
     tokens: torch.Tensor,
     others: torch.Tensor,
-    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
+    spans: tuple[torch.Tensor, torch.Tensor] | None = None,
     itself: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch where the tokens fill the GPU; otherwise the others are split, and a second, small one joins
@@ -316,11 +315,11 @@ def most_similar(
             torch.empty(batch, count, device=device),
         )
         part_place = torch.empty(batch, splits, count, dtype=torch.long, device=device)
-    ids = (place, place) if groups is None else tuple(group.contiguous() for group in groups)
+    ids = (place, place) if spans is None else tuple(ids.contiguous() for ids in spans)
     _most_similar[(blocks, splits, batch)](
         tokens, others, *ids, part_best, part_place, lengths,
         *tokens.stride()[:2], *others.stride()[:2], count, total, width, per_split, splits,
-        GROUPED=groups is not None, ITSELF=itself, WIDEN=widen, WHOLE=splits == 1,
+        SPANS=spans is not None, ITSELF=itself, WIDEN=widen, WHOLE=splits == 1,
         TOKENS=tile[0], OTHERS=tile[1], WIDTH=tile[2], **options,
     )  # fmt: skip
     if splits > 1:
@@ -340,21 +339,21 @@ def most_similar(
 
 @triton.jit(do_not_specialize=["count"])
 def _group_softmax(
-    logits, groups, weights, count, NOWHERE: tl.constexpr, TOKENS: tl.constexpr, OTHERS: tl.constexpr
+    logits, slots, weights, count, NOWHERE: tl.constexpr, TOKENS: tl.constexpr, OTHERS: tl.constexpr
 ):
-    """Each token looks through its whole row for its group: integer comparisons, cheaper than sorting or
+    """Each token looks through its whole row for its slot: integer comparisons, cheaper than sorting or
     atomics."""
     row = tl.program_id(1).to(tl.int64) * count
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     is_token = token < count
-    group = tl.load(groups + row + token, mask=is_token, other=NOWHERE).to(tl.int32)
+    slot = tl.load(slots + row + token, mask=is_token, other=NOWHERE).to(tl.int32)
     logit = tl.load(logits + row + token, mask=is_token, other=0.0)
     top = logit
     for start in range(0, count, OTHERS):
         other = start + tl.arange(0, OTHERS)
         same = (
-            group[:, None]
-            == tl.load(groups + row + other, mask=other < count, other=NOWHERE - 1).to(tl.int32)[None, :]
+            slot[:, None]
+            == tl.load(slots + row + other, mask=other < count, other=NOWHERE - 1).to(tl.int32)[None, :]
         )
         found = tl.load(logits + row + other, mask=other < count, other=0.0)
         top = tl.maximum(top, tl.max(tl.where(same, found[None, :], float("-inf")), 1))
@@ -362,35 +361,35 @@ def _group_softmax(
     for start in range(0, count, OTHERS):
         other = start + tl.arange(0, OTHERS)
         same = (
-            group[:, None]
-            == tl.load(groups + row + other, mask=other < count, other=NOWHERE - 1).to(tl.int32)[None, :]
+            slot[:, None]
+            == tl.load(slots + row + other, mask=other < count, other=NOWHERE - 1).to(tl.int32)[None, :]
         )
         found = tl.load(logits + row + other, mask=other < count, other=0.0)
         total += tl.sum(tl.where(same, tl.exp(found[None, :] - top[:, None]), 0.0), 1)
-    weight = tl.where(group == NOWHERE, 0.0, tl.exp(logit - top) / total)
+    weight = tl.where(slot == NOWHERE, 0.0, tl.exp(logit - top) / total)
     tl.store(weights + row + token, weight, mask=is_token)
 
 
-def group_softmax(logits: torch.Tensor, groups: torch.Tensor, slots: int) -> torch.Tensor:
+def group_softmax(logits: torch.Tensor, slot: torch.Tensor, slots: int) -> torch.Tensor:
     """One launch."""
     batch, count = logits.shape
     if logits.dtype != torch.float32 or not 0 < count <= LONGEST_ROW or not 0 < batch <= MOST_BLOCKS:
         return NotImplemented
-    logits, groups = logits.contiguous(), groups.contiguous()
+    logits, slot = logits.contiguous(), slot.contiguous()
     weights = torch.empty_like(logits)
     _group_softmax[(triton.cdiv(count, 32), batch)](
-        logits, groups, weights, count, NOWHERE=-1, TOKENS=32, OTHERS=128
+        logits, slot, weights, count, NOWHERE=-1, TOKENS=32, OTHERS=128
     )
     return weights
 
 
 @triton.jit(do_not_specialize=["count", "slots", "weights_batch"])
 def _merge_groups(
-    hidden, groups, weights, merged, hidden_batch, hidden_row, count, slots, width,
+    hidden, slot_of, weights, merged, hidden_batch, hidden_row, count, slots, width,
     SCAN: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One slot, one block of its width: look for the slot's tokens, and add up those stretches of the row
-    that hold any."""
+    """One slot, one block of its width: look for the slot's tokens, and add up the parts of the row that hold
+    any."""
     slot = tl.program_id(0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     batch = tl.program_id(2).to(tl.int64)
@@ -398,12 +397,12 @@ def _merge_groups(
     sums = tl.zeros((TOKENS, WIDTH), dtype=tl.float32)
     for start in range(0, count, SCAN):
         token = start + tl.arange(0, SCAN)
-        mine = tl.load(groups + row + token, mask=token < count, other=-1) == slot
+        mine = tl.load(slot_of + row + token, mask=token < count, other=-1) == slot
         first = tl.min(tl.where(mine, token, count), 0)
         last = tl.max(tl.where(mine, token, -1), 0)
         for begin in range(first, last + 1, TOKENS):
             near = begin + tl.arange(0, TOKENS)
-            own = tl.load(groups + row + near, mask=near <= last, other=-1) == slot
+            own = tl.load(slot_of + row + near, mask=near <= last, other=-1) == slot
             weight = tl.load(weights + row + near, mask=own, other=0.0)
             tile = hidden + batch * hidden_batch + near.to(tl.int64)[:, None] * hidden_row + column[None, :]
             values = tl.load(tile, mask=own[:, None] & (column < width)[None, :], other=0.0)
@@ -416,9 +415,7 @@ def _merge_groups(
     )
 
 
-def merge_groups(
-    hidden: torch.Tensor, groups: torch.Tensor, weights: torch.Tensor, slots: int
-) -> torch.Tensor:
+def merge_groups(hidden: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor, slots: int) -> torch.Tensor:
     """One launch; every slot gathers its own tokens."""
     batch, count, width = hidden.shape
     block = min(256, _chunk(width))
@@ -427,10 +424,10 @@ def merge_groups(
         or not 0 < batch <= MOST_BLOCKS or not 0 < slots or not 0 < triton.cdiv(width, block) <= MOST_BLOCKS
     ):  # fmt: skip
         return NotImplemented
-    hidden, groups, weights = _whole_rows(hidden), groups.contiguous(), weights.contiguous()
+    hidden, slot, weights = _whole_rows(hidden), slot.contiguous(), weights.contiguous()
     merged = torch.empty(batch, slots, width, dtype=hidden.dtype, device=hidden.device)
     _merge_groups[(slots, triton.cdiv(width, block), batch)](
-        hidden, groups, weights, merged, *hidden.stride()[:2], count, slots, width,
+        hidden, slot, weights, merged, *hidden.stride()[:2], count, slots, width,
         SCAN=_chunk(count, 1024), TOKENS=16, WIDTH=block,
     )  # fmt: skip
     return merged
@@ -438,7 +435,7 @@ def merge_groups(
 
 @triton.jit(do_not_specialize=["length", "count", "chosen_row"])
 def _ordinals(chosen, numbers, length, count, chosen_row, chosen_column, CHUNK: tl.constexpr):
-    """One row: a chosen place goes behind the chosen ones before it, any other behind all chosen ones."""
+    """One row: a chosen place goes after the chosen ones before it, any other after all chosen ones."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, CHUNK)
     total = tl.zeros((), dtype=tl.int32)
@@ -475,14 +472,14 @@ def ordinals(chosen: torch.Tensor, count: int) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["length", "width", "keep_row"])
 def _repack(
-    keep, behind, extra, shift, source, place, length, width, keep_row, keep_column, CHUNK: tl.constexpr
+    keep, insert_after, extra, shift, source, place, length, width, keep_row, keep_column, CHUNK: tl.constexpr
 ):
     """One row. Every new column is written once: by the old one that moves there, by the gap, or because it
     stays empty."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, CHUNK)
     more = tl.load(extra + row).to(tl.int32)
-    anchor = tl.where(more > 0, tl.load(behind + row), -1)
+    anchor = tl.where(more > 0, tl.load(insert_after + row), -1)
     moved = tl.load(shift + row).to(tl.int32)
     total = tl.zeros((), dtype=tl.int32)
     for start in range(0, length, CHUNK):
@@ -511,7 +508,7 @@ def _repack(
 
 
 def repack(
-    keep: torch.Tensor, behind: torch.Tensor, extra: torch.Tensor, shift: torch.Tensor, width: int
+    keep: torch.Tensor, insert_after: torch.Tensor, extra: torch.Tensor, shift: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch."""
     batch, length = keep.shape
@@ -525,7 +522,7 @@ def repack(
     source = torch.empty(batch, width, dtype=torch.long, device=keep.device)
     place = torch.empty(batch, length, dtype=torch.long, device=keep.device)
     _repack[(batch,)](
-        _bytes(keep), behind.contiguous(), extra.contiguous(), shift.contiguous(), source, place,
+        _bytes(keep), insert_after.contiguous(), extra.contiguous(), shift.contiguous(), source, place,
         length, width, *keep.stride(), CHUNK=_chunk(max(length, width)), num_warps=8,
     )  # fmt: skip
     return source, place
@@ -580,24 +577,23 @@ def _best_of_intervals(
     tl.store(chosen + batch * length + token, (real & (beaten == 0)).to(tl.uint8), mask=token < length)
 
 
-def best_of_intervals(importance: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """One launch, and no tables of the layout but the spans' sizes, if there is more than one."""
+def best_of_intervals(importance: torch.Tensor, spans: Spans) -> torch.Tensor:
+    """One launch; of the spans only their sizes are copied to the device, and only if they differ."""
     batch, length = importance.shape
-    spans = {(n, k) for row, keeps in zip(layout.spans, layout.keeps) for n, k in zip(row, keeps)}
+    sizes = {(n, k) for row, keeps in zip(spans.spans, spans.keeps) for n, k in zip(row, keeps)}
     if (
         importance.dtype != torch.float32 or not 0 < length <= LONGEST_ROW or not 0 < batch <= MOST_BLOCKS
-        or any(k < 1 or math.ceil(n / k) > LONGEST_INTERVAL for n, k in spans)
+        or any(k < 1 or math.ceil(n / k) > LONGEST_INTERVAL for n, k in sizes)
     ):  # fmt: skip
         return NotImplemented
     importance = _whole_rows(importance)
-    alike = len(spans) == 1 and layout.one_span and all(layout.spans)
-    size, keep = next(iter(spans))
-    most = max(map(len, layout.spans))
+    alike = len(sizes) == 1 and spans.one_span and all(spans.spans)
+    size, keep = next(iter(sizes))
+    most = max(map(len, spans.spans))
     table = importance
     if not alike:
         pairs = [
-            [*zip(row, keeps), *[(0, 0)] * (most - len(row))]
-            for row, keeps in zip(layout.spans, layout.keeps)
+            [*zip(row, keeps), *[(0, 0)] * (most - len(row))] for row, keeps in zip(spans.spans, spans.keeps)
         ]
         table = on_device(pairs, importance.device, torch.long)
     chosen = torch.empty(batch, length, dtype=torch.bool, device=importance.device)

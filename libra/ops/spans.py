@@ -1,5 +1,4 @@
-"""Where the visual tokens of a ragged batch lie: rows of spans, as small tensors that the batched maths
-indexes with."""
+"""The visual tokens of a ragged batch as rows of spans: small tensors that the batched maths indexes with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +6,7 @@ from functools import cached_property
 
 import torch
 
-from ..budget import kept
-from .dispatch import fused
+from .reference import take
 
 
 def on_device(rows, device, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -18,12 +16,12 @@ def on_device(rows, device, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Spans:
     """The spans of B rows and how many target tokens each span keeps.
 
-    A row's visual tokens are numbered 0 … n-1 span after span; rows are padded on the right to N, their
-    targets to T. Everything per token is (B, N); padded places belong to no span and their values mean
-    nothing.
+    A span is a contiguous run of visual tokens. A row's visual tokens are numbered 0 … n-1, span after span;
+    rows are padded on the right to N, their targets to T. Everything per token is (B, N); padding belongs to
+    no span and its values mean nothing.
     """
 
     spans: tuple[tuple[int, ...], ...]  # tokens of each span of each row
@@ -31,11 +29,10 @@ class Layout:
     device: torch.device
 
     @classmethod
-    def build(cls, spans: Sequence[Sequence[int]], ratio: float, rounding: str, device) -> "Layout":
-        """``spans``: B lists of span lengths (each at least 1); ``ratio`` and ``rounding`` as in
-        :class:`libra.Compression`."""
-        keeps = tuple(tuple(kept(n, ratio, rounding) for n in row) for row in spans)
-        return cls(tuple(tuple(row) for row in spans), keeps, torch.device(device))
+    def build(cls, spans: Sequence[Sequence[int]], keeps: Sequence[Sequence[int]], device) -> "Spans":
+        """``spans``: B lists of span lengths, each at least 1; ``keeps``: the targets of each, as
+        :func:`libra.budget.keeps` counts them."""
+        return cls(tuple(map(tuple, spans)), tuple(map(tuple, keeps)), torch.device(device))
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -73,8 +70,7 @@ class Layout:
     def _spans(self) -> torch.Tensor:
         """(B, M + 1, 4): of each span its first token, its tokens, its first target and its targets.
 
-        What is no span begins behind the row's last one and has nothing; the last column is what a padded
-        place points to.
+        Shorter rows are filled with empty spans after their last one; padded tokens point to the last column.
         """
         width = max(map(len, self.spans), default=0) + 1
         rows = []
@@ -94,7 +90,7 @@ class Layout:
     @cached_property
     def target_valid(self) -> torch.Tensor:
         """(B, T) bool."""
-        return torch.arange(self.targets, device=self.device) < self._rows[:, 1:]
+        return self.target_index < self._rows[:, 1:]
 
     @cached_property
     def tokens_of_row(self) -> torch.Tensor:
@@ -107,8 +103,13 @@ class Layout:
         return torch.arange(self.tokens, device=self.device)[None]
 
     @cached_property
+    def target_index(self) -> torch.Tensor:
+        """(1, T): 0 … T-1."""
+        return torch.arange(self.targets, device=self.device)[None]
+
+    @cached_property
     def span(self) -> torch.Tensor:
-        """(B, N): the number of a token's span in its row; padded places get the number behind the last."""
+        """(B, N): the number of a token's span in its row; padding gets the number after the last."""
         ends = self._spans[:, :-1, :2].sum(2)
         return torch.searchsorted(ends, self.index.expand(len(self.spans), -1).contiguous(), right=True)
 
@@ -123,7 +124,7 @@ class Layout:
 
     @property
     def span_length(self) -> torch.Tensor:
-        """(B, N): the tokens of a token's span; 0 for padded places."""
+        """(B, N): the tokens of a token's span; 0 for padding."""
         return self._of_token[1]
 
     @property
@@ -133,55 +134,5 @@ class Layout:
 
     @property
     def span_keeps(self) -> torch.Tensor:
-        """(B, N): the targets of a token's span; 0 for padded places."""
+        """(B, N): the targets of a token's span; 0 for padding."""
         return self._of_token[3]
-
-
-@fused
-def ordinals(chosen: torch.Tensor, count: int) -> torch.Tensor:
-    """(B, N) bool to the ascending numbers of the chosen places, (B, count); a row with fewer goes on with
-    others."""
-    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-
-
-def flat_rows(index: torch.Tensor, length: int) -> torch.Tensor:
-    """Rows ``index`` (B, K) of B tables of ``length`` rows each, numbered through all of them: (B·K,)."""
-    return (index + torch.arange(len(index), device=index.device)[:, None] * length).flatten()
-
-
-def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows ``index`` (B, K) of ``x`` (B or 1, S, …): (B, K, …). Whole rows are copied, which gather does
-    number by number."""
-    flat = flat_rows(index, x.shape[1]) if len(x) == len(index) > 1 else index.flatten()
-    return x.reshape(-1, *x.shape[2:]).index_select(0, flat).view(*index.shape, *x.shape[2:])
-
-
-@fused
-def repack(
-    keep: torch.Tensor, behind: torch.Tensor, extra: torch.Tensor, shift: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move the columns that stay together, ``shift`` columns from the left, with room for an extra column
-    behind one of them.
-
-    Args:
-        keep: (B, S) bool.
-        behind: (B, 1), the column that the extra one follows, whether it stays itself or not.
-        extra: (B, 1), 1 in a row with an extra column, otherwise 0.
-        shift: (B, 1).
-        width: of the new rows, S'.
-
-    Returns:
-        source (B, S'): the old column of each new one; of the extra one ``behind``; of one that stays empty
-        its own number.
-        place (B, S): the new column of each old one; of one that goes the last new column before it, which
-        may be -1.
-    """
-    batch, length = keep.shape
-    columns = torch.arange(length, device=keep.device)
-    rank = keep.cumsum(1)
-    place = rank - 1 + shift + extra * (columns > behind)
-    # A padded column stays the column it is, so that a step that removes nothing changes nothing.
-    source = torch.arange(width + 1, device=keep.device).clamp(max=length - 1).repeat(batch, 1)
-    source = source.scatter(1, torch.where(keep, place, width), columns.expand(batch, -1))
-    gap = torch.where(extra > 0, rank.gather(1, behind) + shift, width)
-    return source.scatter(1, gap, behind)[:, :width].contiguous(), place

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from libra import Compression, budget
-from libra.config import ConfigError, Row
+from libra.config import ConfigError
 from libra.flops import model_flops
 from libra.latency import scale_layers
 from libra.latency.random_weights import CLIP_L_336, HEAD, RandomWeights, weight_bytes
-from libra.rows import ModelSpec, get_model
+from libra.rows import ModelSpec, Row, get_model
 from libra.utils import numbers as units
 from libra.utils.files import new_folder, write_text
 from libra.utils.provenance import REPOSITORY, commit, machine, versions

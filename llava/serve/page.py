@@ -11,11 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 from libra import Compression
-from libra.config import Row
 from libra.media import SERVED, open_image
 from libra.methods import METHODS
-from libra.rows import get_model
-from libra.shipped import CONFIGS
+from libra.rows import CONFIGS, Row, get_model
 from libra.utils.server import guarded
 
 from . import overlay
@@ -29,7 +27,7 @@ REQUEST_BYTES = 256 * 1024  # without an upload
 WAITING = 20  # questions in the queue
 SESSIONS = 100  # browsers whose fields Gradio remembers
 STYLE = ".remark { color: #b45309; font-weight: 600 }"
-METHODS_OFFERED = [method for method in METHODS if method != "vanilla"]
+METHODS_OFFERED = [name for name, method in METHODS.items() if method.compresses]
 
 
 class Mistake(ValueError):

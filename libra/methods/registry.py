@@ -1,0 +1,172 @@
+"""Where methods, selects and merges are registered by name, each with what it needs to be known about it.
+
+Nothing here needs torch: a configuration is checked, and FLOPs are counted, without it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+
+from ..utils.sentences import show
+from .context import Context
+
+QUARTERS = (Fraction(1, 4), Fraction(2, 4), Fraction(3, 4))
+EARLY = (Fraction(1, 8),)  # after layer 3 of 32
+CONTEXT = frozenset(f.name for f in fields(Context))
+# What a select or a merge may read: the hidden states, the importance α, and these keys of a compression.
+KEYS = ("tau", "eta", "information_weight", "seed")
+READABLE = frozenset(("hidden", "importance", *KEYS))
+
+
+@dataclass(frozen=True)
+class Select:
+    """A way to choose target tokens.
+
+    function: takes :class:`libra.select.Candidates` and a compression, returns (B, N) bool, True at the
+        targets;
+    reads: which of :data:`READABLE` the choice depends on, None where that is not known;
+    needs: fields of :class:`libra.Context` that must be given;
+    per_interval: it takes one token of each of N_t even intervals of a span;
+    trusted: it is tested to keep to the contract, so that what it returns is not checked at every use.
+    """
+
+    function: Callable
+    reads: frozenset[str] | None = None
+    needs: tuple[str, ...] = ()
+    per_interval: bool = False
+    trusted: bool = False
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A way to treat the tokens that are not targets.
+
+    function: takes :class:`libra.merge.Matches` and a compression, returns slots and logits;
+    compensates: it may make a compensation token;
+    drops: targets stay as they are and nothing else is used, so no weights are computed;
+    reads, needs, trusted: as of :class:`Select`.
+    """
+
+    function: Callable
+    compensates: bool = True
+    drops: bool = False
+    reads: frozenset[str] | None = None
+    needs: tuple[str, ...] = ()
+    trusted: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """One named method: a select and a merge with the keys that belong to them.
+
+    description: one line for tables and help; section: where the paper (or its source) speaks of it;
+    keys: the fields of `Compression` that it sets, the others keep `DEFAULTS`;
+    places: the fractions of the depth that lie before each of its compressions where a compression names no
+        layers;
+    compresses: False for the plain model;
+    own_count: how the original counts its layer K where that is not "after layer K", as a sentence with the
+        places {K} and {before}; empty where it counts as we do.
+    """
+
+    name: str
+    description: str
+    section: str
+    keys: dict[str, str] = field(default_factory=dict)
+    places: tuple[Fraction, ...] = EARLY
+    compresses: bool = True
+    own_count: str = ""
+
+
+SELECTORS: dict[str, Select] = {}
+MERGERS: dict[str, Merge] = {}
+
+
+def register_select(
+    name: str,
+    *,
+    reads: Iterable[str] | None = None,
+    needs: Iterable[str] = (),
+    per_interval: bool = False,
+    trusted: bool = False,
+) -> Callable[[Callable], Callable]:
+    """Decorator that makes a function usable as ``select: name`` in every configuration.
+
+    The function takes :class:`libra.select.Candidates` and the :class:`libra.Compression`, and returns (B, N)
+    bool with exactly the wanted number of targets in each span; that is checked at every use unless
+    ``trusted``.
+
+    Args:
+        reads: which of "hidden", "importance" and the keys tau, eta, information_weight, seed the choice
+            depends on. A configuration may then refuse keys without effect. None: any of them.
+        needs: fields of :class:`libra.Context` that have to be given.
+        per_interval: it takes one token of each even interval of a span, which figures then show.
+
+    Raises:
+        ValueError: for a name that is taken or is not a name, and for unknown words in ``reads`` or
+            ``needs``.
+    """
+    traits = {"reads": _known("reads", reads, READABLE), "needs": _known("needs", needs, CONTEXT)}
+    return _register(
+        SELECTORS, "select", name, Select, {**traits, "per_interval": per_interval, "trusted": trusted}
+    )
+
+
+def register_merge(
+    name: str,
+    *,
+    compensates: bool = True,
+    drops: bool = False,
+    reads: Iterable[str] | None = None,
+    needs: Iterable[str] = (),
+    trusted: bool = False,
+) -> Callable[[Callable], Callable]:
+    """Decorator that makes a function usable as ``merge: name`` in every configuration.
+
+    The function takes :class:`libra.merge.Matches` and the :class:`libra.Compression`, and returns, both (B,
+    N):
+    the output slot of each token (:data:`libra.merge.NOWHERE`, a target's slot or ``matches.compensation``)
+    and the logit of its weight there; weights are the softmax of the logits within a slot. That is checked at
+    every use unless ``trusted``.
+
+    Args:
+        compensates: whether it may send tokens to ``matches.compensation``.
+        drops: targets stay as they are and nothing else is used.
+        reads, needs: as for :func:`register_select`.
+
+    Raises:
+        ValueError: for a name that is taken or is not a name, and for unknown words in ``reads`` or
+            ``needs``.
+    """
+    traits = {"reads": _known("reads", reads, READABLE), "needs": _known("needs", needs, CONTEXT)}
+    traits |= {"compensates": compensates and not drops, "drops": drops, "trusted": trusted}
+    return _register(MERGERS, "merge", name, Merge, traits)
+
+
+def _known(what: str, words: Iterable[str] | None, known: frozenset[str]):
+    if words is None:
+        return None
+    words = (words,) if isinstance(words, str) else tuple(words)
+    for word in words:
+        if word not in known:
+            raise ValueError(f"{what}: {show(word)} is unknown; use {', '.join(sorted(known))}")
+    return frozenset(words) if what == "reads" else words
+
+
+def _register(table: dict, what: str, name: str, kind: type, traits: dict) -> Callable[[Callable], Callable]:
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise ValueError(
+            f'register_{what} takes a name: write @register_{what}("mine") above the function, not {show(name)}'
+        )
+
+    def add(function: Callable) -> Callable:
+        # A notebook's cell that is run again defines the same function once more.
+        if name in table and _path(table[name].function) != _path(function):
+            raise ValueError(f"{what}: {name} is taken by {_path(table[name].function)}; choose another name")
+        table[name] = kind(function, **traits)
+        return function
+
+    return add
+
+
+def _path(function: Callable) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
