@@ -1,26 +1,32 @@
-"""The embedded model before training: its tokenizer, its vision tower and its sizes."""
+"""The embedded model before training: its tokenizer, its small CLIP and its sizes."""
 
+import math
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
 from libra.mini.scenes import IMAGE_SIZE
+from libra.mini.shapes import easy_vqa_words
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
-from .questions import every_word
+from .captions import MOST_TOKENS
+from .questions import scene_words
 
 PATCH = 6
 GRID = IMAGE_SIZE // PATCH  # 16 × 16 = 256 visual tokens
 WIDTH = 128
-SPECIAL = ["<unk>", "<s>", "</s>"]
 PROMPT_WORDS = ["USER", "ASSISTANT", ":"]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word or punctuation mark; ``<s>`` in front, padding with ``<unk>`` as LLaVA does."""
-    words = [*SPECIAL, *PROMPT_WORDS, *every_word()]
+    """One token a word or punctuation mark; ``<s>`` in front, padding with ``<unk>`` as LLaVA does.
+
+    ``</s>`` has the largest number, as in CLIP's own vocabulary: a CLIP text tower reads a text's embedding
+    there.
+    """
+    words = ["<unk>", "<s>", *PROMPT_WORDS, *sorted(scene_words() | easy_vqa_words()), "</s>"]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(
@@ -38,36 +44,60 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_vision_tower(folder: Path, seed: int) -> None:
-    """Write an untrained CLIP tower and its image processor; sin-cos positions, because learning them takes
-    too long."""
+def image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
+
+
+def save_clip(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write both towers into a folder that LLaVA reads its vision tower from, as from CLIP's own folder on
+    the hub."""
+    clip.save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_clip(tokenizer: PreTrainedTokenizerFast, seed: int) -> CLIPModel:
+    """An untrained CLIP; sin-cos positions of the patches, because learning them takes too long."""
     torch.manual_seed(seed)
-    tower = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH,
+    size = {"hidden_size": WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
+    clip = CLIPModel(
+        CLIPConfig(
+            vision_config={
+                **size,
+                "intermediate_size": 4 * WIDTH,
+                "num_hidden_layers": 5,
+                "image_size": IMAGE_SIZE,
+                "patch_size": PATCH,
+            },
+            text_config={
+                **size,
+                "intermediate_size": 2 * WIDTH,
+                "num_hidden_layers": 2,
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": MOST_TOKENS,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+            },
             projection_dim=WIDTH,
+            logit_scale_init_value=math.log(10),
+            attn_implementation="eager",
         )
     )
     frequency = 100.0 ** -(torch.arange(WIDTH // 4) / (WIDTH // 4))
     y, x = torch.meshgrid(torch.arange(GRID).float(), torch.arange(GRID).float(), indexing="ij")
     angles = [axis.flatten()[:, None] * frequency for axis in (x, y)]
     table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], 1) * 0.35
-    positions = next(p for name, p in tower.named_parameters() if name.endswith("position_embedding.weight"))
     with torch.no_grad():
-        positions[1:] = table
-    tower.save_pretrained(folder)
-    CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    ).save_pretrained(folder)
+        clip.vision_model.embeddings.position_embedding.weight[1:] = table
+    return clip
 
 
 def build_model(vision_tower: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaLlamaForCausalLM:
-    """A LLaVA of 12 layers × 128 with the given vision tower, everything trainable."""
+    """A LLaVA of 12 layers × 128 with the given vision tower, which is frozen; everything else is untrained
+    and trainable."""
     torch.manual_seed(seed)
     config = LlavaConfig(
         vocab_size=len(tokenizer),
@@ -87,7 +117,7 @@ def build_model(vision_tower: Path, tokenizer: PreTrainedTokenizerFast, seed: in
         mm_vision_tower=str(vision_tower),
         mm_hidden_size=WIDTH,
         mm_projector_type="mlp2x_gelu",
-        mm_vision_select_layer=-1,
+        mm_vision_select_layer=-2,
         mm_vision_select_feature="patch",
         mm_patch_merge_type="flat",
         image_aspect_ratio="pad",
@@ -97,5 +127,6 @@ def build_model(vision_tower: Path, tokenizer: PreTrainedTokenizerFast, seed: in
         conversation="mini",
     )
     model = LlavaLlamaForCausalLM(config)
-    model.get_vision_tower().load_model()
-    return model.requires_grad_(True)
+    model.requires_grad_(True)
+    model.get_vision_tower().load_model()  # frozen
+    return model

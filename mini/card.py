@@ -1,4 +1,4 @@
-"""Draw the training curve of the embedded model from its log: ``python -m mini.card mini/run/work/log.json
+"""Put the training's curves and log beside the model card: ``python -m mini.card mini/run/work
 --output mini``."""
 
 import json
@@ -7,51 +7,69 @@ from pathlib import Path
 from libra.utils.cli import Parser
 from libra.utils.files import replacing, write_text
 
+STAGES = {"stage1": "Stage 1: a small CLIP", "stage2": "Stage 2: questions"}
 
-def draw(log: dict[str, list[dict]], path: Path) -> None:
-    """One panel a stage: loss against minutes, logarithmic."""
+
+def read_log(work: Path) -> dict[str, dict[str, list[dict]]]:
+    """Of each stage its losses and its scores, with step and seconds; ``work`` is the working folder."""
+    log = {}
+    for stage in STAGES:
+        losses, scores = [], []
+        for entry in json.loads((work / stage / "log.json").read_text()):
+            if "loss" in entry:
+                losses.append(
+                    {"step": entry["step"], "loss": float(entry["loss"]), "seconds": entry["seconds"]}
+                )
+            elif "scores" in entry:
+                scores.append({"step": entry["step"], "scores": entry["scores"]})
+        log[stage] = {"losses": losses, "scores": scores}
+    return log
+
+
+def draw(log: dict[str, dict[str, list[dict]]], path: Path) -> None:
+    """A row a stage: loss against steps, logarithmic, and what is right of the validation images in per
+    cent."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(log), figsize=(9, 3), constrained_layout=True)
-    titles = {"stage1": "Stage 1: patch labels", "stage2": "Stage 2: questions (and fading patch labels)"}
-    for panel, (stage, entries) in zip(panels, log.items()):
-        points = [(entry["seconds"] / 60, entry["loss"]) for entry in entries]
-        panel.plot(*zip(*points), linewidth=1.2)
-        panel.set(title=titles[stage], xlabel="minutes", ylabel="training loss", yscale="log")
-        panel.grid(alpha=0.3, which="both")
+    figure, rows = plt.subplots(len(log), 2, figsize=(11, 4 * len(log)), constrained_layout=True)
+    for (left, right), (stage, entries) in zip(rows, log.items()):
+        left.plot(
+            [e["step"] for e in entries["losses"]], [e["loss"] for e in entries["losses"]], linewidth=1.2
+        )
+        left.set(title=STAGES[stage], xlabel="steps", ylabel="training loss", yscale="log")
+        steps = [e["step"] for e in entries["scores"]]
+        for number, name in enumerate(sorted({name for e in entries["scores"] for name in e["scores"]})):
+            values = [e["scores"].get(name) for e in entries["scores"]]
+            right.plot(
+                steps,
+                values,
+                linewidth=1.2,
+                linestyle=("-", "--")[number >= 10],
+                label=name.replace("_", " "),
+            )
+        right.set(title="Validation", xlabel="steps", ylabel="right, %", ylim=(0, 101))
+        right.legend(fontsize=7, loc="lower right", ncols=2)
+        for panel in (left, right):
+            panel.grid(alpha=0.3, which="both")
     with replacing(path) as work:
         figure.savefig(work, dpi=110, format="png")
 
 
-def one_clock(entries: list[dict]) -> list[dict]:
-    """The entries that have a loss, with seconds that go on where a resumed run began to count from 0
-    again."""
-    points, before, last = [], 0.0, 0.0
-    for entry in entries:
-        if "loss" in entry:
-            if entry["seconds"] < last:
-                before += last
-            last = entry["seconds"]
-            points.append({"step": entry["step"], "loss": entry["loss"], "seconds": round(before + last, 1)})
-    return points
-
-
 def main() -> None:
     parser = Parser(prog="python -m mini.card", description=__doc__)
-    parser.add_argument("log", type=Path, help="log.json of mini.train")
+    parser.add_argument("work", type=Path, help="working folder of mini.train")
     parser.add_argument(
         "--output", type=Path, default=Path("mini"), help="folder for curve.png and training_log.json"
     )
     options = parser.parse_args()
-    log = json.loads(options.log.read_text())
-    kept = {stage: one_clock(entries) for stage, entries in log.items()}
-    draw(kept, options.output / "curve.png")
-    write_text(options.output / "training_log.json", json.dumps(kept) + "\n")
-    for stage, entries in kept.items():
-        last = entries[-1]
+    log = read_log(options.work)
+    draw(log, options.output / "curve.png")
+    write_text(options.output / "training_log.json", json.dumps(log) + "\n")
+    for stage, entries in log.items():
+        last = entries["losses"][-1]
         print(
             f"{stage}: {last['step']} steps, {last['seconds'] / 60:.0f} minutes, last loss {last['loss']:.3f}"
         )

@@ -24,8 +24,9 @@ from libra import Compression
 from libra.budget import actual
 from libra.flops import layer_flops
 from libra.identity import checkpoint_identity, code_identity, digest, row_identity
-from libra.mini.questions import TYPES, easy_vqa, easy_vqa_image
+from libra.mini.questions import TYPES
 from libra.mini.scenes import draw_scene
+from libra.mini.shapes import easy_vqa, easy_vqa_image
 from libra.rows import Row
 from libra.utils.files import write_text
 from libra.utils.provenance import REPOSITORY, commit, machine, require_clean, versions
@@ -33,7 +34,7 @@ from libra.utils.timing import in_turns, median_interval, now, peak_memory
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.runs import RECORD
 
-from .data import EASY_VQA_SHARE
+from .answering import EASY_VQA_SHARE
 from .questions import ask
 
 START = REPOSITORY / "mini" / "checkpoint"

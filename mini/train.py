@@ -1,4 +1,5 @@
-"""Train the embedded model from nothing: ``torchrun --nproc_per_node 2 -m mini.train --output DIR``."""
+"""Train the embedded model from nothing: ``torchrun --nproc_per_node 2 -m mini.train --output
+DIR``."""
 
 from pathlib import Path
 
@@ -8,12 +9,25 @@ from libra.utils.cli import Parser, whole_from
 def main() -> None:
     parser = Parser(prog="python -m mini.train", description=__doc__)
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder for the finished checkpoint and its working files"
+        "--output",
+        type=Path,
+        required=True,
+        help="folder of the finished checkpoint and of its working files",
     )
     parser.add_argument("--seed", type=whole_from(0), default=1)
-    parser.add_argument("--stage1-steps", type=whole_from(1), default=700)
-    parser.add_argument("--stage2-steps", type=whole_from(1), default=3800)
-    parser.add_argument("--batch", type=whole_from(1), default=8, help="images per process and step")
+    parser.add_argument(
+        "--stage1-steps", type=whole_from(1), default=2500, help="of 32 images (default %(default)s)"
+    )
+    parser.add_argument(
+        "--stage2-steps", type=whole_from(1), default=3400, help="of 16 images (default %(default)s)"
+    )
+    parser.add_argument(
+        "--validation", type=whole_from(1), default=192, help="images of the curve (default %(default)s)"
+    )
+    parser.add_argument(
+        "--validate-every", type=whole_from(1), default=200, help="steps (default %(default)s)"
+    )
+    parser.add_argument("--save-every", type=whole_from(1), default=100, help="steps (default %(default)s)")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the layers (needs a C++ compiler)"
     )

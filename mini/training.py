@@ -1,211 +1,200 @@
-"""Both stages of the embedded model's training; :mod:`mini.train` is the command.
+"""Both stages of the training; :mod:`mini.train` is the command.
 
-Stage 1 teaches the vision tower to name the digit and colour on each patch (it stands in for a pretrained
-CLIP). Stage 2 trains everything on questions; a fading copy of stage 1's loss on the projector's output keeps
-the projector from collapsing.
+Stage 1 (contrast) trains a small CLIP, which stands in for a pretrained one. Stage 2 (answering) trains
+projector and language model on questions, with the tower frozen. A run that was interrupted goes on when it
+is started again.
 """
 
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import CLIPModel, Trainer, TrainerCallback, TrainingArguments
 
-from libra.mini.scenes import COLOR_NAMES, NO_DIGIT
-from libra.utils.files import write_text
-from llava.constants import IGNORE_INDEX
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from libra.utils.files import new_folder, write_text
 from llava.train.runs import last_checkpoint
 from llava.train.shared_prefix import NAME as SHARED_PREFIX
 from llava.train.trainer import save_llava
 
-from .build import WIDTH, build_model, build_tokenizer, build_vision_tower
-from .data import PREFIX, TEXT_LENGTH, TEXTS_PER_IMAGE, ImageTexts, SceneLabels
+from .answering import Answerer, Questioned
+from .build import build_clip, build_model, build_tokenizer, save_clip
+from .contrast import Captioned, SmallClip
+from .optimizer import build_optimizer
+from .questions import LATE
+from .validation import AnswerScores, TowerScores, Validate
 
-
-class PatchLabels(nn.Module):
-    """Two linear heads on visual tokens (B, N, WIDTH): the digit and the colour on each patch."""
-
-    def __init__(self):
-        super().__init__()
-        self.digit = nn.Linear(WIDTH, 10)
-        self.color = nn.Linear(WIDTH, len(COLOR_NAMES) + 1)
-
-    def forward(self, tokens, digit_labels, color_labels) -> torch.Tensor:
-        shown = digit_labels.masked_fill(digit_labels == NO_DIGIT, IGNORE_INDEX)
-        return self._loss(self.digit(tokens), shown) + 0.5 * self._loss(self.color(tokens), color_labels)
-
-    @staticmethod
-    def _loss(logits, labels) -> torch.Tensor:
-        """Mean over the labelled patches; 0 where a batch has none (only easy-VQA images)."""
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX
-        )
-        return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
-
-
-def train_tower(tower: CLIPVisionTower) -> CLIPVisionTower:
-    """Make a tower trainable but for its final norm, which lies behind the selected layer: DDP would wait for
-    its gradient."""
-    tower.requires_grad_(True)
-    for name, parameter in tower.named_parameters():
-        if "post_layernorm" in name:
-            parameter.requires_grad_(False)
-    return tower
-
-
-class TowerWithLabels(nn.Module):
-    """Stage 1: vision tower and patch heads."""
-
-    def __init__(self, tower: CLIPVisionTower):
-        super().__init__()
-        self.tower, self.heads = train_tower(tower), PatchLabels()
-
-    def forward(self, images, digit_labels, color_labels):
-        return {"loss": self.heads(self.tower(images), digit_labels, color_labels)}
-
-
-class LlavaWithLabels(nn.Module):
-    """Stage 2: the LLaVA model on many texts per image, with patch heads on the projected visual tokens."""
-
-    def __init__(self, llava, tokenizer):
-        super().__init__()
-        self.llava, self.heads = llava, PatchLabels()
-        train_tower(llava.get_vision_tower())
-        self.register_buffer("prefix", torch.tensor(tokenizer(PREFIX).input_ids), persistent=False)
-        self.aux_weight = 0.0
-
-    def forward(self, images, input_ids, labels, digit_labels, color_labels):
-        embed = self.llava.get_input_embeddings()
-        visual = self.llava.encode_images(images)
-        head = embed(self.prefix).expand(len(images), -1, -1)
-        prefix_length = head.shape[1] + visual.shape[1]
-        positions = torch.cat(
-            [
-                torch.arange(prefix_length),
-                (prefix_length + torch.arange(TEXT_LENGTH)).repeat(TEXTS_PER_IMAGE),
-            ]
-        )
-        hidden = self.llava.model(
-            inputs_embeds=torch.cat([head, visual, embed(input_ids)], 1),
-            position_ids=positions[None].expand(len(images), -1),
-            use_cache=False,
-            text_length=TEXT_LENGTH,
-            prefix_length=prefix_length,
-        ).last_hidden_state
-        answers = labels != IGNORE_INDEX
-        logits = self.llava.lm_head(hidden[:, prefix_length:][answers]).float()
-        loss = F.cross_entropy(logits, labels[answers])
-        # The same modules take part in every step, or DDP would wait for gradients that never come.
-        return {"loss": loss + self.aux_weight * self.heads(visual, digit_labels, color_labels)}
-
-
-class FadeAuxiliaryLoss(TrainerCallback):
-    """The patch loss counts half for the first third, then fades to nothing."""
-
-    def on_step_begin(self, args, state, control, model, **kwargs):
-        model.aux_weight = 0.5 * min(1.0, 1.5 * (1 - state.global_step / state.max_steps))
-
-
-def training_arguments(folder: Path, steps: int, batch: int, lr: float, seed: int) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        learning_rate=lr,
-        seed=seed,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.02},
-        warmup_steps=max(1, steps // 25),
-        adam_beta2=0.98,
-        weight_decay=0.03,
-        max_grad_norm=1.0,
-        bf16=True,
-        use_cpu=True,
-        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-        ddp_find_unused_parameters=False,
-        dataloader_num_workers=0,
-        remove_unused_columns=False,
-        report_to="none",
-        average_tokens_across_devices=False,
-        logging_steps=25,
-        save_steps=250,
-        save_total_limit=1,
-    )
+PROCESSES = 2  # at most; one process takes two batches a step instead
+TOWER_BATCH, BATCH = 16, 8  # images a process: the contrast is among 16
+TOWER_LR, LR, MUON_LR, WEIGHT_DECAY = 1.5e-3, 1e-3, 0.008, 0.03
+TOWER_WARMUP, WARMUP, EASY = 100, 100, 300  # steps
 
 
 class Minutes(TrainerCallback):
-    """Put the seconds spent into every log line, for the model card's curve."""
+    """Put the seconds spent into every log line, for the model card's curve; they go on after an
+    interruption."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.start = time.perf_counter() - before
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.log_history:
             state.log_history[-1]["seconds"] = round(time.perf_counter() - self.start, 1)
 
 
-def run_stage(module: nn.Module, dataset, args: TrainingArguments, callbacks=()) -> list[dict]:
+def training_arguments(
+    folder: Path, options, steps: int, batch: int, lr: float, **schedule
+) -> TrainingArguments:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=PROCESSES // processes,
+        learning_rate=lr,
+        **schedule,
+        adam_beta2=0.98,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=1.0,
+        seed=options.seed,
+        bf16=True,
+        use_cpu=True,
+        ddp_backend="gloo" if processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        # an image's place says how far the training is: scenes become harder
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+        report_to="none",
+        average_tokens_across_devices=False,
+        logging_steps=25,
+        save_steps=options.save_every,
+        save_total_limit=2,
+    )
+
+
+def images_of(args: TrainingArguments) -> int:
+    return args.max_steps * args.per_device_train_batch_size * PROCESSES
+
+
+def run_stage(
+    module: nn.Module, dataset, args: TrainingArguments, validate: Validate, optimizer=None
+) -> list[dict]:
     """Train, or go on from the last checkpoint of an interrupted run; returns the log."""
-    trainer = Trainer(model=module, args=args, train_dataset=dataset, callbacks=[Minutes(), *callbacks])
+    trainer = Trainer(
+        model=module,
+        args=args,
+        train_dataset=dataset,
+        callbacks=[Minutes(), validate],
+        optimizers=(optimizer, None),
+    )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     return trainer.state.log_history
 
 
-def train(options: argparse.Namespace) -> None:
-    """Both stages, by the options of :mod:`mini.train`; what an interrupted run finished is kept."""
-    torch.set_flush_denormal(True)
+def compile_layers(*encoders) -> None:
+    for encoder in encoders:
+        for layer in encoder.layers:
+            layer.compile(dynamic=False)
 
-    work = options.output / "work"
-    stage1 = training_arguments(
-        work / "stage1", options.stage1_steps, 2 * options.batch, 1.5e-3, options.seed
+
+def train_tower(options, tokenizer, folder: Path, target: Path) -> None:
+    """Stage 1, into ``target`` unless that is there."""
+    args = training_arguments(
+        folder,
+        options,
+        options.stage1_steps,
+        TOWER_BATCH,
+        TOWER_LR,
+        warmup_steps=TOWER_WARMUP,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.02},
     )
-    stage2 = training_arguments(work / "stage2", options.stage2_steps, options.batch, 1.2e-3, options.seed)
-    tower_folder = work / "tower"
-    tokenizer = build_tokenizer()
-    processes = stage1.world_size
-
-    with stage1.main_process_first():
-        if not (tower_folder / "untrained").exists():
-            build_vision_tower(tower_folder / "untrained", options.seed)
-    trained_tower, history = tower_folder / "stage1", work / "log.json"
-    select = argparse.Namespace(mm_vision_select_layer=-1)
-    if not (trained_tower / "config.json").exists():
-        tower = CLIPVisionTower(str(tower_folder / "untrained"), select)
-        images = SceneLabels(
-            options.stage1_steps * 2 * options.batch * processes, options.seed, tower.image_processor
-        )
-        log = run_stage(TowerWithLabels(tower), images, stage1)
-        if stage1.should_save:
-            write_text(history, json.dumps({"stage1": log}))
-            tower.image_processor.save_pretrained(trained_tower)
-            tower.vision_tower.save_pretrained(trained_tower)
-    if processes > 1:
+    if not target.exists():
+        clip = build_clip(tokenizer, options.seed)
+        if options.compile:
+            compile_layers(clip.vision_model.encoder)
+        images = Captioned(images_of(args), options.seed, tokenizer)
+        validate = Validate(TowerScores(tokenizer, options.validation), options.validate_every)
+        log = run_stage(SmallClip(clip), images, args, validate)
+        if args.should_save:
+            write_text(folder / "log.json", json.dumps(log))
+            with new_folder(target) as work:
+                save_clip(clip, tokenizer, work)
+    if args.world_size > 1:
         torch.distributed.barrier()
 
-    llava = build_model(trained_tower, tokenizer, options.seed)
+
+def train_answers(options, tokenizer, folder: Path, tower: Path, target: Path) -> None:
+    """Stage 2: the finished model, with both of CLIP's towers, into ``target`` as float16."""
+    steps = options.stage2_steps
+    args = training_arguments(
+        folder,
+        options,
+        steps,
+        BATCH,
+        LR,
+        warmup_steps=WARMUP,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": round((1 - LATE) * steps), "min_lr_ratio": 0.02},
+    )
+    check_length(last_checkpoint(folder), steps)
+    llava = build_model(tower, tokenizer, options.seed)
     llava.config._attn_implementation = (
         SHARED_PREFIX  # the decoder only: the tower has a configuration of its own
     )
-    for layer in (
-        [*llava.model.layers, *llava.get_vision_tower().vision_tower.encoder.layers]
-        if options.compile
-        else []
-    ):
-        layer.compile(dynamic=False)
-    module = LlavaWithLabels(llava, tokenizer)
-    size, processor = (
-        options.stage2_steps * options.batch * processes,
-        llava.get_vision_tower().image_processor,
-    )
-    texts = ImageTexts(size, options.seed + 1_000_000, processor, tokenizer)
-    log = run_stage(module, texts, stage2, [FadeAuxiliaryLoss()])
-    if stage2.should_save:
-        logs = json.loads(history.read_text()) if history.exists() else {}
-        write_text(history, json.dumps({**logs, "stage2": log}))
-        save_llava(llava.half(), tokenizer, options.output)
+    if options.compile:
+        compile_layers(llava.model, llava.get_vision_tower().vision_tower.encoder)
+    module = Answerer(llava, tokenizer)
+    optimizer = build_optimizer(module, MUON_LR, LR, WEIGHT_DECAY)
+    images = Questioned(images_of(args), options.seed, tokenizer, EASY * BATCH * PROCESSES)
+    validate = Validate(AnswerScores(tokenizer, options.validation), options.validate_every)
+    log = run_stage(module, images, args, validate, optimizer)
+    if args.should_save:
+        write_text(folder / "log.json", json.dumps(log))
+        with new_folder(target) as work:
+            save_llava(llava.half(), tokenizer, work)
+            save_clip(CLIPModel.from_pretrained(tower).half(), tokenizer, work / "vision_tower")
+
+
+def check_settings(options, work: Path) -> None:
+    """Refuse to go on with another run's files. Raises SystemExit."""
+    settings = {"seed": options.seed, "stage1_steps": options.stage1_steps}
+    path = work / "settings.json"
+    if path.exists() and (old := json.loads(path.read_text())) != settings:
+        sys.exit(
+            f"error: {options.output} holds a run with {old}, not {settings}: name another --output, or delete it"
+        )
+    write_text(path, json.dumps(settings))
+
+
+def check_length(checkpoint: str | None, steps: int) -> None:
+    """Refuse to change stage 2's length in its last third, which depends on the length. Raises SystemExit."""
+    if checkpoint is None:
+        return
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    done, planned = state["global_step"], state["max_steps"]
+    if steps != planned and done > LATE * min(steps, planned):
+        sys.exit(
+            f"error: stage 2 was planned for {planned} steps and did {done}: it is too late for --stage2-steps {steps}"
+        )
+
+
+def train(options: argparse.Namespace) -> None:
+    """Both stages, by the options of :mod:`mini.train`; what an interrupted run finished is kept."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > PROCESSES:
+        sys.exit(
+            f"error: train with one or two processes, not {processes}: the recipe's batches are shared by two"
+        )
+    torch.set_flush_denormal(True)
+    work = options.output / "work"
+    check_settings(options, work)
+    tokenizer = build_tokenizer()
+    train_tower(options, tokenizer, work / "stage1", work / "clip")
+    train_answers(options, tokenizer, work / "stage2", work / "clip", options.output / "checkpoint")

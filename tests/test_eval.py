@@ -66,7 +66,7 @@ def test_of_two_records_the_later_counts_and_those_of_other_settings_do_not(tmp_
         assert len(log) == 0
 
 
-def cell_of(row: str, task: str = "mini_color", limit: int | None = 4, data: str = "feed") -> Cell:
+def cell_of(row: str, task: str = "mini_attribute", limit: int | None = 4, data: str = "feed") -> Cell:
     spec = rows(TABLE, "mini").get(row, Row("mini", Compression(method="vanilla"), name=row))
     own = {**row_identity(spec), "blind": False, **({} if row in rows(TABLE, "mini") else {"name": row})}
     settings = {"row": own, "task": {"name": task}, "data": {"sha256": data}, "run": {**RUN, "limit": limit}}
@@ -104,17 +104,17 @@ def test_finished_cells_are_kept_and_others_done_again(tmp_path):
     fill(cells, output, devices=["cpu"])
     fill(cells, output, devices=["cpu"])
     assert calls(output) == {
-        "mini.vanilla.mini_color": 1,
-        "mini.raises.mini_color": 2,
-        "mini.fastv.mini_color": 1,
+        "mini.vanilla.mini_attribute": 1,
+        "mini.raises.mini_attribute": 2,
+        "mini.fastv.mini_attribute": 1,
     }
     cells[2].path(output).write_text('{"status": "o')
     fill([cell_of("vanilla", limit=3), cell_of("fastv")], output, devices=["cpu"])
     fill([cell_of("vanilla", limit=3, data="other")], output, devices=["cpu"])
     assert calls(output) == {
-        "mini.vanilla.mini_color": 3,
-        "mini.raises.mini_color": 2,
-        "mini.fastv.mini_color": 2,
+        "mini.vanilla.mini_attribute": 3,
+        "mini.raises.mini_attribute": 2,
+        "mini.fastv.mini_attribute": 2,
     }
 
 
@@ -177,7 +177,7 @@ def test_a_cells_summary_counts_documents_in_order():
         {"tokens": [6, 3], "seconds": 0.25},
         {"tokens": [], "seconds": 1.0},
     ]
-    cell = summary(0.75, get_task("mini_color"), samples, records)
+    cell = summary(0.75, get_task("mini_attribute"), samples, records)
     assert (
         cell["score"] == 75 and cell["correct"] == [1, 0, 1, 1] and cell["n"] == 4 and cell["seconds"] == 1.75
     )
@@ -248,7 +248,7 @@ def fill_results(folder: Path, compressed: int = 70, failed: bool = False) -> No
     for row, percent in rows.items():
         for kind in TYPES:
             cell = stored(
-                TABLE, row, f"mini_{kind}", share(60 if (row, kind) == ("vanilla", "color") else percent)
+                TABLE, row, f"mini_{kind}", share(60 if (row, kind) == ("vanilla", "attribute") else percent)
             )
             if failed and (row, kind) == ("r50", "reading"):
                 cell = {**cell, "status": "failed", "reason": "OutOfMemoryError: too large"}
@@ -279,7 +279,7 @@ def test_report_shows_measured_and_printed_figures(tmp_path):
     fill_results(tmp_path)
     text = report.write_report(tmp_path, TABLE)
     mini = table_rows(text, "## The embedded model")
-    assert mini[""][:3] == ["FLOPs", "reading", "position"] and mini[""][5] == "color †"
+    assert mini[""][:3] == ["FLOPs", "reading", "position"] and mini[""][5] == "attribute †"
     assert mini["vanilla"][0] == "100%" and mini["vanilla"][1] == "90.0 ± 3.0" and mini["vanilla"][-1] == "24"
     assert mini["vanilla"][-3] == f"90.0 ± {3 / 7**0.5:.1f}"  # Avg leaves colour out
     pair = 100 * np.std([1.0] * 20 + [0.0] * 80, ddof=1) / 10 / 7**0.5
@@ -328,7 +328,7 @@ def test_what_counts_is_decided_without_the_compressed_rows(tmp_path):
         chosen.append(
             Measured(TABLE, "mini", list(read_cells(tmp_path / str(compressed)).values()), majority).averaged
         )
-    assert chosen[0] == chosen[1] == [f"mini_{kind}" for kind in TYPES if kind != "color"]
+    assert chosen[0] == chosen[1] == [f"mini_{kind}" for kind in TYPES if kind != "attribute"]
 
 
 def test_a_failed_and_a_missing_cell_show_and_leave_the_averages_empty(tmp_path):
@@ -471,7 +471,7 @@ def test_harness_command_line_from_a_plain_checkout(checkpoint, tmp_path):
             "--model_args",
             arguments,
             "--tasks",
-            "mini_color",
+            "mini_attribute",
             "--limit",
             "6",
             "--batch_size",
@@ -492,7 +492,7 @@ def test_harness_command_line_from_a_plain_checkout(checkpoint, tmp_path):
         },
     )
     (result,) = (tmp_path / "out").rglob("*results.json")
-    assert "exact_match,none" in json.loads(result.read_text())["results"]["mini_color"]
+    assert "exact_match,none" in json.loads(result.read_text())["results"]["mini_attribute"]
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
 
 

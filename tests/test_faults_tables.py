@@ -33,11 +33,11 @@ def make_plan(tmp_path, monkeypatch):
     """Plans of Table 1 with rows in ``tmp_path``/configs and questions that nobody reads."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.setattr(suites, "CONFIGS", tmp_path / "configs")
-    entry = {"majority_share": 0.25, "file_sha256": "f", "content_sha256": "c", "file": "color.parquet"}
-    manifest = {"questions": 4, "seed": 1, "sha256": "feed", "types": {"color": entry, "reading": entry}}
+    entry = {"majority_share": 0.25, "file_sha256": "f", "content_sha256": "c", "file": "attribute.parquet"}
+    manifest = {"questions": 4, "seed": 1, "sha256": "feed", "types": {"attribute": entry, "reading": entry}}
     monkeypatch.setattr("libra.mini.benchmark.write_benchmark", lambda _: manifest)
 
-    def make(rows=("r50",), tasks=("color",), **more):
+    def make(rows=("r50",), tasks=("attribute",), **more):
         return planning.plan(TABLE, "mini", list(rows), list(tasks), benchmark=tmp_path, **more)
 
     make.manifest = manifest
@@ -77,13 +77,13 @@ def test_b1_a_row_edited_while_its_table_runs_takes_no_part_in_it(make_plan, tmp
 
 @pytest.mark.parametrize("changed", ["checkpoint", "code", "benchmark"])
 def test_b1_what_changes_between_plan_and_worker_fails_the_cell(make_plan, tmp_path, changed):
-    (tmp_path / "color.parquet").write_bytes(b"questions")
-    make_plan.manifest["types"]["color"]["file_sha256"] = file_digest(tmp_path / "color.parquet")
+    (tmp_path / "attribute.parquet").write_bytes(b"questions")
+    make_plan.manifest["types"]["attribute"]["file_sha256"] = file_digest(tmp_path / "attribute.parquet")
     (cell,) = make_plan().cells
     loaded = {name: cell.settings["run"][name] for name in ("checkpoint", "code")}
     check_unchanged(cell, loaded)
     if changed == "benchmark":
-        (tmp_path / "color.parquet").write_bytes(b"others")
+        (tmp_path / "attribute.parquet").write_bytes(b"others")
     else:
         loaded[changed] = {"sha256": "another"}
     with pytest.raises(
@@ -282,16 +282,16 @@ def put(folder: Path, *cells: dict) -> Path:
 
 def test_b3_only_cells_that_fit_are_shown_and_the_others_named(tmp_path):
     late = "2026-02-02T00:00:00+00:00"
-    fits = [stored(TABLE, row, "mini_color", share(90), date=late) for row in ("vanilla", "r50")]
-    settings = stored(TABLE, "r67", "mini_color", share(10))["settings"]
+    fits = [stored(TABLE, row, "mini_attribute", share(90), date=late) for row in ("vanilla", "r50")]
+    settings = stored(TABLE, "r67", "mini_attribute", share(10))["settings"]
     compression = {**settings["row"]["compression"], "ratio": 0.9}
     other_ratio = {**settings, "row": {**settings["row"], "compression": compression}}
     others = [
-        stored(TABLE, "r67", "mini_color", share(10), settings=other_ratio),
-        stored(TABLE, "fastv", "mini_color", share(10), run={**RUN, "limit": 20}),
-        stored(TABLE, "turbo", "mini_color", share(10), run={**RUN, "checkpoint": {"sha256": "other"}}),
-        stored(TABLE, "random", "mini_color", share(10), run={**RUN, "code": {"libra": "old"}}),
-        stored(TABLE, "blind", "mini_color", share(10), run={**RUN, "dtype": "float16"}),
+        stored(TABLE, "r67", "mini_attribute", share(10), settings=other_ratio),
+        stored(TABLE, "fastv", "mini_attribute", share(10), run={**RUN, "limit": 20}),
+        stored(TABLE, "turbo", "mini_attribute", share(10), run={**RUN, "checkpoint": {"sha256": "other"}}),
+        stored(TABLE, "random", "mini_attribute", share(10), run={**RUN, "code": {"libra": "old"}}),
+        stored(TABLE, "blind", "mini_attribute", share(10), run={**RUN, "dtype": "float16"}),
         stored(
             TABLE, "r50", "mini_reading", share(10), settings={**fits[1]["settings"], "data": {"sha256": "d"}}
         ),
@@ -310,7 +310,7 @@ def test_b3_only_cells_that_fit_are_shown_and_the_others_named(tmp_path):
     ):
         assert f"- left out: {line}\n" in text
     csv = (tmp_path / "table1.csv").read_text()
-    assert "mini,fastv" not in csv and "mini,r50,mini_color" in csv
+    assert "mini,fastv" not in csv and "mini,r50,mini_attribute" in csv
 
 
 def test_b3_another_checkpoint_stands_in_heading_captions_and_command(make_plan, tmp_path):
@@ -346,7 +346,7 @@ def test_b3_another_checkpoint_stands_in_heading_captions_and_command(make_plan,
 
 
 def test_b3_cells_of_other_versions_are_shown_as_such(tmp_path):
-    cells = [stored(TABLE, row, "mini_color", share(90)) for row in ("vanilla", "fastv", "r50")]
+    cells = [stored(TABLE, row, "mini_attribute", share(90)) for row in ("vanilla", "fastv", "r50")]
     cells[2]["versions"] = {"python": "3", "torch": "1"}
     text = report.write_report(put(tmp_path, *cells), TABLE)
     assert "Libra-Merging, 50%" in table_rows(text, "## The embedded model")
@@ -388,27 +388,30 @@ WRONG = {
 
 @pytest.mark.parametrize("damage", ["torn", *WRONG])
 def test_c3_a_cell_that_cannot_be_read_is_an_empty_cell(damage, tmp_path):
-    cells = [stored(TABLE, row, "mini_color", share(50, 4)) for row in ("vanilla", "r50")]
-    place = put(tmp_path / "table1", *cells) / "cells" / "mini.r50.mini_color.json"
+    cells = [stored(TABLE, row, "mini_attribute", share(50, 4)) for row in ("vanilla", "r50")]
+    place = put(tmp_path / "table1", *cells) / "cells" / "mini.r50.mini_attribute.json"
     assert read_cell(place) == cells[1]
     text = json.dumps(cells[1])
     place.write_text(text[: len(text) // 2] if damage == "torn" else json.dumps(WRONG[damage](cells[1])))
-    assert read_cell(place) is None and read_cells(tmp_path / "table1")["mini.vanilla.mini_color"] == cells[0]
+    assert (
+        read_cell(place) is None
+        and read_cells(tmp_path / "table1")["mini.vanilla.mini_attribute"] == cells[0]
+    )
     if damage not in ("torn", "empty"):
         return  # the report reads them all alike
     text = report.write_report(tmp_path / "table1", TABLE)
     assert shown_rows(text) == ["vanilla"]
-    assert "- left out: mini.r50.mini_color, which cannot be read" in text
+    assert "- left out: mini.r50.mini_attribute, which cannot be read" in text
 
 
 def test_c3_a_damaged_cell_is_computed_again_and_the_others_are_kept(tmp_path):
     cells, output = [cell_of("vanilla"), cell_of("r50")], tmp_path / "table1"
     fill(cells, output)
     cells[1].path(output).write_text("{}")
-    (output / "cells" / ".mini.r50.mini_color.json.7-7.tmp").write_text("of a run that was killed")
+    (output / "cells" / ".mini.r50.mini_attribute.json.7-7.tmp").write_text("of a run that was killed")
     assert fill(cells, output) == (0, []) and all(cell.is_finished(output) for cell in cells)
     calls = {path.name: path.stat().st_size for path in (output / "calls").iterdir()}
-    assert calls == {"mini.vanilla.mini_color": 1, "mini.r50.mini_color": 2}
+    assert calls == {"mini.vanilla.mini_attribute": 1, "mini.r50.mini_attribute": 2}
     assert sorted(path.name for path in (output / "cells").iterdir()) == sorted(
         cell.path(output).name for cell in cells
     )
@@ -440,7 +443,7 @@ def test_e5_a_cell_is_on_the_disk_when_it_is_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     fill([cell_of("vanilla")], tmp_path / "table1")
     cells = str(tmp_path / "table1" / "cells")
-    assert synced[-1] == cells and synced[-2].startswith(f"{cells}/.mini.vanilla.mini_color.json.")
+    assert synced[-1] == cells and synced[-2].startswith(f"{cells}/.mini.vanilla.mini_attribute.json.")
     with log_at(tmp_path / "samples" / "log.jsonl") as log:
         assert synced[-1] == str(tmp_path / "samples")  # its name
         log.append([{"task": "t", "doc_id": 0, "answer": "a"}])
@@ -494,14 +497,17 @@ def test_e9_what_is_published_comes_from_a_clean_commit(checkout, tmp_path, caps
 def test_e9_cells_of_an_edited_checkout_are_not_published(checkout, tmp_path):
     from eval.cells import code
 
-    put(tmp_path / "table1", stored(TABLE, "vanilla", "mini_color", share(90), commit="abc-dirty"))
+    put(tmp_path / "table1", stored(TABLE, "vanilla", "mini_attribute", share(90), commit="abc-dirty"))
     with pytest.raises(
-        ValueError, match="1 of 1 cells were computed in an edited checkout, mini.vanilla.mini_color at abc-d"
+        ValueError,
+        match="1 of 1 cells were computed in an edited checkout, mini.vanilla.mini_attribute at abc-d",
     ):
         report.write_report(tmp_path / "table1", TABLE, publish=tmp_path / "published")
     assert not (tmp_path / "published").exists() and (tmp_path / "table1" / "table1.md").exists()
     # Unless all that was edited took no part in the answers.
-    own = stored(TABLE, "vanilla", "mini_color", share(90), run={**RUN, "code": code()}, commit="abc-dirty")
+    own = stored(
+        TABLE, "vanilla", "mini_attribute", share(90), run={**RUN, "code": code()}, commit="abc-dirty"
+    )
     text = report.write_report(put(tmp_path / "table1", own), TABLE, publish=tmp_path / "published")
     assert "dirty" not in text and (tmp_path / "published" / "table1.md").exists()
     (checkout / "code.py").write_text("2")
@@ -510,8 +516,8 @@ def test_e9_cells_of_an_edited_checkout_are_not_published(checkout, tmp_path):
 
 def test_e9_no_error_is_told_that_the_answers_do_not_carry(tmp_path):
     cells = [
-        stored(TABLE, "vanilla", "mini_color", share(100, 6)),
-        stored(TABLE, "r50", "mini_color", [1.0, 0.0] * 3),
+        stored(TABLE, "vanilla", "mini_attribute", share(100, 6)),
+        stored(TABLE, "r50", "mini_attribute", [1.0, 0.0] * 3),
         stored(TABLE, "vanilla", "mini_reading", share(100)),
         stored(TABLE, "r50", "mini_reading", share(90)),
     ]
@@ -519,7 +525,8 @@ def test_e9_no_error_is_told_that_the_answers_do_not_carry(tmp_path):
     rows = table_rows(text, "## The embedded model")
     column = {name: number for number, name in enumerate(rows[""])}
     assert (
-        rows["vanilla"][column["color"]] == "100.0" and rows["Libra-Merging, 50%"][column["color"]] == "50.0"
+        rows["vanilla"][column["attribute"]] == "100.0"
+        and rows["Libra-Merging, 50%"][column["attribute"]] == "50.0"
     )
     assert (
         rows["vanilla"][column["reading"]] == "100.0"
@@ -529,7 +536,7 @@ def test_e9_no_error_is_told_that_the_answers_do_not_carry(tmp_path):
 
 
 def test_e9_rows_that_were_not_chosen_are_not_printed(tmp_path):
-    cells = [stored(TABLE, row, "mini_color", share(50)) for row in ("vanilla", "r50")]
+    cells = [stored(TABLE, row, "mini_attribute", share(50)) for row in ("vanilla", "r50")]
     cells.append(stored(TABLE, "r50", "gqa", share(60), suite="llava7b"))
     text = report.write_report(put(tmp_path, *cells), TABLE)
     assert shown_rows(text) == ["vanilla", "Libra-Merging, 50%"]
@@ -560,14 +567,14 @@ def test_e9_a_dry_run_tells_the_time_from_the_published_tables(tmp_path, monkeyp
     "arguments, status, sentence",
     [
         (
-            ["--tasks", "mini_color", "--model_args", "config=nowhere.yaml"],
+            ["--tasks", "mini_attribute", "--model_args", "config=nowhere.yaml"],
             1,
             "error: nowhere.yaml: there is no such file",
         ),
         (
-            ["--tasks", "mini_colour", "--model_args", "config=configs/mini/r50.yaml"],
+            ["--tasks", "mini_atribute", "--model_args", "config=configs/mini/r50.yaml"],
             1,
-            "error: Tasks not found: mini_colour",
+            "error: Tasks not found: mini_atribute",
         ),
         (["--model_args", "config=configs/mini/r50.yaml"], 1, "error: name tasks with --tasks"),
         (["--config", "nowhere.yaml"], 2, "error: Config file does not exist: nowhere.yaml"),

@@ -56,7 +56,7 @@ def ask(loaded, kind: str, count: int, compression: Compression | None = None, b
     return said, answers, compensated
 
 
-@pytest.mark.parametrize("kind", ["position", "color", "relation"])
+@pytest.mark.parametrize("kind", ["position", "attribute", "relation", "yes_no"])
 def test_it_sees(loaded, kind):
     said, answers, _ = ask(loaded, kind, 32)
     assert np.mean([a == b for a, b in zip(said, answers)]) > 0.8

@@ -19,7 +19,7 @@ from eval.cells import read_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS, SEED = 30, 20_261_126
-TASKS = ("reading", "position", "color", "yes_no")
+TASKS = ("reading", "position", "attribute", "yes_no")
 TIMES = {"seconds", "date", "reused_from"}  # keys of a cell that no two runs share
 
 

@@ -30,7 +30,14 @@ from libra.mini.questions import TYPES
 from libra.rows import Row, get_model
 
 ROOT = Path(__file__).resolve().parent.parent
-LEARNED = ["mini_reading", "mini_position", "mini_relation", "mini_counting", "mini_color", "mini_easy_vqa"]
+LEARNED = [
+    "mini_reading",
+    "mini_position",
+    "mini_relation",
+    "mini_counting",
+    "mini_attribute",
+    "mini_easy_vqa",
+]
 PLACES = [(table, suite) for table in TABLES.values() for suite in ("mini", *table.suites)]
 RATIO_PRINTED_HIGHER = {("next8b", 47): 46, ("next8b", 37): 36}
 
@@ -178,12 +185,12 @@ def test_rows_that_say_the_same_share_their_cells_between_tables(make_plan):
     def hashes(table, **more):
         return {
             (cell.row, cell.task): cell.config_hash
-            for cell in make_plan(table, tasks=["color"], **more).cells
+            for cell in make_plan(table, tasks=["attribute"], **more).cells
         }
 
     one, three, four, five, arena = (hashes(name) for name in ("1", "3", "4", "5", "arena"))
     seven = hashes("7")
-    color = "mini_color"
+    color = "mini_attribute"
     assert one["vanilla", color] == three["vanilla", color] == arena["vanilla", color] == seven["sdpa", color]
     assert one["vanilla", color] != one["blind", color] and seven["vanilla", color] != seven["sdpa", color]
     assert one["turbo", color] == three["merging_r50", color] == arena["l1_turbo", color]
@@ -297,7 +304,7 @@ def test_dry_run_of_a_model_that_is_not_here(monkeypatch, capsys, tmp_path):
 
 
 def test_estimate_scales_by_flops_and_knows_when_it_cannot(make_plan):
-    plan = make_plan("5", tasks=["color", "reading"])
+    plan = make_plan("5", tasks=["attribute", "reading"])
     assert planning.estimate(plan.cells, [], plan.manifest) is None
     vanilla = plan.cells[0].record(result(n=10, seconds=20.0))
     gone = {**vanilla["settings"]["row"], "compression": {"select": "gone"}}
@@ -329,24 +336,24 @@ def test_equal_cells_of_other_tables_are_reused(tmp_path):
     other_limit = replace(cell_of("vanilla", limit=3), row="other")
     assert fill([twin, other_limit, cell_of("raises")], output)[0] == 1
     assert sorted(path.name for path in (output / "calls").iterdir()) == [
-        "mini.other.mini_color",
-        "mini.raises.mini_color",
+        "mini.other.mini_attribute",
+        "mini.raises.mini_attribute",
     ]
     stored = read_json(twin.path(output))
-    assert stored["row"] == "sdpa" and stored["reused_from"] == "table1/mini.vanilla.mini_color"
+    assert stored["row"] == "sdpa" and stored["reused_from"] == "table1/mini.vanilla.mini_attribute"
     assert stored["correct"] == read_json(cell_of("vanilla").path(tmp_path / "table1"))["correct"]
     assert twin.is_finished(output)
     fill([replace(twin, row="flash")], tmp_path / "table4")  # of a cell that was reused itself
     assert (
-        read_json(tmp_path / "table4/cells/mini.flash.mini_color.json")["reused_from"]
-        == "table1/mini.vanilla.mini_color"
+        read_json(tmp_path / "table4/cells/mini.flash.mini_attribute.json")["reused_from"]
+        == "table1/mini.vanilla.mini_attribute"
     )
     assert all(cell["row"] != TURNS for _, cell in finished_beside(output).values())
 
 
 def test_a_full_disk_costs_only_the_cells_it_hits(tmp_path, monkeypatch, capfd):
     output, write = tmp_path / "table1", run.write_text
-    full = {"mini.fastv.mini_color.json": 9, "mini.r50.mini_color.json": 1}  # the latter only once
+    full = {"mini.fastv.mini_attribute.json": 9, "mini.r50.mini_attribute.json": 1}  # the latter only once
 
     def write_text(path, text):
         if full.get(path.name, 0) > 0:
@@ -366,7 +373,7 @@ def test_a_full_disk_costs_only_the_cells_it_hits(tmp_path, monkeypatch, capfd):
     assert (
         lost["row"] == "fastv" and lost["reason"] == "its file could not be written: No space left on device"
     )
-    assert "failed: mini.fastv.mini_color: its file could not be written" in capfd.readouterr().err
+    assert "failed: mini.fastv.mini_attribute: its file could not be written" in capfd.readouterr().err
     assert not [path for path in (output / "cells").iterdir() if path.name.startswith(".")]
     monkeypatch.setattr(report, "write_text", write_text)
     full["table1.csv"] = 1
@@ -470,12 +477,12 @@ def test_avg_rules(tmp_path):
     assert [line[header.index("MME")] for line in lines[at : at + 3]] == ["1502.5", "1500.0", "-2.5"]
     # With one, Avg takes what vanilla and blind show to be learned.
     results(tmp_path / "arena", "arena", {"vanilla": 90, "blind": 30, "l1_libra": 50})
-    results(tmp_path / "arena", "arena", {"blind": 70}, ["mini_color"])
+    results(tmp_path / "arena", "arena", {"blind": 70}, ["mini_attribute"])
     majority = dict.fromkeys(LEARNED, 25.0)
     measured = Measured(get_table("arena"), "mini", list(read_cells(tmp_path / "arena").values()), majority)
     assert (
-        measured.averaged == [task for task in LEARNED if task != "mini_color"]
-        and measured.decided["mini_color"] is False
+        measured.averaged == [task for task in LEARNED if task != "mini_attribute"]
+        and measured.decided["mini_attribute"] is False
     )
 
 
@@ -501,8 +508,8 @@ def test_sim_and_compensation_share_in_report_csv_and_picture(tmp_path):
     assert (counts[5], counts[17], counts.sum()) == (10, 2, 12)
     with open(tmp_path / "table4.csv") as file:
         lines = {(line["row"], line["task"]): line for line in csv.DictReader(file)}
-    assert lines["igm_l5", "mini_color"]["similarity"] == "0.5955"
-    assert lines["igm_l5", "mini_color"]["compensation_share"] == "0.2500"
+    assert lines["igm_l5", "mini_attribute"]["similarity"] == "0.5955"
+    assert lines["igm_l5", "mini_attribute"]["compensation_share"] == "0.2500"
     assert "0.8433" in text.split("### LLaVA-1.5-7B")[1]  # the paper's Sim
 
 
@@ -613,7 +620,9 @@ def test_sim_of_a_run_is_the_one_computed_by_hand():
 
     row = Row.from_yaml(CONFIGS / "mini/table4/igm_l5.yaml")
     model = LibraModel(row.path, device="cpu", batch_size=2)
-    documents = [{"images": [sample.image], "question": sample.question} for sample in samples_of("color", 2)]
+    documents = [
+        {"images": [sample.image], "question": sample.question} for sample in samples_of("attribute", 2)
+    ]
     model.task_dict = {"t": {"test": documents}}
     requests = [
         SimpleNamespace(

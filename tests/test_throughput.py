@@ -21,7 +21,7 @@ def test_each_row_runs_at_each_batch_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         benchmark, "write_benchmark", partial(benchmark.write_benchmark, count=6)
     )  # 300 take a minute
-    flags = ["--limit", "2", "--tasks", "color", "--batch-sizes", "1,2", "--repeats", "2"]
+    flags = ["--limit", "2", "--tasks", "attribute", "--batch-sizes", "1,2", "--repeats", "2"]
     found = tmp_path / "found.json"
     assert throughput.main([*flags, "--benchmark", str(tmp_path / "benchmark"), "--json", str(found)]) == 0
     one_round = [(False, 1)] * 2 + [(False, 2)] + [(True, 1)] * 2 + [(True, 2)]

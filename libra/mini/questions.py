@@ -1,45 +1,67 @@
-"""The question types of the embedded benchmark. Seven are asked about scenes, the eighth is the easy-VQA data
-set.
+"""The question types of the embedded benchmark: twelve about scenes of digits, the last is the easy-VQA data set.
 
 Each maker takes a scene's digits and returns (question, answer), or None where the scene does not allow the
 type.
 """
 
 from collections.abc import Callable
-from functools import cache
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from .scenes import BOARD, COLOR_NAMES, Digit, Split
+from .scenes import BOARD, COLOR_NAMES, Digit
 
 Question = tuple[str, str]
 PLACES = [
     [f"{row} {column}" for column in ("left", "center", "right")] for row in ("top", "middle", "bottom")
 ]
 LETTERS = "ABCD"
+DIRECTIONS = {"right of": (0, 1), "left of": (0, -1), "below": (1, 0), "above": (-1, 0)}
+VALUE_NAMES = tuple(str(value) for value in range(10))
 
 
-def _pick(rng: np.random.Generator, items):
+def pick(rng: np.random.Generator, items):
     return items[int(rng.integers(len(items)))]
 
 
-def _place(digit: Digit) -> str:
+def place_of(digit: Digit) -> str:
     return PLACES[digit.row][digit.column]
 
 
+def _single(digits, attribute: str) -> list[Digit]:
+    """The digits whose value (or colour) no other digit of the scene has."""
+    values = [getattr(digit, attribute) for digit in digits]
+    return [digit for digit, value in zip(digits, values) if values.count(value) == 1]
+
+
+def _absent(rng, digits) -> tuple[int, str]:
+    """Value and colour of a digit that is not there, though mostly its value or its colour is: a hard
+    negative."""
+    present = {(digit.value, digit.color) for digit in digits}
+    while True:
+        digit, kind = pick(rng, digits), rng.integers(5)
+        value = digit.value if kind in (0, 1) else int(rng.integers(10))
+        name = digit.color if kind in (2, 3) else pick(rng, COLOR_NAMES)
+        if (value, name) not in present:
+            return value, name
+
+
 def position(rng, digits) -> Question:
-    digit = _pick(rng, digits)
-    return f"what digit is at the {_place(digit)} ?", str(digit.value)
+    digit = pick(rng, digits)
+    return f"what digit is at the {place_of(digit)} ?", str(digit.value)
 
 
 def color(rng, digits) -> Question:
-    digit = _pick(rng, digits)
-    return f"what color is the digit at the {_place(digit)} ?", digit.color
+    digit = pick(rng, digits)
+    return f"what color is the digit at the {place_of(digit)} ?", digit.color
 
 
 def reading(rng, digits) -> Question:
     return "read all the digits in order .", " ".join(str(digit.value) for digit in digits)
+
+
+def caption(rng, digits) -> Question:
+    return "describe the digits .", " ".join(f"{digit.color} {digit.value}" for digit in digits)
 
 
 def counting(rng, digits) -> Question:
@@ -53,11 +75,8 @@ def counting(rng, digits) -> Question:
             sum(d.row == row for d in digits)
         )
     # Mostly a colour that is there, or the answer would be 0 most of the time.
-    name = _pick(rng, digits).color if rng.random() < 0.75 else _pick(rng, COLOR_NAMES)
+    name = pick(rng, digits).color if rng.random() < 0.75 else pick(rng, COLOR_NAMES)
     return f"how many {name} digits are there ?", str(sum(d.color == name for d in digits))
-
-
-DIRECTIONS = {"right of": (0, 1), "left of": (0, -1), "below": (1, 0), "above": (-1, 0)}
 
 
 def relation(rng, digits) -> Question | None:
@@ -72,67 +91,112 @@ def relation(rng, digits) -> Question | None:
                 pairs.append((name, digit, found))
     if not pairs:
         return None
-    name, digit, found = _pick(rng, pairs)
-    return f"what digit is next {name} the {_place(digit)} one ?", str(found.value)
+    name, digit, found = pick(rng, pairs)
+    return f"what digit is next {name} the {place_of(digit)} one ?", str(found.value)
+
+
+def find(rng, digits) -> Question:
+    """Where something is: a coloured digit, or a digit or a colour that is there once; a fifth of them are
+    nowhere."""
+    if rng.random() < 0.2:
+        value, name = _absent(rng, digits)
+        return f"where is the {name} {value} ?", "nowhere"
+    digit, kind = pick(rng, digits), rng.integers(3)
+    if kind == 0 and digit in _single(digits, "value"):
+        what = str(digit.value)
+    elif kind == 1 and digit in _single(digits, "color"):
+        what = f"{digit.color} one"
+    else:
+        what = f"{digit.color} {digit.value}"
+    return f"where is the {what} ?", place_of(digit)
+
+
+def attribute(rng, digits) -> Question | None:
+    """By content, not by place: the colour of a digit, or the digit of a colour, that is there once."""
+    questions = [(f"what color is the {digit.value} ?", digit.color) for digit in _single(digits, "value")]
+    questions += [(f"what digit is {digit.color} ?", str(digit.value)) for digit in _single(digits, "color")]
+    return pick(rng, questions) if questions else None
+
+
+def extreme(rng, digits) -> Question:
+    word, of = (("smallest", min), ("largest", max))[rng.integers(2)]
+    return f"what is the {word} digit ?", str(of(digit.value for digit in digits))
+
+
+def _wrong(rng, right, others: list, everything):
+    """A false value: by a coin one that another digit of the scene has, a near miss, or any."""
+    near = [value for value in others if value != right]
+    return pick(
+        rng, near if near and rng.random() < 0.5 else [value for value in everything if value != right]
+    )
 
 
 def yes_no(rng, digits) -> Question:
-    """A digit at a place, a colour at a place, or a colour anywhere; yes and no are equally likely."""
-    truth, kind = bool(rng.integers(2)), rng.integers(3)
-    digit = _pick(rng, digits)
+    """Something at a place, or anywhere; yes and no are equally likely, and a no is often a near miss."""
+    truth, kind = bool(rng.integers(2)), rng.integers(5)
+    digit = pick(rng, digits)
+    values, colors = [d.value for d in digits], [d.color for d in digits]
     if kind == 0:
-        value = digit.value if truth else _pick(rng, [v for v in range(10) if v != digit.value])
-        question = f"is the digit at the {_place(digit)} a {value} ?"
+        value = digit.value if truth else _wrong(rng, digit.value, values, range(10))
+        question = f"is the digit at the {place_of(digit)} a {value} ?"
     elif kind == 1:
-        name = digit.color if truth else _pick(rng, [c for c in COLOR_NAMES if c != digit.color])
-        question = f"is the digit at the {_place(digit)} {name} ?"
-    else:
-        present = sorted({d.color for d in digits})
-        absent = [c for c in COLOR_NAMES if c not in present]
+        name = digit.color if truth else _wrong(rng, digit.color, colors, COLOR_NAMES)
+        question = f"is the digit at the {place_of(digit)} {name} ?"
+    elif kind == 2:
+        absent = [name for name in COLOR_NAMES if name not in colors]
         truth = truth or not absent
-        question = f"is there a {_pick(rng, present if truth else absent)} digit ?"
+        question = f"is there a {digit.color if truth else pick(rng, absent)} digit ?"
+    elif kind == 3:
+        value = digit.value if truth else pick(rng, [value for value in range(10) if value not in values])
+        question = f"is there a {value} ?"
+    else:
+        value, name = (digit.value, digit.color) if truth else _absent(rng, digits)
+        question = f"is there a {name} {value} ?"
     return question, "yes" if truth else "no"
 
 
-def multiple_choice(rng, digits) -> Question:
-    """Four options for the digit at a place; other digits of the scene come first as distractors."""
-    digit = _pick(rng, digits)
-    others = rng.permutation(sorted({d.value for d in digits} - {digit.value}))
-    rest = rng.permutation(sorted(set(range(10)) - {digit.value} - set(others.tolist())))
-    options = rng.permutation([digit.value, *[*others[:2], *rest, *others[2:]][:3]]).astype(int).tolist()
-    listing = " ".join(f"{letter} {value}" for letter, value in zip(LETTERS, options))
-    return f"digit at the {_place(digit)} ? {listing}", LETTERS[options.index(digit.value)]
+def listing(options) -> str:
+    return " ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options))
 
 
-# Type → (maker, share of the training questions). Fixed before any compressed result was looked at.
-SCENE_TYPES: dict[str, tuple[Callable[..., Question | None], float]] = {
-    "reading": (reading, 0.10),
-    "position": (position, 0.12),
-    "relation": (relation, 0.18),
-    "counting": (counting, 0.16),
-    "color": (color, 0.12),
-    "yes_no": (yes_no, 0.17),
-    "multiple_choice": (multiple_choice, 0.15),
+def multiple_choice(rng, digits, count: int = 4) -> Question:
+    """``count`` options for the digit or the colour at a place; two others of the scene come first as
+    distractors."""
+    digit = pick(rng, digits)
+    if rng.integers(2):
+        what, right, seen, everything = "digit", str(digit.value), {str(d.value) for d in digits}, VALUE_NAMES
+    else:
+        what, right, seen, everything = "color", digit.color, {d.color for d in digits}, COLOR_NAMES
+    near = rng.permutation(sorted(seen - {right})).tolist()
+    far = rng.permutation(sorted({*everything} - seen)).tolist()
+    wrong = [*near[:2], *far, *near[2:]][: count - 1]
+    options = rng.permutation([right, *wrong]).tolist()
+    return f"{what} at the {place_of(digit)} ? {listing(options)}", LETTERS[options.index(right)]
+
+
+Maker = Callable[[np.random.Generator, tuple[Digit, ...]], Question | None]
+
+
+class SceneType(NamedTuple):
+    """A type of the benchmark: ``small`` as in :func:`~libra.mini.scenes.draw_scene`."""
+
+    make: Maker
+    small: bool | None = None
+
+
+SCENE_TYPES = {
+    "reading": SceneType(reading, small=False),
+    "reading_small": SceneType(reading, small=True),
+    "caption": SceneType(caption, small=False),
+    "caption_small": SceneType(caption, small=True),
+    "position": SceneType(position),
+    "relation": SceneType(relation),
+    "counting": SceneType(counting),
+    "find": SceneType(find),
+    "attribute": SceneType(attribute),
+    "extreme": SceneType(extreme),
+    "yes_no": SceneType(yes_no),
+    "multiple_choice": SceneType(multiple_choice),
 }
 EASY_VQA = "easy_vqa"
 TYPES = (*SCENE_TYPES, EASY_VQA)
-
-
-@cache
-def easy_vqa(split: Split) -> tuple[dict[int, str], dict[int, list[Question]]]:
-    """easy-VQA's own split: image number → file path, and image number → its questions, spelled as ours
-    are."""
-    import easy_vqa as package
-
-    train = split == "train"
-    paths = package.get_train_image_paths() if train else package.get_test_image_paths()
-    questions, answers, images = package.get_train_questions() if train else package.get_test_questions()
-    by_image: dict[int, list[Question]] = {number: [] for number in paths}
-    for question, answer, number in zip(questions, answers, images):
-        by_image[number].append((question.replace("?", " ?"), answer))
-    return paths, by_image
-
-
-def easy_vqa_image(path: str) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")

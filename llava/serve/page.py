@@ -148,7 +148,7 @@ def examples(folder: Path) -> list[list[str]]:
     try:
         from libra.mini.benchmark import scene_sample
 
-        samples = [scene_sample(kind, 0) for kind in ("counting", "color", "reading", "relation")]
+        samples = [scene_sample(kind, 0) for kind in ("counting", "attribute", "reading", "relation")]
     except ImportError:
         return []
     rows = []

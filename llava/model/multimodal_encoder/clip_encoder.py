@@ -1,12 +1,26 @@
 """The CLIP vision tower: pixels in, the features of one hidden layer out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers.utils import logging
 
 from ..settings import tower_config
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' report on weights of a checkpoint that the model does not have."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 class CLIPVisionTower(nn.Module):
@@ -52,12 +66,13 @@ class CLIPVisionTower(nn.Module):
             ValueError: if weights are missing, which transformers would make up.
         """
         if not self.is_loaded:
-            tower, info = CLIPVisionModel.from_pretrained(
-                self.vision_tower_name,
-                config=self._read_config(),
-                device_map=device_map,
-                output_loading_info=True,
-            )
+            with _quiet_loading():  # a whole CLIP also has a text tower; what is missing is asked for below
+                tower, info = CLIPVisionModel.from_pretrained(
+                    self.vision_tower_name,
+                    config=self._read_config(),
+                    device_map=device_map,
+                    output_loading_info=True,
+                )
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(
                     f"the vision tower {self.vision_tower_name} lacks {len(missing)} weights, {missing[0]!r} among them;"

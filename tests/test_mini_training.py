@@ -18,18 +18,18 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, get_scheduler
 
+from libra.mini.scenes import BIG_SIZES, NOTHING, SMALL_SIZES, draw_scene
+from libra.mini.shapes import easy_vqa, easy_vqa_image, see_shape
 from llava.constants import IGNORE_INDEX
 from llava.train.shared_prefix import NAME as SHARED_PREFIX
-from mini.next.answering import VISUAL, Answerer, Questioned, position_steps
-from mini.next.build import GRID, build_clip, build_model, build_tokenizer, image_processor, save_clip
-from mini.next.captions import MOST_TOKENS, near_miss, scene_captions
-from mini.next.contrast import Captioned, caption_ids, contrastive_loss, same_rows
-from mini.next.optimizer import build_optimizer
-from mini.next.packing import EMPTY, PREFIX, SLOT, SLOTS, Encoder, pack
-from mini.next.patches import pixels_of, scene_patches
-from mini.next.questions import TRAINED, ask
-from mini.next.scenes import BIG_SIZES, NOTHING, SMALL_SIZES, draw_scene
-from mini.next.shapes import easy_vqa, easy_vqa_image, see_shape
+from mini.answering import VISUAL, Answerer, Questioned, position_steps
+from mini.build import GRID, build_clip, build_model, build_tokenizer, image_processor, save_clip
+from mini.captions import MOST_TOKENS, near_miss, scene_captions
+from mini.contrast import Captioned, caption_ids, contrastive_loss, same_rows
+from mini.optimizer import build_optimizer
+from mini.packing import EMPTY, PREFIX, SLOT, SLOTS, Encoder, pack
+from mini.patches import pixels_of, scene_patches
+from mini.questions import TRAINED, ask
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -63,7 +63,7 @@ def test_scenes_grow_harder_with_difficulty():
 
 
 def test_no_glyph_is_in_two_splits():
-    from mini.next.scenes import _glyphs
+    from libra.mini.scenes import _glyphs
 
     splits = {split: np.concatenate(numbers) for split, numbers in _glyphs()[1].items()}
     numbers = np.concatenate(list(splits.values()))
@@ -267,7 +267,7 @@ def train(output: Path, *options: str) -> subprocess.Popen:
     command = [
         sys.executable,
         "-m",
-        "mini.next.train",
+        "mini.train",
         "--output",
         str(output),
         "--validation",
@@ -306,7 +306,7 @@ def test_both_stages_run_are_killed_go_on_and_give_a_checkpoint(tmp_path):
 
 
 def test_where_the_class_token_looks():
-    from mini.next.attention import area_under_curve
+    from mini.attention import area_under_curve
 
     scores, positive = torch.tensor([0.1, 0.4, 0.3, 0.2]), torch.tensor([False, True, False, True])
     assert area_under_curve(scores, positive) == 0.75
@@ -314,7 +314,7 @@ def test_where_the_class_token_looks():
 
 
 def test_the_card_draws_both_stages(tmp_path):
-    from mini.next.card import draw, read_log
+    from mini.card import draw, read_log
 
     for stage in ("stage1", "stage2"):
         entries = [

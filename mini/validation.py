@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from libra.mini.questions import EASY_VQA, SCENE_TYPES, pick
+from libra.mini.scenes import draw_scene
+from libra.mini.shapes import easy_vqa, see_shape
 from llava.constants import IGNORE_INDEX
 
 from .answering import VISUAL, Answerer
@@ -15,9 +18,7 @@ from .captions import scene_captions
 from .contrast import SmallClip, caption_ids, similarities
 from .packing import Encoder, pack
 from .patches import THINGS, pixels_of
-from .questions import EASY_VQA, SCENE_TYPES, TRAINED, pick
-from .scenes import draw_scene
-from .shapes import easy_vqa, see_shape
+from .questions import TRAINED
 
 BATCH = 8
 Scores = dict[str, float]  # per cent

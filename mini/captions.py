@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from .questions import pick, place_of
-from .scenes import BOARD, COLOR_NAMES, Digit
-from .shapes import COLORS as SHAPE_COLORS
-from .shapes import SHAPES, Shape
+from libra.mini.questions import pick, place_of
+from libra.mini.scenes import BOARD, COLOR_NAMES, Digit
+from libra.mini.shapes import COLORS as SHAPE_COLORS
+from libra.mini.shapes import SHAPES, Shape
 
 SHORTENED = 0.4  # share of captions that name some of the digits only, so that short texts mean something
 # A question's first words may stand before a shortened caption: methods will show the text tower questions,

@@ -1,4 +1,4 @@
-"""Where the tower's [CLS] token looks; :mod:`mini.next.look` is the command.
+"""Where the tower's [CLS] token looks; :mod:`mini.look` is the command.
 
 Methods such as FasterVLM, VisionZip and VisPruner score visual tokens by its attention in the layer that
 LLaVA selects.
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from transformers import CLIPVisionModel
 
+from libra.mini.scenes import NOTHING, draw_scene
+
 from .build import GRID
 from .patches import pixels_of
-from .scenes import NOTHING, draw_scene
 
 KEPT = (0.5, 0.25, 0.125)  # shares of the patches
 

@@ -5,9 +5,8 @@ from functools import lru_cache
 
 import torch
 
+from libra.mini.questions import Question
 from llava.constants import IGNORE_INDEX
-
-from .questions import Question
 
 SLOTS, SLOT = 11, 26  # tokens a slot; a slot holds one to three texts
 PREFIX = "USER :"  # stands before the image

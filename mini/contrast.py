@@ -9,12 +9,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import CLIPModel
 
+from libra.mini.questions import pick
+from libra.mini.scenes import draw_scene
+from libra.mini.shapes import easy_vqa, see_shape
+
 from .build import GRID
 from .captions import MOST_TOKENS, scene_captions, shape_captions
 from .patches import PatchHeads, scene_patches, shape_patches
-from .questions import pick
-from .scenes import draw_scene
-from .shapes import easy_vqa, see_shape
 
 EASY_VQA_SHARE = 1 / 16
 LARGEST_SCALE = 60.0

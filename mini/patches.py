@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from libra.mini.scenes import COLOR_NAMES, Scene
+from libra.mini.shapes import COLORS as SHAPE_COLORS
+from libra.mini.shapes import SHAPES, Shape
 from llava.constants import IGNORE_INDEX
 
 from .build import WIDTH
-from .scenes import COLOR_NAMES, Scene
-from .shapes import COLORS as SHAPE_COLORS
-from .shapes import SHAPES, Shape
 
 THINGS = (*(str(value) for value in range(10)), *SHAPES)
 PAINTS = (*COLOR_NAMES, *(name for name in SHAPE_COLORS if name not in COLOR_NAMES), "<none>")

@@ -8,15 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
+from libra.mini.questions import pick
+from libra.mini.scenes import FEWEST_DIGITS, MOST_DIGITS, draw_scene
+from libra.mini.shapes import easy_vqa, see_shape
 from llava.constants import IGNORE_INDEX
 
 from .build import GRID
 from .contrast import ramp
 from .packing import PREFIX, SLOT, Encoder, pack
 from .patches import PatchHeads, scene_patches, shape_patches
-from .questions import LATE, ask, pick
-from .scenes import FEWEST_DIGITS, MOST_DIGITS, draw_scene
-from .shapes import easy_vqa, see_shape
+from .questions import LATE, ask
 
 EASY_VQA_SHARE = 1 / 12
 TEXTS = 32  # questions drawn an image, of which about 22 find room
