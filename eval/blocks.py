@@ -9,7 +9,7 @@ import numpy as np
 from .formats import Grid, Line
 from .measured import Measured
 from .plan import flops_ratio
-from .statistics import FEWEST, LEARNED_ABOVE, LEARNED_AT, Figure
+from .statistics import FEWEST, LEARNED_ABOVE, LEARNED_AT, LEARNED_AT_SMALL, Figure
 from .suites import BLIND, NOT_AVERAGED, SUITES, get_task
 
 MARKED = "A difference with * exceeds two of its standard errors."
@@ -114,7 +114,7 @@ def mini_text(measured: Measured) -> list[str]:
     lines = [said]
     if False in measured.decided.values():
         lines.append(
-            f"† not learned, and so outside Avg: the vanilla model is below {LEARNED_AT:.0f}%, or less than "
+            f"† not learned, and so outside Avg: the vanilla model is below {LEARNED_AT:.0f}% ({LEARNED_AT_SMALL:.0f}% for half-size digits), or less than "
             f"{LEARNED_ABOVE:.0f} points above the better of the most frequent answer and the blind run. "
             "No compressed result takes part in this."
         )

@@ -13,7 +13,7 @@ from .cells import TURNS
 from .fitting import fitting
 from .plan import flops_ratio
 from .statistics import Figure, Spread, is_learned, mean_of, paired_difference
-from .suites import BLIND, NOT_AVERAGED, SUITES, Column, Table, columns, suite_rows
+from .suites import BLIND, NOT_AVERAGED, SUITES, Column, Table, columns, get_task, suite_rows
 
 
 class Measured:
@@ -94,7 +94,9 @@ class Measured:
         for task in self.tasks if BLIND in self.rows else ():
             vanilla, blind = self.score("vanilla", task), self.score(BLIND, task)
             if vanilla and blind and task in self.majority:
-                found[task] = is_learned(vanilla.value, self.majority[task], blind.value)
+                found[task] = is_learned(
+                    vanilla.value, self.majority[task], blind.value, get_task(task).learned_at
+                )
         return found
 
     def average(self, row: str, tasks: Sequence[str] | None = None) -> Figure | None:

@@ -6,7 +6,8 @@ from math import sqrt
 
 import numpy as np
 
-LEARNED_AT, LEARNED_ABOVE = 80.0, 25.0  # percent; points above the better of majority and blind
+LEARNED_AT, LEARNED_AT_SMALL = 80.0, 65.0  # percent; of half-size digits, which the tower reads less well
+LEARNED_ABOVE = 25.0  # points above the better of majority and blind
 FEWEST = 30  # answers from which the normal approximation behind ± is usual
 
 
@@ -65,10 +66,10 @@ def mean_of(figures: Iterable[Figure]) -> Figure:
     )
 
 
-def is_learned(vanilla: float, majority: float, blind: float) -> bool:
+def is_learned(vanilla: float, majority: float, blind: float, least: float = LEARNED_AT) -> bool:
     """Whether a question type counts for Avg (all in percent): decided without a look at any compressed
     result."""
-    return vanilla >= LEARNED_AT and vanilla - max(majority, blind) >= LEARNED_ABOVE
+    return vanilla >= least and vanilla - max(majority, blind) >= LEARNED_ABOVE
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from libra.lmms import TASKS
 from libra.rows import Row
 from libra.utils.provenance import REPOSITORY
 
+from .statistics import LEARNED_AT, LEARNED_AT_SMALL
+
 CONFIGS = REPOSITORY / "configs"
 BLIND = "blind"  # the row that is not a file: vanilla on grey images
 BLIND_TITLE = "vanilla, grey images (blind)"
@@ -169,21 +171,26 @@ TABLES = {
             (),
             {
                 "": ("vanilla", BLIND),
-                "after layer 1, 50%": _arena("l1"),
-                "after layer 2, 50%": _arena("l2"),
-                "after layer 5, 50%": _arena("l5"),
-                "after layers 2, 5, 8, 50% each": _arena("h", "pyramiddrop"),
+                "after layer 2, 50%": _arena("q50"),
+                "after layer 2, 75%": _arena("q75"),
+                "after layer 2, 87.5%": _arena("q87"),
+                "after layers 2, 5, 8, 50% each": _arena("h50", "pyramiddrop"),
+                "after layers 2, 5, 8, 75% each": _arena("h75"),
                 "importance: mean over the question's tokens": tuple(
                     f"{place}_{name}_mean"
-                    for place in ("l1", "h")
+                    for place in ("q75", "q87", "h50")
                     for name in ("fastv", "windowed_fastv", "libra")
                 ),
-                "Turbo's λ": ("l1_turbo_lambda05", "l1_turbo_lambda2"),
+                "positions: compact": tuple(
+                    f"{place}_{name}_compact"
+                    for place in ("q75", "h50")
+                    for name in ("windowed_fastv", "libra")
+                ),
             },
             blind=True,
             extras=("sim", "share"),
-            note="Within a section all rows compress after the same layers to the same number of tokens, so they cost the same "
-            "FLOPs. Random pruning is drawn three times.",
+            note="Within a section of one place and rate all rows compress after the same layers to the same number of tokens, "
+            "so they cost the same FLOPs. Random pruning is drawn three times.",
         ),
     )
 }
@@ -194,7 +201,7 @@ class Task:
     """name: in a row's file; harness: in lmms-eval; metric: the score's key; scale: to percent; title: its
     column;
     groups: parts of the benchmark with a column of their own; group_by: the key of a sample's metric that
-    names its part."""
+    names its part; learned_at: what the plain model has at least in a type that it has learned, in per cent."""
 
     name: str
     harness: str
@@ -203,6 +210,7 @@ class Task:
     title: str
     groups: tuple[str, ...] = ()
     group_by: str = ""
+    learned_at: float = LEARNED_AT
 
 
 _DURATIONS = ("short", "medium", "long")
@@ -267,7 +275,9 @@ def get_table(name: str | int) -> Table:
 def get_task(name: str) -> Task:
     """The task a row's file names; ValueError with the known names for any other."""
     if name.startswith("mini_") and (TASKS / f"{name}.yaml").is_file():
-        return Task(name, name, "exact_match", 100, name.removeprefix("mini_").replace("_", " "))
+        title = name.removeprefix("mini_").replace("_", " ")
+        least = LEARNED_AT_SMALL if name.endswith("_small") else LEARNED_AT
+        return Task(name, name, "exact_match", 100, title, learned_at=least)
     if name not in PAPER_TASKS:
         known = [*sorted(path.stem for path in TASKS.glob("mini_*.yaml")), *PAPER_TASKS]
         raise ValueError(f"task {name} is unknown; use one of {', '.join(known)}")

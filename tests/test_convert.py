@@ -350,14 +350,14 @@ def test_bin_shards_come_back_as_safetensors_with_the_same_bits(checkpoint, tmp_
     assert index.keys() == tensors.keys() and set(index.values()) == set(sorted(names)[:2])
 
 
-def test_a_tower_from_elsewhere_moves_in(checkpoint, tmp_path):
-    """A whole CLIP at an absolute path: its vision side is written, and the configuration names it there."""
+@pytest.mark.parametrize("size, comes_back", [(2, True), (17 << 20, False)])
+def test_a_tower_from_elsewhere_moves_in(checkpoint, tmp_path, size, comes_back):
+    """A whole CLIP at an absolute path: the configuration names it in the checkpoint, and its text model comes
+    back where it is small."""
     clip = load_file(checkpoint / "vision_tower/model.safetensors")
     shutil.move(checkpoint / "vision_tower", tmp_path / "clip")
-    save_file(
-        {**clip, "text_model.final_layer_norm.bias": torch.ones(2), "logit_scale": torch.tensor(1.0)},
-        tmp_path / "clip/model.safetensors",
-    )
+    text = {"text_model.final_layer_norm.bias": torch.ones(size), "logit_scale": torch.tensor(1.0)}
+    save_file({**clip, **text}, tmp_path / "clip/model.safetensors")
     change_config(checkpoint, mm_vision_tower=str(tmp_path / "clip"))
     convert(str(checkpoint), str(tmp_path / "hf"))
     shutil.rmtree(tmp_path / "clip")
@@ -368,7 +368,8 @@ def test_a_tower_from_elsewhere_moves_in(checkpoint, tmp_path):
         "mm_vision_tower": "vision_tower",
     }
     back = load_file(tmp_path / "back/vision_tower/model.safetensors")
-    assert back.keys() == clip.keys() and all(torch.equal(back[name], clip[name]) for name in clip)
+    expected = {**clip, **text} if comes_back else clip
+    assert back.keys() == expected.keys() and all(torch.equal(back[name], expected[name]) for name in back)
     load_pretrained_model(str(tmp_path / "back"), None, "llava", device="cpu")
 
 

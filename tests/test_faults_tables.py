@@ -65,13 +65,13 @@ def test_b1_a_row_edited_while_its_table_runs_takes_no_part_in_it(make_plan, tmp
         cell["settings"]["row"]["compression"]["ratio"] == 0.5 and cell["score"] == 50.0
     )  # settings and answers agree
     shown = table_rows(report.write_report(output, TABLE, plan=plan), "## The embedded model")
-    assert shown["Libra-Merging, 50%"][5] == "50.0"  # the run's own table has it, under the row as it was
+    assert shown["Libra-Merging, 50%"][9] == "50.0"  # the run's own table has it, under the row as it was
     again = make_plan()
     assert not again.cells[0].is_finished(output)  # and the edited row is another one
     text = report.write_report(output, TABLE, plan=again)
     assert (
         "No cell has been computed yet." in text
-        and "- left out: 1 cell with ratio 0.5, not 0.8 (r50, color)" in text
+        and "- left out: 1 cell with ratio 0.5, not 0.8 (r50, attribute)" in text
     )
 
 
@@ -301,11 +301,11 @@ def test_b3_only_cells_that_fit_are_shown_and_the_others_named(tmp_path):
     rows = table_rows(text, "## The embedded model")
     assert shown_rows(text) == ["vanilla", "Libra-Merging, 50%"] and rows["Libra-Merging, 50%"][1] == ""
     for line in (
-        "1 cell with ratio 0.9, not 0.6667 (r67, color)",
-        "1 cell with limit 20, not none (fastv, color)",
-        "1 cell with another checkpoint (turbo, color)",
-        "1 cell with other code (random, color)",
-        "1 cell with dtype float16, not float32 (blind, color)",
+        "1 cell with ratio 0.9, not 0.6667 (r67, attribute)",
+        "1 cell with limit 20, not none (fastv, attribute)",
+        "1 cell with another checkpoint (turbo, attribute)",
+        "1 cell with other code (random, attribute)",
+        "1 cell with dtype float16, not float32 (blind, attribute)",
         "1 cell with other questions (r50, reading)",
     ):
         assert f"- left out: {line}\n" in text
@@ -350,7 +350,7 @@ def test_b3_cells_of_other_versions_are_shown_as_such(tmp_path):
     cells[2]["versions"] = {"python": "3", "torch": "1"}
     text = report.write_report(put(tmp_path, *cells), TABLE)
     assert "Libra-Merging, 50%" in table_rows(text, "## The embedded model")
-    assert "- versions: python 3, torch 2\n- other versions: python 3, torch 1 (r50, color)\n" in text
+    assert "- versions: python 3, torch 2\n- other versions: python 3, torch 1 (r50, attribute)\n" in text
 
 
 # Lost or stuck.

@@ -30,14 +30,7 @@ from libra.mini.questions import TYPES
 from libra.rows import Row, get_model
 
 ROOT = Path(__file__).resolve().parent.parent
-LEARNED = [
-    "mini_reading",
-    "mini_position",
-    "mini_relation",
-    "mini_counting",
-    "mini_attribute",
-    "mini_easy_vqa",
-]
+ASKED = [f"mini_{kind}" for kind in TYPES]
 PLACES = [(table, suite) for table in TABLES.values() for suite in ("mini", *table.suites)]
 RATIO_PRINTED_HIGHER = {("next8b", 47): 46, ("next8b", 37): 36}
 
@@ -73,7 +66,7 @@ def test_no_row_file_is_left_out():
 def test_ablations_share_one_set_of_learned_types():
     for table, suite in PLACES:
         if suite == "mini":
-            expected = [f"mini_{kind}" for kind in TYPES] if table.name == "1" else LEARNED
+            expected = ASKED
             assert all(Row.from_yaml(path).tasks == expected for path in row_files(table, suite).values())
 
 
@@ -193,11 +186,11 @@ def test_rows_that_say_the_same_share_their_cells_between_tables(make_plan):
     color = "mini_attribute"
     assert one["vanilla", color] == three["vanilla", color] == arena["vanilla", color] == seven["sdpa", color]
     assert one["vanilla", color] != one["blind", color] and seven["vanilla", color] != seven["sdpa", color]
-    assert one["turbo", color] == three["merging_r50", color] == arena["l1_turbo", color]
-    assert one["r50", color] == three["libra_r50", color] == arena["h_libra", color]
+    assert one["turbo", color] == three["merging_r50", color]
+    assert one["r50", color] == three["libra_r50", color] == arena["h50_libra", color]
     assert four["igm_l5", color] == five["igm", color]
     assert (
-        three["pti_r50", color] == arena["h_average", color]
+        three["pti_r50", color] == arena["h50_average", color]
     )  # select and merge by name or by method: the same answers
     assert len(set(arena.values())) == len(arena)
 
@@ -205,7 +198,7 @@ def test_rows_that_say_the_same_share_their_cells_between_tables(make_plan):
 def test_timed_tables_have_one_cell_of_turns_a_task(make_plan):
     plan = make_plan("6", limit=3)
     turns = [cell for cell in plan.cells if cell.row == TURNS]
-    assert [cell.task for cell in turns] == LEARNED and {cell.limit for cell in turns} == {3}
+    assert [cell.task for cell in turns] == ASKED and {cell.limit for cell in turns} == {3}
     assert [name for name, _ in turns[0].turns] == [
         "vanilla",
         "fastv_r50",
@@ -235,18 +228,18 @@ def test_dry_run_tells_rows_cells_and_hours_and_writes_nothing(make_plan, tmp_pa
     arguments = ["--table", "3", "--dry-run", "--output", str(output), "--device", "cpu", "--processes", "2"]
     assert run.main(arguments) == 0
     first = capsys.readouterr().out
-    assert "Table 3: components · The embedded model · 66 cells" in first
+    assert "Table 3: components · The embedded model · 143 cells" in first
     assert re.search(
-        r"About \d+ (seconds|minutes) with 2 workers for 66 cells, judging by the tables in docs/results",
+        r"About \d+ (seconds|minutes) with 2 workers for 143 cells, judging by the tables in docs/results",
         first,
     )
     (line,) = [line.split() for line in first.splitlines() if line.startswith("libra_r67 ")]
-    assert line[-8:] == ["5,", "8", "67%", "35%", "0", "0", "0", "6"]
+    assert line[-8:] == ["5,", "8", "67%", "35%", "0", "0", "0", "13"]
     assert not list(tmp_path.iterdir())
 
     cells = [cell for cell in make_plan("3").cells if cell.row in ("vanilla", "merging_r50")]
     for cell, folder in zip(
-        cells, ["table1"] * 6 + ["table3"] * 6
+        cells, ["table1"] * 13 + ["table3"] * 13
     ):  # vanilla lies in Table 1's folder, Merging in its own
         path = cell.path(tmp_path / folder)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +256,7 @@ def test_dry_run_tells_rows_cells_and_hours_and_writes_nothing(make_plan, tmp_pa
         if line.endswith(tuple("0123456789"))
     }
     assert counts["vanilla"] == ["0", "6", "0", "0"] and counts["merging_r50"] == ["6", "0", "0", "0"]
-    assert counts["libra_r80"] == ["0", "0", "1", "5"] and counts["pti_r67"] == ["0", "0", "0", "6"]
+    assert counts["libra_r80"] == ["0", "0", "1", "5"] and counts["pti_r67"] == ["0", "0", "0", "13"]
     there = ("vanilla", "merging_r50")
     left = [row for name, row in rows(get_table("3"), "mini").items() if name not in there]
     hours = sum(6 * 900.0 * planning.flops_ratio("mini", row.compression) for row in left) / 2 / 3600
@@ -378,7 +371,7 @@ def test_a_full_disk_costs_only_the_cells_it_hits(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(report, "write_text", write_text)
     full["table1.csv"] = 1
     text = report.write_report(output, get_table(1), unwritten=unwritten)
-    assert "FastV, color: failed: its file could not be written: No space left on device" in text
+    assert "FastV, attribute: failed: its file could not be written: No space left on device" in text
     assert text.endswith("\ntable1.csv could not be written: No space left on device\n")
     assert (output / "table1.md").exists() and not (output / "table1.csv").exists()
     full.clear()
@@ -425,7 +418,7 @@ def stage(layer: int, similarity: float | None, part: float) -> dict:
 
 
 def results(
-    folder: Path, table: str, percents: dict[str, int], tasks=LEARNED, suite: str = "mini", **more
+    folder: Path, table: str, percents: dict[str, int], tasks=ASKED, suite: str = "mini", **more
 ) -> Path:
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     for row, percent in percents.items():
@@ -450,8 +443,8 @@ def test_differences_to_vanilla_and_to_the_row_above_and_their_marks(tmp_path):
         rows["IGM-pos"][above] == "" and rows["vanilla"][vanilla] == ""
     )  # the first compressed row has none above
     one = (
-        100 * math.sqrt(0.01 * 0.99 * 100 / 99) / 10 / math.sqrt(6)
-    )  # one question of 100 in each of six types
+        100 * math.sqrt(0.01 * 0.99 * 100 / 99) / 10 / math.sqrt(13)
+    )  # one question of 100 in each of thirteen types
     assert rows["IGM-neg"][above] == f"+1.0 ± {one:.1f} *"
     assert rows["IGM"][vanilla] == "+0.0"
 
@@ -476,12 +469,12 @@ def test_avg_rules(tmp_path):
     assert printed == "63.3" and ours.startswith("40.0 ±") and apart == "-23.3"
     assert [line[header.index("MME")] for line in lines[at : at + 3]] == ["1502.5", "1500.0", "-2.5"]
     # With one, Avg takes what vanilla and blind show to be learned.
-    results(tmp_path / "arena", "arena", {"vanilla": 90, "blind": 30, "l1_libra": 50})
+    results(tmp_path / "arena", "arena", {"vanilla": 90, "blind": 30, "q75_libra": 50})
     results(tmp_path / "arena", "arena", {"blind": 70}, ["mini_attribute"])
-    majority = dict.fromkeys(LEARNED, 25.0)
+    majority = dict.fromkeys(ASKED, 25.0)
     measured = Measured(get_table("arena"), "mini", list(read_cells(tmp_path / "arena").values()), majority)
     assert (
-        measured.averaged == [task for task in LEARNED if task != "mini_attribute"]
+        measured.averaged == [task for task in ASKED if task != "mini_attribute"]
         and measured.decided["mini_attribute"] is False
     )
 
@@ -490,22 +483,22 @@ def test_sim_and_compensation_share_in_report_csv_and_picture(tmp_path):
     results(tmp_path, "4", {"vanilla": 90, "prune_l1": 50}, trace=[])
     results(tmp_path, "4", {"merge_l1": 60}, trace=[stage(1, 0.8433, 0.0)])
     results(tmp_path, "4", {"igm_l5": 60}, trace=[stage(5, 0.5955, 0.25)])
-    results(tmp_path, "4", {"igm_l5": 60}, LEARNED[:1], trace=[stage(5, 0.6955, 0.87)])
+    results(tmp_path, "4", {"igm_l5": 60}, ASKED[:1], trace=[stage(5, 0.6955, 0.87)])
     text = report.write_report(tmp_path, get_table(4))
     rows = table_rows(text, "## The embedded model")
     sim, part = rows[""].index("Sim"), rows[""].index("into compensation")
     assert (rows["Pruning, layer 1"][sim], rows["Merging, layer 1"][sim]) == ("", "0.843")
     assert rows["Merging, layer 1"][part] == ""  # an average has no compensation token
     assert (
-        rows["IGM, layer 5"][sim] == f"{(5 * 0.5955 + 0.6955) / 6:.3f}"
-        and rows["IGM, layer 5"][part] == "35%"
+        rows["IGM, layer 5"][sim] == f"{(12 * 0.5955 + 0.6955) / 13:.3f}"
+        and rows["IGM, layer 5"][part] == "30%"
     )
     assert (tmp_path / "table4_traces.png").read_bytes().startswith(
         b"\x89PNG"
     ) and "table4_traces.png" in text
     measured = Measured(get_table(4), "mini", list(read_cells(tmp_path).values()))
     (counts,) = measured.histograms("igm_l5").values()
-    assert (counts[5], counts[17], counts.sum()) == (10, 2, 12)
+    assert (counts[5], counts[17], counts.sum()) == (24, 2, 26)
     with open(tmp_path / "table4.csv") as file:
         lines = {(line["row"], line["task"]): line for line in csv.DictReader(file)}
     assert lines["igm_l5", "mini_attribute"]["similarity"] == "0.5955"
@@ -542,7 +535,7 @@ def test_times_are_ratios_on_the_same_questions(tmp_path):
     assert libra[column["seconds a question"]].startswith("3.0000 (")
     assert rows["FastV, 80%, eager"][column["seconds a question"]] == "failed (1)"
     assert "(1) FastV, 80%, eager, timing: failed: ImportError: no flash-attn" in text
-    assert "over 18 questions" in text and Spread.of([1, 2, 3, 4, 5]) == Spread(3, 2, 4)
+    assert "over 39 questions" in text and Spread.of([1, 2, 3, 4, 5]) == Spread(3, 2, 4)
 
 
 def test_times_of_the_papers_models(tmp_path):

@@ -18,6 +18,7 @@ from .weights import INDEX, Stored, WeightFile, entries_of, header_of, index_of,
 
 FOLDER = "original"
 _LEFT_OVER = "left_over.safetensors"
+_MOST_LEFT_OVER = 64 << 20  # bytes of a whole CLIP's text model that are kept; a published one's is larger
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,14 @@ class Part:
 
     @property
     def complete(self) -> bool:
-        """Whether a llava-hf folder has a place for all its weights; a whole CLIP has a text model too."""
-        return all(held(self.name, key) or is_buffer(key) for file in self.files for key in file.tensors)
+        """Whether all its weights can be had again: a whole CLIP has a text model too, kept where it is small."""
+        sizes = (
+            stored.nbytes
+            for file in self.files
+            for key, stored in file.tensors.items()
+            if held(self.name, key) is None and not is_buffer(key)
+        )
+        return sum(sizes) <= _MOST_LEFT_OVER
 
 
 def held(part: str, key: str) -> str | None:
@@ -71,7 +78,7 @@ def write_record(stage: Path, parts: list[Part], tensors: dict[str, Stored], tow
                 used = tensors.get(held(part.name, key))
                 if used is not stored and (
                     used is None or not stored.same(used)
-                ):  # a buffer, or a tower that lies twice
+                ):  # a buffer, a text model, or a tower that lies twice
                     left[f"{part.name}/{key}"] = stored
     if left:
         write_files(folder, {_LEFT_OVER: (header_of(left), left)})
