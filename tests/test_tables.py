@@ -255,11 +255,11 @@ def test_dry_run_tells_rows_cells_and_hours_and_writes_nothing(make_plan, tmp_pa
         for line in second.splitlines()
         if line.endswith(tuple("0123456789"))
     }
-    assert counts["vanilla"] == ["0", "6", "0", "0"] and counts["merging_r50"] == ["6", "0", "0", "0"]
-    assert counts["libra_r80"] == ["0", "0", "1", "5"] and counts["pti_r67"] == ["0", "0", "0", "13"]
+    assert counts["vanilla"] == ["0", "13", "0", "0"] and counts["merging_r50"] == ["13", "0", "0", "0"]
+    assert counts["libra_r80"] == ["0", "0", "1", "12"] and counts["pti_r67"] == ["0", "0", "0", "13"]
     there = ("vanilla", "merging_r50")
     left = [row for name, row in rows(get_table("3"), "mini").items() if name not in there]
-    hours = sum(6 * 900.0 * planning.flops_ratio("mini", row.compression) for row in left) / 2 / 3600
+    hours = sum(13 * 900.0 * planning.flops_ratio("mini", row.compression) for row in left) / 2 / 3600
     assert (
         f"About {hours:.1f} hours with 2 workers for 54 cells, judging by earlier cells and FLOPs" in second
     )
