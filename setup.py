@@ -37,6 +37,7 @@ VIDEO = [
 ]  # VideoLLaMA-2's connector, and the frames of video files; lmms-eval asks for av < 16
 LORA = ["peft>=0.21,<0.22"]  # still 0.x: a minor version may change anything
 WEB = ["gradio>=6.31,<7", "pillow<13"]  # gradio 6 asks for pillow < 13
+SERVE = ["fastapi>=0.116,<0.166", "openai>=2.0,<4", "uvicorn>=0.30,<0.55"]
 TRAIN = [
     *MINI,
     *LORA,
@@ -50,8 +51,10 @@ EXTRAS = {
     "video": VIDEO,
     "lora": LORA,
     "web": WEB,
+    # libra/serve/command.py: the classes of transformers' server are no public interface
+    "serve": [*SERVE, "transformers>=5.23,<5.24"],
     "flash": ["flash-attn>=2.7,<3"],
-    "test": [*EVAL, *VIDEO, *TRAIN, *WEB, *TESTS],
+    "test": [*EVAL, *VIDEO, *TRAIN, *WEB, *SERVE, *TESTS],
 }
 
 # The address of the project's pages. Empty: it has none, and nothing names one. Every link of the metadata

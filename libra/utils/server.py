@@ -73,27 +73,41 @@ def refusal(status: int, sentence: str, **headers: str):
 
 
 def guarded(
-    app, hosts: Sequence[str], *, per_minute: int, body_bytes: int, larger: Mapping[str, int] | None = None
+    app,
+    hosts: Sequence[str],
+    *,
+    per_minute: int | None,
+    body_bytes: int,
+    larger: Mapping[str, int] | None = None,
+    origins: Sequence[str] = (),
 ):
     """An ASGI application behind the gate.
 
     Args:
         hosts: names that a request may be addressed to (see :func:`names_of`); others get 400.
         per_minute: requests that change or compute something (not GET) which one client may send; more get
-            429.
+            429. None: any number.
         body_bytes: of a request; more get 413.
         larger: beginnings of paths with another limit.
+        origins: other sites, such as ``https://chat.example``, whose pages may send requests and read the
+            answers.
     """
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    return TrustedHostMiddleware(
-        _Gate(app, _Rate(per_minute), body_bytes, larger or {}), list(hosts), www_redirect=False
-    )
+    origins = tuple(origin.lower().rstrip("/") for origin in origins)
+    gate = _Gate(app, _Rate(per_minute), body_bytes, larger or {}, origins)
+    if origins:
+        gate = CORSMiddleware(gate, origins, allow_methods=("GET", "POST"), allow_headers=("*",))
+    return TrustedHostMiddleware(gate, list(hosts), www_redirect=False)
 
 
 class _Gate:
-    def __init__(self, app, rate: "_Rate", body_bytes: int, larger: Mapping[str, int]):
+    def __init__(
+        self, app, rate: "_Rate", body_bytes: int, larger: Mapping[str, int], origins: tuple[str, ...]
+    ):
         self.app, self.rate, self.body_bytes, self.larger = app, rate, body_bytes, larger
+        self.origins = origins
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
@@ -118,11 +132,12 @@ class _Gate:
         except _TooLarge:
             await answer.refuse()
 
-    @staticmethod
-    def _foreign(headers: dict[str, str]):
+    def _foreign(self, headers: dict[str, str]):
         """The refusal of a request on behalf of another site's page. Browsers say so; other programs need
         not."""
         origin = headers.get("origin")
+        if origin is not None and origin.lower() in self.origins:
+            return None
         same = origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower()
         if same and headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
             return None
@@ -180,9 +195,9 @@ class _Answer:
 
 
 class _Rate:
-    """A bucket of requests for each client, refilled over a minute."""
+    """A bucket of requests for each client, refilled over a minute; None is a bucket without a bottom."""
 
-    def __init__(self, per_minute: int):
+    def __init__(self, per_minute: int | None):
         self.per_minute = per_minute
         self._left: OrderedDict[str, tuple[float, float]] = (
             OrderedDict()
@@ -190,6 +205,8 @@ class _Rate:
 
     def wait(self, client: str) -> float:
         """Takes one request; the seconds until there is one again, 0 where it is granted."""
+        if self.per_minute is None:
+            return 0.0
         now = time.monotonic()
         left, then = self._left.pop(client, (float(self.per_minute), now))
         left = min(self.per_minute, left + (now - then) * self.per_minute / 60)
@@ -198,6 +215,32 @@ class _Rate:
         if len(self._left) > _ADDRESSES:
             self._left.popitem(last=False)
         return 0.0 if granted else max(1.0, (1 - left) * 60 / self.per_minute)
+
+
+async def whole_body(receive) -> bytes | None:
+    """A request's body, read to its end; None where the client has gone before it."""
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+def given_again(body: bytes, receive):
+    """A ``receive`` that gives a body that was read already, and then what follows."""
+    given = False
+
+    async def again():
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body}
+
+    return again
 
 
 @contextmanager
@@ -239,8 +282,12 @@ def ends_in_time(
             signal.signal(number, handler)
 
 
-def serve(app, listener: socket.socket, start_clock: Callable[[], None]) -> None:
-    """Answer requests until SIGTERM or Ctrl-C; inside :func:`ends_in_time`, whose clock it starts then."""
+def serve(app, listener: socket.socket, start_clock: Callable[[], None], grace: int = 1) -> None:
+    """Answer requests until SIGTERM or Ctrl-C; inside :func:`ends_in_time`, whose clock it starts then.
+
+    Args:
+        grace: seconds in which answers that have begun may still come to their end.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -251,7 +298,7 @@ def serve(app, listener: socket.socket, start_clock: Callable[[], None]) -> None
     settings = uvicorn.Config(
         app,
         log_level="warning",
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=grace,
         limit_concurrency=256,
         server_header=False,
         date_header=False,

@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from libra.utils.server import refusal
+from libra.utils.server import given_again, refusal, whole_body
 
 KEPT_SECONDS = 600.0  # after its last use
 KEPT_BYTES = 256 * 2**20  # of all together
@@ -158,12 +158,12 @@ class UploadsOnly:
             return refusal(404, "there is nothing here"), receive
         if scope["method"] != "POST" or path == _UPLOAD:
             return None, receive
-        body = await _whole(receive)
+        body = await whole_body(receive)
         if body is None:
             return refusal(400, "the request broke off"), receive
         if not self._is_harmless(body):
             return refusal(403, "only images that were uploaded here are read"), receive
-        return None, _again(body, receive)
+        return None, given_again(body, receive)
 
     def _is_harmless(self, body: bytes) -> bool:
         """Whether every path in a request's JSON is an upload's."""
@@ -180,29 +180,3 @@ class UploadsOnly:
             if isinstance(value, list):
                 values += value
         return True
-
-
-async def _whole(receive) -> bytes | None:
-    """A request's body; None where the client has gone."""
-    body, more = bytearray(), True
-    while more:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return bytes(body)
-
-
-def _again(body: bytes, receive):
-    """A ``receive`` that gives a body that was read already, and then what follows."""
-    given = False
-
-    async def again():
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body}
-
-    return again

@@ -1,0 +1,5 @@
+"""python -m libra.serve"""
+
+from .command import main
+
+main()
