@@ -42,19 +42,31 @@ def _fraction_left(n: int, ratio: float) -> tuple[int, int]:
     return bottom - top, bottom
 
 
-def keeps(spans: Sequence[Sequence[int]], c: Compression) -> list[list[int]]:
-    """Targets of each span of each row, for B lists of span lengths: :func:`kept` of each."""
-    return [[kept(n, c.ratio, c.rounding) for n in row] for row in spans]
+def keeps(spans: Sequence[Sequence[int]], c: Compression, left: int = 1) -> list[list[int]]:
+    """Targets of each span of each row, for B lists of span lengths.
+
+    left: how many compressions are still to come, this one included; `keep` is reached with the last of them.
+    """
+    return [[_kept_of_span(n, c, left) for n in row] for row in spans]
+
+
+def _kept_of_span(n: int, c: Compression, left: int) -> int:
+    if c.keep is None:
+        return kept(n, c.ratio, c.rounding)
+    if left == 1 or n <= c.keep:
+        return min(n, c.keep)
+    return max(c.keep, kept(n, 1 - (c.keep / n) ** (1 / left), c.rounding))  # equal ratios at each step
 
 
 def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
     """Visual tokens of each of `num_layers` layers, real-valued: N·(1-R)^k after k compressions (§3.4, as
-    Table 1 counts).
+    Table 1 counts), where `keep` stands for the ratio that leaves so many after the last one.
 
     ConfigError when the compression names a layer that the model does not have.
     """
-    c = c.at_depth(num_layers)
-    return [n * (1 - c.ratio) ** sum(done < layer for done in c.layers) for layer in range(num_layers)]
+    stages = c.stages(num_layers)
+    share = 1 - c.ratio if c.keep is None else min(1, c.keep / n) ** (1 / max(1, len(stages)))
+    return [n * share ** sum(done < layer for done in stages) for layer in range(num_layers)]
 
 
 def actual(c: Compression, num_layers: int, spans: Sequence[int]) -> list[int]:
@@ -64,12 +76,13 @@ def actual(c: Compression, num_layers: int, spans: Sequence[int]) -> list[int]:
     spans: lengths of one sample's spans. The compensation tokens are not counted (§3.3: their FLOPs are
     negligible). ConfigError when the compression names a layer that the model does not have.
     """
-    c = c.at_depth(num_layers)
+    stages = c.stages(num_layers)
     lengths, counts = list(spans), []
     for layer in range(num_layers):
+        for done, stage in enumerate(stages):
+            if stage == layer - 1:
+                [lengths] = keeps([lengths], c, len(stages) - done)
         counts.append(sum(lengths))
-        if layer in c.layers:
-            lengths = [kept(n, c.ratio, c.rounding) for n in lengths]
     return counts
 
 

@@ -14,12 +14,15 @@ from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS, natural_layers
 from .utils.names import spelled
 from .utils.sentences import ConfigError, did_you_mean, show
 
-IMPORTANCES = ("last", "mean")
+IMPORTANCES = ("last", "mean", "tower")
+_PLACES = {"input": "before the language model", "tower": "in the vision tower, before the model's projector"}
 SCORE_LAYERS = ("same", "next")
 POSITIONS = ("original", "compact")
 ROUNDINGS = ("round", "floor", "ceil")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 MOST_LAYERS = 10_000
+DEFAULT_RATIO = 0.5
+TOWER_SCORE = "tower_cls|tower_received"
 
 _CHOICES = {
     "method": tuple(METHODS),
@@ -48,18 +51,22 @@ class Compression:
     layers: compress after each of these 0-based layers; kept as a sorted tuple. Empty: nothing is compressed.
         None: at the method's natural places, which `at_depth` finds once the depth of the model is known;
             every door of this package does.
-    ratio: R, the fraction removed at each of them, in [0, 1); a text like "2/3" is that fraction.
+    ratio: R, the fraction removed at each of them, in [0, 1); a text like "2/3" is that fraction. 0.5 where no
+        budget is given.
+    keep: instead of ratio, the tokens that each span is left with after the last compression.
     tau: τ, the similarity above which a token merges (igm only). eta: η of eq. 6's softmax, "mean" (of α) or
         a positive number.
     importance: α is the attention row of the last prompt token ("last", eq. 4), or the "mean" over the text
-        after the image.
+        after the image, or the score of the vision "tower".
     score_layer: α from the "same" layer's query and keys, or the "next" layer's.
     positions: "original" position ids, or "compact" (renumbered).
     rounding: of (1-R)·N to whole tokens, round | floor | ceil. information_weight: λ of Turbo's information
         degree.
     seed: of select random, below 2^64.
 
-    After construction no field but `method` and `layers` is None. Raises ConfigError for a wrong value and
+    as_released: reproduce what the released code does where it is not what its paper says (docs/methods.md).
+
+    After construction no field but `method`, `layers` and one of `ratio` and `keep` is None. Raises ConfigError for a wrong value and
     for a key that would have no effect.
     """
 
@@ -67,17 +74,18 @@ class Compression:
     select: str | None = None
     merge: str | None = None
     layers: tuple[int, ...] | None = None
-    ratio: float = 0.5
+    ratio: float | None = None
     tau: float = 0.7
     eta: str | float = "mean"
-    importance: str = "last"
-    # None stands for the method's own choice, which is same, original and round everywhere but in
-    # PyramidDrop.
+    # None stands for the method's own choice.
+    importance: str | None = None
     score_layer: str | None = None
     positions: str | None = None
     rounding: str | None = None
     information_weight: float = 1.0
     seed: int = 0
+    keep: int | None = None
+    as_released: bool = False
 
     def __post_init__(self):
         if self.method is not None:
@@ -90,7 +98,12 @@ class Compression:
             object.__setattr__(self, key, choice(key, getattr(self, key)))
         for key, value in (
             ("layers", () if self.layers is None and not self.acts else _layers(self.layers)),
-            ("ratio", _ratio(self.ratio)),
+            ("keep", None if self.keep is None else _keep(self.keep, self.ratio)),
+            (
+                "ratio",
+                _ratio(DEFAULT_RATIO if self.ratio is None else self.ratio) if self.keep is None else None,
+            ),
+            ("as_released", _flag("as_released", self.as_released)),
             ("tau", _number("tau", self.tau, lambda v: -1 <= v <= 1, "a number in [-1, 1]")),
             ("eta", _eta(self.eta)),
             (
@@ -100,6 +113,11 @@ class Compression:
             ("seed", _seed(self.seed)),
         ):
             object.__setattr__(self, key, value)
+        if self.layers and self.place != "layers":
+            problem = f"method {self.method} works {_PLACES[self.place]}"
+            raise ConfigError(f"layers: {show(list(self.layers))} has no effect: {problem}; remove layers")
+        if self.place != "layers":
+            object.__setattr__(self, "layers", None)
         for key, why in self._without_effect().items():
             if getattr(self, key) != _default(key, self.method):
                 raise ConfigError(f"{key}: {show(getattr(self, key))} has no effect: {why}; remove {key}")
@@ -156,6 +174,7 @@ class Compression:
         compression."""
         idle = self._without_effect()
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
+        values.pop("keep" if self.keep is None else "ratio", None)
         if values.get("layers") is not None:
             values["layers"] = list(self.layers)
         else:
@@ -180,6 +199,8 @@ class Compression:
 
         Raises ConfigError, opened by `source`, when a compression layer is not among the model's.
         """
+        if problem := self._not_in_layers():
+            raise at(source, ConfigError(problem))
         if self.layers is not None:
             self.check_layers(num_layers, source)
             return self
@@ -188,6 +209,50 @@ class Compression:
             problem = f"layers: a model of {num_layers} layers has no natural place for this method; name the layers"
             raise at(source, ConfigError(problem))
         return replace(self, layers=layers)
+
+    def stages(self, num_layers: int) -> tuple[int, ...]:
+        """The layers of a model of `num_layers` after which there are fewer tokens; -1 is its input."""
+        return self.at_depth(num_layers).layers if self.place == "layers" else (-1,)
+
+    def _not_in_layers(self) -> str:
+        """Why a decoder cannot run this, or an empty string."""
+        problem = ""
+        if self.place != "layers":
+            problem = f"method {self.method} works {_PLACES[self.place]}"
+        elif self.needs:
+            problem = (
+                f"{self.name} needs {self.needs[0].replace('|', ' or ')} of the vision tower or the question"
+            )
+        if problem:
+            problem += ", which attached models and llava cannot host yet; use libra.compress"
+        return problem
+
+    @property
+    def place(self) -> str:
+        """ "layers" (after decoder layers), "input" (before the first one) or "tower" (before the projector)."""
+        return METHODS[self.method].place if self.method else "layers"
+
+    @property
+    def name(self) -> str:
+        """What to call it in a sentence."""
+        return f"method {self.method}" if self.method else f"select {self.select} with merge {self.merge}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The fields of :class:`libra.Context` that the select, the merge and the importance need."""
+        tower = (TOWER_SCORE,) if self.importance == "tower" else ()
+        return tuple(dict.fromkeys((*SELECTORS[self.select].needs, *MERGERS[self.merge].needs, *tower)))
+
+    @property
+    def amount(self) -> str:
+        """How much is kept or removed, in words: "ratio 0.5" or "keep 64"."""
+        return f"ratio {self.ratio:.3g}" if self.keep is None else f"keep {self.keep}"
+
+    @property
+    def reads_importance(self) -> bool:
+        """Whether α makes a difference, as far as is known."""
+        parts = SELECTORS[self.select], MERGERS[self.merge]
+        return any(part.reads is None or "importance" in part.reads for part in parts)
 
     def check_layers(self, num_layers: int, source: str = "") -> None:
         """Raises ConfigError when a compression layer is not among a model's `num_layers` layers."""
@@ -217,16 +282,20 @@ class Compression:
             ("eta", "merge", treatment, chooser),
             ("information_weight", "select", chooser, treatment),
             ("seed", "select", chooser, treatment),
+            ("as_released", "select", chooser, treatment),
         ):
             # Where it is not known what is read, as of most that users register, any key may have an effect.
             if own.reads is not None and key not in own.reads and key not in (other.reads or ()):
                 readers = _readers(what, key)
                 idle[key] = f"it belongs to {what} {', '.join(readers)}, and {what} is {getattr(self, what)}"
-        if all(part.reads is not None and "importance" not in part.reads for part in (chooser, treatment)):
+        if not self.reads_importance:
             # Neither the choice nor the merge reads α, so it does not matter how α is made.
             idle["importance"] = idle["score_layer"] = (
                 f"select {self.select} with merge {self.merge} uses no importance"
             )
+        if self.place != "layers":
+            idle["layers"] = f"method {self.method} works {_PLACES[self.place]}"
+            idle["score_layer"] = f"method {self.method} has no decoder layer to score with"
         return idle
 
 
@@ -245,6 +314,8 @@ def _expand(method: str | None) -> dict[str, str]:
 def _default(key: str, method: str | None) -> Any:
     if key == "layers" and method and not METHODS[method].compresses:
         return ()
+    if key == "ratio":
+        return DEFAULT_RATIO
     return _expand(method).get(key, Compression.__dataclass_fields__[key].default)
 
 
@@ -315,6 +386,22 @@ def _ratio(value: Any) -> float:
             raise ConfigError(f"ratio: {show(value)} is out of range; write {what}")
         return top / bottom
     return _number("ratio", value, lambda v: 0 <= v < 1, what)
+
+
+def _keep(value: Any, ratio: Any) -> int:
+    if ratio is not None:
+        raise ConfigError(
+            f"keep: {show(value)} and ratio: {show(ratio)} both say how much is kept; remove one"
+        )
+    if not _is_whole(value) or not 1 <= value <= 1_000_000:
+        raise ConfigError(f"keep: {show(value)} is not a number of tokens; write 1 or more, such as keep: 64")
+    return int(value)
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}: {show(value)} is not true or false; write one of them")
+    return value
 
 
 def _eta(value: Any) -> str | float:

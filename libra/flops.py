@@ -132,7 +132,7 @@ def _notes(
     if spec.note and own_tokens:
         notes.append(spec.note)
     own_count = METHODS[c.method].own_count if c.method else ""
-    if own_count and len(c.layers) == 1 and c.layers[0] > 0:
+    if own_count and c.layers and len(c.layers) == 1 and c.layers[0] > 0:
         k = c.layers[0]
         earlier = cost(spec, replace(c, layers=(k - 1,)), sequences).total
         notes.append(f"{own_count.format(K=k, before=k - 1)}: layers [{k - 1}] here, {_total(earlier)}.")
@@ -178,11 +178,14 @@ def table(data: dict) -> str:
 
 
 def _describe(c: dict) -> str:
-    if not c.get("layers"):
+    if "select" not in c or c.get("layers") == []:
         return "none (vanilla)"
     name = f"{c['method']}: " if "method" in c else ""
-    layers = f"layer{'s' if len(c['layers']) > 1 else ''} {', '.join(map(str, c['layers']))}"
-    return f"{name}select {c['select']}, merge {c['merge']}, ratio {c['ratio']:.4g}, after {layers}"
+    amount = f"keep {c['keep']}" if "keep" in c else f"ratio {c['ratio']:.4g}"
+    where = "before the language model"
+    if "layers" in c:
+        where = f"after layer{'s' if len(c['layers']) > 1 else ''} {', '.join(map(str, c['layers']))}"
+    return f"{name}select {c['select']}, merge {c['merge']}, {amount}, {where}"
 
 
 def _sequences(lengths: list[int]) -> str:

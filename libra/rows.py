@@ -103,7 +103,7 @@ class Row:
             name = Path(source).stem
             return cls("", _block(mapping, source), name=name, path=source, title=name)
         row = _row(mapping, source)
-        if row.compression.layers is not None:
+        if row.compression.layers is not None or row.compression.place != "layers":
             return row
         return replace(
             row, compression=row.compression.at_depth(get_model(row.model, row.path).layers, row.path)

@@ -6,7 +6,8 @@ imports torch before it is used, so that a configuration is checked without it.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ class Candidates:
     score_rows: "torch.Tensor | None" = None
     row_seeds: "torch.Tensor | None" = None
     context: Context = Context()
+    memo: dict = field(default_factory=dict)  # what a select leaves for the merge of the same method
 
     @cached_property
     def importance_mean(self) -> "torch.Tensor":
@@ -52,9 +54,62 @@ class Candidates:
         count = empty.scatter_add(1, index, valid.to(importance.dtype))
         return (total / count.clamp(min=1)).gather(1, index)
 
+    def choose(self, of_spans: "Callable[..., torch.Tensor]", *given: "torch.Tensor") -> "torch.Tensor":
+        """(B, N) bool: True at what ``of_spans`` chooses, which is called once for all spans of the same size.
+
+        ``given``: tensors (B, N, …); ``of_spans(k, *of_span)`` gets them as (S, n, …) and returns (S, k) places in
+        the spans, k of each.
+        """
+        chosen = self.layout.valid.new_zeros(self.layout.valid.numel())
+        for _, k, index in self.layout.alike():
+            picks = of_spans(k, *(x.flatten(0, 1)[index] for x in given))
+            chosen[index.gather(1, picks)] = True
+        return chosen.view(self.layout.valid.shape)
+
+    @cached_property
+    def flat_index(self) -> "torch.Tensor":
+        """(B, N): the number of each token in the rows one after another."""
+        rows, tokens = self.layout.valid.shape
+        first = self.layout.index.new_ones(rows, 1).cumsum(0) - 1
+        return first * tokens + self.layout.index
+
+    @cached_property
+    def grid_width(self) -> "torch.Tensor":
+        """(B, N): the width of the grid of a token's span.
+
+        Raises ValueError where a grid does not have as many places as its span has tokens.
+        """
+        widths = []
+        for spans, grids in zip(self.layout.spans, self.context.grid, strict=True):
+            widths.append([])
+            for n, grid in zip(spans, grids, strict=True):
+                if math.prod(grid) != n:
+                    raise ValueError(
+                        f"grid: {tuple(grid)} has {math.prod(grid)} places and its span {n} tokens"
+                    )
+                widths[-1] += [int(grid[-1])] * n
+        padded = [row + [1] * (self.layout.tokens - len(row)) for row in widths]
+        return self.layout.index.new_tensor(padded)
+
+    @cached_property
+    def tower_score(self) -> "torch.Tensor":
+        """(B, N) float32: the attention of the vision tower's [CLS] token, or the attention received where the
+        tower has none; of the last layer given."""
+        return tower_score(self.context)
+
     def top(self, scores: "torch.Tensor") -> "torch.Tensor":
         """:func:`top_of_span` of these spans."""
         return top_of_span(scores, self.layout)
+
+
+def tower_score(context: Context) -> "torch.Tensor":
+    """(B, N) float32, see :attr:`Candidates.tower_score`. Raises ValueError where the context has neither score."""
+    given = context.tower_received if context.tower_cls is None else context.tower_cls
+    if given is None:
+        raise ValueError(
+            "the score of the vision tower is not given: give context=libra.Context(tower_cls=…)"
+        )
+    return (given if given.ndim == 2 else given[-1]).float()
 
 
 def check_targets(name: str, is_target, spans: "Spans") -> "torch.Tensor":

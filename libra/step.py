@@ -9,13 +9,13 @@ import torch
 from torch.profiler import record_function
 
 from . import budget
-from .config import Compression
+from .config import TOWER_SCORE, Compression
 from .merge import MERGERS, Matches, check_slots
 from .methods import Context
 from .ops import NOWHERE
 from .ops.reference import group_softmax, merge_groups, ordinals, take
 from .ops.spans import Spans
-from .select import SELECTORS, Candidates, check_targets
+from .select import SELECTORS, Candidates, check_targets, tower_score
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def compress_spans(
         if merge.drops:
             token_weights, tokens = is_target.float(), take(hidden, targets)
         else:
-            token_weights = group_softmax(logits, slot, slots + 1)
+            token_weights = logits if merge.gives_weights else group_softmax(logits, slot, slots + 1)
             if merge.compensates and spans.target_counts != spans.lengths:
                 has_one = (slot == matches.compensation).any(1)
                 mask, slots = torch.cat([mask, has_one[:, None]], 1), slots + 1
@@ -112,30 +112,47 @@ def compress_spans(
 
 def compress(
     hidden: torch.Tensor,
-    importance: torch.Tensor,
+    importance: torch.Tensor | None,
     c: Compression,
     lengths: torch.Tensor | Sequence[int] | None = None,
     spans: Sequence[Sequence[int]] | None = None,
+    context: Context | None = None,
 ) -> Compressed:
-    """Choose target tokens and treat the rest, as one compression layer of §3 does.
+    """Choose target tokens and treat the rest, as one compression of §3 does.
 
     Args:
         hidden: (B, N, D) hidden states of the visual tokens, rows padded on the right.
-        importance: (B, N) attention α of the score row on them (eq. 4); no gradient flows through it.
+        importance: (B, N) attention α of the score row on them (eq. 4); no gradient flows through it. None for
+            methods that read no α, and for ``importance: tower``, which takes the context's.
         c: what to do; ``c.layers`` is not looked at.
         lengths: (B,) visual tokens of each row; all N where None.
         spans: for each row the lengths of its contiguous runs of visual tokens; they sum to its length. One
             run where None.
+        context: what the vision tower, the question and the picture say about the tokens.
 
     Raises:
         ValueError: if shapes, lengths and spans do not agree, there is no row or a row without visual tokens,
-            hidden states are not floating-point numbers, anything but padding is NaN or infinite, or ``c`` is
-            vanilla, which does nothing.
+            hidden states are not floating-point numbers, anything but padding is NaN or infinite, the context
+            lacks what the method needs, or ``c`` is vanilla, which does nothing.
     """
     if not isinstance(c, Compression) or not c.acts:
         raise ValueError(
             "libra.compress needs a libra.Compression that compresses, such as Compression(method='libra')"
         )
+    context = context or Context()
+    if isinstance(hidden, torch.Tensor) and hidden.ndim == 3:
+        context = context.cut(hidden.shape[1])
+    if missing := context.missing([need for need in c.needs if importance is None or need != TOWER_SCORE]):
+        what = missing.replace("|", " or ")
+        raise ValueError(f"{c.name} needs {what}: give context=libra.Context({missing.split('|')[0]}=…)")
+    if importance is None and c.importance == "tower":
+        importance = tower_score(context)
+    elif importance is None and c.reads_importance:
+        raise ValueError(
+            f"{c.name} reads the importance of the visual tokens; give it as the second argument"
+        )
+    if importance is None and isinstance(hidden, torch.Tensor):
+        importance = hidden.new_zeros(hidden.shape[:2])
     _check_tensors(hidden, importance)
     lengths_of = _spans(hidden, lengths, spans)
     layout = Spans.build(lengths_of, budget.keeps(lengths_of, c), hidden.device)
@@ -143,14 +160,17 @@ def compress(
         if not bool((finite[:, : layout.tokens] | ~layout.valid).all()):
             raise ValueError(f"{name} has NaN or infinite numbers; correct the numbers that come in")
     longest, count = layout.tokens, hidden.shape[1]
-    step = compress_spans(hidden[:, :longest], importance[:, :longest], c, layout).trimmed()
-    if longest == count:
-        return step
-    pad = (0, count - longest)  # what is returned per token is as long as what came in
-    groups = torch.nn.functional.pad(step.groups, pad, value=NOWHERE)
+    given = hidden[:, :longest], importance[:, :longest]
+    step = compress_spans(*given, c, layout, context=context.cut(longest)).trimmed()
+    return step if longest == count else _padded(step, count - longest)
+
+
+def _padded(step: Compressed, count: int) -> Compressed:
+    """What is returned per token is as long as what came in: ``count`` columns longer."""
+    groups = torch.nn.functional.pad(step.groups, (0, count), value=NOWHERE)
     names = ("token_weights", "importance", "similarity")
     padded = {
-        name: torch.nn.functional.pad(value, pad)
+        name: torch.nn.functional.pad(value, (0, count))
         for name in names
         if (value := getattr(step, name)) is not None
     }

@@ -74,3 +74,19 @@ def test_a_layer_that_is_not_there_is_named():
     for count in (lambda c: nominal(c, 12, 256), lambda c: actual(c, 12, [256])):
         with pytest.raises(ConfigError, match="layers: 99 is out of range: the model has layers 0 to 11"):
             count(Compression(layers=(99,)))
+
+
+def test_keep_is_reached_with_the_last_compression_in_equal_ratios():
+    c = Compression(method="libra", layers=(1, 3, 5), keep=64)
+    assert actual(c, 8, [512]) == [512, 512, 256, 256, 128, 128, 64, 64]
+    assert nominal(c, 8, 512) == pytest.approx([512, 512, 256, 256, 128, 128, 64, 64])
+    for n in (1, 63, 64, 65, 100, 577, 2880):
+        counts = actual(c, 8, [n, 7])
+        assert counts[-1] == min(n, 64) + 7 and counts == sorted(counts, reverse=True)
+    assert nominal(c, 8, 30) == [30] * 8
+
+
+def test_before_the_language_model_every_layer_has_what_is_kept():
+    c = Compression(method="divprune", keep=64)
+    assert actual(c, 4, [576]) == nominal(c, 4, 576) == [64] * 4
+    assert actual(Compression(method="divprune", ratio="2/3"), 3, [576, 30]) == [202] * 3

@@ -113,6 +113,11 @@ def test_constructor_errors_name_key_value_and_mend():
         ({"eta": 0}, "eta", "0", "positive"),
         ({"eta": float("inf")}, "eta", "inf", "positive"),
         ({"layers": (-1,)}, "layers", "-1", "from 0"),
+        ({"keep": 0}, "keep", "0", "keep: 64"),
+        ({"keep": True}, "keep", "True"),
+        ({"keep": 1.5}, "keep", "1.5"),
+        ({"keep": 64, "ratio": 0.5}, "keep", "64", "ratio: 0.5", "remove one"),
+        ({"method": "cdpruner", "as_released": 1}, "as_released", "1", "true or false"),
         ({"layers": (3, 7, 3)}, "layers", "[3, 7, 3]", "twice"),
         ({"layers": 3}, "layers", "3", "list"),
         ({"layers": "7"}, "layers", "7", "list"),
@@ -121,7 +126,7 @@ def test_constructor_errors_name_key_value_and_mend():
         ({"method": "fastvv"}, "method", "fastvv", "did you mean fastv?", "pyramiddrop"),
         ({"select": "interval"}, "select", "interval", "did you mean intervals?", "topk"),
         ({"merge": "mean"}, "merge", "mean", "igm-neg"),
-        ({"importance": "first"}, "importance", "first", "last, mean"),
+        ({"importance": "first"}, "importance", "first", "last, mean, tower"),
         ({"score_layer": "previous"}, "score_layer", "previous", "same, next"),
         ({"positions": 1}, "positions", "1", "original, compact"),
         ({"rounding": "up"}, "rounding", "up", "round, floor, ceil"),
@@ -150,6 +155,8 @@ def test_constructor_errors_name_key_value_and_mend():
         ({"method": "libra", "seed": 1}, "seed"),
         ({"method": "random", "importance": "mean"}, "importance"),
         ({"method": "random", "score_layer": "next"}, "score_layer"),
+        ({"method": "divprune", "importance": "mean"}, "importance"),
+        ({"method": "divprune", "as_released": True}, "as_released"),
     ],
 )
 def test_a_key_without_effect_is_refused(keys, key):
@@ -188,15 +195,19 @@ def test_in_a_dict_a_key_without_effect_is_refused_even_at_its_default():
 
 
 def all_compressions():
-    for method, select, merge, layers in itertools.product(
-        [None, *METHODS], [None, *SELECTORS], [None, *MERGERS], [None, (), (7, 15, 23)]
-    ):
-        if method == "vanilla" and (select or merge or layers):
+    parts = [(None, s, m) for s in [None, *SELECTORS] for m in [None, *MERGERS]]
+    parts += [(name, s, m) for name in METHODS for s, m in ((None, None), ("topk", "igm"))]
+    for (method, select, merge), layers in itertools.product(parts, [None, (), (7, 15, 23)]):
+        if method and (
+            not METHODS[method].compresses and (select or layers) or layers and not METHODS[method].places
+        ):
             continue
         yield Compression(method=method, select=select, merge=merge, layers=layers)
     others = {"importance": "mean", "score_layer": "next", "positions": "compact", "rounding": "ceil"}
     yield Compression(layers=(1, 2), ratio=2 / 3, tau=-0.3, eta=0.01, **others)
     yield Compression(method="random", layers=(1,), seed=12345)
+    yield Compression(method="cdpruner", keep=64, as_released=True)
+    yield Compression(method="libra", layers=(1, 5), keep=40)
     yield Compression(method="turbo", layers=(1,), information_weight=0.1, ratio=0.1)
     yield Compression(method="pyramiddrop", layers=(1,), rounding="round")
 

@@ -170,6 +170,15 @@ def test_json_is_unrounded_and_says_all(capsys):
     assert data["paper"] == {"table": 1, "flops": 1.41, "percent": 37} and data["notes"]
 
 
+def test_a_method_before_the_language_model(capsys, tmp_path):
+    path = tmp_path / "row.yaml"
+    path.write_text("model: llava-1.5-7b\ncompression: {method: divprune, keep: 64}\n", encoding="utf-8")
+    out = run(capsys, "--config", path)
+    assert "divprune: select divprune, merge drop, keep 64, before the language model" in out
+    assert line(out, "average tokens kept") == "average tokens kept 64 64".split()
+    assert line(out, "0-31")[1] == "64"
+
+
 def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("model: mini\ncompression: {method: libra, layers: [99]}\n", encoding="utf-8")

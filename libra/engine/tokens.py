@@ -199,7 +199,11 @@ class VisualTokenStream:
         with record_function("libra.layout"):
             # A row without visual tokens takes part with one column that is put back untouched.
             spans = [row or [1] for row in self.span_lengths]
-            layout = Spans.build(spans, keeps(spans, self.compression), device)
+            layout = Spans.build(
+                spans,
+                keeps(spans, self.compression, len(self.compression.layers) - len(self.counts) + 1),
+                device,
+            )
             columns = self._columns(layout.tokens)
             importance, owner = self._importance(attention, columns, layout)
         with record_function("libra.gather"):

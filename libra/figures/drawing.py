@@ -270,7 +270,7 @@ def _describe(record: Record) -> str:
     layers = ", ".join(str(stage.layer) for stage in record.trace.stages)
     layers = f"layer{'s' if len(record.trace.stages) > 1 else ''} {layers}"
     name = f"{c.method}: " if c.method else ""
-    return f"{name}select {c.select}, merge {c.merge}, ratio {c.ratio:.3g} after {layers}; {tokens} visual tokens"
+    return f"{name}select {c.select}, merge {c.merge}, {c.amount} after {layers}; {tokens} visual tokens"
 
 
 def _titles(record: Record, number: int) -> tuple[str, str, str]:

@@ -5,7 +5,23 @@ A file holds a method's paper, formula, constants and traits; what several metho
 next to `method` overrides the one that the method sets.
 """
 
-from . import fastv, libra, pyramiddrop, random, turbo, vanilla, windowed_fastv
+from . import (
+    cdpruner,
+    divprune,
+    fastervlm,
+    fastv,
+    hiprune,
+    libra,
+    libra_input,
+    pyramiddrop,
+    random,
+    tome,
+    turbo,
+    vanilla,
+    visionzip,
+    vispruner,
+    windowed_fastv,
+)
 from .context import Context
 from .registry import (
     KEYS,
@@ -20,7 +36,7 @@ from .registry import (
 )
 
 __all__ = [
-    "DEFAULTS", "KEYS", "MERGERS", "METHODS", "SELECTORS", "Context", "Merge", "Method", "Select", "natural_layers",
+    "DEFAULTS", "FILES", "KEYS", "MERGERS", "METHODS", "SELECTORS", "Context", "Merge", "Method", "Select", "natural_layers",
     "register_merge", "register_select",
 ]  # fmt: skip
 
@@ -28,13 +44,17 @@ __all__ = [
 DEFAULTS = {
     "select": "intervals",
     "merge": "igm",
+    "importance": "last",
     "score_layer": "same",
     "positions": "original",
     "rounding": "round",
 }
 
-_FILES = (vanilla, libra, fastv, turbo, windowed_fastv, random, pyramiddrop)
-METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}
+FILES = (
+    vanilla, libra, fastv, turbo, windowed_fastv, random, pyramiddrop,
+    libra_input, fastervlm, divprune, cdpruner, vispruner, hiprune, visionzip, tome,
+)  # fmt: skip
+METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in FILES}
 
 
 def natural_layers(method: str | None, num_layers: int, last: int) -> tuple[int, ...]:

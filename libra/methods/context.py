@@ -1,7 +1,7 @@
 """What a method may look at besides the hidden states and the attention of the decoder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,21 +21,45 @@ class Context:
         queries.
     tower_keys: (B, N, C): attention keys of the tower, averaged over the heads.
     tower_hidden: (B, N, C): hidden states of the tower, before the projector.
-    tower_cls_hidden: (B, C'): the [CLS] token itself, as wide as the hidden states that are compressed.
-    relevance: (B, N): how relevant a token is for the question, larger for more.
+    cls_first: the first token of every span is the [CLS] token's own feature.
+    relevance: (B, N): the mean cosine of CLIP's embedding of a token with those of the question's segments.
     text: for each row (P_i, D): embeddings of the text segments of its question.
     grid: for each row the (h, w) or (t, h, w) of each of its spans, whose product is the span's length.
-    frames: for each row and span the number of video frames.
-    layer_keys: (B, N, C): keys of a decoder layer, averaged over the heads.
     """
 
     tower_cls: "torch.Tensor | None" = None
     tower_received: "torch.Tensor | None" = None
     tower_keys: "torch.Tensor | None" = None
     tower_hidden: "torch.Tensor | None" = None
-    tower_cls_hidden: "torch.Tensor | None" = None
+    cls_first: bool = False
     relevance: "torch.Tensor | None" = None
     text: "Sequence[torch.Tensor] | None" = None
     grid: Sequence[Sequence[tuple[int, ...]]] | None = None
-    frames: Sequence[Sequence[int]] | None = None
-    layer_keys: "torch.Tensor | None" = None
+
+    def cut(self, tokens: int) -> "Context":
+        """The same for the first ``tokens`` tokens of each row.
+
+        Raises ValueError where a field does not have at least as many.
+        """
+        changed = {}
+        for name, first in (
+            ("tower_cls", -1),
+            ("tower_received", -1),
+            ("tower_keys", 1),
+            ("tower_hidden", 1),
+            ("relevance", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                axis = value.ndim - 1 if first == -1 else first
+                if value.shape[axis] < tokens:
+                    raise ValueError(
+                        f"context.{name} has {value.shape[axis]} tokens a row; give all {tokens}"
+                    )
+                changed[name] = value.narrow(axis, 0, tokens)
+        return replace(self, **changed)
+
+    def missing(self, needs: Sequence[str]) -> str:
+        """The first of ``needs`` that is not given, or an empty string; "a|b" asks for one of the two."""
+        lacking = (need for need in needs if all(getattr(self, name) is None for name in need.split("|")))
+        return next(lacking, "")

@@ -20,4 +20,5 @@ METHOD = Method(
         "rounding": "floor",
     },
     places=QUARTERS,
+    deviation="its code counts every step from the original number of tokens, ours from the step before",
 )

@@ -14,7 +14,7 @@ QUARTERS = (Fraction(1, 4), Fraction(2, 4), Fraction(3, 4))
 EARLY = (Fraction(1, 8),)  # after layer 3 of 32
 CONTEXT = frozenset(f.name for f in fields(Context))
 # What a select or a merge may read: the hidden states, the importance α, and these keys of a compression.
-KEYS = ("tau", "eta", "information_weight", "seed")
+KEYS = ("tau", "eta", "information_weight", "seed", "as_released")
 READABLE = frozenset(("hidden", "importance", *KEYS))
 
 
@@ -44,12 +44,14 @@ class Merge:
     function: takes :class:`libra.merge.Matches` and a compression, returns slots and logits;
     compensates: it may make a compensation token;
     drops: targets stay as they are and nothing else is used, so no weights are computed;
+    gives_weights: it returns the weights themselves, not logits of a softmax within each slot;
     reads, needs, trusted: as of :class:`Select`.
     """
 
     function: Callable
     compensates: bool = True
     drops: bool = False
+    gives_weights: bool = False
     reads: frozenset[str] | None = None
     needs: tuple[str, ...] = ()
     trusted: bool = False
@@ -63,9 +65,11 @@ class Method:
     keys: the fields of `Compression` that it sets, the others keep `DEFAULTS`;
     places: the fractions of the depth that lie before each of its compressions where a compression names no
         layers;
+    place: "layers" after decoder layers, "input" before the first one, "tower" before the model's projector;
     compresses: False for the plain model;
     own_count: how the original counts its layer K where that is not "after layer K", as a sentence with the
-        places {K} and {before}; empty where it counts as we do.
+        places {K} and {before}; empty where it counts as we do;
+    cost: what the choice costs; deviation: where ours differs from the released code and why.
     """
 
     name: str
@@ -73,8 +77,11 @@ class Method:
     section: str
     keys: dict[str, str] = field(default_factory=dict)
     places: tuple[Fraction, ...] = EARLY
+    place: str = "layers"
     compresses: bool = True
     own_count: str = ""
+    cost: str = ""
+    deviation: str = ""
 
 
 SELECTORS: dict[str, Select] = {}
@@ -98,7 +105,7 @@ def register_select(
     Args:
         reads: which of "hidden", "importance" and the keys tau, eta, information_weight, seed the choice
             depends on. A configuration may then refuse keys without effect. None: any of them.
-        needs: fields of :class:`libra.Context` that have to be given.
+        needs: fields of :class:`libra.Context` that have to be given; "a|b" asks for one of the two.
         per_interval: it takes one token of each even interval of a span, which figures then show.
 
     Raises:
@@ -116,6 +123,7 @@ def register_merge(
     *,
     compensates: bool = True,
     drops: bool = False,
+    gives_weights: bool = False,
     reads: Iterable[str] | None = None,
     needs: Iterable[str] = (),
     trusted: bool = False,
@@ -131,6 +139,7 @@ def register_merge(
     Args:
         compensates: whether it may send tokens to ``matches.compensation``.
         drops: targets stay as they are and nothing else is used.
+        gives_weights: the second tensor holds the weights themselves, not logits.
         reads, needs: as for :func:`register_select`.
 
     Raises:
@@ -138,7 +147,8 @@ def register_merge(
             ``needs``.
     """
     traits = {"reads": _known("reads", reads, READABLE), "needs": _known("needs", needs, CONTEXT)}
-    traits |= {"compensates": compensates and not drops, "drops": drops, "trusted": trusted}
+    traits |= {"compensates": compensates and not drops, "drops": drops, "gives_weights": gives_weights}
+    traits |= {"trusted": trusted}
     return _register(MERGERS, "merge", name, Merge, traits)
 
 
@@ -147,7 +157,7 @@ def _known(what: str, words: Iterable[str] | None, known: frozenset[str]):
         return None
     words = (words,) if isinstance(words, str) else tuple(words)
     for word in words:
-        if word not in known:
+        if not set(word.split("|")) <= known:
             raise ValueError(f"{what}: {show(word)} is unknown; use {', '.join(sorted(known))}")
     return frozenset(words) if what == "reads" else words
 

@@ -1,6 +1,6 @@
 """The tensor operations of a compression step: torch definitions, and Triton kernels of the same names.
 
-``ops.name`` is the function of :mod:`libra.ops.reference`, imported when it is first used: files that only
+``ops.name`` is the function of :mod:`libra.ops.reference` or :mod:`libra.ops.greedy`, imported when it is first used: files that only
 name methods and their traits start without torch.
 """
 
@@ -12,4 +12,5 @@ _NAMES = (
     "best_of_intervals", "cosine", "first_equal", "flat_rows", "group_softmax", "merge_groups",
     "most_similar", "ordinals", "repack", "score_row", "take",
 )  # fmt: skip
-__getattr__ = lazily(__name__, dict.fromkeys(_NAMES, "reference"))
+_GREEDY = ("cat", "cosines", "farthest_first", "greedy_map", "similarities", "thin_out")
+__getattr__ = lazily(__name__, dict.fromkeys(_NAMES, "reference") | dict.fromkeys(_GREEDY, "greedy"))

@@ -1,6 +1,6 @@
 """The visual tokens of a ragged batch as rows of spans: small tensors that the batched maths indexes with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,6 +58,19 @@ class Spans:
     def one_span(self) -> bool:
         """Whether no row has more than one span."""
         return all(len(row) <= 1 for row in self.spans)
+
+    def alike(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """The spans in groups of the same size: (tokens n, targets k, index (S, n) of their S · n tokens in the
+        rows one after another, (B · N,))."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, (spans, keeps) in enumerate(zip(self.spans, self.keeps)):
+            first = row * self.tokens
+            for n, k in zip(spans, keeps):
+                groups.setdefault((n, k), []).append(first)
+                first += n
+        for (n, k), firsts in groups.items():
+            starts = on_device(firsts, self.device, torch.long)
+            yield n, k, starts[:, None] + torch.arange(n, device=self.device)
 
     @cached_property
     def _rows(self) -> torch.Tensor:

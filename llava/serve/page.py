@@ -27,7 +27,7 @@ REQUEST_BYTES = 256 * 1024  # without an upload
 WAITING = 20  # questions in the queue
 SESSIONS = 100  # browsers whose fields Gradio remembers
 STYLE = ".remark { color: #b45309; font-weight: 600 }"
-METHODS_OFFERED = [name for name, method in METHODS.items() if method.compresses]
+METHODS_OFFERED = [name for name, method in METHODS.items() if method.places]
 
 
 class Mistake(ValueError):
@@ -67,7 +67,8 @@ def fitting_rows(model, folder: Path = CONFIGS) -> dict[str, Compression]:
 def in_words(c: Compression) -> str:
     """A compression in a few words."""
     layers = ", ".join(map(str, c.layers))
-    return f"{c.method or f'{c.select} + {c.merge}'}, {c.ratio:.0%} after {layers}"
+    amount = c.amount if c.ratio is None else f"{c.ratio:.0%}"
+    return f"{c.method or f'{c.select} + {c.merge}'}, {amount} after {layers}"
 
 
 def own_compression(method: str, layers: str, ratio: float) -> Compression:

@@ -1,0 +1,67 @@
+"""Write docs/methods.md from the methods' files: python scripts/methods_page.py (a test compares the two)."""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from libra.config import Compression  # noqa: E402
+from libra.methods import FILES, Method  # noqa: E402
+
+PAGE = ROOT / "docs/methods.md"
+HEAD = """# The methods
+
+Written by `python scripts/methods_page.py` from the files of [libra/methods](../libra/methods); change those, not this page.
+
+A method is a way to choose target tokens (`select`), a way to treat the rest (`merge`) and a place: after decoder layers, at the input
+of the language model, or in the vision tower before the model's own projector. Methods with a place before the language model run with
+`libra.compress(hidden, None, c, context=libra.Context(…))`; attached models and llava refuse them until they can host these places.
+[docs/method.md](method.md) has the equations of Libra-Merging and what its paper leaves open, [docs/contributing.md](contributing.md)
+says how a method is added.
+
+| method | place | select × merge | needs | source |
+|---|---|---|---|---|
+"""
+PLACES = {"layers": "after layers", "input": "input", "tower": "tower"}
+
+
+def plain(text: str) -> str:
+    """A docstring as Markdown: roles become code."""
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
+
+
+def row(method: Method) -> str:
+    needs, parts, place = "", "", PLACES[method.place]
+    if method.compresses:
+        c = Compression(method=method.name)
+        needs = ", ".join(f"`{need}`".replace("|", "` or `") for need in c.needs) or "nothing"
+        needs = "attention of the decoder" if not c.needs and c.reads_importance else needs
+        parts = f"`{c.select}` × `{c.merge}`"
+    else:
+        place = ""
+    return f"| [`{method.name}`](#{method.name}) | {place} | {parts} | {needs} | {method.section} |"
+
+
+def section(file) -> str:
+    method = file.METHOD
+    title, _, text = file.__doc__.strip().partition("\n\n")
+    lines = [f"## {method.name}", "", plain(" ".join(title.split()))]
+    if text:
+        lines += ["", *(plain(" ".join(part.split())) + "\n" for part in text.split("\n\n"))]
+        lines[-1] = lines[-1].rstrip()
+    if method.cost:
+        lines += ["", f"Cost: {method.cost}."]
+    if method.deviation:
+        lines += ["", f"Ours differs: {method.deviation}."]
+    return "\n".join(lines)
+
+
+def page() -> str:
+    rows = "\n".join(row(file.METHOD) for file in FILES)
+    return f"{HEAD}{rows}\n\n" + "\n\n".join(map(section, FILES)) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
