@@ -261,7 +261,7 @@ def test_dry_run_tells_rows_cells_and_hours_and_writes_nothing(make_plan, tmp_pa
     left = [row for name, row in rows(get_table("3"), "mini").items() if name not in there]
     hours = sum(13 * 900.0 * planning.flops_ratio("mini", row.compression) for row in left) / 2 / 3600
     assert (
-        f"About {hours:.1f} hours with 2 workers for 54 cells, judging by earlier cells and FLOPs" in second
+        f"About {hours:.1f} hours with 2 workers for 117 cells, judging by earlier cells and FLOPs" in second
     )
 
 
