@@ -1,4 +1,4 @@
-"""What the embedded model is asked in training: the benchmark's types, easier relatives of some, and their shares."""
+"""What the embedded model is asked in training: the benchmark's types, easier relatives of some, shares."""
 
 from typing import NamedTuple
 

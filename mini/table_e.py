@@ -342,15 +342,20 @@ def _accuracy(result: dict) -> list[str]:
     scores, setup = result["scores"], result["setup"]
     questions = len(scores["start"]["whole"][TYPES[0]])
     lines = [
-        f"Fine-tuned from [mini/checkpoint](../../mini/README.md) on {setup['samples']:,} fresh images with {TURNS} questions"
-        f" each (scenes and easy-VQA, in the shares of its own training): {setup['steps']} steps of {setup['rows']} images,"
-        f" learning rate {setup['learning_rate']:g} with a cosine, vision tower frozen, bfloat16, seed {setup['seed']}. Both"
+        f"Fine-tuned from [mini/checkpoint](../../mini/README.md) on {setup['samples']:,} fresh images with"
+        f" {TURNS} questions"
+        f" each (scenes and easy-VQA, in the shares of its own training): {setup['steps']} steps of"
+        f" {setup['rows']} images,"
+        f" learning rate {setup['learning_rate']:g} with a cosine, vision tower frozen, bfloat16, seed"
+        f" {setup['seed']}. Both"
         " runs see the same samples in the same order.",
         "",
-        f"Exact match in percent over the {len(TYPES)} question types, {questions} held-out questions each, ± standard error."
+        f"Exact match in percent over the {len(TYPES)} question types, {questions} held-out questions each,"
+        " ± standard error."
         " What compressing costs is the mean paired difference, in points.",
         "",
-        f"| fine-tuned with | evaluated whole | evaluated with {LIBRA} | cost of compressing | last training loss |",
+        f"| fine-tuned with | evaluated whole | evaluated with {LIBRA} | cost of compressing | last training"
+        " loss |",
         "|---|--:|--:|--:|--:|",
     ]
     for name in TRAINED:
@@ -376,12 +381,16 @@ def _accuracy(result: dict) -> list[str]:
 
 def _cost(entries: list[dict]) -> list[str]:
     lines = [
-        f"Forward and backward of the language model, without vision tower and optimizer, with {LIBRA} against all visual"
-        " tokens: in turns in one process of one thread, CPU seconds, the median of the pairs' ratios and its interval. FLOPs:"
-        " of all tokens in the layers, the text's too. Memory: the peak above the weights, gradients included, each in a"
+        f"Forward and backward of the language model, without vision tower and optimizer, with {LIBRA}"
+        " against all visual"
+        " tokens: in turns in one process of one thread, CPU seconds, the median of the pairs' ratios and"
+        " its interval. FLOPs:"
+        " of all tokens in the layers, the text's too. Memory: the peak above the weights, gradients"
+        " included, each in a"
         " process of its own.",
         "",
-        "| decoder | tokens | seconds, whole | seconds, compressed | ratio | FLOPs ratio | ratio ÷ FLOPs ratio | memory, MiB |",
+        "| decoder | tokens | seconds, whole | seconds, compressed | ratio | FLOPs ratio | ratio ÷ FLOPs"
+        " ratio | memory, MiB |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for entry in entries:
@@ -405,7 +414,8 @@ def _origin(result: dict) -> list[str]:
     ]
     where = result["origin"]
     return [
-        f"Wall clock of the two fine-tuning runs, one after the other, {result['setup']['processes']} processes each: minutes"
+        f"Wall clock of the two fine-tuning runs, one after the other, {result['setup']['processes']}"
+        " processes each: minutes"
         f" {', '.join(minutes)}.",
         "",
         f"Commit {where['commit']}, {where['machine']['cpu']}, {where['machine']['cores']} cores; torch"

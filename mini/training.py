@@ -168,7 +168,8 @@ def check_settings(options, work: Path) -> None:
     path = work / "settings.json"
     if path.exists() and (old := json.loads(path.read_text())) != settings:
         sys.exit(
-            f"error: {options.output} holds a run with {old}, not {settings}: name another --output, or delete it"
+            f"error: {options.output} holds a run with {old}, not {settings}: name another --output, or"
+            " delete it"
         )
     write_text(path, json.dumps(settings))
 
@@ -181,7 +182,8 @@ def check_length(checkpoint: str | None, steps: int) -> None:
     done, planned = state["global_step"], state["max_steps"]
     if steps != planned and done > LATE * min(steps, planned):
         sys.exit(
-            f"error: stage 2 was planned for {planned} steps and did {done}: it is too late for --stage2-steps {steps}"
+            f"error: stage 2 was planned for {planned} steps and did {done}: it is too late for"
+            f" --stage2-steps {steps}"
         )
 
 

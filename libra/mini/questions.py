@@ -1,4 +1,4 @@
-"""The question types of the embedded benchmark: twelve about scenes of digits, the last is the easy-VQA data set.
+"""The question types of the embedded benchmark: twelve about scenes of digits; the last is easy-VQA's data.
 
 Each maker takes a scene's digits and returns (question, answer), or None where the scene does not allow the
 type.
