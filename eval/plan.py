@@ -257,7 +257,7 @@ def describe(plan: Plan, output: Path, processes: int) -> str:
                 name,
                 row.title,
                 layers,
-                "" if not c.compresses else c.amount if c.ratio is None else f"{c.ratio:.0%}",
+                "" if not c.compresses else c.amount if not isinstance(c.ratio, float) else f"{c.ratio:.0%}",
                 "by image" if ratio is None else f"{ratio:.0%}",
                 *(str(own.count(state)) for state in ("finished", "reusable", "begun", "to do")),
             ]

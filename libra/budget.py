@@ -4,10 +4,28 @@ A compression after layer L leaves layers 0..L on the longer sequence; layer L+1
 shorter one.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
 
 from .config import ROUNDINGS, Compression
 from .utils.sentences import ConfigError, show
+
+LARGEST_RATIO = 0.99  # what a budget may lead to; more would leave next to nothing
+
+
+class Sizes(Protocol):
+    """The sizes of a decoder, as :class:`libra.rows.ModelSpec` has them."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def kv_size(self) -> int: ...
 
 
 def kept(n: int, ratio: float, rounding: str = "round") -> int:
@@ -45,14 +63,19 @@ def _fraction_left(n: int, ratio: float) -> tuple[int, int]:
 def keeps(spans: Sequence[Sequence[int]], c: Compression, left: int = 1) -> list[list[int]]:
     """Targets of each span of each row, for B lists of span lengths.
 
-    left: how many compressions are still to come, this one included; `keep` is reached with the last of them.
+    left: how many compressions are still to come, this one included; `keep` is reached with the last of them, and
+    of several ratios the left-th from the end counts. ConfigError where the budget is one of a whole model.
     """
+    if c.ratio is None and c.keep is None:
+        raise ConfigError(
+            f"{c.amount.replace(' ', ': ', 1)} is a budget of a whole model; give ratio or keep here"
+        )
     return [[_kept_of_span(n, c, left) for n in row] for row in spans]
 
 
 def _kept_of_span(n: int, c: Compression, left: int) -> int:
     if c.keep is None:
-        return kept(n, c.ratio, c.rounding)
+        return kept(n, c.ratio[-left] if isinstance(c.ratio, tuple) else c.ratio, c.rounding)
     if left == 1 or n <= c.keep:
         return min(n, c.keep)
     return max(c.keep, kept(n, 1 - (c.keep / n) ** (1 / left), c.rounding))  # equal ratios at each step
@@ -65,6 +88,9 @@ def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
     ConfigError when the compression names a layer that the model does not have.
     """
     stages = c.stages(num_layers)
+    if isinstance(c.ratio, tuple):
+        passed = [[1 - r for r, done in zip(c.ratio, stages) if done < layer] for layer in range(num_layers)]
+        return [n * math.prod(shares) for shares in passed]
     share = 1 - c.ratio if c.keep is None else min(1, c.keep / n) ** (1 / max(1, len(stages)))
     return [n * share ** sum(done < layer for done in stages) for layer in range(num_layers)]
 
@@ -89,3 +115,52 @@ def actual(c: Compression, num_layers: int, spans: Sequence[int]) -> list[int]:
 def average(counts: Sequence[float]) -> float:
     """Visual tokens of an average layer."""
     return sum(counts) / len(counts)
+
+
+def layer_flops(n: float, d: int, m: int, d_kv: int) -> float:
+    """Multiply-accumulates of one decoder layer over n visual tokens (§4.1).
+
+    d: hidden size; m: intermediate size of the MLP; d_kv: width of the keys and values. With d_kv = d it is
+    the paper's 4nd² + 2n²d + 3ndm; grouped-query attention makes the K and V projections smaller.
+    """
+    return (2 * d * d + 2 * d * d_kv) * n + 2 * n * n * d + 3 * n * d * m
+
+
+def model_flops(spec: Sizes, counts: Sequence[float]) -> float:
+    """Multiply-accumulates of all layers; counts: the visual tokens of one sequence in each layer."""
+    return sum(layer_flops(n, spec.hidden_size, spec.intermediate_size, spec.kv_size) for n in counts)
+
+
+def solve(c: Compression, spec: Sizes, n: int) -> Compression:
+    """The same with a ratio in place of `tokens` or `flops`, for a model's sizes and `n` visual tokens.
+
+    The ratio is the one, equal at all layers, whose nominal counts meet the budget. ConfigError, which says the
+    range, where none from 0 to 0.99 does. Another budget is returned as it is.
+    """
+    if c.tokens is None and c.flops is None:
+        return c
+    key, goal = ("tokens", c.tokens) if c.tokens is not None else ("flops", c.flops)
+    whole = model_flops(spec, [n] * spec.layers)
+
+    def with_ratio(ratio: float) -> Compression:
+        return replace(c, tokens=None, flops=None, ratio=ratio)
+
+    def reached(ratio: float) -> float:
+        counts = nominal(with_ratio(ratio), spec.layers, n)
+        return average(counts) if key == "tokens" else model_flops(spec, counts) / whole
+
+    low, high = 0.0, LARGEST_RATIO
+    least, most = reached(high), reached(low)
+    if not least <= goal <= most:
+        layers = list(with_ratio(0.5).stages(spec.layers))
+        ends = (
+            f"{math.ceil(least)} to {math.floor(most)}" if key == "tokens" else f"{least:.3f} to {most:.0f}"
+        )
+        raise ConfigError(
+            f"{key}: {goal:.4g} is out of range: after layers {show(layers)} of {spec.layers} and with {n} visual"
+            f" tokens it can be {ends}; change the budget or the layers"
+        )
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if reached(middle) > goal else (low, middle)
+    return with_ratio(high)

@@ -22,6 +22,7 @@ ROUNDINGS = ("round", "floor", "ceil")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 MOST_LAYERS = 10_000
 DEFAULT_RATIO = 0.5
+BUDGETS = ("ratio", "keep", "tokens", "flops")
 TOWER_SCORE = "tower_cls|tower_received"
 
 _CHOICES = {
@@ -53,7 +54,10 @@ class Compression:
             every door of this package does.
     ratio: R, the fraction removed at each of them, in [0, 1); a text like "2/3" is that fraction. 0.5 where no
         budget is given.
-    keep: instead of ratio, the tokens that each span is left with after the last compression.
+        A list has one for each layer.
+    keep, tokens, flops: instead of ratio, the tokens that each span is left with after the last compression;
+        the visual tokens of an average layer; or the share of the plain model's FLOPs in (0, 1). The last two
+        become a ratio where model and number of tokens are known (`libra.budget.solve`; a row's file does it).
     tau: τ, the similarity above which a token merges (igm only). eta: η of eq. 6's softmax, "mean" (of α) or
         a positive number.
     importance: α is the attention row of the last prompt token ("last", eq. 4), or the "mean" over the text
@@ -66,7 +70,8 @@ class Compression:
 
     as_released: reproduce what the released code does where it is not what its paper says (docs/methods.md).
 
-    After construction no field but `method`, `layers` and one of `ratio` and `keep` is None. Raises ConfigError for a wrong value and
+    After construction no field but `method`, `layers` and all but one of the four
+    budgets is None. Raises ConfigError for a wrong value and
     for a key that would have no effect.
     """
 
@@ -74,7 +79,7 @@ class Compression:
     select: str | None = None
     merge: str | None = None
     layers: tuple[int, ...] | None = None
-    ratio: float | None = None
+    ratio: float | tuple[float, ...] | None = None
     tau: float = 0.7
     eta: str | float = "mean"
     # None stands for the method's own choice.
@@ -85,6 +90,8 @@ class Compression:
     information_weight: float = 1.0
     seed: int = 0
     keep: int | None = None
+    tokens: float | None = None
+    flops: float | None = None
     as_released: bool = False
 
     def __post_init__(self):
@@ -98,11 +105,7 @@ class Compression:
             object.__setattr__(self, key, choice(key, getattr(self, key)))
         for key, value in (
             ("layers", () if self.layers is None and not self.acts else _layers(self.layers)),
-            ("keep", None if self.keep is None else _keep(self.keep, self.ratio)),
-            (
-                "ratio",
-                _ratio(DEFAULT_RATIO if self.ratio is None else self.ratio) if self.keep is None else None,
-            ),
+            *self._budget().items(),
             ("as_released", _flag("as_released", self.as_released)),
             ("tau", _number("tau", self.tau, lambda v: -1 <= v <= 1, "a number in [-1, 1]")),
             ("eta", _eta(self.eta)),
@@ -121,6 +124,26 @@ class Compression:
         for key, why in self._without_effect().items():
             if getattr(self, key) != _default(key, self.method):
                 raise ConfigError(f"{key}: {show(getattr(self, key))} has no effect: {why}; remove {key}")
+
+    def _budget(self) -> dict[str, Any]:
+        """The four budgets, checked: the given one, or the default ratio, is the only one that is not None."""
+        given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
+        if len(given) > 1:
+            told = " and ".join(f"{key}: {show(value)}" for key, value in given.items())
+            raise ConfigError(f"{told} both say how much is kept; remove all but one")
+        key, value = next(iter(given.items()), ("ratio", DEFAULT_RATIO))
+        if key == "ratio":
+            value = _ratios(value, self.layers)
+        elif key == "keep":
+            value = _keep(value)
+        elif key == "tokens":
+            what = "the visual tokens of an average layer, such as 192"
+            value = _number(key, value, lambda v: 0.5 < v <= 1e6, what)
+        else:
+            value = _number(key, value, lambda v: 0 < v < 1, "a share of the plain model's FLOPs in (0, 1)")
+        if key == "tokens" and self.place != "layers":
+            key, value = "keep", _keep(round(value))  # every layer has what is kept
+        return dict.fromkeys(BUDGETS) | {key: value}
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], source: str = "") -> "Compression":
@@ -174,7 +197,9 @@ class Compression:
         compression."""
         idle = self._without_effect()
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
-        values.pop("keep" if self.keep is None else "ratio", None)
+        values = {key: value for key, value in values.items() if key not in BUDGETS or value is not None}
+        if isinstance(values.get("ratio"), tuple):
+            values["ratio"] = list(self.ratio)
         if values.get("layers") is not None:
             values["layers"] = list(self.layers)
         else:
@@ -205,6 +230,9 @@ class Compression:
             self.check_layers(num_layers, source)
             return self
         layers = self._natural(num_layers)
+        if isinstance(self.ratio, tuple) and len(self.ratio) != len(layers):
+            problem = f"ratio: there are {len(self.ratio)} for layers {show(list(layers))}; give one for each"
+            raise at(source, ConfigError(problem))
         if not layers:
             problem = f"layers: a model of {num_layers} layers has no natural place for this method; name the layers"
             raise at(source, ConfigError(problem))
@@ -225,6 +253,11 @@ class Compression:
             )
         if problem:
             problem += ", which attached models and llava cannot host yet; use libra.compress"
+        elif self.ratio is None and self.keep is None:
+            problem = (
+                f"{self.amount.replace(' ', ': ', 1)} is a budget of a whole model; make it a ratio first,"
+            )
+            problem += " with libra.budget.solve(compression, spec, visual_tokens)"
         return problem
 
     @property
@@ -246,7 +279,9 @@ class Compression:
     @property
     def amount(self) -> str:
         """How much is kept or removed, in words: "ratio 0.5" or "keep 64"."""
-        return f"ratio {self.ratio:.3g}" if self.keep is None else f"keep {self.keep}"
+        key, value = next((key, getattr(self, key)) for key in BUDGETS if getattr(self, key) is not None)
+        values = value if isinstance(value, tuple) else (value,)
+        return f"{key} {', '.join(f'{number:.3g}' for number in values)}"
 
     @property
     def reads_importance(self) -> bool:
@@ -388,11 +423,17 @@ def _ratio(value: Any) -> float:
     return _number("ratio", value, lambda v: 0 <= v < 1, what)
 
 
-def _keep(value: Any, ratio: Any) -> int:
-    if ratio is not None:
+def _ratios(value: Any, layers: Any) -> float | tuple[float, ...]:
+    if not isinstance(value, (list, tuple)):
+        return _ratio(value)
+    if not value or isinstance(layers, (list, tuple, range)) and len(layers) != len(value):
         raise ConfigError(
-            f"keep: {show(value)} and ratio: {show(ratio)} both say how much is kept; remove one"
+            f"ratio: {show(list(value))} has not one number for each layer; give one for each, or one"
         )
+    return tuple(map(_ratio, value))
+
+
+def _keep(value: Any) -> int:
     if not _is_whole(value) or not 1 <= value <= 1_000_000:
         raise ConfigError(f"keep: {show(value)} is not a number of tokens; write 1 or more, such as keep: 64")
     return int(value)

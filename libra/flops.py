@@ -8,29 +8,17 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from . import budget
+from .budget import layer_flops, model_flops
 from .config import Compression, ConfigError
 from .methods import METHODS
 from .rows import ModelSpec, Row, get_model
 from .utils.cli import LARGEST, Parser, whole_from
 from .utils.sentences import show as shown
 
+__all__ = ["Cost", "cost", "layer_flops", "main", "model_flops", "report", "table"]
 EXAMPLES = """examples:
   python -m libra.flops --config configs/llava7b_r50.yaml
   python -m libra.flops --config configs/next8b_r67.yaml --visual-tokens 2880 --json"""
-
-
-def layer_flops(n: float, d: int, m: int, d_kv: int) -> float:
-    """Multiply-accumulates of one decoder layer over n visual tokens (§4.1).
-
-    d: hidden size; m: intermediate size of the MLP; d_kv: width of the keys and values. With d_kv = d it is
-    the paper's 4nd² + 2n²d + 3ndm; grouped-query attention makes the K and V projections smaller.
-    """
-    return (2 * d * d + 2 * d * d_kv) * n + 2 * n * n * d + 3 * n * d * m
-
-
-def model_flops(spec: ModelSpec, counts: Sequence[float]) -> float:
-    """Multiply-accumulates of all layers; counts: the visual tokens of one sequence in each layer."""
-    return sum(layer_flops(n, spec.hidden_size, spec.intermediate_size, spec.kv_size) for n in counts)
 
 
 @dataclass(frozen=True)
@@ -181,7 +169,8 @@ def _describe(c: dict) -> str:
     if "select" not in c or c.get("layers") == []:
         return "none (vanilla)"
     name = f"{c['method']}: " if "method" in c else ""
-    amount = f"keep {c['keep']}" if "keep" in c else f"ratio {c['ratio']:.4g}"
+    ratios = c["ratio"] if isinstance(c.get("ratio"), list) else [c.get("ratio", 0)]
+    amount = f"keep {c['keep']}" if "keep" in c else f"ratio {', '.join(f'{ratio:.4g}' for ratio in ratios)}"
     where = "before the language model"
     if "layers" in c:
         where = f"after layer{'s' if len(c['layers']) > 1 else ''} {', '.join(map(str, c['layers']))}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from .budget import solve
 from .config import Compression, at, check_keys, choice
 from .utils import plain_yaml
 from .utils.names import spelled
@@ -103,11 +104,12 @@ class Row:
             name = Path(source).stem
             return cls("", _block(mapping, source), name=name, path=source, title=name)
         row = _row(mapping, source)
-        if row.compression.layers is not None or row.compression.place != "layers":
-            return row
-        return replace(
-            row, compression=row.compression.at_depth(get_model(row.model, row.path).layers, row.path)
-        )
+        c = row.compression
+        if c.tokens is not None or c.flops is not None:
+            c = _solved(c, get_model(row.model, row.path), row.path)
+        if c.layers is None and c.place == "layers":
+            c = c.at_depth(get_model(row.model, row.path).layers, row.path)
+        return replace(row, compression=c)
 
 
 ROW_KEYS = ("model", "compression", "tasks", "paper", "name", "title", "attention")
@@ -115,6 +117,19 @@ _NO_LAYERS = (
     "layers: there are none; write for example layers: [7, 15, 23], remove the key for the method's natural places, or write"
     " method: vanilla to compress nothing"
 )
+
+
+def _solved(c: Compression, spec: "ModelSpec", source: str) -> Compression:
+    """With a ratio for a budget of the whole model, which a model of one sequence has."""
+    try:
+        if len(spec.visual_tokens) != 1:
+            raise ConfigError(
+                f"{c.amount.replace(' ', ': ', 1)} needs one number of visual tokens, which {spec.name} does not have;"
+                " write ratio or keep"
+            )
+        return solve(c, spec, spec.visual_tokens[0])
+    except ConfigError as error:
+        raise at(source, error) from None
 
 
 def read_compression(path: str | Path) -> Compression:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from libra.budget import actual, average, kept, nominal
+from libra.budget import actual, average, keeps, kept, model_flops, nominal, solve
 from libra.config import Compression, ConfigError
+from libra.rows import Row, get_model
 
 
 @pytest.mark.parametrize(
@@ -90,3 +91,60 @@ def test_before_the_language_model_every_layer_has_what_is_kept():
     c = Compression(method="divprune", keep=64)
     assert actual(c, 4, [576]) == nominal(c, 4, 576) == [64] * 4
     assert actual(Compression(method="divprune", ratio="2/3"), 3, [576, 30]) == [202] * 3
+
+
+def test_several_ratios_are_taken_one_after_the_other():
+    c = Compression(layers=(1, 3), ratio=[0.5, 0.75])
+    assert actual(c, 6, [16]) == nominal(c, 6, 16) == [16, 16, 8, 8, 2, 2]
+    assert keeps([[16]], c, left=2) == [[8]] and keeps([[8]], c, left=1) == [[2]]
+    with pytest.raises(ConfigError, match="ratio: .0.5, 0.5. has not one number for each layer"):
+        Compression(layers=(1,), ratio=[0.5, 0.5])
+    with pytest.raises(ConfigError, match=r"ratio: there are 2 for layers \[1, 3, 5\]; give one for each"):
+        Compression(method="libra", ratio=[0.5, 0.5]).at_depth(8)
+
+
+@pytest.mark.parametrize("tokens, ratio", [(192, 0.7111), (128, 0.8296), (64, 0.9481)])
+def test_average_tokens_as_the_field_counts_them(tokens, ratio):
+    spec = get_model("llava-1.5-7b")
+    c = solve(Compression(method="fastv", layers=(1,), tokens=tokens), spec, 576)
+    assert c.tokens is None and c.ratio == pytest.approx(ratio, abs=1e-4)
+    assert average(nominal(c, 32, 576)) == pytest.approx(tokens)
+
+
+def test_a_share_of_the_flops():
+    spec, c = get_model("llava-1.5-7b"), Compression(method="libra", layers=(7, 15, 23), flops=0.4)
+    solved = solve(c, spec, 576)
+    whole = model_flops(spec, [576] * 32)
+    assert model_flops(spec, nominal(solved, 32, 576)) == pytest.approx(0.4 * whole)
+    assert solve(solved, spec, 576) is solved
+
+
+def test_a_budget_out_of_reach_says_the_range():
+    spec, c = get_model("llava-1.5-7b"), Compression(method="libra", layers=(7, 15, 23), tokens=128)
+    with pytest.raises(
+        ConfigError, match=r"^tokens: 128 is out of range: after layers \[7, 15, 23\] .* 146 to 576;"
+    ):
+        solve(c, spec, 576)
+
+
+def test_a_budget_of_a_whole_model_is_solved_by_a_rows_file_and_refused_elsewhere(tmp_path):
+    path = tmp_path / "row.yaml"
+    path.write_text("model: llava-1.5-7b\ncompression: {method: fastv, layers: [1], tokens: 192}\n")
+    c = Row.from_yaml(path).compression
+    assert c.tokens is None and average(nominal(c, 32, 576)) == pytest.approx(192)
+    unsolved = Compression.from_yaml(path)
+    assert unsolved.to_dict()["tokens"] == 192 and Compression.from_dict(unsolved.to_dict()) == unsolved
+    with pytest.raises(
+        ConfigError, match=r"^tokens: 192 is a budget of a whole model; make it a ratio first"
+    ):
+        unsolved.at_depth(32)
+    with pytest.raises(
+        ConfigError, match="^tokens: 192 is a budget of a whole model; give ratio or keep here"
+    ):
+        keeps([[576]], unsolved)
+    path.write_text("model: qwen2-vl-7b\ncompression: {method: fastv, layers: [1], tokens: 192}\n")
+    with pytest.raises(
+        ConfigError, match="row.yaml: tokens: 192 needs one number of visual tokens, which qwen2-vl-7b"
+    ):
+        Row.from_yaml(path)
+    assert Compression(method="divprune", tokens=64) == Compression(method="divprune", keep=64)

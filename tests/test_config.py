@@ -116,7 +116,11 @@ def test_constructor_errors_name_key_value_and_mend():
         ({"keep": 0}, "keep", "0", "keep: 64"),
         ({"keep": True}, "keep", "True"),
         ({"keep": 1.5}, "keep", "1.5"),
-        ({"keep": 64, "ratio": 0.5}, "keep", "64", "ratio: 0.5", "remove one"),
+        ({"keep": 64, "ratio": 0.5}, "ratio", "keep: 64", "0.5", "remove all but one"),
+        ({"tokens": 0}, "tokens", "0", "192"),
+        ({"flops": 1}, "flops", "1", "(0, 1)"),
+        ({"ratio": []}, "ratio", "[]", "one for each"),
+        ({"ratio": [0.5, 2]}, "ratio", "2", "[0, 1)"),
         ({"method": "cdpruner", "as_released": 1}, "as_released", "1", "true or false"),
         ({"layers": (3, 7, 3)}, "layers", "[3, 7, 3]", "twice"),
         ({"layers": 3}, "layers", "3", "list"),
@@ -208,6 +212,9 @@ def all_compressions():
     yield Compression(method="random", layers=(1,), seed=12345)
     yield Compression(method="cdpruner", keep=64, as_released=True)
     yield Compression(method="libra", layers=(1, 5), keep=40)
+    yield Compression(method="libra", layers=(1, 5), ratio=("2/3", 0.5))
+    yield Compression(method="libra", tokens=192)
+    yield Compression(method="libra", layers=(1, 5), flops=0.4)
     yield Compression(method="turbo", layers=(1,), information_weight=0.1, ratio=0.1)
     yield Compression(method="pyramiddrop", layers=(1,), rounding="round")
 

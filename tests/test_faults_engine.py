@@ -562,7 +562,7 @@ def test_e3_odd_inputs_of_compress_are_sentences():
         ((hidden, infinite), "importance has NaN or infinite numbers"),
         ((broken, alpha), "hidden has NaN or infinite numbers"),
         ((hidden.tolist(), alpha), "must be tensors, not list"),
-        ((hidden, None), "must be tensors"),
+        ((hidden, None), "reads the importance of the visual tokens; give it"),
     ):
         with pytest.raises(ValueError, match=words) as error:
             libra.compress(*given, Compression())

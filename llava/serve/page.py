@@ -67,7 +67,7 @@ def fitting_rows(model, folder: Path = CONFIGS) -> dict[str, Compression]:
 def in_words(c: Compression) -> str:
     """A compression in a few words."""
     layers = ", ".join(map(str, c.layers))
-    amount = c.amount if c.ratio is None else f"{c.ratio:.0%}"
+    amount = c.amount if not isinstance(c.ratio, float) else f"{c.ratio:.0%}"
     return f"{c.method or f'{c.select} + {c.merge}'}, {amount} after {layers}"
 
 
