@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .step import Compressed, compress
 
 __all__ = [
-    "Compressed", "Compression", "Context", "attach", "compress", "detach", "register_merge", "register_select",
+    "Compressed", "Compression", "Context", "attach", "compress", "detach", "register_merge",
+    "register_select",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -63,8 +63,9 @@ def _fraction_left(n: int, ratio: float) -> tuple[int, int]:
 def keeps(spans: Sequence[Sequence[int]], c: Compression, left: int = 1) -> list[list[int]]:
     """Targets of each span of each row, for B lists of span lengths.
 
-    left: how many compressions are still to come, this one included; `keep` is reached with the last of them, and
-    of several ratios the left-th from the end counts. ConfigError where the budget is one of a whole model.
+    left: how many compressions are still to come, this one included; `keep` is reached with the last of them,
+    and of several ratios the left-th from the end counts. ConfigError where the budget is one of a whole
+    model.
     """
     if c.ratio is None and c.keep is None:
         raise ConfigError(
@@ -134,8 +135,8 @@ def model_flops(spec: Sizes, counts: Sequence[float]) -> float:
 def solve(c: Compression, spec: Sizes, n: int) -> Compression:
     """The same with a ratio in place of `tokens` or `flops`, for a model's sizes and `n` visual tokens.
 
-    The ratio is the one, equal at all layers, whose nominal counts meet the budget. ConfigError, which says the
-    range, where none from 0 to 0.99 does. Another budget is returned as it is.
+    The ratio is the one, equal at all layers, whose nominal counts meet the budget. ConfigError, which says
+    the range, where none from 0 to 0.99 does. Another budget is returned as it is.
     """
     if c.tokens is None and c.flops is None:
         return c
@@ -157,7 +158,8 @@ def solve(c: Compression, spec: Sizes, n: int) -> Compression:
             f"{math.ceil(least)} to {math.floor(most)}" if key == "tokens" else f"{least:.3f} to {most:.0f}"
         )
         raise ConfigError(
-            f"{key}: {goal:.4g} is out of range: after layers {show(layers)} of {spec.layers} and with {n} visual"
+            f"{key}: {goal:.4g} is out of range: after layers {show(layers)} of {spec.layers} and with"
+            f" {n} visual"
             f" tokens it can be {ends}; change the budget or the layers"
         )
     for _ in range(60):

@@ -52,12 +52,13 @@ class Compression:
     layers: compress after each of these 0-based layers; kept as a sorted tuple. Empty: nothing is compressed.
         None: at the method's natural places, which `at_depth` finds once the depth of the model is known;
             every door of this package does.
-    ratio: R, the fraction removed at each of them, in [0, 1); a text like "2/3" is that fraction. 0.5 where no
-        budget is given.
+    ratio: R, the fraction removed at each of them, in [0, 1); a text like "2/3" is that fraction. 0.5 where
+        no budget is given.
         A list has one for each layer.
     keep, tokens, flops: instead of ratio, the tokens that each span is left with after the last compression;
         the visual tokens of an average layer; or the share of the plain model's FLOPs in (0, 1). The last two
-        become a ratio where model and number of tokens are known (`libra.budget.solve`; a row's file does it).
+        become a ratio where model and number of tokens are known (`libra.budget.solve`; a row's file does
+        it).
     tau: τ, the similarity above which a token merges (igm only). eta: η of eq. 6's softmax, "mean" (of α) or
         a positive number.
     importance: α is the attention row of the last prompt token ("last", eq. 4), or the "mean" over the text
@@ -126,7 +127,8 @@ class Compression:
                 raise ConfigError(f"{key}: {show(getattr(self, key))} has no effect: {why}; remove {key}")
 
     def _budget(self) -> dict[str, Any]:
-        """The four budgets, checked: the given one, or the default ratio, is the only one that is not None."""
+        """The four budgets, checked: the given one, or the default ratio, is the only one that is not
+        None."""
         given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
         if len(given) > 1:
             told = " and ".join(f"{key}: {show(value)}" for key, value in given.items())
@@ -234,7 +236,10 @@ class Compression:
             problem = f"ratio: there are {len(self.ratio)} for layers {show(list(layers))}; give one for each"
             raise at(source, ConfigError(problem))
         if not layers:
-            problem = f"layers: a model of {num_layers} layers has no natural place for this method; name the layers"
+            problem = (
+                f"layers: a model of {num_layers} layers has no natural place for this method; name the"
+                " layers"
+            )
             raise at(source, ConfigError(problem))
         return replace(self, layers=layers)
 
@@ -262,7 +267,8 @@ class Compression:
 
     @property
     def place(self) -> str:
-        """ "layers" (after decoder layers), "input" (before the first one) or "tower" (before the projector)."""
+        """ "layers" (after decoder layers), "input" (before the first one) or "tower" (before the
+        projector)."""
         return METHODS[self.method].place if self.method else "layers"
 
     @property

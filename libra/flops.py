@@ -110,12 +110,15 @@ def _notes(
     spec: ModelSpec, c: Compression, sequences: Sequence[int], ratio: float, paper: dict, own_tokens: bool
 ) -> list[str]:
     notes = [
-        "multiply-accumulates of the visual tokens in the decoder (§4.1), without text, vision tower and compensation tokens.",
-        "nominal is N·(1-R)^k as a real number, which gives the paper's figures; actual is whole tokens, what a run computes.",
+        "multiply-accumulates of the visual tokens in the decoder (§4.1), without text, vision tower and"
+        " compensation tokens.",
+        "nominal is N·(1-R)^k as a real number, which gives the paper's figures; actual is whole tokens,"
+        " what a run computes.",
     ]
     if c.layers:
         notes.append(
-            "compression after layer L: layers 0 to L run on the longer sequence, the next ones on the shorter."
+            "compression after layer L: layers 0 to L run on the longer sequence, the next ones on the"
+            " shorter."
         )
     if spec.note and own_tokens:
         notes.append(spec.note)
@@ -134,7 +137,8 @@ def table(data: dict) -> str:
     nominal, actual, sizes, c = data["nominal"], data["actual"], data["sizes"], data["compression"]
     lines = [
         f"row            {data['row']}  ({data['config']})",
-        f"model          {data['model']}: {sizes['layers']} layers, d {sizes['d']}, m {sizes['m']}, d_kv {sizes['d_kv']}",
+        f"model          {data['model']}: {sizes['layers']} layers, d {sizes['d']}, m {sizes['m']}, d_kv"
+        f" {sizes['d_kv']}",
         f"compression    {_describe(c)}",
         f"visual tokens  {_sequences(data['visual_tokens'])}",
         "",
@@ -219,7 +223,10 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 n = whole_from(1)(args.visual_tokens)
             except ArgumentTypeError:
-                problem = f"--visual-tokens: {shown(args.visual_tokens)} is not a number of tokens; give 1 to {LARGEST}"
+                problem = (
+                    f"--visual-tokens: {shown(args.visual_tokens)} is not a number of tokens; give 1 to"
+                    f" {LARGEST}"
+                )
                 raise ConfigError(problem) from None
         data = report(Row.from_yaml(args.config), n)
     except ConfigError as error:

@@ -112,7 +112,8 @@ def check_slots(name: str, returned, matches: Matches) -> tuple["torch.Tensor", 
     slots, logits = pair
     if slots.dtype != torch.long or not logits.is_floating_point():
         raise ValueError(
-            f"merge {name} returned {slots.dtype} slots and {logits.dtype} logits; return torch.long and floats"
+            f"merge {name} returned {slots.dtype} slots and {logits.dtype} logits; return torch.long and"
+            " floats"
         )
     of_own_span = (slots >= spans.first_target) & (slots < spans.first_target + spans.span_keeps)
     allowed = of_own_span | (slots == NOWHERE) | (slots == matches.compensation)
@@ -120,14 +121,16 @@ def check_slots(name: str, returned, matches: Matches) -> tuple["torch.Tensor", 
     if not bool(allowed.all()):
         row, token = (~allowed).nonzero()[0].tolist()
         raise ValueError(
-            f"merge {name} gave token {token} of row {row} slot {int(slots[row, token])}; a target stays in its own"
+            f"merge {name} gave token {token} of row {row} slot {int(slots[row, token])}; a target stays"
+            " in its own"
             " slot, the rest goes to NOWHERE, to a target of its span or to matches.compensation"
         )
     wrong = spans.valid & (slots != NOWHERE) & ~logits.isfinite()
     if bool(wrong.any()):
         row, token = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"merge {name} gave token {token} of row {row} a weight's logit {float(logits[row, token])}; give finite"
+            f"merge {name} gave token {token} of row {row} a weight's logit {float(logits[row, token])};"
+            " give finite"
             " numbers"
         )
     return slots, logits.float()

@@ -55,10 +55,11 @@ class Candidates:
         return (total / count.clamp(min=1)).gather(1, index)
 
     def choose(self, of_spans: "Callable[..., torch.Tensor]", *given: "torch.Tensor") -> "torch.Tensor":
-        """(B, N) bool: True at what ``of_spans`` chooses, which is called once for all spans of the same size.
+        """(B, N) bool: True at what ``of_spans`` chooses, which is called once for all spans of the same
+        size.
 
-        ``given``: tensors (B, N, …); ``of_spans(k, *of_span)`` gets them as (S, n, …) and returns (S, k) places in
-        the spans, k of each.
+        ``given``: tensors (B, N, …); ``of_spans(k, *of_span)`` gets them as (S, n, …) and returns (S, k)
+        places in the spans, k of each.
         """
         chosen = self.layout.valid.new_zeros(self.layout.valid.numel())
         for _, k, index in self.layout.alike():
@@ -93,8 +94,8 @@ class Candidates:
 
     @cached_property
     def tower_score(self) -> "torch.Tensor":
-        """(B, N) float32: the attention of the vision tower's [CLS] token, or the attention received where the
-        tower has none; of the last layer given."""
+        """(B, N) float32: the attention of the vision tower's [CLS] token, or the attention received where
+        the tower has none; of the last layer given."""
         return tower_score(self.context)
 
     def top(self, scores: "torch.Tensor") -> "torch.Tensor":
@@ -103,7 +104,8 @@ class Candidates:
 
 
 def tower_score(context: Context) -> "torch.Tensor":
-    """(B, N) float32, see :attr:`Candidates.tower_score`. Raises ValueError where the context has neither score."""
+    """(B, N) float32, see :attr:`Candidates.tower_score`. Raises ValueError where the context has neither
+    score."""
     given = context.tower_received if context.tower_cls is None else context.tower_cls
     if given is None:
         raise ValueError(
@@ -139,7 +141,8 @@ def check_targets(name: str, is_target, spans: "Spans") -> "torch.Tensor":
             continue
         place = f"span {wrong}" if wrong < len(spans.keeps[row]) else "the padding"
         raise ValueError(
-            f"select {name} chose {found[wrong]} targets in {place} of row {row}, which keeps {wanted[wrong]}; choose"
+            f"select {name} chose {found[wrong]} targets in {place} of row {row}, which keeps"
+            f" {wanted[wrong]}; choose"
             " exactly layout.keeps of each span, as libra.select.top_of_span does"
         )
     return is_target

@@ -122,8 +122,8 @@ def compress(
 
     Args:
         hidden: (B, N, D) hidden states of the visual tokens, rows padded on the right.
-        importance: (B, N) attention α of the score row on them (eq. 4); no gradient flows through it. None for
-            methods that read no α, and for ``importance: tower``, which takes the context's.
+        importance: (B, N) attention α of the score row on them (eq. 4); no gradient flows through it. None
+            for methods that read no α, and for ``importance: tower``, which takes the context's.
         c: what to do; ``c.layers`` is not looked at.
         lengths: (B,) visual tokens of each row; all N where None.
         spans: for each row the lengths of its contiguous runs of visual tokens; they sum to its length. One
@@ -182,11 +182,13 @@ def _check_tensors(hidden, importance) -> None:
     compared."""
     if not isinstance(hidden, torch.Tensor) or not isinstance(importance, torch.Tensor):
         raise ValueError(
-            f"hidden and importance must be tensors, not {type(hidden).__name__} and {type(importance).__name__}"
+            f"hidden and importance must be tensors, not {type(hidden).__name__} and"
+            f" {type(importance).__name__}"
         )
     if hidden.ndim != 3 or importance.shape != hidden.shape[:2] or not hidden.numel():
         raise ValueError(
-            f"hidden must be (B, N, D) and importance (B, N), none of them 0, but they are {tuple(hidden.shape)} and"
+            "hidden must be (B, N, D) and importance (B, N), none of them 0, but they are"
+            f" {tuple(hidden.shape)} and"
             f" {tuple(importance.shape)}"
         )
     if not hidden.is_floating_point() or importance.is_complex():

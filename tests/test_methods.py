@@ -1,9 +1,11 @@
-"""Methods that choose before the language model, against what the original codes keep (tests/golden/selection)."""
+"""Methods that choose before the language model, against what the original codes keep
+(tests/golden/selection)."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
@@ -283,3 +285,16 @@ def test_a_select_that_needs_nothing_runs_after_layers_too():
         ConfigError, match="select hiprune with merge drop needs tower_received of the vision tower"
     ):
         Compression(select="hiprune", merge="drop", layers=(3,)).at_depth(12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "keys", [{"keep": 4}, {"ratio": (0.5, 0.5)}, {"select": "divprune", "merge": "drop", "keep": 4}]
+)
+def test_a_budget_through_a_decoder(keys):
+    """16 visual tokens in three stages: 16, 8 and 4."""
+    model = tiny.llava_model(layers=4)
+    model.set_compression(Compression(layers=(0, 2), **keys))
+    with tiny.watched() as steps:
+        model(**tiny.collate([tiny.row("t3 v16 t4", 1), tiny.row("t2 v16 t1", 2)]))
+    assert [step.outcome.layout.target_counts for step in steps] == [[8, 8], [4, 4]]

@@ -36,7 +36,8 @@ from .registry import (
 )
 
 __all__ = [
-    "DEFAULTS", "FILES", "KEYS", "MERGERS", "METHODS", "SELECTORS", "Context", "Merge", "Method", "Select", "natural_layers",
+    "DEFAULTS", "FILES", "KEYS", "MERGERS", "METHODS", "SELECTORS", "Context", "Merge", "Method", "Select",
+    "natural_layers",
     "register_merge", "register_select",
 ]  # fmt: skip
 

@@ -1,10 +1,11 @@
-"""CDPruner (Beyond Attention or Similarity: Maximizing Conditional Diversity, NeurIPS 2025): relevant and diverse.
+"""CDPruner (Beyond Attention or Similarity: Maximizing Conditional Diversity, NeurIPS 2025): relevant and
+diverse.
 
-A determinantal point process with the kernel L_ij = r_i · cos(v_i, v_j) · r_j, where v are the embeddings that enter
-the language model and r is the relevance scaled to (0, 1] by its minimum and maximum; greedy MAP inference picks T
-tokens. The released code takes as relevance the *negative* mean cosine of CLIP's image embedding with the text
-segments of the question, so that low cosines count as relevant; a variant of OpenVINO takes the positive mean cosine
-with the language model's own text embeddings.
+A determinantal point process with the kernel L_ij = r_i · cos(v_i, v_j) · r_j, where v are the embeddings
+that enter the language model and r is the relevance scaled to (0, 1] by its minimum and maximum; greedy MAP
+inference picks T tokens. The released code takes as relevance the *negative* mean cosine of CLIP's image
+embedding with the text segments of the question, so that low cosines count as relevant; a variant of OpenVINO
+takes the positive mean cosine with the language model's own text embeddings.
 """
 
 from typing import TYPE_CHECKING
@@ -26,8 +27,10 @@ METHOD = Method(
     place="input",
     cost="one N × N similarity a span, then T steps over at most T · N numbers",
     deviation=(
-        "relevance is scaled within a span, not over the whole batch, so that a row does not depend on the others"
-        " (as_released: over the batch); past the kernel's rank the released code repeats tokens, ours goes on by"
+        "relevance is scaled within a span, not over the whole batch, so that a row does not depend on"
+        " the others"
+        " (as_released: over the batch); past the kernel's rank the released code repeats tokens, ours"
+        " goes on by"
         " relevance"
     ),
 )

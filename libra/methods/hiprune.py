@@ -1,9 +1,10 @@
-"""HiPrune (Hierarchical attention for visual token pruning, arXiv 2508.00553): anchors, their neighbours, registers.
+"""HiPrune (Hierarchical attention for visual token pruning, arXiv 2508.00553): anchors, their neighbours,
+registers.
 
-Both scores are attention received in the vision tower (mean over heads and queries). Anchors are the round(T · α / 5)
-tokens, α = 0.1, with the highest score in a middle layer (9 of CLIP's 24, counted from 1); they stay with their left,
-right, upper and lower neighbours in raster order, clamped to the picture. The other places go to the highest scores
-of the second last layer.
+Both scores are attention received in the vision tower (mean over heads and queries). Anchors are the round(T
+· α / 5) tokens, α = 0.1, with the highest score in a middle layer (9 of CLIP's 24, counted from 1); they stay
+with their left, right, upper and lower neighbours in raster order, clamped to the picture. The other places
+go to the highest scores of the second last layer.
 """
 
 from typing import TYPE_CHECKING
@@ -18,13 +19,15 @@ AROUND = 5  # an anchor and its four neighbours
 
 METHOD = Method(
     "hiprune",
-    description="tokens that a middle layer of the vision tower attends to, their neighbours, and those of a deep layer",
+    description="tokens that a middle layer of the vision tower attends to, their neighbours, and those"
+    " of a deep layer",
     section="HiPrune, arXiv 2508.00553",
     keys={"select": "hiprune", "merge": "drop"},
     places=(),
     place="input",
     cost="a sort of N scores for each of two layers",
-    deviation="the released code for Qwen can keep fewer than T tokens, because its scores exceed the 1 it subtracts",
+    deviation="the released code for Qwen can keep fewer than T tokens, because its scores exceed the 1"
+    " it subtracts",
 )
 
 

@@ -10,7 +10,8 @@ from .registry import QUARTERS, Method
 
 METHOD = Method(
     "libra",
-    description="the most important token of each interval; similar tokens merge by importance, the others form one token",
+    description="the most important token of each interval; similar tokens merge by importance, the"
+    " others form one token",
     section="§3.2–3.4",
     keys={"select": "intervals", "merge": "igm"},
     places=QUARTERS,

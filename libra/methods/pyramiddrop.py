@@ -10,7 +10,8 @@ from .registry import QUARTERS, Method
 
 METHOD = Method(
     "pyramiddrop",
-    description="the most important tokens by the next layer's query and keys; the rest is dropped, positions are renumbered",
+    description="the most important tokens by the next layer's query and keys; the rest is dropped,"
+    " positions are renumbered",
     section="not in the paper (PyramidDrop)",
     keys={
         "select": "topk",

@@ -165,7 +165,8 @@ def _known(what: str, words: Iterable[str] | None, known: frozenset[str]):
 def _register(table: dict, what: str, name: str, kind: type, traits: dict) -> Callable[[Callable], Callable]:
     if not isinstance(name, str) or not name or not name.isprintable():
         raise ValueError(
-            f'register_{what} takes a name: write @register_{what}("mine") above the function, not {show(name)}'
+            f'register_{what} takes a name: write @register_{what}("mine") above the function,'
+            f" not {show(name)}"
         )
 
     def add(function: Callable) -> Callable:

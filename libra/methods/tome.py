@@ -1,8 +1,8 @@
 """ToMe (Token Merging: Your ViT But Faster, ICLR 2023): bipartite soft matching, here as one merge of a span.
 
-Tokens at even places are compared with those at odd places; the r of highest cosine merge into their best odd token,
-as a mean weighted with how many tokens each stands for. A step can remove at most half of the tokens, so a smaller T
-takes a chain of halvings, each on the tokens that the one before left.
+Tokens at even places are compared with those at odd places; the r of highest cosine merge into their best odd
+token, as a mean weighted with how many tokens each stands for. A step can remove at most half of the tokens,
+so a smaller T takes a chain of halvings, each on the tokens that the one before left.
 """
 
 from typing import TYPE_CHECKING
@@ -21,7 +21,8 @@ METHOD = Method(
     places=(),
     place="input",
     cost="N/2 × N/2 similarities a span and halving",
-    deviation="the matching runs once before the language model, on its embeddings, not in every layer of the tower",
+    deviation="the matching runs once before the language model, on its embeddings, not in every layer of"
+    " the tower",
 )
 
 
@@ -41,7 +42,8 @@ def tome(candidates, c):
 
 @register_merge("tome", compensates=False, reads=("hidden",), trusted=True)
 def merge_matched(matches, c):
-    """Each token goes to the slot of the token it was merged into; plain means, which chains of weighted means are."""
+    """Each token goes to the slot of the token it was merged into; plain means, which chains of weighted
+    means are."""
     into = matches.candidates.memo["into"]
     slot = matches.own_slot.flatten()[into]
     return slot, matches.candidates.importance.new_zeros(slot.shape)
@@ -60,8 +62,8 @@ def match_chain(x: "torch.Tensor", removed: list[int]) -> tuple["torch.Tensor", 
     """Bipartite soft matching of ``x`` (S, n, D) in steps that each remove so many tokens.
 
     Returns:
-        into (S, n): the token that each one ends up in; left (S, n'): the tokens that are left, in ToMe's order:
-        the even ones by descending best cosine, then the odd ones.
+        into (S, n): the token that each one ends up in; left (S, n'): the tokens that are left, in ToMe's
+        order: the even ones by descending best cosine, then the odd ones.
     """
     spans, n, width = x.shape
     size = x.new_ones(spans, n, 1)

@@ -10,7 +10,8 @@ from .registry import Method
 
 METHOD = Method(
     "turbo",
-    description="the tokens of lowest information degree; each of the rest is averaged into its most similar target",
+    description="the tokens of lowest information degree; each of the rest is averaged into its most"
+    " similar target",
     section="§3.1, §4.1",
     keys={"select": "information", "merge": "average"},
 )

@@ -1,10 +1,11 @@
-"""VisionZip (Longer is Better but Not Necessary in Vision Language Models, CVPR 2025): dominant and contextual tokens.
+"""VisionZip (Longer is Better but Not Necessary in Vision Language Models, CVPR 2025): dominant and
+contextual tokens.
 
-Of T tokens, 54 in 64 are dominant: the [CLS] feature itself, where the tower has one, and those with its highest
-attention in the second last layer (without a [CLS] token: with the highest attention received). The others are
-compared by the tower's keys of that layer, averaged over the heads: every (R // count)-th of the R that remain is a
-contextual target, and each other one joins the most similar target, to which the mean of what it received is *added*.
-The model's own projector runs on what is left.
+Of T tokens, 54 in 64 are dominant: the [CLS] feature itself, where the tower has one, and those with its
+highest attention in the second last layer (without a [CLS] token: with the highest attention received). The
+others are compared by the tower's keys of that layer, averaged over the heads: every (R // count)-th of the R
+that remain is a contextual target, and each other one joins the most similar target, to which the mean of
+what it received is *added*. The model's own projector runs on what is left.
 """
 
 from typing import TYPE_CHECKING
@@ -19,19 +20,22 @@ CONTEXTUAL = 10 / 64  # share of T that is contextual
 
 METHOD = Method(
     "visionzip",
-    description="the tokens with the most attention of the [CLS] token, and a few that similar ones are merged into",
+    description="the tokens with the most attention of the [CLS] token, and a few that similar ones are"
+    " merged into",
     section="VisionZip, CVPR 2025",
     keys={"select": "visionzip", "merge": "visionzip"},
     places=(),
     place="tower",
     cost="a sort of N scores, and T/6 × N similarities of keys",
-    deviation="tokens stay in their original order; the released code puts the contextual ones after the dominant ones",
+    deviation="tokens stay in their original order; the released code puts the contextual ones after the"
+    " dominant ones",
 )
 
 
 @register_select("visionzip", reads=(), needs=("tower_cls|tower_received", "tower_keys"), trusted=True)
 def visionzip(candidates, c):
-    """Dominant tokens, then every step-th of the rest. With ``context.cls_first`` token 0 of a span is [CLS]."""
+    """Dominant tokens, then every step-th of the rest. With ``context.cls_first`` token 0 of a span is
+    [CLS]."""
     score = candidates.tower_score
     cls_first = candidates.context.cls_first
     contextual = candidates.memo["contextual"] = candidates.layout.valid.new_zeros(score.shape)
@@ -53,7 +57,8 @@ def visionzip(candidates, c):
     "visionzip", compensates=False, reads=("hidden",), needs=("tower_keys",), gives_weights=True, trusted=True
 )
 def merge_into_contextual(matches, c):
-    """Each token that is no target joins the contextual target of its span with the most similar tower keys."""
+    """Each token that is no target joins the contextual target of its span with the most similar tower
+    keys."""
     candidates, spans = matches.candidates, matches.layout
     keys = ops.similarities(candidates.context.tower_keys)
     own, contextual = matches.own_slot, candidates.memo["contextual"]

@@ -1,8 +1,10 @@
-"""VisPruner (Beyond Text-Visual Attention, ICCV 2025): half by the [CLS] token's attention, half by diversity.
+"""VisPruner (Beyond Text-Visual Attention, ICCV 2025): half by the [CLS] token's attention, half by
+diversity.
 
-The T/2 tokens with the highest [CLS] attention stay. The rest, ordered by that attention, is thinned out in rounds
-until T/2 are left: even places are compared with odd ones, and the eight most similar are dropped. Both halves stay
-in their original order; the similarities are those of the tower's features before the projector.
+The T/2 tokens with the highest [CLS] attention stay. The rest, ordered by that attention, is thinned out in
+rounds
+until T/2 are left: even places are compared with odd ones, and the eight most similar are dropped. Both
+halves stay in their original order; the similarities are those of the tower's features before the projector.
 """
 
 from .. import ops
@@ -18,7 +20,8 @@ METHOD = Method(
     places=(),
     place="input",
     cost="one N × N similarity a span in float64, then N / 8 rounds of sorting",
-    deviation="where T/2 rounds to an odd number the released code fails; ours gives the even half one token more",
+    deviation="where T/2 rounds to an odd number the released code fails; ours gives the even half one"
+    " token more",
 )
 
 

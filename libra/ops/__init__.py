@@ -1,7 +1,7 @@
 """The tensor operations of a compression step: torch definitions, and Triton kernels of the same names.
 
-``ops.name`` is the function of :mod:`libra.ops.reference` or :mod:`libra.ops.greedy`, imported when it is first used: files that only
-name methods and their traits start without torch.
+``ops.name`` is the function of :mod:`libra.ops.reference` or :mod:`libra.ops.greedy`, imported when it is
+first used: files that only name methods and their traits start without torch.
 """
 
 from ..utils.lazy import lazily

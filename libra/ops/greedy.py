@@ -50,10 +50,11 @@ def farthest_first(x: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def greedy_map(kernel: torch.Tensor, count: int) -> torch.Tensor:
-    """(S, count): tokens in the order in which greedy MAP inference of a determinantal point process picks them.
+    """(S, count): tokens in the order in which greedy MAP inference of a determinantal point process picks
+    them.
 
-    ``kernel`` (S, n, n) is positive semidefinite. Past its numerical rank nothing is gained any more: the rest
-    is picked by the diagonal, where the usual update would divide by 0.
+    ``kernel`` (S, n, n) is positive semidefinite. Past its numerical rank nothing is gained any more: the
+    rest is picked by the diagonal, where the usual update would divide by 0.
     """
     gain = kernel.diagonal(dim1=1, dim2=2).clone()
     alone = gain.clone()
@@ -80,8 +81,9 @@ def thin_out(x: torch.Tensor, order: torch.Tensor, count: int, most: int = 8) ->
     """(S, count): what VisPruner leaves of the list ``order`` (S, R) of tokens of ``x`` (S, n, D).
 
     In every round the list is split into its even and its odd places, each even one is compared with all odd
-    ones, and the ``most`` (fewer in the last round) with the highest cosine are dropped; the even places left,
-    most similar first, and the odd ones are the new list. Where the list is odd the even half has one more.
+    ones, and the ``most`` (fewer in the last round) with the highest cosine are dropped; the even places
+    left, most similar first, and the odd ones are the new list. Where the list is odd the even half has one
+    more.
     """
     similarity = similarities(
         x, torch.float64

@@ -60,8 +60,8 @@ class Spans:
         return all(len(row) <= 1 for row in self.spans)
 
     def alike(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """The spans in groups of the same size: (tokens n, targets k, index (S, n) of their S · n tokens in the
-        rows one after another, (B · N,))."""
+        """The spans in groups of the same size: (tokens n, targets k, index (S, n) of their S · n tokens in
+        the rows one after another, (B · N,))."""
         groups: dict[tuple[int, int], list[int]] = {}
         for row, (spans, keeps) in enumerate(zip(self.spans, self.keeps)):
             first = row * self.tokens
