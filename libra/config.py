@@ -43,7 +43,7 @@ class Compression:
     checked when made.
 
     method: a name of `libra.methods.METHODS`; it sets select and merge (PyramidDrop also score_layer,
-        positions and rounding), and a key given beside it overrides it. Without a method: intervals and igm,
+        positions and rounding), and a key given next to it overrides it. Without a method: intervals and igm,
         the paper's.
     select: who is a target (§3.2): intervals | topk | random | information, or a name of
         `libra.register_select`.

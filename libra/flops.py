@@ -164,8 +164,8 @@ def table(data: dict) -> str:
         ("ratio to vanilla", "ratio", "{:.0%}".format, "percent", "{:.0f}%".format),
         ("average tokens kept", "average_tokens", "{:.0f}".format, "", str),
     ):
-        beside = f"   ({source}: {printed(paper[figure])})" if figure in paper else ""
-        lines.append(f"{name:<22}{show(nominal[key]):>18}{'':8}{show(actual[key]):>18}{beside}")
+        printed_too = f"   ({source}: {printed(paper[figure])})" if figure in paper else ""
+        lines.append(f"{name:<22}{show(nominal[key]):>18}{'':8}{show(actual[key]):>18}{printed_too}")
     return "\n".join([*lines, "", *(f"note: {note}" for note in data["notes"])])
 
 

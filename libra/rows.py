@@ -65,8 +65,8 @@ def find_row(given: str | Path) -> tuple[Path, str]:
     name = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
     found = spelled(name, shipped_rows())
     if found is None:
-        beside = [other.name for other in path.parent.glob("*.yaml")]
-        hint = did_you_mean(path.name, beside) or did_you_mean(name, shipped_rows()) or " check the path"
+        neighbours = [other.name for other in path.parent.glob("*.yaml")]
+        hint = did_you_mean(path.name, neighbours) or did_you_mean(name, shipped_rows()) or " check the path"
         raise ConfigError(f"{path}: there is no such file, and no row of that name;{hint}")
     return shipped_rows()[found], found
 

@@ -57,7 +57,7 @@ def visionzip(candidates, c):
     "visionzip", compensates=False, reads=("hidden",), needs=("tower_keys",), gives_weights=True, trusted=True
 )
 def merge_into_contextual(matches, c):
-    """Each token that is no target joins the contextual target of its span with the most similar tower
+    """Each token that is not a target joins the contextual target of its span with the most similar tower
     keys."""
     candidates, spans = matches.candidates, matches.layout
     keys = ops.similarities(candidates.context.tower_keys)

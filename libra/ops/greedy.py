@@ -57,13 +57,13 @@ def greedy_map(kernel: torch.Tensor, count: int) -> torch.Tensor:
     rest is picked by the diagonal, where the usual update would divide by 0.
     """
     gain = kernel.diagonal(dim1=1, dim2=2).clone()
-    alone = gain.clone()
+    diagonal = gain.clone()
     floor = 1e-6 * gain.amax(1, keepdim=True).clamp(min=1e-30)
     taken = torch.zeros_like(gain, dtype=torch.bool)
     columns = kernel.new_zeros(len(kernel), count, kernel.shape[1])
     picks = []
     for step in range(count):
-        score = torch.where(gain > floor, gain, alone * floor).masked_fill(taken, -math.inf)
+        score = torch.where(gain > floor, gain, diagonal * floor).masked_fill(taken, -math.inf)
         pick = _first_highest(score)
         picks.append(pick)
         taken = taken.scatter(1, pick, True)
