@@ -41,4 +41,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULES})
 
 
-only_commands("libra", "figures", "flops", "latency", "lmms", "mini.benchmark", "serve")
+only_commands("libra", "figures", "flops", "latency", "lmms", "mini.benchmark", "serve", "serve.bench")

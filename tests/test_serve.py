@@ -86,7 +86,10 @@ def check_equal(server, reference, count: int, clients: int = 8) -> None:
     asked = questions(count)
     expected = {i: reference.answers(method, asked) for i, method in enumerate(METHODS)}
     jobs = [(i, number) for number in range(count) for i in range(len(METHODS))]
+    left = server.metric("disconnects_total", KEY)
     got = ask_at_once(server, [(METHODS[i], *asked[number]) for i, number in jobs], clients, KEY)
+    server.wait_for("held", 0, KEY)
+    assert server.metric("disconnects_total", KEY) == left
     assert got == [expected[i][number] for i, number in jobs]
     answers = [[text for text, _ in expected[i]] for i in expected]
     assert any(one != answers[0] for one in answers)  # so the methods do not all say the same

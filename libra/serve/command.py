@@ -147,26 +147,30 @@ def _key(args) -> str | None:
     return args.api_key or os.environ.get(KEY) or None
 
 
+def given_compression(text: str):
+    """The compression that the owner of a server names: a YAML file, a method or a shipped row. Raises
+    ValueError."""
+    from ..config import Compression
+    from .request import compression_of
+
+    return Compression.from_yaml(text) if Path(text).is_file() else compression_of(text)
+
+
 def _build(args):
     """The application and the model's name. Raises ValueError."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    from ..config import Compression
     from .app import Rules, build_app
     from .handler import ChatHandler
     from .metrics import Metrics
     from .models import load
     from .pictures import limits_of
-    from .request import compression_of
     from .usage import NOTHING
     from .worker import Worker
 
-    default = NOTHING
-    if args.compression:
-        a_file = Path(args.compression).is_file()
-        default = Compression.from_yaml(args.compression) if a_file else compression_of(args.compression)
+    default = given_compression(args.compression) if args.compression else NOTHING
     model = load(args.model, args.served_name, args.device, args.dtype)
     metrics = Metrics()
     worker = Worker(model.model, model.processor.tokenizer, default, args.most_waiting, metrics)

@@ -89,6 +89,7 @@ class Turn(GenerateManager):
         ran: the compression with its layers.
         counted: tokens of the answer so far.
         submitted: whether the worker's thread has it, which then gives its place back.
+        left: whether its client was gone before the last token. ``gone`` itself is also set after an answer.
     """
 
     def __init__(
@@ -102,7 +103,8 @@ class Turn(GenerateManager):
         # No call to super().__init__: it would start a thread of its own.
         self._thread, self.worker = worker.thread, worker
         self.compression, self.seed, self.stops, self.gone = compression, seed, stops, gone
-        self.started, self.submitted = time.monotonic(), False
+        self.started = time.monotonic()
+        self.submitted = self.left = False
         self.visual = self.prompt = self.counted = 0
         self.stats: dict | None = None
         self.ran = compression
@@ -122,6 +124,7 @@ class Turn(GenerateManager):
         try:
             return self._generate(inputs)
         except _GenerationCancelled:
+            self.left = True
             raise
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
@@ -136,7 +139,7 @@ class Turn(GenerateManager):
             metrics.add("generated_tokens_total", self.counted)
             metrics.add("visual_tokens_total", self.visual)
             metrics.took("request_seconds", time.monotonic() - self.started)
-            if self.gone.is_set():
+            if self.left:
                 metrics.add("disconnects_total")
             self.worker.leave_place()
 
@@ -171,7 +174,8 @@ class _Watch(StoppingCriteria):
             turn.worker.metrics.took("first_token_seconds", time.monotonic() - turn.started)
             turn.stats = None if self.handle is None else self.handle.stats
         turn.counted += 1
-        ends = turn.gone.is_set() or bool(turn.stops) and self._stopped(input_ids)
+        turn.left = turn.gone.is_set()
+        ends = turn.left or bool(turn.stops) and self._stopped(input_ids)
         return torch.full((len(input_ids),), ends, device=input_ids.device)
 
     def _stopped(self, input_ids) -> bool:
