@@ -206,7 +206,7 @@ def test_the_same_as_llavas_own_decoder(model, name):
         attention_mask=mask,
         labels=given["labels"],
         visual_mask=visual,
-        sample_keys=(given["input_ids"] * mask.cumsum(1) * mask * ~visual).sum(1),
+        row_seeds=(given["input_ids"] * mask.cumsum(1) * mask * ~visual).sum(1),
     )
     out.loss.backward()
     torch.testing.assert_close(out.logits, theirs.logits, atol=1e-5, rtol=1e-5)

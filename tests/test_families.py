@@ -15,7 +15,7 @@ from families import EVERY, SAID, by_hand, collate, talk
 
 import libra
 from libra import Compression
-from libra.engine.tokens import VisualTokenStream
+from libra.engine.tokens import VisualTokens
 from libra.engine.trace import COMPENSATION
 from libra.engine.transformers_api import cache_argument, cache_of
 
@@ -80,23 +80,23 @@ class Seam:
 
 @contextmanager
 def seams() -> Iterator[list[Seam]]:
-    seen, compress = [], VisualTokenStream.compress
+    seen, compress = [], VisualTokens.compress
 
-    def state(stream):
-        visual = stream.spans > 0
-        return visual, torch.ones_like(visual) if stream.mask is None else stream.mask
+    def state(tokens):
+        visual = tokens.spans > 0
+        return visual, torch.ones_like(visual) if tokens.valid is None else tokens.valid
 
-    def spy(stream, hidden, attention):
-        before = (hidden, *state(stream))
-        result = compress(stream, hidden, attention)
-        seen.append(Seam(*before, result[0], *state(stream), result[2].compensated))
+    def spy(tokens, hidden, attention):
+        before = (hidden, *state(tokens))
+        result = compress(tokens, hidden, attention)
+        seen.append(Seam(*before, result[0], *state(tokens), result[2].compensated))
         return result
 
-    VisualTokenStream.compress = spy
+    VisualTokens.compress = spy
     try:
         yield seen
     finally:
-        VisualTokenStream.compress = compress
+        VisualTokens.compress = compress
 
 
 # --- the matrix ---

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from libra import Compression
 from libra.budget import actual
-from libra.engine.tokens import VisualTokenStream
+from libra.engine.tokens import Prefill, VisualTokens
 from libra.engine.transformers_api import cache_argument, cache_of
 
 CLOSE = dict(atol=1e-4, rtol=1e-4)
@@ -277,20 +277,20 @@ class Synchronisations(TorchDispatchMode):
 @torch.no_grad()
 def test_at_most_one_synchronisation_a_compression_layer(model, c, monkeypatch):
     model.set_compression(c)
-    counts, compress = [], VisualTokenStream.compress
+    counts, compress = [], VisualTokens.compress
 
-    def counted(stream, hidden, attention):
+    def counted(tokens, hidden, attention):
         to_list = torch.Tensor.tolist
         with Synchronisations() as seen, monkeypatch.context() as patch:
             # A list of a CPU tensor is read without the dispatcher.
             patch.setattr(
                 torch.Tensor, "tolist", lambda tensor: seen.counts.update(["tolist"]) or to_list(tensor)
             )
-            result = compress(stream, hidden, attention)
+            result = compress(tokens, hidden, attention)
         counts.append(seen.counts)
         return result
 
-    monkeypatch.setattr(VisualTokenStream, "compress", counted)
+    monkeypatch.setattr(VisualTokens, "compress", counted)
     model(**tiny.collate(ragged(), "left"))
     assert len(counts) == len(c.layers)
     for count in counts:
@@ -610,7 +610,9 @@ def test_labels_shorten_with_the_tokens(model, c, side):
     rows = [tiny.row(pattern, seed) for seed, (pattern, _) in enumerate(TALKS.values()) if "a" in pattern]
     model.set_compression(c)
     given = tiny.collate(rows, side, labels=True)
-    out = model.model(**given)
+    told = Prefill(given["visual_mask"], given["labels"])
+    inner = {name: given[name] for name in ("inputs_embeds", "attention_mask", "position_ids")}
+    out = model.model(**inner, prefill=told)
     assert out.labels.shape == out.last_hidden_state.shape[:2]
     loss = model(**given).loss
     assert loss.isfinite()

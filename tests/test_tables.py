@@ -607,7 +607,7 @@ def test_a_results_folder_tells_its_table(tmp_path):
 
 
 def test_sim_of_a_run_is_the_one_computed_by_hand():
-    from libra.engine.tokens import VisualTokenStream
+    from libra.engine.tokens import VisualTokens
     from libra.lmms.lmms_libra import LibraModel
     from libra.mini.benchmark import samples_of
 
@@ -624,7 +624,7 @@ def test_sim_of_a_run_is_the_one_computed_by_hand():
         for i, document in enumerate(documents)
     ]
     seen = []
-    compress = VisualTokenStream.compress
+    compress = VisualTokens.compress
 
     def spy(self, hidden, attention):
         seen.append((hidden.clone(), (self.spans > 0).clone()))
@@ -633,7 +633,7 @@ def test_sim_of_a_run_is_the_one_computed_by_hand():
         return step
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VisualTokenStream, "compress", spy)
+        patch.setattr(VisualTokens, "compress", spy)
         model.set_row(row, trace=True)
         answers = model.generate_until(requests)
     ((hidden, visual, _, importance),) = seen

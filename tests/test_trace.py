@@ -210,7 +210,7 @@ def test_llavas_own_model_tells_the_same(c):
     keys = torch.tensor([families.sample_key(t.ids, t.visual) for t in talks])
     ours.set_compression(c, trace=True)
     assert ours.compression_trace is None
-    ours(inputs_embeds=told["inputs_embeds"], attention_mask=mask, visual_mask=visual, sample_keys=keys)
+    ours(inputs_embeds=told["inputs_embeds"], attention_mask=mask, visual_mask=visual, row_seeds=keys)
     rows, _ = traced(family, c, talks)
     for row, other in zip(rows, ours.compression_trace, strict=True):
         assert row.spans == other.spans
@@ -219,5 +219,5 @@ def test_llavas_own_model_tells_the_same(c):
             assert torch.equal(stage.fate, same.fate) and torch.equal(stage.slot, same.slot)
             torch.testing.assert_close(stage.weight, same.weight, atol=1e-4, rtol=1e-4)
     ours.set_compression(c)
-    ours(inputs_embeds=told["inputs_embeds"], attention_mask=mask, visual_mask=visual, sample_keys=keys)
+    ours(inputs_embeds=told["inputs_embeds"], attention_mask=mask, visual_mask=visual, row_seeds=keys)
     assert ours.compression_trace is None

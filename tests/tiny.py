@@ -16,7 +16,7 @@ from transformers import (
 from transformers import LlavaConfig as HFLlavaConfig
 from transformers.generation import GenerationMixin
 
-from libra.engine.tokens import Shortened, VisualTokenStream
+from libra.engine.tokens import Shortened, VisualTokens
 from libra.step import Compressed
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 
@@ -147,7 +147,7 @@ def generate(model: LlavaLlamaForCausalLM, arguments: dict, tokens: int = 5, **o
 
 @dataclass
 class Step:
-    """One call of :meth:`VisualTokenStream.compress`, as it was seen from outside."""
+    """One call of :meth:`VisualTokens.compress`, as it was seen from outside."""
 
     attention: torch.Tensor  # (B, R, S)
     visual: torch.Tensor  # (B, S) bool, before the step
@@ -167,19 +167,19 @@ class Step:
 @contextmanager
 def watched() -> Iterator[list[Step]]:
     """Collects every compression step that is made inside the block."""
-    steps, compress = [], VisualTokenStream.compress
+    steps, compress = [], VisualTokens.compress
 
-    def spy(stream, hidden, attention):
-        visual, queries = stream.spans > 0, stream.queries
-        result = compress(stream, hidden, attention)
+    def spy(tokens, hidden, attention):
+        visual, queries = tokens.spans > 0, tokens.queries
+        result = compress(tokens, hidden, attention)
         steps.append(Step(attention, visual, queries, *result[1:]))
         return result
 
-    VisualTokenStream.compress = spy
+    VisualTokens.compress = spy
     try:
         yield steps
     finally:
-        VisualTokenStream.compress = compress
+        VisualTokens.compress = compress
 
 
 def kept_of_original(steps: list[Step], b: int = 0) -> list[list[int]]:

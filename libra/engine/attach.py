@@ -8,7 +8,7 @@ import sys
 import warnings
 import weakref
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType, MethodType
 
 import torch
@@ -16,7 +16,10 @@ import torch
 from ..config import Compression
 from ..rows import spec_of
 from . import score
-from .forward import MASKS, Passage, attention_kind, fitted
+from .families import DECODERS, FAMILIES
+from .forward import CompressedForward, fitted
+from .masks import MASKS, attention_kind
+from .tokens import Prefill
 from .trace import Recorder, RowTrace
 from .transformers_api import (
     ASSISTED_GENERATION,
@@ -31,44 +34,6 @@ from .transformers_api import (
 )
 
 
-@dataclass(frozen=True)
-class Family:
-    """Where a model class keeps what the plug-in needs.
-
-    Attributes:
-        token_ids: names of the configuration's placeholder ids of visual tokens.
-        body: dotted path to the module that puts text and images together; it takes ``input_ids``.
-        decoder: dotted path to the text decoder (``layers``, ``norm``, ``rotary_emb``).
-    """
-
-    token_ids: tuple[str, ...] = ("image_token_id", "video_token_id")
-    body: str = "model"
-    decoder: str = "model.language_model"
-
-
-_IMAGES_ALONE = Family(token_ids=("image_token_id",))
-FAMILIES = {
-    "LlavaForConditionalGeneration": _IMAGES_ALONE,
-    "LlavaNextForConditionalGeneration": _IMAGES_ALONE,
-    "LlavaOnevisionForConditionalGeneration": Family(),
-    "VideoLlavaForConditionalGeneration": Family(),
-    "Qwen2VLForConditionalGeneration": Family(),
-    "Qwen2_5_VLForConditionalGeneration": Family(),
-    "Qwen3VLForConditionalGeneration": Family(),
-    "InternVLForConditionalGeneration": _IMAGES_ALONE,
-}
-# Decoders whose forward is the plain loop of CompressedDecoder.
-DECODERS = (
-    "LlamaModel",
-    "MistralModel",
-    "Qwen2Model",
-    "Qwen3Model",
-    "Qwen2VLTextModel",
-    "Qwen2_5_VLTextModel",
-    "Qwen3VLTextModel",
-)
-
-
 @dataclass
 class Call:
     """One forward call on its way from the model's outside to its decoder, and back."""
@@ -78,7 +43,7 @@ class Call:
     labels: torch.Tensor | None = None
     score_offset: int = 0  # how far before the last column the scoring token stands
     marked: torch.Tensor | None = None  # what the user said of this call's visual tokens
-    inputs: dict = field(default_factory=dict)  # what the passage is told of the prompt
+    prefill: Prefill | None = None  # the visual tokens that it brings
     stats: dict | None = None  # what came of it, where there was something to compress
     recorder: Recorder | None = None
     outer: "Call | None" = None
@@ -130,11 +95,9 @@ def _assisted(model: torch.nn.Module) -> bool:
 
 
 class CompressedDecoder:
-    """Mixed into a decoder's class while compression is attached: the plain loop over the layers, with the
-    passage in it."""
+    """Mixed into a decoder's class while compression is attached: the plain loop, compressed."""
 
     compression: Compression
-    trace: bool
     watch: "_Watch"
 
     def __deepcopy__(self, memo) -> "CompressedDecoder":
@@ -166,28 +129,20 @@ class CompressedDecoder:
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         call = _running(self)
-        told = {} if call is None else call.inputs
-        passage = Passage(
-            self,
-            self.compression,
-            hidden,
-            attention_mask,
-            position_ids,
-            cache,
-            **told,
-            trace=self.trace,
-            padding_side="left",
+        prefill = None if call is None else call.prefill
+        forward = CompressedForward(
+            self, self.compression, hidden, attention_mask, position_ids, cache, prefill
         )
         deep = (
             () if deepstack_visual_embeds is None else deepstack_visual_embeds
         )  # Qwen3-VL's, before any compression
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            hidden = layer(hidden, **passage.inputs(i), use_cache=use_cache, **kwargs)
+            hidden = layer(hidden, **forward.inputs(i), use_cache=use_cache, **kwargs)
             if i < len(deep):
                 hidden = self._deepstack_process(hidden, visual_pos_masks, deep[i])
-            hidden = passage.compress(i, hidden)
-        if passage.stream is not None:
-            call.stats, call.recorder, call.labels = passage.stats(), passage.recorder, passage.labels
+            hidden = forward.compress(i, hidden)
+        if forward.tokens is not None:
+            call.stats, call.recorder, call.labels = forward.stats(), forward.recorder, forward.labels
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **cache_argument(cache))
 
 
@@ -214,9 +169,11 @@ class _Watch:
         decoder = base.get_submodule(family.decoder)
         if isinstance(decoder, CompressedDecoder):
             raise ValueError(
-                "a compression is attached to this model already; detach it first, with its handle or libra.detach(model)"
+                "a compression is attached to this model already; detach it first, with its handle or"
+                " libra.detach(model)"
             )
         self.compression, self.base, self.decoder = _check(decoder, compression, base), base, decoder
+        self._trace = trace
         self.handle: weakref.ref[Attachment] | None = None
         self.stats: dict | None = None
         self.recorder: Recorder | None = None
@@ -227,7 +184,7 @@ class _Watch:
         # attentions.
         names = {name: getattr(self._plain_class, name) for name in ("__module__", "__qualname__")}
         _become(decoder, type(self._plain_class.__name__, (CompressedDecoder, self._plain_class), names))
-        decoder.compression, decoder.trace, decoder.watch = self.compression, trace, self
+        decoder.compression, decoder.watch = self.compression, self
         body = base.get_submodule(family.body)
         self._hooks = []
         for module in {
@@ -250,7 +207,7 @@ class _Watch:
             hook.remove()
         self._hooks, decoder = [], self.decoder
         _become(decoder, self._plain_class)
-        del decoder.compression, decoder.trace, decoder.watch
+        del decoder.compression, decoder.watch
         score.disable(decoder.config)
 
     # --- the model: labels, which become shorter ---
@@ -260,8 +217,8 @@ class _Watch:
         if self.handle is not None and self.handle() is None:
             self.handle = None
             warnings.warn(
-                "the handle of libra.attach is gone and this model is still compressed; keep the handle, or give the model back"
-                " with libra.detach(model)",
+                "the handle of libra.attach is gone and this model is still compressed; keep the handle,"
+                " or give the model back with libra.detach(model)",
                 stacklevel=2,
             )
         marked = _MARKED.get()
@@ -312,7 +269,7 @@ class _Watch:
     def _begin_body(self, body, args, kwargs):
         kwargs = _named(body, args, kwargs)
         call = _running(self.decoder) or self._start(_caller(), whole=False)
-        call.inputs = self._survey(call, kwargs)
+        call.prefill = self._survey(call, kwargs)
         return (), kwargs
 
     @torch.compiler.disable
@@ -322,14 +279,14 @@ class _Watch:
             _CALL.set(call.outer)
             self._remember(call)
 
-    def _survey(self, call: Call, kwargs: dict) -> dict:
-        """What the passage is told: columns of visual tokens, labels, who scores, and a number made of the
-        row's own text."""
+    def _survey(self, call: Call, kwargs: dict) -> Prefill | None:
+        """The prompt's visual tokens, labels and scoring columns, and a hash of each row's text that seeds
+        random selection; None for a decoding step."""
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         cache, mask = cache_given(kwargs), kwargs.get("attention_mask")
         length = (embeds if ids is None else ids).shape[1]
         if length == 1 and cache is not None and cache.get_seq_length():
-            return {"visual": None}  # a decoding step; the model itself may say a placeholder's id
+            return None  # a decoding step; the model itself may say a placeholder's id
         visual = self._visual_columns(call.marked, ids, embeds, kwargs)
         places = torch.arange(1, length + 1, device=visual.device)
         if mask is not None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
@@ -337,7 +294,8 @@ class _Watch:
             places = valid.cumsum(1) * valid
             if cache is not None and bool((valid[:, -1] == 0).any()):
                 raise ValueError(
-                    "the prompts are padded on the right; generate needs processor.tokenizer.padding_side = 'left'"
+                    "the prompts are padded on the right; generate needs"
+                    " processor.tokenizer.padding_side = 'left'"
                 )
         elif mask is None and self._is_packed(kwargs.get("position_ids")):
             raise ValueError(
@@ -346,10 +304,10 @@ class _Watch:
         columns = None
         if call.score_offset:
             columns = torch.full((len(visual),), length - 1 - call.score_offset, device=visual.device)
-        keys = torch.zeros(len(visual), dtype=torch.long, device=visual.device)
+        seeds = torch.zeros(len(visual), dtype=torch.long, device=visual.device)
         if ids is not None:
-            keys = (ids * places * ~visual)[:, : length - call.score_offset].sum(1)
-        return {"visual": visual, "labels": call.labels, "score_columns": columns, "keys": keys}
+            seeds = (ids * places * ~visual)[:, : length - call.score_offset].sum(1)
+        return Prefill(visual, call.labels, columns, seeds, padding_side="left", trace=self._trace)
 
     def _visual_columns(self, marked, ids, embeds, kwargs: dict) -> torch.Tensor:
         """(B, S) bool."""
@@ -370,15 +328,15 @@ class _Watch:
         pictures = any(value is not None for value in (*pixels, *encoded.values()))
         if (
             ids is not None
-        ):  # a placeholder that the model said, or that a guess repeats, comes without a picture: text
+        ):  # placeholder ids without pixels were generated by the model, or guessed for it: text
             return torch.isin(ids, torch.tensor(self._token_ids, device=ids.device)) & pictures
         if pictures:
             table = self.base.get_input_embeddings()
             placeholders = table(torch.tensor(self._token_ids, device=embeds.device)).to(embeds.dtype)
             return (embeds[:, :, None] == placeholders).all(-1).any(-1)
         raise ValueError(
-            "embeddings alone do not tell which columns are visual tokens: give input_ids, or say it before the call with"
-            " handle.mark_visual_tokens(mask)"
+            "embeddings alone do not tell which columns are visual tokens: give input_ids, or say it before"
+            " the call with handle.mark_visual_tokens(mask)"
         )
 
     @staticmethod
@@ -402,7 +360,8 @@ class Attachment:
     def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool = False):
         if not isinstance(compression, Compression):
             raise ValueError(
-                f"libra.attach needs a libra.Compression, not {type(compression).__name__}; from_yaml reads files"
+                f"libra.attach needs a libra.Compression, not {type(compression).__name__};"
+                " from_yaml reads files"
             )
         if hasattr(model, "_orig_mod"):
             raise ValueError(
@@ -436,7 +395,7 @@ class Attachment:
         logits, ``padding``: on which side the others are; ``flops``: multiply-accumulates of each row's
         visual tokens by §4.1's formula for whole tokens; ``flops_ratio``: the same over those of the plain
         model; ``cache``: bytes of the KV cache after the
-        prefill, ``total`` and what they are for (:meth:`libra.engine.forward.Passage.stats`).
+        prefill, ``total`` and what they are for (:meth:`libra.engine.forward.CompressedForward.stats`).
         """
         watch = self._watch
         if watch.stats is None:
@@ -486,7 +445,8 @@ def _check(decoder, compression: Compression, model) -> Compression:
     replaced = "forward" in own and getattr(own["forward"], "__func__", None) is not type(decoder).forward
     if replaced and "_old_forward" not in own:
         raise ValueError(
-            f"the forward of this model's {name} was replaced (by torch.compile?); attach first, then replace it"
+            f"the forward of this model's {name} was replaced (by torch.compile?); attach first, then"
+            " replace it"
         )
     compression = fitted(decoder, compression)
     kinds = {attention_kind(config, layer) for layer in range(config.num_hidden_layers)}
@@ -497,8 +457,8 @@ def _check(decoder, compression: Compression, model) -> Compression:
     deep = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     if compression.layers and compression.layers[0] < deep - 1:
         raise ValueError(
-            f"layers: {compression.layers[0]} is too early: {name} adds visual features after its layers 0 to {deep - 1};"
-            f" compress after layer {deep - 1} at the earliest"
+            f"layers: {compression.layers[0]} is too early: {name} adds visual features after its layers"
+            f" 0 to {deep - 1}; compress after layer {deep - 1} at the earliest"
         )
     return compression
 

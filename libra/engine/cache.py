@@ -13,27 +13,34 @@ class Stage:
 
     Attributes:
         first_layer: the first of those layers.
-        mask: (B, K) bool, False for padding; None if no row has any.
-        shift: (B, 1), how far behind the original numbering the positions of a compact stage are; None with
+        key_mask: (B, K) bool, False for padding; None if no row has any.
+        shift: (B, 1), how many numbers the positions of a compact stage lag the original ones; None with
             original positions.
     """
 
     first_layer: int
-    mask: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
     shift: torch.Tensor | None = None
 
     def apply(self, change) -> None:
-        """Replace mask and shift by ``change`` of them."""
-        self.mask = None if self.mask is None else change(self.mask)
+        """Replace key mask and shift by ``change`` of them."""
+        self.key_mask = None if self.key_mask is None else change(self.key_mask)
         self.shift = None if self.shift is None else change(self.shift)
 
 
 class StagedCache(DynamicCache):
-    """A dynamic cache that carries the stages through everything that is done to its rows and its end."""
+    """A dynamic cache that carries the stages through everything that is done to its rows and its end.
+
+    Each layer holds as many keys as its stage has columns: shorter stages append fewer keys, and nothing is
+    ever cut out of a cache. What else differs between the stages stands in :class:`Stage`, and must follow
+    the rows when beams are reordered, repeated or selected, and the end when guesses are taken back.
+    """
 
     stages: list[Stage]
     compressed_until = 0  # columns of layer 0 up to the last visual token that was compressed
-    expects_a_call = False  # set by a passage, which gives each layer the mask for its own length
+    # A compressed forward sets it before its first layer. Without one the model would give all layers one
+    # mask, made for the length of the first.
+    expects_a_call = False
 
     @classmethod
     def adopt(cls, cache, first_layers: list[int]) -> "StagedCache":
@@ -48,13 +55,14 @@ class StagedCache(DynamicCache):
             cache.stages = [Stage(layer) for layer in first_layers]
         elif not isinstance(cache, cls):
             raise ValueError(
-                f"compression needs a DynamicCache, whose layers can differ in length, but got {type(cache).__name__};"
-                f" leave cache_implementation and {CACHE} unset"
+                f"compression needs a DynamicCache, whose layers can differ in length, but got"
+                f" {type(cache).__name__}; leave cache_implementation and {CACHE} unset"
             )
         elif [stage.first_layer for stage in cache.stages] != first_layers:
             raise ValueError(
-                f"this KV cache was filled with compression after layers {[s.first_layer - 1 for s in cache.stages[1:]]},"
-                f" not {[layer - 1 for layer in first_layers[1:]]}; start with an empty cache"
+                f"this KV cache was filled with compression after layers"
+                f" {[s.first_layer - 1 for s in cache.stages[1:]]}, not {[layer - 1 for layer in first_layers[1:]]};"
+                " start with an empty cache"
             )
         return cache
 
@@ -68,8 +76,9 @@ class StagedCache(DynamicCache):
         if layer_idx == 0:
             if not self.expects_a_call and len({layer.get_seq_length() for layer in self.layers}) > 1:
                 raise ValueError(
-                    f"this KV cache was filled with compression after layers {[s.first_layer - 1 for s in self.stages[1:]]},"
-                    " and now the model is called without it; switch that compression on again or start with an empty cache"
+                    f"this KV cache was filled with compression after layers"
+                    f" {[s.first_layer - 1 for s in self.stages[1:]]}, and now the model is called without it;"
+                    " switch that compression on again or start with an empty cache"
                 )
             self.expects_a_call = False
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -104,13 +113,13 @@ class StagedCache(DynamicCache):
             )
         if tokens_to_remove and self.get_seq_length(0) + tokens_to_remove < self.compressed_until:
             raise ValueError(
-                f"crop keeps at least the {self.compressed_until} columns up to the last compressed visual token; start a new"
-                " cache"
+                f"crop keeps at least the {self.compressed_until} columns up to the last compressed visual"
+                " token; start a new cache"
             )
         for layer in self.layers:
             layer.crop(tokens_to_remove)
         for stage in self.stages if tokens_to_remove else ():
-            stage.mask = None if stage.mask is None else stage.mask[:, :tokens_to_remove]
+            stage.key_mask = None if stage.key_mask is None else stage.key_mask[:, :tokens_to_remove]
 
     def reset(self):
         empty_layers(self)

@@ -1,4 +1,4 @@
-"""What travels with one prefill through the decoder and becomes shorter behind every compression layer."""
+"""The visual tokens of one prefill, and all that is kept per column and becomes shorter with them."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,41 @@ from ..step import Compressed, compress_spans
 IGNORE_INDEX = -100
 
 
+@dataclass(frozen=True)
+class Prefill:
+    """What the engine is told of a call that brings visual tokens.
+
+    Attributes:
+        visual: (B, S) bool, True at the columns of visual tokens; each contiguous run of them is a span.
+        labels: (B, S) with -100 where nothing is supervised; None outside training.
+        score_columns: (B,) the column that scores each row's visual tokens. By default the last valid column
+            or, with labels, for each span the last column before the first answer that follows it.
+        row_seeds: (B,) integers for pseudo-random selection.
+        padding_side: where rows that come without padding get it, should their lengths become unequal:
+            "left", which generation needs, or "right". None: right with labels, left without. Padding that is
+            there keeps its side.
+        trace: whether to record what becomes of each visual token.
+    """
+
+    visual: torch.Tensor
+    labels: torch.Tensor | None = None
+    score_columns: torch.Tensor | None = None
+    row_seeds: torch.Tensor | None = None
+    padding_side: str | None = None
+    trace: bool = False
+
+
 @dataclass
 class Shortened:
-    """How the columns of a shorter stage come from those of the longer one."""
+    """How the columns of a shorter stage come from those of the longer one.
 
-    source: (
-        torch.Tensor
-    )  # (B, S') the old column behind each new one; the compensation token names the last visual column
-    mask: torch.Tensor | None  # (B, S') bool, None if no row has padding
+    Attributes:
+        source: (B, S'), the old column of each new one; a compensation token has the last visual column's.
+        valid: (B, S') bool, False for padding; None if no row has any.
+    """
+
+    source: torch.Tensor
+    valid: torch.Tensor | None
 
     def gather(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Take the new columns of ``x`` along ``dim`` 1 (B, S, …) or the last (…, B or 1, S)."""
@@ -32,39 +59,24 @@ class Shortened:
         return x.expand(*shape[:-1], x.shape[-1]).gather(-1, self.source.expand(shape))
 
 
-class VisualTokenStream:
-    """The visual tokens of one batch: where they are now, which text token scores them, masks and labels.
+class VisualTokens:
+    """The visual tokens of one batch: where they are now, which text token scores them, labels.
 
     Args:
         compression: what happens at each compression layer.
-        visual: (B, S) bool, True at the columns of visual tokens; each contiguous run of them is a span.
-        mask: (B, S), 0 for padding, which is all on the left or all on the right of a row; None if there is
+        prefill: which columns are visual tokens, and what else is known of the call.
+        valid: (B, S), 0 for padding, which is all on the left or all on the right of a row; None if there is
             none.
-        labels: (B, S) with -100 where nothing is supervised; None outside training.
-        score_columns: (B,) the column that scores each row's visual tokens. By default the last valid column
-            or, with labels, for each span the last column before the first answer that follows it.
-        keys: (B,) integers for pseudo-random selection.
-        padding_side: where rows that come without padding get it, should their lengths become unequal:
-            "left", which generation needs, or "right". None: right with labels, left without. Padding that is
-            there keeps its side.
 
     Raises:
-        ValueError: if the mask has padding in the middle or on both sides of the batch's rows.
+        ValueError: if there is padding in the middle or on both sides of the batch's rows.
     """
 
-    def __init__(
-        self,
-        compression: Compression,
-        visual,
-        mask=None,
-        labels=None,
-        score_columns=None,
-        keys=None,
-        padding_side=None,
-    ):
-        self.compression, self.labels, self.keys = compression, labels, keys
-        self.mask = None if mask is None else mask.bool()
-        self._side = padding_side or ("left" if labels is None else "right")
+    def __init__(self, compression: Compression, prefill: Prefill, valid: torch.Tensor | None = None):
+        self.compression, self.labels, self._row_seeds = compression, prefill.labels, prefill.row_seeds
+        self.valid = None if valid is None else valid.bool()
+        self._side = prefill.padding_side or ("left" if prefill.labels is None else "right")
+        visual = prefill.visual
         self.counts: list[
             list[int]
         ] = []  # visual tokens of each row, stage by stage, without compensation tokens
@@ -76,7 +88,7 @@ class VisualTokenStream:
             self.spans = (
                 begins.cumsum(1) * visual
             )  # (B, S): 0 for text and padding, k for the row's k-th span
-            self._survey(score_columns)
+            self._survey(prefill.score_columns)
 
     def _survey(self, score_columns) -> None:
         """Bring the batch's layout to the host once: after it every shape is known but for compensation
@@ -84,7 +96,7 @@ class VisualTokenStream:
         batch, length = self.spans.shape
         device = self.spans.device
         columns = torch.arange(length, device=device)
-        valid = torch.ones_like(self.spans, dtype=torch.bool) if self.mask is None else self.mask
+        valid = torch.ones_like(self.spans, dtype=torch.bool) if self.valid is None else self.valid
         self.spans = self.spans.masked_fill(~valid, 0)
         most = int(self.spans.max()) if self.spans.numel() else 0
         numbers = torch.arange(1, most + 1, device=device)
@@ -125,7 +137,7 @@ class VisualTokenStream:
             )
         self.pads_left = padded_left or not padded_right and self._side == "left"
         if not (padded_left or padded_right):
-            self.mask = None
+            self.valid = None
         self.last_visual = max((end for row in last_visual for end in row), default=-1)
         self.counts.append([sum(row) for row in self.span_lengths])
         self._which = which
@@ -161,7 +173,9 @@ class VisualTokenStream:
     @property
     def padding(self) -> str | None:
         """The side on which the rows are padded now; None if no row is."""
-        return None if self.mask is None else "left" if self.pads_left else "right"
+        if self.valid is None:
+            return None
+        return "left" if self.pads_left else "right"
 
     def _columns(self, count: int) -> torch.Tensor:
         """(B, count): the columns of each row's visual tokens, ascending; a shorter row goes on with other
@@ -185,7 +199,7 @@ class VisualTokenStream:
     def compress(
         self, hidden: torch.Tensor, attention: torch.Tensor
     ) -> tuple[torch.Tensor, Shortened, Compressed]:
-        """Shorten the stage behind a compression layer.
+        """Shorten the columns for the stage after a compression layer.
 
         Args:
             hidden: (B, S, D) what leaves the layer.
@@ -197,7 +211,8 @@ class VisualTokenStream:
         """
         device = hidden.device
         with record_function("libra.layout"):
-            # A row without visual tokens takes part with one column that is put back untouched.
+            # A row without visual tokens gets a span of one column, so that shapes stay valid; it is put back
+            # untouched.
             spans = [row or [1] for row in self.span_lengths]
             layout = Spans.build(
                 spans,
@@ -208,7 +223,7 @@ class VisualTokenStream:
             importance, owner = self._importance(attention, columns, layout)
         with record_function("libra.gather"):
             visual = take(hidden, columns)
-        step = compress_spans(visual, importance, self.compression, layout, owner, self.keys)
+        step = compress_spans(visual, importance, self.compression, layout, owner, self._row_seeds)
         with record_function("libra.gather"):
             new_hidden, shortened = self._shorten(hidden, columns, step)
         return new_hidden, shortened, step
@@ -219,9 +234,13 @@ class VisualTokenStream:
         """Drop the non-target columns, make room for compensation tokens, move everything that is kept per
         column.
 
-        Whether a row has a compensation token is the device's knowledge. All work is queued with room for
-        one, and only then comes the one question that waits for the device; the answer cuts off columns that
-        every row leaves empty.
+        Only the device knows which rows have a compensation token. Waiting for it before columns are moved
+        would leave a GPU idle at every compression layer. So one slot is reserved in every row, everything is
+        queued with it, and only then the host asks, once; a slot that no row uses is cut off again.
+
+        Rows are packed anew, towards the side away from the padding: left padded for generation, where the
+        newest column of every row must be the last one. A row without a compensation token (of a batch where
+        another row has one) leaves its slot among its padding, and `valid` masks it.
         """
         device, layout = self.spans.device, step.layout
         room = step.has_compensation is not None
@@ -237,7 +256,7 @@ class VisualTokenStream:
         )
         ends = on_device(kept, device)[:, None] + extra
 
-        keep = torch.ones_like(self.spans, dtype=torch.bool) if self.mask is None else self.mask.clone()
+        keep = torch.ones_like(self.spans, dtype=torch.bool) if self.valid is None else self.valid.clone()
         chosen = torch.zeros_like(layout.valid).scatter(1, step.targets, layout.target_valid)
         current = keep.gather(1, columns)
         keep = keep.scatter(1, columns, torch.where(layout.valid, chosen & current, current))
@@ -254,24 +273,27 @@ class VisualTokenStream:
             self._put(new_hidden, step, torch.cat([slots, compensation], 1) if room else slots)
 
         new_columns = torch.arange(width, device=device)
-        mask = new_columns >= width - ends if self.pads_left else new_columns < ends
-        nobody = ~mask if not room else ~mask | (new_columns == compensation)
+        valid = new_columns >= width - ends if self.pads_left else new_columns < ends
+        # A compensation token belongs to no span: later layers treat it as text, and nobody predicts it.
+        nobody = ~valid if not room else ~valid | (new_columns == compensation)
         spans = take(self.spans, source).masked_fill(nobody, 0)
         labels = None if self.labels is None else take(self.labels, source).masked_fill(nobody, IGNORE_INDEX)
+        # A scoring column that is dropped (a row that ends with its image) hands over to the one before it.
         queries = place.gather(1, self.queries).clamp(min=0)
 
         lengths = [n + c for n, c in zip(kept, step.compensated)]  # the step's one device synchronisation
         if spare := width - max(lengths):
             cut = slice(spare, None) if self.pads_left else slice(-spare)
-            new_hidden, source, mask, spans = (x[:, cut] for x in (new_hidden, source, mask, spans))
+            new_hidden, source, valid, spans = (x[:, cut] for x in (new_hidden, source, valid, spans))
             labels = None if labels is None else labels[:, cut]
             queries = queries - spare if self.pads_left else queries
-        self.mask = None if min(lengths) == max(lengths) else mask
+        # None where no row has padding: a mask would keep flash attention and SDPA from their fast kernels.
+        self.valid = None if min(lengths) == max(lengths) else valid
         self.spans, self.labels, self.queries, self.row_lengths = spans, labels, queries, lengths
         self.span_lengths = [list(k) if n else [] for k, n in zip(layout.keeps, self.span_lengths)]
         self.counts.append([sum(row) for row in self.span_lengths])
         self.compensated.append(step.compensated)
-        return new_hidden, Shortened(source, self.mask)
+        return new_hidden, Shortened(source, self.valid)
 
     def _put(self, hidden: torch.Tensor, step: Compressed, place: torch.Tensor) -> None:
         """Write the merged tokens (B, T[+1], D) into their columns ``place`` (B, T[+1]) of the new ``hidden``

@@ -7,7 +7,8 @@ from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import libra
-from libra.engine.attach import FAMILIES, Attachment
+from libra.engine.attach import Attachment
+from libra.engine.families import FAMILIES
 from libra.engine.transformers_api import PreTrainedConfig
 from libra.rows import Row
 from llava.model import huggingface
@@ -39,7 +40,7 @@ def class_of(path: str) -> str | None:
 
 
 class HuggingFace(Engine):
-    """Any family of ``libra.engine.attach.FAMILIES``, with the checkpoint's own processor and chat template.
+    """Any family of ``libra.engine.families.FAMILIES``, with the checkpoint's own processor and chat template.
 
     Videos go to the families that take them as such, to the others as images, frame by frame.
     """

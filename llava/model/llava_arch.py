@@ -41,7 +41,7 @@ class Spliced:
     mask: torch.Tensor  # bool
     labels: torch.Tensor | None
     visual: torch.Tensor  # bool, True at visual tokens
-    keys: torch.Tensor  # (B,), a number made of the row's own text, for pseudo-random selection
+    row_seeds: torch.Tensor  # (B,), a hash of the row's text, for pseudo-random selection
 
 
 class LlavaMetaForCausalLM:
@@ -90,7 +90,7 @@ class LlavaMetaForCausalLM:
 
     @property
     def compression_stats(self) -> dict | None:
-        """Of the last prefill with images, as :meth:`libra.engine.forward.Passage.stats` tells it; None
+        """Of the last prefill with images, as :meth:`libra.engine.forward.CompressedForward.stats` tells it; None
         before it."""
         return self.model.last_stats
 
@@ -202,7 +202,7 @@ class LlavaMetaForCausalLM:
             raise ValueError(
                 f"input_ids has negative ids other than this model's placeholders {list(self.placeholders)}; correct the prompt"
             )
-        rows = {"embeds": [], "visual": [], "labels": [], "keys": []}
+        rows = {"embeds": [], "visual": [], "labels": [], "seeds": []}
         queue = iter(features)
         for b in range(len(input_ids)):
             ids = input_ids[b][mask[b]]
@@ -225,7 +225,7 @@ class LlavaMetaForCausalLM:
             rows["embeds"].append(torch.cat(pieces)[: self.length_limit])
             rows["visual"].append(torch.cat(kinds)[: self.length_limit])
             rows["labels"].append(torch.cat(goals)[: self.length_limit])
-            rows["keys"].append((ids * torch.arange(1, len(ids) + 1, device=ids.device)).sum())
+            rows["seeds"].append((ids * torch.arange(1, len(ids) + 1, device=ids.device)).sum())
 
         side = padding_side or self.padding_side
 
@@ -239,7 +239,7 @@ class LlavaMetaForCausalLM:
             ),
             labels=None if labels is None else padded(rows["labels"], IGNORE_INDEX),
             visual=padded(rows["visual"], False),
-            keys=torch.stack(rows["keys"]),
+            row_seeds=torch.stack(rows["seeds"]),
         )
 
     def prepare_inputs_labels_for_multimodal(
@@ -323,7 +323,7 @@ class LlavaMetaForCausalLM:
                 inputs_embeds=spliced.embeds,
                 attention_mask=spliced.mask.long(),
                 visual_mask=spliced.visual,
-                sample_keys=spliced.keys,
+                row_seeds=spliced.row_seeds,
             )
         if past:  # the cache's tokens and the new ones, none of them padding
             kwargs["attention_mask"] = inputs.new_ones(1, past + kwargs["inputs_embeds"].shape[1])
@@ -372,7 +372,7 @@ class LlavaMetaForCausalLM:
         input_ids,
         inputs_embeds=None,
         visual_mask=None,
-        sample_keys=None,
+        row_seeds=None,
         is_first_iteration=False,
         **kwargs,
     ):
@@ -384,5 +384,5 @@ class LlavaMetaForCausalLM:
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if is_first_iteration:  # the visual tokens are all in the prefill
-            inputs.update(visual_mask=visual_mask, sample_keys=sample_keys)
+            inputs.update(visual_mask=visual_mask, row_seeds=row_seeds)
         return inputs

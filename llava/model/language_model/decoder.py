@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from libra import Compression
-from libra.engine.forward import Passage
+from libra.engine.forward import CompressedForward
+from libra.engine.tokens import Prefill
 from libra.engine.trace import Recorder
 from libra.engine.transformers_api import (
     BaseModelOutputWithPast,
@@ -50,11 +51,7 @@ class LlavaDecoder(LlavaMetaModel):
         past_key_values=None,
         inputs_embeds=None,
         use_cache=None,
-        visual_mask=None,
-        labels=None,
-        score_columns=None,
-        sample_keys=None,
-        padding_side=None,
+        prefill: Prefill | None = None,
         cache=None,
         **kwargs,
     ) -> DecoderOutput:
@@ -63,26 +60,16 @@ class LlavaDecoder(LlavaMetaModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
 
-        passage = Passage(
-            self,
-            self.compression,
-            hidden,
-            attention_mask,
-            position_ids,
-            cache,
-            visual_mask,
-            labels,
-            score_columns,
-            sample_keys,
-            self.trace,
-            padding_side,
+        forward = CompressedForward(
+            self, self.compression, hidden, attention_mask, position_ids, cache, prefill
         )
         for i, layer in enumerate(self.layers):
-            hidden = layer(hidden, **passage.inputs(i), use_cache=use_cache, **kwargs)
-            hidden = passage.compress(i, hidden)  # after a compression layer the sequence is shorter
+            hidden = layer(hidden, **forward.inputs(i), use_cache=use_cache, **kwargs)
+            hidden = forward.compress(i, hidden)  # after a compression layer the sequence is shorter
 
-        if passage.stream is not None:
-            self.last_stats, self.recorder, labels = passage.stats(), passage.recorder, passage.labels
+        labels = None if prefill is None else prefill.labels
+        if forward.tokens is not None:
+            self.last_stats, self.recorder, labels = forward.stats(), forward.recorder, forward.labels
         return DecoderOutput(last_hidden_state=self.norm(hidden), labels=labels, **cache_argument(cache))
 
 
@@ -120,7 +107,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         image_sizes=None,
         visual_mask=None,
         score_columns=None,
-        sample_keys=None,
+        row_seeds=None,
         logits_to_keep=0,
         cache=None,
         **kwargs,
@@ -146,8 +133,11 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         if inputs_embeds is None and images is not None:
             spliced = self.splice(input_ids, attention_mask, labels, images, image_sizes)
             input_ids, inputs_embeds, visual_mask = None, spliced.embeds, spliced.visual
-            attention_mask, labels, sample_keys = spliced.mask, spliced.labels, spliced.keys
+            attention_mask, labels, row_seeds = spliced.mask, spliced.labels, spliced.row_seeds
             padding_side = self.padding_side
+        prefill = None
+        if visual_mask is not None:
+            prefill = Prefill(visual_mask, labels, score_columns, row_seeds, padding_side, self.model.trace)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -155,11 +145,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             cache=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            visual_mask=visual_mask,
-            labels=labels,
-            score_columns=score_columns,
-            sample_keys=sample_keys,
-            padding_side=padding_side,
+            prefill=prefill,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -167,7 +153,10 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=output.labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits,
+                labels=labels if prefill is None else output.labels,
+                vocab_size=self.config.vocab_size,
+                **kwargs,
             )
         return CausalLMOutputWithPast(
             loss=loss,
