@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -35,33 +36,26 @@ def measure(
     """Row → batch size → samples a second of each repeat, from the harness's image to the text, in one
     process.
 
-    cells: row → its cells. Each repeat goes through all rows and sizes and begins with another one.
+    cells: row → its cells. Each repeat goes through all rows and sizes, every other one backwards.
     """
+    from libra.utils.timing import run_in_turns  # here: it needs torch, and --help does not
+
     harness = Harness(settings)
-    found: dict = {name: {size: [] for size in sizes} for name in cells}
-    turns = list(product(cells, sizes))
-    with tqdm(total=(repeats + 1) * len(turns), unit=" runs") as bar:
-        for repeat in range(-1, repeats):  # the first warms up
-            start = repeat % len(turns)
-            for name, size in turns[start:] + turns[:start]:
-                bar.set_description(f"{name}, batch {size}")
-                samples = seconds = 0
-                for cell in cells[name]:
-                    with (
-                        open(os.devnull, "w") as nowhere,
-                        redirect_stdout(nowhere),
-                        redirect_stderr(nowhere),
-                    ):  # its own bars
-                        harness.load(cell).batch_size = size
-                        result = harness(cell, lambda count: None)
-                    cell.samples_path(
-                        Path(settings.output)
-                    ).unlink()  # or the next repeat would find its answers
-                    samples, seconds = samples + result["n"], seconds + result["seconds"]
-                if repeat >= 0:
-                    found[name][size].append(samples / seconds)
-                bar.update()
-    return found
+
+    def rate(name: str, size: int) -> float:
+        samples = seconds = 0
+        for cell in cells[name]:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                harness.load(cell).batch_size = size
+                result = harness(cell, lambda count: None)
+            cell.samples_path(Path(settings.output)).unlink()  # or the next repeat would find its answers
+            samples, seconds = samples + result["n"], seconds + result["seconds"]
+        return samples / seconds
+
+    ways = {(name, size): partial(rate, name, size) for name, size in product(cells, sizes)}
+    with tqdm(total=(repeats + 1) * len(ways), unit=" runs") as bar:
+        runs = run_in_turns(ways, repeats + 1, lambda _: bar.update())[1:]  # the first warms up
+    return {name: {size: [run[name, size] for run in runs] for size in sizes} for name in cells}
 
 
 def table(found: dict[str, dict[int, list[float]]]) -> str:

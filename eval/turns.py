@@ -9,6 +9,7 @@ from lmms_eval.api.model import lmms
 from libra.lmms.lmms_libra import LibraModel, is_number
 from libra.lmms.samples import SampleLog
 from libra.rows import Row
+from libra.utils.timing import in_order
 
 TAKEN = ("seconds", "cache_bytes", "peak_bytes")  # what a record tells of each row; a CPU has no peak
 
@@ -31,9 +32,8 @@ class InTurns(lmms):
         self.model, self.rows, self.log, self.on_samples = model, rows, log, on_samples
         self.device = model.device
         self.failed: dict[str, str] = {}
-        self.records: list[
-            dict
-        ] = []  # of each sample {task, doc_id, seconds, cache_bytes, peak_bytes}, each row → figure
+        # Of each sample {task, doc_id, seconds, cache_bytes, peak_bytes}, the figures by row.
+        self.records: list[dict] = []
 
     def clean(self) -> None:
         """Keep the model, as LibraModel does."""
@@ -51,10 +51,7 @@ class InTurns(lmms):
             None,
             lambda count: None,
         )
-        for (
-            name,
-            row,
-        ) in self.rows.items():  # once for nothing: the first call of a kind pays for what later ones have
+        for name, row in self.rows.items():  # warm-up: the first call of a kind is slower
             try:
                 self._answer(row, requests[0])
             except (ValueError, ImportError, RuntimeError, NotImplementedError) as error:
@@ -64,10 +61,7 @@ class InTurns(lmms):
             doc_id, task = int(request.args[3]), request.args[4]
             record = self.log.get(task, doc_id)
             if record is None or any(set(record[key]) != set(names) for key in TAKEN):
-                start = number % max(1, len(names))
-                taken = {
-                    name: self._answer(self.rows[name], request) for name in names[start:] + names[:start]
-                }
+                taken = {name: self._answer(self.rows[name], request) for name in in_order(number, names)}
                 record = {"task": task, "doc_id": doc_id}
                 for key in TAKEN:
                     record[key] = {name: taken[name][key] for name in names}

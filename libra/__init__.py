@@ -41,4 +41,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULES})
 
 
-only_commands("libra", "figures", "flops", "latency", "lmms", "mini.benchmark", "serve", "serve.bench")
+only_commands(
+    "libra", "figures", "flops", "latency", "lmms", "mini.benchmark", "mini.page", "serve", "serve.bench"
+)

@@ -7,4 +7,4 @@ from libra.utils.lazy import lazily
 # As in the original, but only when asked for: `import llava.constants` need not load torch.
 __getattr__ = lazily(__name__, {"LlavaLlamaForCausalLM": "model.language_model.llava_llama"})
 
-only_commands("llava", "convert", "eval.run_llava", "eval.true_size", "serve.cli", "serve.web", "train.train")
+only_commands("llava", "convert", "eval.run_llava", "serve.cli", "serve.web", "train.train")

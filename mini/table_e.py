@@ -30,7 +30,7 @@ from libra.mini.shapes import easy_vqa, easy_vqa_image
 from libra.rows import Row
 from libra.utils.files import write_text
 from libra.utils.provenance import REPOSITORY, commit, machine, require_clean, versions
-from libra.utils.timing import in_turns, median_interval, now, peak_memory
+from libra.utils.timing import now, paired_ratio, peak_memory, run_in_turns
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.runs import RECORD
 
@@ -273,22 +273,24 @@ def measure(sizes: Sizes, base: Compression, pairs: int) -> dict:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, given = _model(sizes)
-    device, seconds = torch.device("cpu"), {False: [], True: []}
+
+    def seconds(chosen: Compression | None) -> float:
+        model.set_compression(chosen)
+        start = now(torch.device("cpu"))
+        _step(model, given)
+        return now(torch.device("cpu")).since(start).cpu
+
+    ways = {"whole": lambda: seconds(None), "compressed": lambda: seconds(compression)}
     try:
-        for _, compressed in tqdm([(0, False), (0, True), *in_turns(pairs)], desc=sizes.name, unit=" steps"):
-            model.set_compression(compression if compressed else None)
-            start = now(device)
-            _step(model, given)
-            seconds[compressed].append(now(device).since(start).cpu)
+        with tqdm(total=2 * (pairs + 1), desc=sizes.name, unit=" steps") as bar:
+            runs = run_in_turns(ways, pairs + 1, lambda _: bar.update())[1:]  # the first calls are slower
     finally:
         torch.set_num_threads(threads)
-    whole, short = seconds[False][1:], seconds[True][1:]  # the first two warm up
-    ratio = median_interval([b / a for a, b in zip(whole, short)])
     return {
         "sizes": asdict(sizes),
         "pairs": pairs,
-        "cpu_seconds": [median(whole), median(short)],
-        "ratio": asdict(ratio),
+        "cpu_seconds": [median(run[name] for run in runs) for name in ways],
+        "ratio": asdict(paired_ratio(runs, "compressed", "whole")),
         "flops_ratio": sizes.flops(compression) / sizes.flops(Compression(method="vanilla")),
         "peak_bytes": memory,
     }

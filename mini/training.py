@@ -18,7 +18,6 @@ from transformers import CLIPModel, Trainer, TrainerCallback, TrainingArguments
 
 from libra.utils.files import new_folder, write_text
 from llava.train.runs import last_checkpoint
-from llava.train.shared_prefix import NAME as SHARED_PREFIX
 from llava.train.trainer import save_llava
 
 from .answering import Answerer, Questioned
@@ -26,6 +25,7 @@ from .build import build_clip, build_model, build_tokenizer, save_clip
 from .contrast import Captioned, SmallClip
 from .optimizer import build_optimizer
 from .questions import LATE
+from .shared_prefix import NAME as SHARED_PREFIX
 from .validation import AnswerScores, TowerScores, Validate
 
 PROCESSES = 2  # at most; one process takes two batches a step instead

@@ -5,4 +5,4 @@ set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 . "$root/scripts/env.sh" eval
 cd "$root"
-exec python -m llava.eval.true_size "$@"
+exec python -m libra.latency --true-size "$@"

@@ -24,7 +24,7 @@ class RunningPage:
         self.folder, self.refusals = folder, []
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
         options = options or ("--per-minute", "100000")
-        command = [sys.executable, "-m", "llava.serve.web", "--port", "0", "--device", "cpu", *options]
+        command = [sys.executable, "-m", "libra.mini.page", "--port", "0", "--device", "cpu", *options]
         self._log = open(folder / "log.txt", "w")
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True

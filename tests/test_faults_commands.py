@@ -209,8 +209,8 @@ COMMANDS = {
         ["--dpi"],
         ["--config"],
     ),
-    "llava.eval.true_size": (
-        ["--config=llava7b_r50"],
+    "libra.latency --true-size": (
+        ["--true-size"],
         ["--layers", "--pairs", "--new-tokens", "--text-tokens", "--threads"],
         ["--config"],
     ),
@@ -227,7 +227,7 @@ def test_d1_command_lines(command, tmp_path, capsys, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     found = (tmp_path / name for name in ("", "none.yaml", "picture.yaml", "pipe"))
     files = (*found, "/dev/null", "/dev/zero", "a\nb", "x" * 5000)
-    main = importlib.import_module(command).main
+    main = importlib.import_module(command.split()[0]).main
     base, numbers, names = COMMANDS[command]
     for flag, value in (*itertools.product(numbers, NUMBERS), *itertools.product(names, files)):
         with pytest.raises(SystemExit) as ended:

@@ -2,7 +2,6 @@
 the command."""
 
 import json
-from collections import Counter
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -20,7 +19,7 @@ from libra.latency.random_weights import CLIP_L_336, RandomWeights, random_model
 from libra.latency.vision import TOWERS, tower_of, views_of
 from libra.rows import ModelSpec, Row, get_model
 from libra.utils.files import write_text
-from libra.utils.timing import in_turns, median_interval, peak_memory
+from libra.utils.timing import median_interval, paired_ratio, peak_memory, run_in_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -84,11 +83,13 @@ def test_interval_covers_the_median_as_often_as_it_says(n):
     assert median_interval(list(range(n))[::-1]) == found
 
 
-def test_turns_alternate():
-    turns = list(in_turns(4))
-    assert Counter(turns) == Counter(product(range(4), (False, True)))
-    assert [second for _, second in turns] == [False, True, True, False] * 2
-    assert list(in_turns(2, "abc")) == [(0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "b"), (1, "a")]
+def test_runs_alternate():
+    order = []
+    ways = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
+    runs = run_in_turns(ways, 2)
+    assert order == ["a", "b", "c", "c", "b", "a"]
+    assert runs == [{"a": 1, "b": 2, "c": 3}, {"a": 6, "b": 5, "c": 4}]
+    assert paired_ratio(runs, "b", "a").median == median([2 / 1, 5 / 6])
 
 
 def test_peak_memory_sees_what_is_gone_again():
@@ -245,7 +246,7 @@ def test_command_measures_a_checkpoint(capsys, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ([], "--random-weights --checkpoint is required"),
+        ([], "--random-weights --checkpoint --true-size is required"),
         (["--random-weights", "--layers", "2"], "have no places of their own in 2 layers"),
         (["--random-weights", "--layers", "0"], "0 is not a whole number from 1 up"),
         (["--random-weights", "--compression-layers", "3,99"], "layers: 99 is out of range"),
@@ -261,7 +262,7 @@ def test_command_measures_a_checkpoint(capsys, tmp_path):
         ),
         (["--random-weights", "--compression-layers", "a"], "a is not a whole number from 0 up"),
         (["--random-weights", "--attn", "nonsense"], "nonsense"),
-        (["--random-weights", "--device", "nonsense"], "--device: nonsense is no device"),
+        (["--random-weights", "--device", "nonsense"], "--device: nonsense is not a device"),
         (["--random-weights", "--json", "{folder}"], "is a folder"),
         (["--checkpoint", "{folder}/none"], "none is no folder"),
         (["--checkpoint", "{folder}"], "cannot be loaded"),
@@ -283,7 +284,7 @@ def test_command_measures_a_checkpoint(capsys, tmp_path):
         (["--random-weights", "--peer"], "FastV prunes at one layer and this compression has 3"),
         (
             ["--random-weights", "--plot", "{folder}/a.pdf"],
-            "is no picture's name; give a file that ends in .png",
+            "is not a picture's name; give a file that ends in .png",
         ),
         (["--random-weights", "--grow"], "name a folder with --output"),
         (

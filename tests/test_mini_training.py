@@ -21,7 +21,6 @@ from transformers import CLIPModel, get_scheduler
 from libra.mini.scenes import BIG_SIZES, NOTHING, SMALL_SIZES, draw_scene
 from libra.mini.shapes import easy_vqa, easy_vqa_image, see_shape
 from llava.constants import IGNORE_INDEX
-from llava.train.shared_prefix import NAME as SHARED_PREFIX
 from mini.answering import VISUAL, Answerer, Questioned, position_steps
 from mini.build import GRID, build_clip, build_model, build_tokenizer, image_processor, save_clip
 from mini.captions import MOST_TOKENS, near_miss, scene_captions
@@ -30,6 +29,7 @@ from mini.optimizer import build_optimizer
 from mini.packing import EMPTY, PREFIX, SLOT, SLOTS, Encoder, pack
 from mini.patches import pixels_of, scene_patches
 from mini.questions import TRAINED, ask
+from mini.shared_prefix import NAME as SHARED_PREFIX
 
 REPOSITORY = Path(__file__).parents[1]
 

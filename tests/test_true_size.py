@@ -3,6 +3,7 @@ tower."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ from safetensors import safe_open
 
 from libra.config import Compression
 from libra.flops import model_flops
+from libra.latency import random_llava, true_size
+from libra.latency.arguments import main
 from libra.rows import ModelSpec, Row
-from llava.eval import random_llava, true_size
 from llava.model.builder import load_pretrained_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,9 +63,14 @@ def test_a_checkpoint_is_written_in_shards_and_loads_as_it_is(tmp_path, capsys):
 
 
 def test_the_report_says_what_ran(tmp_path):
-    arguments = dict(vision=TOWER, pairs=2, tokens=4, text=10, device="cpu", progress=False)
-    data = random_llava.report(tmp_path / "checkpoint", SPEC, ROW, ROW.compression, 5, **arguments)
-    assert data["tokens_per_layer"] == [16, 16, 8, 8, 4] and data["text_tokens"] == 10
+    answers = true_size.Answers(pairs=2, new=4, text=10)
+    row = replace(ROW, compression=replace(ROW.compression, layers=(2, 6)))  # of 8 layers, so 1 and 3 of 5
+    data = true_size.report(tmp_path / "checkpoint", row, SPEC, 5, answers, TOWER, torch.device("cpu"))
+    assert (
+        data["compression"]["layers"] == [1, 3]
+        and data["tokens_per_layer"] == [16, 16, 8, 8, 4]
+        and data["text_tokens"] == 10
+    )
     flops = data["flops"]
     sizes = ModelSpec(**{**vars(SPEC), "layers": 5})
     assert flops["vanilla"] == model_flops(sizes, [26] * 5) and flops["compressed"] == model_flops(
@@ -73,7 +80,7 @@ def test_the_report_says_what_ran(tmp_path):
         seconds > 0 for pair in data["pairs"] for seconds in pair["compressed"].values()
     )
     assert data["ratio_over_flops_ratio"] == data["prefill_ratio"]["median"] / flops["ratio"]
-    text = random_llava.table(data)
+    text = true_size.table(data)
     assert (
         "5 of 8 layers" in text
         and "visual tokens 16 → 8 → 4" in text
@@ -91,17 +98,19 @@ def test_a_full_disk_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--config", "configs/next8b_r50.yaml"], "llava-next-8b is no LLaVA-1.5"),
+        (["--config", "configs/next8b_r50.yaml"], "llava-next-8b is not a LLaVA-1.5"),
         (["--config", "configs/llava7b_vanilla.yaml"], "compresses nothing"),
         (["--layers", "2"], "take more --layers"),
         (["--new-tokens", "1"], "1 is not a whole number from 2 up"),
         (["--keep", "configs"], "configs exists already"),
+        (["--peer"], "--peer does not go with --true-size"),
+        (["--dtype", "float32"], "--dtype does not go with --true-size"),
     ],
 )
 def test_what_cannot_run_is_one_sentence(arguments, words, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
-        true_size.main(["--device", "cpu", *arguments])
+        main(["--true-size", "--device", "cpu", *arguments])
     out, error = capsys.readouterr()
     assert (
         stopped.value.code == 2
@@ -114,7 +123,7 @@ def test_what_cannot_run_is_one_sentence(arguments, words, capsys, monkeypatch):
 
 def test_too_little_memory_is_refused(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(random_llava, "free_memory", lambda device: 8_000_000_000)
+    monkeypatch.setattr(true_size, "free_memory", lambda device: 8_000_000_000)
     with pytest.raises(SystemExit):
-        true_size.main(["--device", "cpu"])
+        main(["--true-size", "--device", "cpu"])
     assert "memory and 8.00 GB are free; take fewer --layers" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..config import Compression
 from ..utils.cli import Parser, whole_from
 from ..utils.files import write_bytes
+from ..utils.plotting import figure_class
 
 if TYPE_CHECKING:
     from .drawing import Record
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--output: {args.output} must end in {', '.join(FORMATS)}")
         if args.dpi > 2400:
             raise ValueError(f"--dpi: {args.dpi} is too fine; give at most 2400")
-        from .drawing import draw, figure_class
+        from .drawing import draw
 
         figure_class()
         record = _record(args)

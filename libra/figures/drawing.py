@@ -18,6 +18,7 @@ from ..engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace
 from ..media import open_image
 from ..methods import SELECTORS
 from ..utils.files import write_text
+from ..utils.plotting import figure_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -220,16 +221,6 @@ def groups(stage: StageTrace) -> torch.Tensor:
     number[targets] = torch.arange(len(targets))
     number[stage.fate == MERGED] = number[merged]
     return number
-
-
-def figure_class():
-    """Matplotlib's figure, without pyplot, which would choose a window system. Raises ValueError where it is
-    missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("drawing needs matplotlib; pip install matplotlib") from None
-    return Figure
 
 
 def draw(record: Record) -> "Figure":

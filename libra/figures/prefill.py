@@ -14,6 +14,7 @@ from ..checkpoints import find_checkpoint
 from ..config import Compression
 from ..engine.attach import attach
 from ..engine.transformers_api import PreTrainedConfig
+from ..utils.devices import find_device
 from .drawing import Block, Record, strip
 
 LONG_SIDE = 1024  # pixels of a picture in a figure or a trace file, at most
@@ -91,7 +92,6 @@ def trace_image(model, processor, compression: Compression, image: Image.Image, 
 
 def load(path: str):
     """A model and its processor. Raises ValueError."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     path = find_checkpoint(path)
     try:
         if "mm_vision_tower" in PreTrainedConfig.get_config_dict(path)[0]:
@@ -100,4 +100,6 @@ def load(path: str):
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ImportError, ValueError, KeyError) as error:
         raise ValueError(f"the model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return huggingface.load(AutoModelForImageTextToText, path, dtype="auto").to(device).eval(), processor
+    return huggingface.load(AutoModelForImageTextToText, path, dtype="auto").to(
+        find_device()
+    ).eval(), processor

@@ -7,7 +7,6 @@ nearly that of their operations and hardly depends on the processor. Absolute ti
 
 import json
 from pathlib import Path
-from statistics import median
 
 import torch
 from tqdm import tqdm
@@ -16,7 +15,7 @@ from ..config import Compression
 from ..rows import ModelSpec
 from ..utils.files import write_text
 from ..utils.provenance import machine, versions
-from ..utils.timing import in_turns
+from ..utils.timing import paired_ratio, run_in_turns
 from .bench import Bench, Prompt
 from .random_weights import random_model
 
@@ -74,18 +73,13 @@ def time_ratios(made: dict[str, Bench], pairs: int = PAIRS, progress: bool = Tru
     are set."""
     plain = next(iter(made.values()))
     ways = {
-        "vanilla": lambda: plain.run(False),
-        **{name: lambda bench=bench: bench.run(True) for name, bench in made.items()},
+        "vanilla": lambda: plain.run(False).prefill.cpu,
+        **{name: lambda bench=bench: bench.run(True).prefill.cpu for name, bench in made.items()},
     }
-    times = [{} for _ in range(pairs)]
-    with tqdm(total=(pairs + 1) * len(ways), desc="timing", unit=" prefills", disable=not progress) as bar:
-        for run in ways.values():  # the first calls are slower
-            run()
-            bar.update()
-        for pair, name in in_turns(pairs, list(ways)):
-            times[pair][name] = ways[name]().prefill.cpu
-            bar.update()
-    return {name: median(run[name] / run["vanilla"] for run in times) for name in made}
+    total = (pairs + 1) * len(ways)
+    with tqdm(total=total, desc="timing", unit=" prefills", disable=not progress) as bar:
+        times = run_in_turns(ways, pairs + 1, lambda _: bar.update())[1:]  # the first calls are slower
+    return {name: paired_ratio(times, name, "vanilla").median for name in made}
 
 
 def count_deviations(found: dict, expected: dict) -> list[str]:

@@ -1,6 +1,7 @@
 """What the command's arguments ask for: what to measure, on which model, and where the figures go."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,13 +15,15 @@ from ..checkpoints import find_checkpoint
 from ..config import Compression, ConfigError
 from ..rows import ModelSpec, Row, get_model, spec_of
 from ..utils import numbers as units
+from ..utils.devices import device_name, find_device
 from ..utils.files import write_text
 from ..utils.provenance import commit, machine, versions
 from ..utils.timing import free_memory
+from . import true_size
 from .arguments import BATCHES, VISUAL
 from .bench import Bench, Prompt, scale_layers
 from .check import check
-from .growth import Growth
+from .growth import Grid, Growth
 from .paired import measure
 from .peer import check_peer
 from .plots import picture
@@ -49,8 +52,6 @@ class Subject:
 def build(args, row: Row, registered: ModelSpec, prompt: Prompt, device: torch.device) -> Subject:
     """The model and its compression, from the command's arguments. Raises ValueError."""
     dtype = getattr(torch, args.dtype)
-    if not row.compression.compresses:
-        raise ConfigError(f"{row.path}: this row compresses nothing; give a row with compression layers")
     model, spec = None, registered
     if args.checkpoint:
         model, spec = _load(args.checkpoint, dtype, device, args.attn)
@@ -93,21 +94,11 @@ def _load(path: str, dtype, device, attention: str):
     return model, spec_of(model.config.get_text_config(), type(model).__name__)
 
 
-def _device(args) -> torch.device:
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device: {args.device} is no device; write cpu or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here; use --device cpu")
-    return device
-
-
 def describe(args, row: Row, subject: Subject, device: torch.device) -> dict:
     """What is measured, but for the prompt."""
     computer = {
         **machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
     return {
@@ -154,33 +145,35 @@ def _run(args) -> int:
         return check(args.update)
     row = Row.from_yaml(args.config)
     registered = get_model(row.model, row.path)
+    if not row.compression.compresses:
+        raise ConfigError(f"{row.path}: this row compresses nothing; give a row with compression layers")
+    device = find_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.true_size:
+        _show({**true_size.run(args, row, registered, device), **provenance()}, true_size.table, args)
+        return 0
     if not (registered.visual_tokens or args.visual_tokens or args.grow):
         raise ConfigError(
             f"{row.model} has as many visual tokens as its image asks for; give a number with --visual-tokens"
         )
-    device = _device(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     visual = args.visual_tokens[0] if args.visual_tokens else sum(registered.visual_tokens)
     prompt = Prompt(visual, args.text_tokens, args.batch[0] if args.batch else 1, args.images).check()
     subject = build(args, row, registered, prompt, device)
     if args.grow:
-        growth = Growth(
-            args.output,
-            args.visual_tokens or VISUAL,
-            args.batch or BATCHES,
-            args.max_tokens,
-            args.text_tokens,
-            args.pairs,
-            describe(args, row, subject, device),
-        )
+        grid = Grid(args.visual_tokens or VISUAL, args.batch or BATCHES, args.max_tokens, args.text_tokens)
+        growth = Growth(args.output, grid, args.pairs, describe(args, row, subject, device))
         growth.run(subject.bench, subject.spec, provenance)
         print((args.output / "growth.md").read_text(encoding="utf-8"), end="")
         return 0
     data = report(args, row, subject, prompt, device)
-    if args.json:
-        write_text(args.json, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     if args.plot:
         picture(data, args.plot)
-    print(table(data))
+    _show(data, table, args)
     return 0
+
+
+def _show(data: dict, readable: Callable[[dict], str], args) -> None:
+    if args.json:
+        write_text(args.json, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    print(readable(data))

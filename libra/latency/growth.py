@@ -3,7 +3,7 @@ and a picture."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,33 +27,42 @@ def pairs_for(prompt: Prompt, pairs: int) -> int:
     return min(pairs, max(FEWEST, pairs * EASY // (prompt.batch * prompt.visual)))
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Which prompts are measured: every number of visual tokens × every number of rows.
+
+    max_tokens: cells with more visual tokens in all their rows are left empty; text: text tokens of a row.
+    """
+
+    visual: Sequence[int]
+    batches: Sequence[int]
+    max_tokens: int
+    text: int
+
+    def prompts(self) -> list[Prompt]:
+        """Of all cells, in the table's order."""
+        visual, batches = sorted(set(self.visual)), sorted(set(self.batches))
+        return [Prompt(n, self.text, batch) for n in visual for batch in batches]
+
+
 class Growth:
     """The cells of one model and compression.
 
     Args:
         folder: where the cells, ``growth.md`` and ``growth.png`` are written.
-        visual, batches: the grid; max_tokens: cells with more visual tokens in all their rows are left empty.
-        text: text tokens of a row; pairs: of a cell, fewer for the large ones.
+        grid: of the cells; pairs: of a cell, fewer for the large ones.
         described: what every cell is, as :func:`libra.latency.command.describe` gives it.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        visual: Sequence[int],
-        batches: Sequence[int],
-        max_tokens: int,
-        text: int,
-        pairs: int,
-        described: dict,
-    ):
-        self.folder, self.visual, self.batches = folder, sorted(set(visual)), sorted(set(batches))
-        self.pairs, self.described = pairs, described
-        self.grid = [Prompt(n, text, batch) for n in self.visual for batch in self.batches]
-        small = [prompt for prompt in self.grid if prompt.batch * prompt.visual <= max_tokens]
+    def __init__(self, folder: Path, grid: Grid, pairs: int, described: dict):
+        self.folder, self.pairs, self.described = folder, pairs, described
+        self.grid = grid.prompts()
+        small = [prompt for prompt in self.grid if prompt.batch * prompt.visual <= grid.max_tokens]
         self.prompts = sorted(small, key=lambda prompt: prompt.batch * prompt.visual)  # the quick ones first
         if not small:
-            raise ValueError(f"--max-tokens: no cell has as few as {max_tokens} visual tokens; give more")
+            raise ValueError(
+                f"--max-tokens: no cell has as few as {grid.max_tokens} visual tokens; give more"
+            )
 
     def path(self, prompt: Prompt) -> Path:
         return self.folder / f"{prompt.visual}x{prompt.batch}.json"
@@ -87,9 +96,7 @@ class Growth:
         ``finish`` gives what is written into a cell beside its figures: versions, commit, date. A cell that
         the device has no memory for is a failed cell, tried again the next time.
         """
-        cells = {
-            prompt: self.stored(prompt) for prompt in self.grid
-        }  # an earlier run may have had a higher limit
+        cells = {prompt: self.stored(prompt) for prompt in self.grid}  # earlier limits may have been higher
         missing = [prompt for prompt in self.prompts if cells[prompt] is None]
         total = sum(prefills(pairs_for(prompt, self.pairs)) for prompt in missing)
         with tqdm(total=total, unit=" prefills", disable=not progress) as bar:
@@ -139,11 +146,9 @@ class Growth:
         )
         yield f"| {' | '.join(columns)} |"
         yield f"|{'--:|' * len(columns)}"
-        by_size = {(prompt.visual, prompt.batch): cell for prompt, cell in cells.items()}
-        for visual in self.visual:
-            for batch in self.batches:
-                values = [f"{visual:,}", str(batch), *self._values(by_size.get((visual, batch)))]
-                yield f"| {' | '.join([*values, *[''] * (len(columns) - len(values))])} |"
+        for prompt in self.grid:
+            values = [f"{prompt.visual:,}", str(prompt.batch), *self._values(cells[prompt])]
+            yield f"| {' | '.join([*values, *[''] * (len(columns) - len(values))])} |"
 
     @staticmethod
     def _values(cell: dict | None) -> list[str]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from .. import budget
 from ..flops import model_flops
 from ..rows import ModelSpec
-from ..utils.timing import in_turns, median_interval, peak_memory
+from ..utils.timing import paired_ratio, peak_memory, run_in_turns
 from .bench import Bench, Counted, Run
 from .parts import profile_parts
 from .peer import EAGER, MIXED, Peer, check_peer
@@ -53,11 +53,8 @@ def measure(
             bar.set_postfix_str("warming up")
             memory[name] = peak_memory(run, bench.device)
             bar.update()
-        runs: list[dict[str, Run]] = [{} for _ in range(pairs)]
-        for pair, name in in_turns(pairs, list(ways)):
-            bar.set_postfix_str("timing")
-            runs[pair][name] = ways[name]()
-            bar.update()
+        bar.set_postfix_str("timing")
+        runs = run_in_turns(ways, pairs, lambda _: bar.update())
         counted = {}
         for name in MODES:
             bar.set_postfix_str("counting")
@@ -118,8 +115,7 @@ def _profiled(pairs: int) -> int:
 
 
 def _interval(runs: Sequence[dict[str, float]], name: str, base: str) -> dict:
-    """The median of the paired ratios and its interval."""
-    return asdict(median_interval([run[name] / run[base] for run in runs]))
+    return asdict(paired_ratio(runs, name, base))
 
 
 def _compare(runs: Sequence[dict[str, float]]) -> dict:

@@ -4,8 +4,8 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..figures.drawing import figure_class
 from ..utils.files import write_bytes
+from ..utils.plotting import figure_class
 from .parts import PARTS
 from .text import PEERS
 

@@ -3,7 +3,7 @@
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 Mode = TypeVar("Mode")
+Result = TypeVar("Result")
 
 
 class Moment(NamedTuple):
@@ -33,12 +34,28 @@ def now(device: torch.device) -> Moment:
     return Moment(perf_counter(), process_time())
 
 
-def in_turns(pairs: int, modes: Sequence[Mode] = (False, True)) -> Iterator[tuple[int, Mode]]:
-    """(pair, mode) for runs in turns; every other pair goes backwards, so that a slow drift favours no
-    mode."""
-    for pair in range(pairs):
-        for mode in modes if pair % 2 == 0 else modes[::-1]:
-            yield pair, mode
+def in_order(number: int, modes: Sequence[Mode]) -> Sequence[Mode]:
+    """The modes in the order of round ``number``: every other round goes backwards, so that a slow drift
+    favours no mode."""
+    return modes if number % 2 == 0 else modes[::-1]
+
+
+def run_in_turns(
+    ways: Mapping[Mode, Callable[[], Result]],
+    rounds: int,
+    after_each: Callable[[Mode], object] = lambda mode: None,
+) -> list[dict[Mode, Result]]:
+    """Run every way once in each round, see :func:`in_order`; of each round mode → result.
+
+    ``after_each`` is called with the mode after every run, such as to move a bar. The first call of a kind
+    pays for what later ones have: warm up before, or leave the first round out.
+    """
+    results: list[dict[Mode, Result]] = [{} for _ in range(rounds)]
+    for number, result in enumerate(results):
+        for mode in in_order(number, list(ways)):
+            result[mode] = ways[mode]()
+            after_each(mode)
+    return results
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,11 @@ def median_interval(values: list[float], level: float = 0.95) -> Interval:
 
     k = max((k for k in range(1, n // 2 + 1) if coverage(k) >= level), default=1)
     return Interval(median(ordered), ordered[k - 1], ordered[-k], max(0.0, coverage(k)))
+
+
+def paired_ratio(rounds: Sequence[Mapping[Mode, float]], mode: Mode, base: Mode) -> Interval:
+    """The median over the rounds of one mode's figure over another's, and its interval."""
+    return median_interval([figures[mode] / figures[base] for figures in rounds])
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:

@@ -143,23 +143,6 @@ def warm_up(loaded: Loaded) -> None:
         answer(loaded, grey, "what is this ?", compression, 4)
 
 
-def examples(folder: Path) -> list[list[str]]:
-    """Images of the embedded benchmark, written to a folder, with their questions; none where its packages
-    are missing."""
-    try:
-        from libra.mini.benchmark import scene_sample
-
-        samples = [scene_sample(kind, 0) for kind in ("counting", "attribute", "reading", "relation")]
-    except ImportError:
-        return []
-    rows = []
-    for i, sample in enumerate(samples):
-        path = folder / f"example{i}.png"
-        sample.image.save(path)
-        rows.append([str(path), sample.question])
-    return rows
-
-
 @dataclass
 class Asker:
     """Answers what the page's fields hold. Whatever they hold: a browser may send anything.

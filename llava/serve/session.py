@@ -14,6 +14,7 @@ from transformers import DynamicCache, StoppingCriteriaList, TextStreamer
 from libra import Compression
 from libra.checkpoints import find_checkpoint
 from libra.media import COMMAND, open_image, split_names
+from libra.utils.devices import find_device
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from ..conversation import conv_templates, conversation_name
@@ -58,13 +59,9 @@ def load_model(args, compression: Compression | None = None) -> Loaded:
     """
     conv_mode = getattr(args, "conv_mode", None)
     conversation_name("", explicit=conv_mode)
-    device = getattr(args, "device", "auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(getattr(args, "device", None))
     quantised = [bits for bits in ("8bit", "4bit") if getattr(args, f"load_{bits}", False)]
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here; use --device cpu")
-    if quantised and device != "cuda":
+    if quantised and device.type != "cuda":
         raise ValueError(f"--load-{quantised[0]} needs a GPU; leave it out")
 
     from ..model.builder import load_pretrained_model
@@ -77,7 +74,7 @@ def load_model(args, compression: Compression | None = None) -> Loaded:
         model_name,
         load_8bit="8bit" in quantised,
         load_4bit="4bit" in quantised,
-        device=device,
+        device=str(device),
         compression=compression,
     )
     model = loaded[1]
@@ -88,7 +85,7 @@ def load_model(args, compression: Compression | None = None) -> Loaded:
     conversation = conversation_name(model_name, model.config, conv_mode)
     if not conv_mode and conversation == "llava_v0":
         print(
-            f"note: the name {model_name} tells no template; llava_v0 it is, --conv-mode sets another",
+            f"note: no conversation template matches {model_name}; using llava_v0 (--conv-mode changes it)",
             file=sys.stderr,
         )
     return Loaded(*loaded, conversation)

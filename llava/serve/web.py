@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from libra.utils.cli import Parser, whole_from
@@ -14,22 +15,22 @@ from .options import add_model_options
 
 SWEEP_SECONDS = 30
 EXAMPLES = """example:
-  python -m llava.serve.web
-  python -m llava.serve.web --model-path liuhaotian/llava-v1.5-7b --port 8000
+  %(prog)s
+  %(prog)s --model-path liuhaotian/llava-v1.5-7b --port 8000
 
 Without --model-path it shows the embedded model, which knows handwritten digits and coloured shapes."""
 
 
-def _parser() -> Parser:
+def _parser(prog: str) -> Parser:
     parser = Parser(
-        prog="python -m llava.serve.web",
+        prog=prog,
         description="Compare answers with and without compression in a browser.",
         epilog=EXAMPLES,
     )
     add_model_options(parser, model_path="mini")
     parser.set_defaults(max_new_tokens=128)
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)")
+    add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: only this machine)")
     add(
         "--port",
         type=whole_from(0, 65_535),
@@ -52,8 +53,13 @@ def _parser() -> Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
+def main(
+    argv: list[str] | None = None,
+    prog: str = "python -m llava.serve.web",
+    examples: Callable[[Path], list[list[str]]] = lambda folder: [],
+) -> None:
+    """The command line. ``examples`` writes pictures to a folder and returns [file, question] of each."""
+    parser = _parser(prog)
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="libra-web-"))
     os.environ.update(
@@ -66,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         except ImportError as error:
             parser.error(f"the page needs gradio ({error}); install it: pip install gradio")
         try:
-            from .page import build_app, build_page, examples, warm_up
+            from .page import build_app, build_page, warm_up
             from .session import load_model
             from .uploads import Uploads
 
