@@ -2,6 +2,7 @@
 libra.attach."""
 
 import base64
+import json
 import os
 import re
 import subprocess
@@ -94,6 +95,16 @@ def questions(count: int) -> list[tuple[Image.Image, str]]:
     kinds = list(SCENE_TYPES)
     samples = [scene_sample(kinds[i % len(kinds)], i // len(kinds)) for i in range(count)]
     return [(sample.image, sample.question) for sample in samples]
+
+
+def endless(folder: Path) -> tuple[str, ...]:
+    """The options that serve the embedded model without an end token: its answers go on to their limit."""
+    place = folder / "endless"
+    convert(str(EMBEDDED), str(place))
+    settings = json.loads((place / "generation_config.json").read_text())
+    del settings["eos_token_id"]
+    (place / "generation_config.json").write_text(json.dumps(settings))
+    return "--model", str(place), "--served-name", "mini"
 
 
 @dataclass

@@ -17,7 +17,7 @@ openai = pytest.importorskip("openai")
 
 import httpx  # noqa: E402
 from PIL import Image  # noqa: E402
-from serve_client import Reference, Served, ask_at_once, data_uri, message, png, questions  # noqa: E402
+from serve_client import Reference, Served, ask_at_once, data_uri, endless, message, png, questions  # noqa: E402
 
 import libra  # noqa: E402
 from libra.serve import command  # noqa: E402
@@ -40,6 +40,15 @@ METHODS = [
 def server(tmp_path_factory):
     options = ("--api-key", KEY, "--allow-origin", "https://chat.example", "--compression", "mini/r50")
     with Served(tmp_path_factory.mktemp("serve"), *options) as running:
+        yield running
+        assert "Traceback" not in running.log()
+
+
+@pytest.fixture(scope="module")
+def long_server(tmp_path_factory):
+    """Its answers end at their limit only."""
+    folder = tmp_path_factory.mktemp("endless")
+    with Served(folder, *endless(folder)) as running:
         yield running
         assert "Traceback" not in running.log()
 
@@ -216,14 +225,18 @@ def test_a_stream_ends_with_usage_and_done(server, ask):
     assert chunks[-1]["usage"]["prompt_tokens"] == whole.usage.prompt_tokens
 
 
-def test_an_answer_ends_at_its_limit_and_before_a_stop(ask):
-    long = ask(message("hello"), max_tokens=30)
+def test_an_answer_ends_at_its_limit_and_before_a_stop(long_server):
+    def ask(**named):
+        named = {"model": "mini", "messages": [message("hello")], "max_tokens": 30, "temperature": 0, **named}
+        return long_server.client().chat.completions.create(**named)
+
+    long = ask()
     text = long.choices[0].message.content
     assert long.usage.completion_tokens == 30 and long.choices[0].finish_reason == "length"
     stop = text[5:8]
-    cut = ask(message("hello"), max_tokens=30, stop=[stop, "never"]).choices[0]
+    cut = ask(stop=[stop, "never"]).choices[0]
     assert (cut.message.content, cut.finish_reason) == (text[: text.index(stop)], "stop")
-    chunks = list(ask(message("hello"), max_tokens=30, stop=stop, stream=True))
+    chunks = list(ask(stop=stop, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == cut.message.content
     assert chunks[-1].choices[0].finish_reason == "stop" and chunks[-1].usage.completion_tokens < 30
 
@@ -382,27 +395,28 @@ def test_foreign_hosts_and_origins_are_refused_and_an_allowed_origin_is_not(serv
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_the_worker(server, ask, stream):
-    left, generated = server.metric("disconnects_total", KEY), server.metric("generated_tokens_total", KEY)
+def test_a_client_that_leaves_frees_the_worker(long_server, stream):
+    left, generated = long_server.metric("disconnects_total"), long_server.metric("generated_tokens_total")
     body = {"messages": [message("hello")], "max_tokens": 1000, "temperature": 0, "stream": stream}
     content = json.dumps(body).encode()
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    with socket.create_connection(("127.0.0.1", long_server.port)) as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
         connection.sendall(head.encode() + content)
         if stream:
             assert b"200 OK" in connection.recv(1000)
         else:
-            server.wait_for("running", 1, KEY)
-    server.wait_for("disconnects_total", left + 1, KEY)
-    assert server.metric("held", KEY) == 0
-    assert server.metric("generated_tokens_total", KEY) - generated < 900
-    assert ask(message("hello")).choices[0].message.content
+            long_server.wait_for("running", 1)
+    long_server.wait_for("disconnects_total", left + 1)
+    long_server.wait_for("held", 0)
+    assert long_server.metric("generated_tokens_total") - generated < 900
+    named = dict(model="mini", messages=[message("hello")], max_tokens=3)
+    assert long_server.client().chat.completions.create(**named).usage.completion_tokens == 3
 
 
 def test_too_many_requests_at_once_are_told_to_come_later(tmp_path):
     """And SIGTERM ends the server within 5 seconds, while it answers one and another waits."""
-    with Served(tmp_path, "--most-waiting", "2", "--max-tokens", "1000") as running:
+    with Served(tmp_path, *endless(tmp_path), "--most-waiting", "2", "--max-tokens", "1000") as running:
         client = running.client()
         ended = []
 

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
-from serve_client import Served, data_uri, message  # noqa: E402
+from serve_client import Served, data_uri, endless, message  # noqa: E402
 from test_soak_page import held, photo  # noqa: E402
 
 FIRST, LAST, MEGABYTES = 100, 1000, 50
@@ -37,7 +37,7 @@ def test_a_thousand_requests_leave_the_memory_as_it_was(tmp_path):
     if not Path("/proc/self/status").exists():
         pytest.skip("memory is read from /proc")
     memory = {}
-    with Served(tmp_path) as server:
+    with Served(tmp_path, *endless(tmp_path)) as server:
         client = server.client()
         for number in range(1, LAST + 1):
             if number % 7 == 0:

@@ -9,6 +9,7 @@ Starlette and uvicorn come with a server's own packages, so they are imported wh
 """
 
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -293,6 +294,8 @@ def serve(app, listener: socket.socket, start_clock: Callable[[], None], grace: 
     class Server(uvicorn.Server):
         def handle_exit(self, number, frame):
             start_clock()
+            # Answers that are cut off from now on are no errors, and need no traceback.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             super().handle_exit(number, frame)
 
     settings = uvicorn.Config(
