@@ -100,13 +100,16 @@ def mini_text(measured: Measured) -> list[str]:
     if not sizes:
         return []
     said = (
-        f"Exact match in percent over {' or '.join(map(str, sorted(sizes)))} held-out questions a type, ± {ERRORS}. "
-        "FLOPs: the visual tokens' in the decoder, nominal, relative to vanilla. Δ: mean paired difference over the types in "
+        f"Exact match in percent over {' or '.join(map(str, sorted(sizes)))} held-out questions a type, ±"
+        f" {ERRORS}. "
+        "FLOPs: the visual tokens' in the decoder, nominal, relative to vanilla. Δ: mean paired difference"
+        " over the types in "
         f"Avg, in points, with its standard error. {MARKED}"
     )
     if "sim" in measured.table.extras:
         said += (
-            " Sim: mean s^max of the tokens that are no targets, after each compression layer. Into compensation: the share of "
+            " Sim: mean s^max of the tokens that are no targets, after each compression layer. Into"
+            " compensation: the share of "
             "those tokens that went into the compensation token."
         )
     if not measured.table.timed:
@@ -114,7 +117,8 @@ def mini_text(measured: Measured) -> list[str]:
     lines = [said]
     if False in measured.decided.values():
         lines.append(
-            f"† not learned, and so outside Avg: the vanilla model is below {LEARNED_AT:.0f}% ({LEARNED_AT_SMALL:.0f}% for half-size digits), or less than "
+            f"† not learned, and so outside Avg: the vanilla model is below {LEARNED_AT:.0f}%"
+            f" ({LEARNED_AT_SMALL:.0f}% for half-size digits), or less than "
             f"{LEARNED_ABOVE:.0f} points above the better of the most frequent answer and the blind run. "
             "No compressed result takes part in this."
         )
@@ -170,8 +174,10 @@ def turns_text(measured: Measured) -> list[str]:
     if not timed:
         return []
     return [
-        f"Times are medians with quartiles over {timed[0]['n']} questions, from the picture to the answer's text, one question "
-        "at a time on one thread; the ratio is taken question by question. KV cache: its bytes at the end of an answer."
+        f"Times are medians with quartiles over {timed[0]['n']} questions, from the picture to the answer's"
+        " text, one question "
+        "at a time on one thread; the ratio is taken question by question. KV cache: its bytes at the end of"
+        " an answer."
     ]
 
 

@@ -148,7 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(lines))
     if offline:
         options.error(
-            f"the model hub does not answer ({offline}): connect to the internet, then run the same command again"
+            f"the model hub does not answer ({offline}): connect to the internet, then run the same command"
+            " again"
         )
     if not args.yes:
         print("\nnothing was downloaded; add --yes to download")

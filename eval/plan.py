@@ -128,7 +128,8 @@ def _checkpoint(rows: dict[str, Row], named: str | None, dry: bool) -> tuple[str
     models = {row.model: row for row in rows.values()}
     if len(models) > 1:
         raise ValueError(
-            f"the rows of one suite name several models: {', '.join(models)}; give each model a suite of its own"
+            f"the rows of one suite name several models: {', '.join(models)}; give each model a suite of its"
+            " own"
         )
     (row,) = models.values()
     name = named or get_model(row.model, row.path).checkpoint

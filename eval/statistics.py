@@ -49,7 +49,8 @@ def paired_difference(correct: Sequence[float], baseline: Sequence[float]) -> Fi
     """
     if len(correct) != len(baseline):
         raise ValueError(
-            f"paired answers differ in number, {len(correct)} and {len(baseline)}: use one limit for both rows"
+            f"paired answers differ in number, {len(correct)} and {len(baseline)}: use one limit for both"
+            " rows"
         )
     difference = np.asarray(correct, float) - np.asarray(baseline, float)
     deviation = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0

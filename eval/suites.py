@@ -161,7 +161,8 @@ TABLES = {
             {"": ("vanilla", "flash", "sdpa", "fastv", "fastv_hybrid", "libra_hybrid")},
             timed=20,
             note="Ratios to vanilla on the same questions, which all rows answer in turns, one question at a time. SDPA stands "
-            "where the paper has flash-attention 2, which a CPU does not have. FastV without hybrid runs eager attention, as a "
+            "where the paper has flash-attention 2, which a CPU does not have. FastV without hybrid runs"
+            " eager attention, as a "
             "method that reads the whole attention map must.",
         ),
         Table(
@@ -201,7 +202,8 @@ class Task:
     """name: in a row's file; harness: in lmms-eval; metric: the score's key; scale: to percent; title: its
     column;
     groups: parts of the benchmark with a column of their own; group_by: the key of a sample's metric that
-    names its part; learned_at: what the plain model has at least in a type that it has learned, in per cent."""
+    names its part; learned_at: what the plain model has at least in a type that it has learned, in per
+    cent."""
 
     name: str
     harness: str

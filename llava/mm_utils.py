@@ -59,7 +59,8 @@ def _pinpoints(grid_pinpoints: str | list) -> list[tuple[int, int]]:
             raise ValueError
     except (ValueError, TypeError, SyntaxError):
         raise ValueError(
-            f"image_grid_pinpoints {grid_pinpoints!r} is not a list of [width, height] in pixels; correct config.json"
+            f"image_grid_pinpoints {grid_pinpoints!r} is not a list of [width, height] in pixels; correct"
+            " config.json"
         ) from None
     return points
 
@@ -162,7 +163,8 @@ def process_images(
         pixels = [_pixels(image, image_processor) for image in images]
     else:
         raise ValueError(
-            f"image_aspect_ratio {aspect!r} is unknown; use pad, anyres or square in the checkpoint's config.json"
+            f"image_aspect_ratio {aspect!r} is unknown; use pad, anyres or square in the checkpoint's"
+            " config.json"
         )
     return torch.stack(pixels) if len({picture.shape for picture in pixels}) == 1 else pixels
 
@@ -232,7 +234,8 @@ def as_text(text: str, tokenizer, spellings: set[str]) -> str:
     tokens = set(tokenizer.convert_tokens_to_ids(sorted(spellings))) - {tokenizer.unk_token_id, None}
     if tokens.intersection(tokenizer(text, add_special_tokens=False).input_ids):
         raise ValueError(
-            f"the text holds one of {', '.join(sorted(spellings))} in letters that mean the same; leave it out"
+            f"the text holds one of {', '.join(sorted(spellings))} in letters that mean the same; leave it"
+            " out"
         )
     return text
 

@@ -22,10 +22,13 @@ MAX_FRAMES = 32
 _TOKENS = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
 _PLACEHOLDERS = {DEFAULT_IMAGE_TOKEN: IMAGE_TOKEN_INDEX, DEFAULT_VIDEO_TOKEN: VIDEO_TOKEN_INDEX}
 _SYSTEM = (
-    "<<SYS>>\nYou are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
-    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "<<SYS>>\nYou are a helpful, respectful and honest assistant. Always answer as helpfully as possible,"
+    " while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal"
+    " content. "
     "Please ensure that your responses are socially unbiased and positive in nature.\n"
-    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something not "
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering"
+    " something not "
     "correct. If you don't know the answer to a question, please don't share false information.\n<</SYS>>"
 )
 
@@ -76,7 +79,8 @@ def load_frames(
     if not part:
         seconds = len(times) / rate
         raise ValueError(
-            f"the video {video} has no frame in the part asked for (it has {len(times)} in {seconds:.1f} seconds)"
+            f"the video {video} has no frame in the part asked for (it has {len(times)} in {seconds:.1f}"
+            " seconds)"
         )
     if num_frames is None:
         chosen = frame_sample(len(part), "fps", fps=rate)[:MAX_FRAMES]

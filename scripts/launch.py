@@ -17,7 +17,8 @@ def main() -> None:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # nobody could speak then
             print(
-                f"error: process {rank} was ended by signal {-failure.exitcode}; if it was 9, there may not be enough memory."
+                f"error: process {rank} was ended by signal {-failure.exitcode}; if it was 9, there may not"
+                " be enough memory."
                 " The same command goes on from the newest checkpoint",
                 file=sys.stderr,
             )

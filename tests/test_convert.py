@@ -352,8 +352,8 @@ def test_bin_shards_come_back_as_safetensors_with_the_same_bits(checkpoint, tmp_
 
 @pytest.mark.parametrize("size, comes_back", [(2, True), (17 << 20, False)])
 def test_a_tower_from_elsewhere_moves_in(checkpoint, tmp_path, size, comes_back):
-    """A whole CLIP at an absolute path: the configuration names it in the checkpoint, and its text model comes
-    back where it is small."""
+    """A whole CLIP at an absolute path: the configuration names it in the checkpoint, and its text model
+    comes back where it is small."""
     clip = load_file(checkpoint / "vision_tower/model.safetensors")
     shutil.move(checkpoint / "vision_tower", tmp_path / "clip")
     text = {"text_model.final_layer_norm.bias": torch.ones(size), "logit_scale": torch.tensor(1.0)}

@@ -99,7 +99,8 @@ def test_a_time_ratio_has_to_leave_the_margin_twice(counted, capsys, monkeypatch
     lines = capsys.readouterr().out.splitlines()
     if status:
         assert lines[0] == (
-            f"libra: {second:.3f} of the plain prefill's CPU time, committed 0.500 ({second / 0.5 - 1:+.0%}, margin 15%)"
+            f"libra: {second:.3f} of the plain prefill's CPU time, committed 0.500 ({second / 0.5 - 1:+.0%},"
+            " margin 15%)"
         )
     else:
         assert f"libra {second or first:.3f} (committed 0.500)" in lines[0]

@@ -175,7 +175,8 @@ def test_a_package_that_lies_over_the_environment_stops_a_table_before_its_first
     assert trying.startswith("Trying the installed packages")
     assert error.startswith(f"error: {checkout}/.venv/bin/python fails at import of filelock")
     assert error.endswith(
-        f"No module named 'filelock._api'; filelock comes from {stub}/filelock: take what lies over .venv's packages off"
+        f"No module named 'filelock._api'; filelock comes from {stub}/filelock: take what lies over .venv's"
+        " packages off"
         " PYTHONPATH, or delete .venv and run again."
     )
     assert not (checkout / "results").exists()

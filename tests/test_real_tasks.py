@@ -239,7 +239,8 @@ def test_videomme(place, by_hand, measure, subtitled):
         frames.append(load_frames(path, 3))
         options = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", question.options))
         text = (
-            "Select the best answer to the following multiple-choice question based on the video and the subtitles. Respond"
+            "Select the best answer to the following multiple-choice question based on the video and the"
+            " subtitles. Respond"
             f" with only the letter (A, B, C, or D) of the correct option.\n{question.choice}\n{options}\n"
         )
         spoken = "the first digit\nnot the last one" if number != 3 else "No subtitles available"

@@ -178,7 +178,8 @@ def test_thirty_kills_lose_nothing_and_change_no_byte_of_the_table(tmp_path):
         os.killpg(killed.runner.pid, signal.SIGKILL)
         killed.runner.wait()
     print(
-        f"kills: {killed.counts}; answers after each kill: {progress}; seconds: {time.monotonic() - started:.0f}"
+        f"kills: {killed.counts}; answers after each kill: {progress}; seconds:"
+        f" {time.monotonic() - started:.0f}"
     )
     # A worker that was killed left a failed cell, whose exit status is 1 in the run that saw it; this one
     # sees none.

@@ -197,7 +197,8 @@ def test_the_readmes_example_runs_on_the_embedded_model(installed):
         "from PIL import Image\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n"
         "model = AutoModelForImageTextToText.from_pretrained('mini-hf')\n"
         "processor = AutoProcessor.from_pretrained('mini-hf')\n"
-        "images = [Image.new('RGB', (96, 96), 'red')]\nprompts = ['USER: <image>\\nhow many digits are there ? ASSISTANT:']\n"
+        "images = [Image.new('RGB', (96, 96), 'red')]\nprompts = ['USER: <image>\\nhow many digits are there"
+        " ? ASSISTANT:']\n"
         f"{example}"
     )
     assert 0.3 < json.loads(installed.run("example.py").splitlines()[-1])[0] < 0.5

@@ -61,7 +61,8 @@ class StagedCache(DynamicCache):
         elif [stage.first_layer for stage in cache.stages] != first_layers:
             raise ValueError(
                 f"this KV cache was filled with compression after layers"
-                f" {[s.first_layer - 1 for s in cache.stages[1:]]}, not {[layer - 1 for layer in first_layers[1:]]};"
+                f" {[s.first_layer - 1 for s in cache.stages[1:]]}, not"
+                f" {[layer - 1 for layer in first_layers[1:]]};"
                 " start with an empty cache"
             )
         return cache
@@ -77,7 +78,8 @@ class StagedCache(DynamicCache):
             if not self.expects_a_call and len({layer.get_seq_length() for layer in self.layers}) > 1:
                 raise ValueError(
                     f"this KV cache was filled with compression after layers"
-                    f" {[s.first_layer - 1 for s in self.stages[1:]]}, and now the model is called without it;"
+                    f" {[s.first_layer - 1 for s in self.stages[1:]]}, and now the model is called without"
+                    " it;"
                     " switch that compression on again or start with an empty cache"
                 )
             self.expects_a_call = False

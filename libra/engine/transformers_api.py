@@ -127,7 +127,8 @@ def check_guesses(options: dict) -> None:
     lookup = options.get("prompt_lookup_num_tokens") or getattr(config, "prompt_lookup_num_tokens", None)
     if (lookup or options.get("assistant_model") is not None) and Version(_INSTALLED) < Version("5.18"):
         raise ValueError(
-            f"assisted generation from embeddings gives wrong tokens with transformers {_INSTALLED}; take 5.18 or newer,"
+            f"assisted generation from embeddings gives wrong tokens with transformers {_INSTALLED}; take"
+            " 5.18 or newer,"
             " or leave out assistant_model and prompt_lookup_num_tokens"
         )
 

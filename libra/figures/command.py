@@ -73,7 +73,8 @@ def _record(args: argparse.Namespace) -> "Record":
     missing = [f"--{name}" for name, value in needed.items() if value is None]
     if missing:
         raise ValueError(
-            f"{', '.join(missing)} missing; give a model, an image, a prompt and a configuration, or --from-trace"
+            f"{', '.join(missing)} missing; give a model, an image, a prompt and a configuration, or"
+            " --from-trace"
         )
     compression = Compression.from_yaml(args.config)
     if not compression.compresses:

@@ -100,7 +100,8 @@ class Record:
         drawn, traced = sum(block.tokens for block in blocks), sum(self.trace.spans)
         if drawn != traced:
             raise ValueError(
-                f"the blocks hold {drawn} tokens and the trace {traced}; give one or more blocks for each span"
+                f"the blocks hold {drawn} tokens and the trace {traced}; give one or more blocks for each"
+                " span"
             )
 
     def save(self, path: str | Path) -> None:

@@ -81,7 +81,8 @@ class Prompt:
             raise ConfigError(f"--images: none of the {self.batch} rows has a picture; give one a 1")
         if max(self.pictures) > self.text // 2:
             raise ConfigError(
-                f"{self.text} text tokens do not reach around {max(self.pictures)} pictures; give more --text-tokens"
+                f"{self.text} text tokens do not reach around {max(self.pictures)} pictures; give more"
+                " --text-tokens"
             )
         return self
 

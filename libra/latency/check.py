@@ -169,7 +169,8 @@ def check(update: bool = False, path: Path = EXPECTED, progress: bool = True) ->
     same = here["torch"] == expected["versions"]["torch"]
     if not same:
         print(
-            f"note: peak bytes are not compared, they were counted with torch {expected['versions']['torch']}, this is"
+            "note: peak bytes are not compared, they were counted with torch"
+            f" {expected['versions']['torch']}, this is"
             f" {here['torch']}"
         )
     deviations = count_deviations(counts if same else comparable(counts), expected["counts"]) + list(

@@ -71,7 +71,8 @@ def build(args, row: Row, registered: ModelSpec, prompt: Prompt, device: torch.d
         needed, free = weight_bytes(spec, layers, dtype), free_memory(device)
         if free is not None and needed > 0.9 * free:
             raise ConfigError(
-                f"{layers} layers take {units.size(needed)} and {units.size(free)} are free; take fewer --layers"
+                f"{layers} layers take {units.size(needed)} and {units.size(free)} are free; take fewer"
+                " --layers"
             )
         model = random_model(spec, layers, dtype, device, args.attn, tower)
     if args.peer:

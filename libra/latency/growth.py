@@ -125,8 +125,10 @@ class Growth:
         yield from (f"    {line}" for line in heading(self.described))
         yield (
             f"    prompt         {self.prompts[0].text} text tokens beside the visual ones\n\n"
-            "Measured over promised: the median of the paired ratios of compressed and plain prefill, over the ratio of the"
-            " FLOPs of all tokens. Shares are of the compressed prefill. Extra memory: compression's peak over one plain"
+            "Measured over promised: the median of the paired ratios of compressed and plain prefill, over"
+            " the ratio of the"
+            " FLOPs of all tokens. Shares are of the compressed prefill. Extra memory: compression's peak"
+            " over one plain"
             " layer's. Empty: not measured, or larger than the run's limit.\n"
         )
         commits = sorted({cell["commit"] for cell in cells.values() if cell})
@@ -161,7 +163,8 @@ class Growth:
             str(len(prefill["pairs"])),
             units.seconds(prefill["vanilla_seconds"]),
             units.seconds(prefill["compressed_seconds"]),
-            f"{prefill['ratio']['median']:.3f} {bounds(prefill['ratio'])}, {prefill['ratio']['coverage']:.0%}",
+            f"{prefill['ratio']['median']:.3f} {bounds(prefill['ratio'])},"
+            f" {prefill['ratio']['coverage']:.0%}",
             f"{cell['flops']['formula']['ratio']:.3f}",
             f"{prefill['ratio_over_flops_ratio']:.3f}",
             f"{parts['share']:.2%}",

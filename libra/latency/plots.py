@@ -81,8 +81,10 @@ def picture(data: dict, path: Path) -> None:
     left.legend(fontsize=7, loc="upper right")
     prompt = data["prompt"]
     figure.suptitle(
-        f"{data['row']}: {data['model']}, {data['layers']} of {data['of_layers']} layers, {prompt['visual']} visual +"
-        f" {prompt['text']} text tokens, batch {prompt['batch']}, {data['dtype']}, {data['machine']['device']}",
+        f"{data['row']}: {data['model']}, {data['layers']} of {data['of_layers']} layers, {prompt['visual']}"
+        " visual +"
+        f" {prompt['text']} text tokens, batch {prompt['batch']}, {data['dtype']},"
+        f" {data['machine']['device']}",
         fontsize=10,
     )
     names = [part for part in PARTS if part in parts["shares"]][::-1]

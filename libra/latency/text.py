@@ -31,9 +31,12 @@ def heading(data: dict) -> list[str]:
     return [
         f"row            {data['row']}  ({data['config']})",
         f"model          {data['model']}, {data['layers']} of {data['of_layers']} layers, {data['weights']}",
-        f"compression    {c.get('method', c['select'] + ' + ' + c['merge'])}, ratio {c['ratio']:.4g}, after layers"
-        f" {', '.join(map(str, c['layers']))} (the row's: {', '.join(map(str, data['row_layers']))} of {data['of_layers']})",
-        f"run            {data['dtype']}, {data['attention']}, {device['device']}, {device['threads']} thread(s)",
+        f"compression    {c.get('method', c['select'] + ' + ' + c['merge'])}, ratio {c['ratio']:.4g}, after"
+        " layers"
+        f" {', '.join(map(str, c['layers']))} (the row's: {', '.join(map(str, data['row_layers']))} of"
+        f" {data['of_layers']})",
+        f"run            {data['dtype']}, {data['attention']}, {device['device']}, {device['threads']}"
+        " thread(s)",
     ]
 
 
@@ -47,7 +50,8 @@ def table(data: dict) -> str:
     mixed = f" × {', '.join(map(str, prompt['images']))} …" if prompt["images"] != (1,) else ""
     lines = [
         *head,
-        f"prompt         {prompt['visual']}{mixed} visual + {prompt['text']} text tokens, batch {prompt['batch']};"
+        f"prompt         {prompt['visual']}{mixed} visual + {prompt['text']} text tokens, batch"
+        f" {prompt['batch']};"
         f" visual tokens {' → '.join(map(str, stages))}",
         f"{run}; {len(prefill['pairs'])} pairs in turns",
         "",
@@ -79,12 +83,15 @@ def table(data: dict) -> str:
         f"   ({interval['median']:.3f} over {flops['visual']['ratio']:.3f})",
         f"counted over formula             {flops['counted_over_formula']['vanilla']:.4f} vanilla,"
         f" {flops['counted_over_formula']['compressed']:.4f} compressed",
-        f"compressed KV cache              {units.size(cache['compressed'])} = schedule {units.size(cache['schedule'])}"
-        f" + compensation tokens {units.size(cache['compensation'])} + padding {units.size(cache['padding'])}",
+        f"compressed KV cache              {units.size(cache['compressed'])} = schedule"
+        f" {units.size(cache['schedule'])}"
+        f" + compensation tokens {units.size(cache['compensation'])} + padding"
+        f" {units.size(cache['padding'])}",
         f"padding                          {cache['padding_share']['vanilla']:.1%} of vanilla's columns,"
         f" {cache['padding_share']['compressed']:.1%} of the compressed ones",
         f"extra memory of compression      {units.size(data['extra_memory']['compression'])} ="
-        f" {data['extra_memory']['ratio']:.2f} × one layer's activations, {units.size(data['extra_memory']['one_layer'])}",
+        f" {data['extra_memory']['ratio']:.2f} × one layer's activations,"
+        f" {units.size(data['extra_memory']['one_layer'])}",
     ]
     return "\n".join(lines)
 
@@ -108,7 +115,8 @@ def _peers(data: dict) -> list[str]:
 
 def _parts(parts: dict) -> list[str]:
     lines = [
-        f"{'compression, by part':28}{'seconds':>12}{'of its prefill':>16}   ({parts['runs']} profiled prefills, median)"
+        f"{'compression, by part':28}{'seconds':>12}{'of its prefill':>16}   ({parts['runs']} profiled"
+        " prefills, median)"
     ]
     for part, name in PARTS.items():
         if part in parts["seconds"]:

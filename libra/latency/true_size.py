@@ -96,7 +96,8 @@ class Answers:
 
 
 def _prompt(model, image_processor, text: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (1, text + 1) with the image's placeholder in the middle, and the pixels of a random image."""
+    """Token ids (1, text + 1) with the image's placeholder in the middle, and the pixels of a random
+    image."""
     draw = np.random.default_rng(0)
     edge = image_processor.crop_size["width"]
     image = Image.fromarray(draw.integers(0, 256, (edge, edge, 3), np.uint8))
@@ -161,12 +162,15 @@ def table(data: dict) -> str:
     ]
     place = data["machine"]
     lines = [
-        f"model          {data['model']}, {data['layers']} of {data['of_layers']} layers, random weights, bfloat16;"
+        f"model          {data['model']}, {data['layers']} of {data['of_layers']} layers, random weights,"
+        " bfloat16;"
         f" {units.size(data['checkpoint_bytes'])} on disk, loaded in {units.seconds(data['load_seconds'])}",
         f"compression    {data['row']}, after layers {', '.join(map(str, data['compression']['layers']))};"
         f" visual tokens {' → '.join(map(str, stages))}",
-        f"prompt         {data['visual_tokens']} visual + {data['text_tokens']} text tokens, {data['new_tokens']} new ones",
-        f"run            {place['device']}, {place['threads']} thread(s); {len(data['pairs'])} pairs in turns",
+        f"prompt         {data['visual_tokens']} visual + {data['text_tokens']} text tokens,"
+        f" {data['new_tokens']} new ones",
+        f"run            {place['device']}, {place['threads']} thread(s); {len(data['pairs'])} pairs in"
+        " turns",
         "",
         f"{'median of':28}{'vanilla':>12}{'compressed':>12}{'ratio':>9}",
     ]
@@ -187,7 +191,8 @@ def table(data: dict) -> str:
             "",
             f"prefill ratio    {ratio['median']:.3f}, paired; {ratio['coverage']:.0%} interval"
             f" [{ratio['low']:.3f}, {ratio['high']:.3f}]",
-            f"over FLOPs ratio {data['ratio_over_flops_ratio']:.3f} ({flops['ratio']:.3f}, all tokens of the language model)",
+            f"over FLOPs ratio {data['ratio_over_flops_ratio']:.3f} ({flops['ratio']:.3f}, all tokens of the"
+            " language model)",
         ]
     )
 
@@ -196,7 +201,8 @@ def report(
     folder: Path, row: Row, spec: ModelSpec, layers: int, answers: Answers, vision: dict, device: torch.device
 ) -> dict:
     """Write a checkpoint of ``layers`` of a model's layers into ``folder``, load it as any other, and measure
-    a row's compression on it. ``vision``: the sizes of its CLIP tower. Raises ValueError with one sentence."""
+    a row's compression on it. ``vision``: the sizes of its CLIP tower. Raises ValueError with one
+    sentence."""
     c = scale_layers(row.compression, spec.layers, layers)
     size = write_checkpoint(folder, spec, layers, vision)
     start = now(device)

@@ -34,13 +34,15 @@ def class_of(path: str) -> str | None:
     name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
     if name not in FAMILIES:
         raise ValueError(
-            f"{path} is of type {kind!r}, which libra.attach does not support; it supports {', '.join(FAMILIES)}"
+            f"{path} is of type {kind!r}, which libra.attach does not support; it supports"
+            f" {', '.join(FAMILIES)}"
         )
     return name
 
 
 class HuggingFace(Engine):
-    """Any family of ``libra.engine.families.FAMILIES``, with the checkpoint's own processor and chat template.
+    """Any family of ``libra.engine.families.FAMILIES``, with the checkpoint's own processor and chat
+    template.
 
     Videos go to the families that take them as such, to the others as images, frame by frame.
     """
@@ -87,7 +89,8 @@ class HuggingFace(Engine):
         for sample in samples:
             if written := [mark for mark in marks if mark in sample.text]:
                 raise ValueError(
-                    f"{sample.name}: its text has {written[0]}, which this model takes for a place of an image"
+                    f"{sample.name}: its text has {written[0]}, which this model takes for a place of an"
+                    " image"
                 )
         prompts = [self._prompt(sample.text, own) for sample, own in zip(samples, shown, strict=True)]
         images = [[one for one in own if isinstance(one, Image.Image)] for own in shown]

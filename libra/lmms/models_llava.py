@@ -48,7 +48,8 @@ class Llava(Engine):
             self.frames = self._fitting_frames()
         else:
             raise ValueError(
-                f"{path} has no conversation template of llava.conversation: name one in the registry of models"
+                f"{path} has no conversation template of llava.conversation: name one in the registry of"
+                " models"
             )
         self.stop, self.compression, self.trace = self.conversation.stop, None, False
 

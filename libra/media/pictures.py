@@ -87,7 +87,8 @@ def check_size(size: tuple[int, int], what: str, limits: Limits = FILES) -> None
         )
     if max(size) ** 2 > limits.pixels:
         raise ValueError(
-            f"{what} is too large ({width} × {height} pixels; at most {int(limits.pixels**0.5):,} a side are taken);"
+            f"{what} is too large ({width} × {height} pixels; at most {int(limits.pixels**0.5):,} a side are"
+            " taken);"
             " scale it down"
         )
 

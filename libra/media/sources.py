@@ -15,7 +15,8 @@ from urllib.parse import unquote_to_bytes
 
 SUFFIXES = frozenset(
     (
-        ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .j2k .heic .heif"
+        ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .avif"
+        " .jp2 .j2k .heic .heif"
     ).split()
 )
 FOLDER_RATE = 3  # frames a second that a folder of pictures stands for

@@ -59,8 +59,8 @@ METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in FILES}
 
 
 def natural_layers(method: str | None, num_layers: int, last: int) -> tuple[int, ...]:
-    """Where a method compresses in a model of `num_layers` layers where no layers are named, such as libra after 7,
-    15, 23 of 32.
+    """Where a method compresses in a model of `num_layers` layers where no layers are named, such as libra
+    after 7, 15, 23 of 32.
 
     last: the last layer that may be one of them. Without a method: the paper's quarter points.
     """

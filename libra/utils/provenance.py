@@ -69,7 +69,8 @@ def require_clean() -> None:
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(
-            f"what is published names its commit, and this checkout differs from it ({', '.join(changed[:3])}{more}): commit"
+            "what is published names its commit, and this checkout differs from it"
+            f" ({', '.join(changed[:3])}{more}): commit"
             " the changes or put them aside, then run the same command again"
         )
 

@@ -44,7 +44,8 @@ def check_complete(source: Path, tensors: dict[str, Stored], config: LlavaConfig
     unknown = [name for name in tensors if name not in wanted]
     if unknown:
         raise ValueError(
-            f"{type(model).__name__} has no place for {len(unknown)} weights of {source}, {unknown[0]!r} among them"
+            f"{type(model).__name__} has no place for {len(unknown)} weights of {source}, {unknown[0]!r}"
+            " among them"
         )
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
@@ -53,5 +54,6 @@ def check_complete(source: Path, tensors: dict[str, Stored], config: LlavaConfig
             )
         if not is_float(tensors[name].dtype):
             raise ValueError(
-                f"{name!r} of {source} is of type {tensors[name].dtype}, and weights are floating-point numbers"
+                f"{name!r} of {source} is of type {tensors[name].dtype}, and weights are floating-point"
+                " numbers"
             )

@@ -38,7 +38,8 @@ class Part:
 
     @property
     def complete(self) -> bool:
-        """Whether all its weights can be had again: a whole CLIP has a text model too, kept where it is small."""
+        """Whether all its weights can be had again: a whole CLIP has a text model too, kept where it is
+        small."""
         sizes = (
             stored.nbytes
             for file in self.files

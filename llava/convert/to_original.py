@@ -84,8 +84,10 @@ def to_original(
     count = write_folder(stage, rest, max_shard_size)
     write_folder(stage / _TOWER_FOLDER, tower, max_shard_size)
     return [
-        f"{settings['architectures'][0]}: {count} weight file{'s' * (count > 1)}, the vision tower in {_TOWER_FOLDER}",
-        f"images are prepared with image_aspect_ratio {settings['image_aspect_ratio']!r}, as by the folder's image processor",
+        f"{settings['architectures'][0]}: {count} weight file{'s' * (count > 1)}, the vision tower in"
+        f" {_TOWER_FOLDER}",
+        f"images are prepared with image_aspect_ratio {settings['image_aspect_ratio']!r}, as by the folder's"
+        " image processor",
         f"the prompt template is {template}"
         if template
         else "no prompt template was noted down; --conversation sets one",
@@ -104,11 +106,13 @@ def _check_expressible(source: Path, config: LlavaConfig) -> None:
         )
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         raise ValueError(
-            f"the projector of {source} is not two layers with biases and gelu between, which mlp2x_gelu means"
+            f"the projector of {source} is not two layers with biases and gelu between, which mlp2x_gelu"
+            " means"
         )
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
-            f"{source} takes features of the vision layers {config.vision_feature_layer}; LLaVA takes one layer's"
+            f"{source} takes features of the vision layers {config.vision_feature_layer}; LLaVA takes one"
+            " layer's"
         )
     if isinstance(config, LlavaNextConfig) and config.vision_feature_select_strategy != "default":
         raise ValueError(

@@ -106,14 +106,16 @@ def _find_addition(folder: Path, model_base: str | None) -> Path | None:
         if adapted:
             own = read_json(folder / lora.CONFIG).get("base_model_name_or_path")
             raise ValueError(
-                f"{folder} holds a LoRA adapter: give its language model as model_base (it was made for {own})"
+                f"{folder} holds a LoRA adapter: give its language model as model_base (it was made for"
+                f" {own})"
             )
         if projector and not weights.has_weights(folder):
             raise ValueError(f"{folder} holds a projector alone: give its language model as model_base")
         return None
     if not adapted and not projector:
         raise ValueError(
-            f"{folder} has neither {lora.CONFIG} nor {weights.PROJECTOR}, so nothing in it goes on a base model;"
+            f"{folder} has neither {lora.CONFIG} nor {weights.PROJECTOR}, so nothing in it goes on a base"
+            " model;"
             " leave model_base out"
         )
     addition = folder / (weights.NON_LORA if adapted else weights.PROJECTOR)
@@ -191,13 +193,15 @@ def _find_tower(
         tower = near or local_folder(name, **hub)
     except ValueError as error:
         raise ValueError(
-            f"the vision tower {name}, which {folder / 'config.json'} names as mm_vision_tower, is neither in this folder nor"
+            f"the vision tower {name}, which {folder / 'config.json'} names as mm_vision_tower, is neither"
+            " in this folder nor"
             f" beside it nor on the hub; download it and name its folder there ({error})"
         ) from error
     vision = read_tower(tower, stored)
     if vision.hidden_size != config.mm_hidden_size:
         raise ValueError(
-            f"the vision tower {tower} has width {vision.hidden_size}, and mm_hidden_size in {folder / 'config.json'} is"
+            f"the vision tower {tower} has width {vision.hidden_size}, and mm_hidden_size in"
+            f" {folder / 'config.json'} is"
             f" {config.mm_hidden_size}; name the tower that the checkpoint was trained with"
         )
     owner = f"{folder / 'config.json'} cannot be used: mm_vision_select_layer"
@@ -240,7 +244,8 @@ def _check_processor(folder: Path, edge: int) -> None:
         raise ValueError(f"{path} cannot be used: {first_line(error)}; download it again") from error
     if shape != (edge, edge):
         raise ValueError(
-            f"{path} crops images to {shortened(str(shape), 40)} pixels and the vision tower takes {edge} x {edge}; take both"
+            f"{path} crops images to {shortened(str(shape), 40)} pixels and the vision tower takes {edge} x"
+            f" {edge}; take both"
             " from the same checkpoint"
         )
 
@@ -263,7 +268,8 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
         last = max(tokenizer.convert_tokens_to_ids([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]))
         if last >= config.vocab_size:
             raise ValueError(
-                f"mm_use_im_start_end needs an embedding for token {last}, and the vocabulary ends at {config.vocab_size - 1};"
+                f"mm_use_im_start_end needs an embedding for token {last}, and the vocabulary ends at"
+                f" {config.vocab_size - 1};"
                 " take tokenizer and weights from the same checkpoint"
             )
     return tokenizer
@@ -282,7 +288,8 @@ def expected_weights(model_class: type, config: PreTrainedConfig, folder: Path) 
         raise ValueError(f"{folder}: {first_line(error)}") from error
     except Exception as error:  # an unknown activation is a KeyError, no heads a division by zero …
         raise ValueError(
-            f"{folder / 'config.json'} describes no model that can be built ({type(error).__name__}: {first_line(error)});"
+            f"{folder / 'config.json'} describes no model that can be built ({type(error).__name__}:"
+            f" {first_line(error)});"
             " download it again"
         ) from error
     if getattr(config, "tie_word_embeddings", False):

@@ -90,8 +90,8 @@ class LlavaMetaForCausalLM:
 
     @property
     def compression_stats(self) -> dict | None:
-        """Of the last prefill with images, as :meth:`libra.engine.forward.CompressedForward.stats` tells it; None
-        before it."""
+        """Of the last prefill with images, as :meth:`libra.engine.forward.CompressedForward.stats` tells it;
+        None before it."""
         return self.model.last_stats
 
     @property
@@ -138,7 +138,8 @@ class LlavaMetaForCausalLM:
         merge = getattr(self.config, "mm_patch_merge_type", "flat")
         if merge not in MERGE_TYPES:
             raise ValueError(
-                f"mm_patch_merge_type {merge!r} is unknown; use one of {', '.join(MERGE_TYPES)} in the checkpoint's config.json"
+                f"mm_patch_merge_type {merge!r} is unknown; use one of {', '.join(MERGE_TYPES)} in the"
+                " checkpoint's config.json"
             )
         groups = [image[None] if image.ndim == 3 else image for image in images]
         if merge != "flat" and any(len(group) > 1 for group in groups):
@@ -157,12 +158,14 @@ class LlavaMetaForCausalLM:
         aspect = getattr(self.config, "image_aspect_ratio", None)
         if aspect != "anyres":
             raise ValueError(
-                f"images of several tiles need image_aspect_ratio 'anyres' in the checkpoint's config.json, not {aspect!r}"
+                "images of several tiles need image_aspect_ratio 'anyres' in the checkpoint's config.json,"
+                f" not {aspect!r}"
             )
         if image_sizes is None or len(image_sizes) != len(groups):
             given = "none" if image_sizes is None else len(image_sizes)
             raise ValueError(
-                f"{len(groups)} images cut into tiles need as many image_sizes, each (width, height); {given} given"
+                f"{len(groups)} images cut into tiles need as many image_sizes, each (width, height);"
+                f" {given} given"
             )
 
     def _held_places(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -191,7 +194,8 @@ class LlavaMetaForCausalLM:
         needed = int(held.sum(1).clamp(min=1).sum())
         if needed != len(features):  # one too many would be shown in the next row's place
             raise ValueError(
-                f"the prompts need {needed} images (one for each image token and one, ignored, for each text-only row)"
+                f"the prompts need {needed} images (one for each image token and one, ignored, for each"
+                " text-only row)"
                 f" but {len(features)} were given; pass as many as there are image tokens"
             )
         embed = self.get_input_embeddings()
@@ -200,7 +204,8 @@ class LlavaMetaForCausalLM:
         )
         if bool(((input_ids < 0) & ~held & mask).any()):
             raise ValueError(
-                f"input_ids has negative ids other than this model's placeholders {list(self.placeholders)}; correct the prompt"
+                f"input_ids has negative ids other than this model's placeholders {list(self.placeholders)};"
+                " correct the prompt"
             )
         rows = {"embeds": [], "visual": [], "labels": [], "seeds": []}
         queue = iter(features)
@@ -349,7 +354,8 @@ class LlavaMetaForCausalLM:
         row = int(lengths.argmax())
         if lengths[row] > self.length_limit:
             raise ValueError(
-                f"row {row} of the prompt has {int(lengths[row])} tokens with its visual tokens and the model takes"
+                f"row {row} of the prompt has {int(lengths[row])} tokens with its visual tokens and the"
+                " model takes"
                 f" {self.length_limit}; shorten the text or give fewer images"
             )
 

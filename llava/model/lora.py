@@ -46,7 +46,8 @@ def check_adapter(folder: Path, expected: Mapping[str, torch.Tensor]) -> dict[st
         weight = expected.get(f"{factor['module']}.weight")
         if weight is None:
             raise ValueError(
-                f"{file} adapts {factor['module']!r}, which this model does not have; give the adapter's own base"
+                f"{file} adapts {factor['module']!r}, which this model does not have; give the adapter's own"
+                " base"
             )
         out, inner = weight.shape
         fits = (
@@ -56,7 +57,8 @@ def check_adapter(folder: Path, expected: Mapping[str, torch.Tensor]) -> dict[st
         )
         if not fits:
             raise ValueError(
-                f"{file} holds {factor[0]!r} in the shape {adapter[factor[0]].shape}, which does not fit a weight of"
+                f"{file} holds {factor[0]!r} in the shape {adapter[factor[0]].shape}, which does not fit a"
+                " weight of"
                 f" {out} x {inner}; give the adapter's own base"
             )
     return adapter

@@ -167,7 +167,8 @@ def weight_files(folder: Path) -> list[Path]:
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise ValueError(
-                    f"{folder} lacks {missing[0]}, one of the {len(files)} shards that {index} names; download it again"
+                    f"{folder} lacks {missing[0]}, one of the {len(files)} shards that {index} names;"
+                    " download it again"
                 )
             return files
     known = ", ".join(name for names in WEIGHTS for name in names)
@@ -202,7 +203,8 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
         if wanted is None:
             raise _damaged(path, "no file of weights") from error
         raise ValueError(
-            f"{path} is not opened: it asks for {wanted[1]}, which could run code, and weights need tensors only;"
+            f"{path} is not opened: it asks for {wanted[1]}, which could run code, and weights need tensors"
+            " only;"
             " get a copy of the checkpoint that you trust, best as safetensors"
         ) from error
     except Exception as error:  # a damaged pickle raises anything
@@ -284,7 +286,8 @@ def check_weights(owner: str, expected: Mapping[str, torch.Tensor], stored: Mapp
     for name, value in expected.items():
         if stored[name].shape != tuple(value.shape):
             raise ValueError(
-                f"{stored[name].file} holds {name!r} in the shape {stored[name].shape}, and config.json asks for"
+                f"{stored[name].file} holds {name!r} in the shape {stored[name].shape}, and config.json asks"
+                " for"
                 f" {tuple(value.shape)}; take both from the same checkpoint"
             )
         check_dtype(name, stored[name])
@@ -305,7 +308,8 @@ def check_dtype(name: str, weight: Stored) -> None:
     """Raises ValueError for a weight that is not of a floating-point type."""
     if not is_float(weight.dtype):
         raise ValueError(
-            f"{weight.file} holds {name!r} as {weight.dtype}, and weights are floating-point numbers; get the checkpoint again"
+            f"{weight.file} holds {name!r} as {weight.dtype}, and weights are floating-point numbers; get"
+            " the checkpoint again"
         )
 
 
@@ -320,6 +324,7 @@ def check_finite(owner: str, model: torch.nn.Module) -> None:
             continue
         if not all(bool(edge.isfinite()) for edge in value.detach().aminmax()):
             raise ValueError(
-                f"{owner} holds values in {name!r} that are not numbers or infinite; get the checkpoint again (weights that"
+                f"{owner} holds values in {name!r} that are not numbers or infinite; get the checkpoint"
+                " again (weights that"
                 " were written in bfloat16 can be too large for float16: load them in bfloat16)"
             )

@@ -259,7 +259,8 @@ def build_page(loaded: Loaded, name: str, tokens: int, uploads: Uploads, shown: 
                 gr.Markdown(f"What each compression layer does to the visual tokens: {overlay.LEGEND}")
                 gallery = gr.Gallery(show_label=False, columns=3, height=310, object_fit="contain")
                 gr.Markdown(
-                    "Times are of one run each, vanilla first, vision tower included. A first call is slower (warm-up); it was"
+                    "Times are of one run each, vanilla first, vision tower included. A first call is slower"
+                    " (warm-up); it was"
                     " made when the page started."
                 )
         choice.change(lambda chosen: gr.update(visible=chosen == OWN), choice, own)

@@ -220,7 +220,8 @@ class Session:
         for video in videos:
             if not Path(video).expanduser().exists():
                 raise ValueError(
-                    f"the video {video} does not exist; give the path of a video file or of a folder of frames"
+                    f"the video {video} does not exist; give the path of a video file or of a folder of"
+                    " frames"
                 )
         loaded = load_model(args, compression)
         session = cls(**vars(loaded), images=images, reprefill=getattr(args, "reprefill", False))
@@ -292,7 +293,8 @@ class Session:
         places = self._marks(question)
         if places != marks:
             raise ValueError(
-                f"images to show: {' '.join(marks) or 'none'}, places for them in the question: {' '.join(places) or 'none'};"
+                f"images to show: {' '.join(marks) or 'none'}, places for them in the question:"
+                f" {' '.join(places) or 'none'};"
                 f" write {IMAGE_PLACEHOLDER} once for each of them, or leave it out"
             )
         return question

@@ -102,7 +102,8 @@ def _without_sharding(argv: list[str]) -> list[str]:
             file = value if equals else next(words, "")
             if not Path(file).is_file():
                 exit_with(
-                    f"--deepspeed {file}: there is no such file; the scripts folder has zero2.json and zero3.json"
+                    f"--deepspeed {file}: there is no such file; the scripts folder has zero2.json and"
+                    " zero3.json"
                 )
     return kept
 
@@ -187,7 +188,8 @@ def _check_of_transformers(model: ModelArguments, training: TrainingArguments) -
     them."""
     if training.eval_strategy != "no":
         raise ValueError(
-            "nothing is evaluated while training; leave --eval_strategy out and evaluate what --output_dir holds"
+            "nothing is evaluated while training; leave --eval_strategy out and evaluate what --output_dir"
+            " holds"
         )
     if training.resume_from_checkpoint:
         raise ValueError(
@@ -201,7 +203,8 @@ def _check_of_transformers(model: ModelArguments, training: TrainingArguments) -
         raise ValueError("--fsdp and --deepspeed exclude each other; choose one")
     if training.fsdp and (training.use_cpu or training.parallel_mode != ParallelMode.DISTRIBUTED):
         raise ValueError(
-            "--fsdp shards over the GPUs of a distributed run; start it with torchrun on GPUs, or leave it out"
+            "--fsdp shards over the GPUs of a distributed run; start it with torchrun on GPUs, or leave it"
+            " out"
         )
     if training.fp16 and training.use_cpu:
         raise ValueError("--fp16 True needs a GPU; on a CPU use --bf16 True")

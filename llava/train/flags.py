@@ -27,7 +27,8 @@ class ModelArguments:
         "LLaVA checkpoint to go on from, or a plain Llama or Mistral (with vision_tower)"
     )
     version: str | None = flag(
-        "conversation template of the training texts, or 'chat' for the tokenizer's own; a checkpoint's own, else v1"
+        "conversation template of the training texts, or 'chat' for the tokenizer's own; a checkpoint's own,"
+        " else v1"
     )
     compression: str | None = flag(
         "row or YAML file whose compression is on while training, such as llava7b_r50"

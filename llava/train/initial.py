@@ -146,7 +146,8 @@ def _plain_model(folder: Path, settings: dict, model: ModelArguments, hub: dict)
     name, kind = model.model_name_or_path, settings.get("model_type")
     if kind not in _PLAIN:
         raise ValueError(
-            f"{name} {what_it_is(folder, settings)}; give a LLaVA checkpoint, or a language model of type {' or '.join(_PLAIN)}"
+            f"{name} {what_it_is(folder, settings)}; give a LLaVA checkpoint, or a language model of type"
+            f" {' or '.join(_PLAIN)}"
         )
     if model.vision_tower is None:
         raise ValueError(f"{name} is a plain language model; give its vision tower as --vision_tower")
@@ -189,7 +190,8 @@ def _complete(
         setattr(config, name, given if given is not None else own if own is not None else default)
     if config.mm_patch_merge_type not in MERGE_TYPES:
         raise ValueError(
-            f"--mm_patch_merge_type {config.mm_patch_merge_type} is unknown; use one of {', '.join(MERGE_TYPES)}"
+            f"--mm_patch_merge_type {config.mm_patch_merge_type} is unknown; use one of"
+            f" {', '.join(MERGE_TYPES)}"
         )
     config.image_aspect_ratio = (
         data.image_aspect_ratio or getattr(config, "image_aspect_ratio", None) or "square"
@@ -330,7 +332,8 @@ def _load_weights(llava, values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
             if own[name].shape != value.shape:  # embeddings, which were not checked before
                 raise ValueError(
-                    f"the first stage had other new tokens ({name!r} has another shape); give the flags it had"
+                    f"the first stage had other new tokens ({name!r} has another shape); give the flags it"
+                    " had"
                 )
             own[name].copy_(value)
 

@@ -130,7 +130,8 @@ def prepare(model: ModelArguments, data: DataArguments, training: TrainingArgume
     check_labels(dataset, collator, data.data_path, start.version)
     if Path(training.output_dir).resolve() == start.folder.resolve():
         raise ValueError(
-            f"--output_dir {training.output_dir} is the model that the training begins with; name another folder"
+            f"--output_dir {training.output_dir} is the model that the training begins with; name another"
+            " folder"
         )
     run = Run(Path(training.output_dir), identity_of(start, digest_of(content), model, training))
     return Prepared(start, found, dataset, collator, compression, run)

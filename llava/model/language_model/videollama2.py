@@ -23,7 +23,8 @@ class Videollama2MistralModel(LlavaMistralModel):
         kind = getattr(config, "mm_projector_type", None)
         if getattr(config, "mm_vision_tower", None) and kind not in PADDING:
             raise ValueError(
-                f"mm_projector_type {kind!r} is not supported for videos; the connectors are {', '.join(PADDING)}"
+                f"mm_projector_type {kind!r} is not supported for videos; the connectors are"
+                f" {', '.join(PADDING)}"
             )
         super().__init__(config)
 

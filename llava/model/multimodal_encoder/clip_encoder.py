@@ -75,7 +75,8 @@ class CLIPVisionTower(nn.Module):
                 )
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(
-                    f"the vision tower {self.vision_tower_name} lacks {len(missing)} weights, {missing[0]!r} among them;"
+                    f"the vision tower {self.vision_tower_name} lacks {len(missing)} weights, {missing[0]!r}"
+                    " among them;"
                     " download it again"
                 )
             self._hold(tower)
