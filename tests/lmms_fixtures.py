@@ -239,6 +239,12 @@ def lettered(checkpoint: Path, folder: Path) -> Path:
     path = folder / "generation_config.json"
     others = [number for word, number in words.items() if word not in ("A", "B", "</s>")]
     path.write_text(
-        json.dumps({**json.loads(path.read_text()), "suppress_tokens": others, "begin_suppress_tokens": [2]})
+        json.dumps(
+            {
+                **json.loads(path.read_text()),
+                "suppress_tokens": others,
+                "begin_suppress_tokens": [words["</s>"]],
+            }
+        )
     )
     return folder

@@ -590,7 +590,7 @@ def test_damaged_llava_hf(converted, tmp_path):
     )
     data = (tmp_path / "mini/model.safetensors").read_bytes()
     (tmp_path / "mini/model.safetensors").write_bytes(
-        data.replace(b'"shape":[72,128]', b'"shape":[71,128]', 1)
+        data.replace(b'"shape":[77,128]', b'"shape":[76,128]', 1)
     )
     refused(tmp_path / "mini", tmp_path / "original", "model.safetensors is damaged .*contradicts itself")
 
@@ -633,7 +633,7 @@ def test_command(tmp_path, capsys):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "<image> is token 71" in done.stdout and "weights: 100%" in done.stderr
+    assert "<image> is token 76" in done.stdout and "weights: 100%" in done.stderr
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) >= 3
     main([str(tmp_path / "hf"), str(tmp_path / "back"), "--to", "original"])
     assert files(tmp_path / "back") == files(ROOT / "mini/checkpoint")

@@ -538,7 +538,7 @@ def test_tuned_tower_and_new_tokens(few, tmp_path):
     towers = [dict(m.get_vision_tower().named_parameters()) for m in (model, start)]
     name = next(key for key in towers[0] if key.endswith("layers.0.mlp.fc1.weight"))
     assert not torch.equal(towers[0][name], towers[1][name])
-    assert model.get_input_embeddings().num_embeddings == len(tokenizer) == 73
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) == 78
 
 
 def test_videos_images_and_text_in_one_batch(compression, tmp_path):
@@ -709,7 +709,7 @@ def test_table_e_is_written_from_its_numbers(tmp_path, monkeypatch):
         }
     )
     assert (
-        "| all visual tokens | 75.0 ± 7.7 | 50.0 ± 8.8 | -25.0 ± 7.7 | 0.500 |" in page
+        "| all visual tokens | 75.0 ± 6.0 | 50.0 ± 6.9 | -25.0 ± 6.0 | 0.500 |" in page
         and "| 3 → 2 |" in page
     )
 
@@ -765,7 +765,7 @@ WRONG = {
     "tiles": (["--image_aspect_ratio", "anyres"], "not made of the vision tower's tiles of 96 pixels"),
     "tower's layer": (
         ["--mm_vision_select_layer", "-9"],
-        "-9 is out of range: the vision tower has 4 layers",
+        "-9 is out of range: the vision tower has 5 layers",
     ),
     "attention": (["--attn_implementation", "flash"], "invalid choice: 'flash'"),
     "flash": (["--attn_implementation", "flash_attention_2"], "flash_attention_2 needs a CUDA GPU"),

@@ -295,7 +295,8 @@ def serve(app, listener: socket.socket, start_clock: Callable[[], None], grace: 
         def handle_exit(self, number, frame):
             start_clock()
             # Answers that are cut off from now on are no errors, and need no traceback.
-            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            for name in ("uvicorn.error", "asyncio"):  # the latter: an answer for a request that was cut off
+                logging.getLogger(name).setLevel(logging.CRITICAL)
             super().handle_exit(number, frame)
 
     settings = uvicorn.Config(
