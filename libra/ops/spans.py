@@ -115,9 +115,9 @@ class Spans:
         """(1, N): 0 … N-1."""
         return torch.arange(self.tokens, device=self.device)[None]
 
-    @cached_property
+    @property
     def target_index(self) -> torch.Tensor:
-        """(1, T): 0 … T-1."""
+        """(1, T): 0 … T-1. Made anew each time: kept, it would lie in memory through the whole step."""
         return torch.arange(self.targets, device=self.device)[None]
 
     @cached_property
