@@ -19,6 +19,7 @@ from libra.utils.provenance import commit, cores, machine, require_clean, versio
 
 from .cells import PACKAGES, Cell, finished_beside
 from .harness import Harness, Settings
+from .options import add_benchmark, add_checkpoint, add_tasks
 from .plan import PUBLISHED, describe, plan, samples
 from .pool import PoolError, run_cells
 from .suites import SUITES, TABLES, get_table
@@ -128,7 +129,7 @@ def parser() -> Parser:
         "--suite", choices=list(SUITES), default="mini", help="which model's rows (default %(default)s)"
     )
     parser.add_argument("--rows", type=names, metavar="A,B", help="only these rows, such as vanilla,r50")
-    parser.add_argument("--tasks", type=names, metavar="A,B", help="only these tasks, such as reading,color")
+    add_tasks(parser)
     parser.add_argument(
         "--limit", type=whole, metavar="N", help="only the first N samples of a task (to try things out)"
     )
@@ -139,20 +140,14 @@ def parser() -> Parser:
         "--batch-size", type=whole, metavar="N", help="samples a forward call (default: 32 mini, 8 others)"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="results folder (default results/tableN)")
-    parser.add_argument(
-        "--benchmark",
-        type=Path,
-        default=Path("results/benchmark"),
-        metavar="DIR",
-        help="the embedded benchmark, written where it is missing (default %(default)s)",
-    )
+    add_benchmark(parser)
     parser.add_argument(
         "--processes",
         type=whole,
         metavar="N",
         help="workers, each with one cell at a time (default: one a GPU; on a CPU 2, of two cores or more)",
     )
-    parser.add_argument("--checkpoint", metavar="DIR", help="weights to use instead of the registry's")
+    add_checkpoint(parser)
     parser.add_argument(
         "--device",
         type=names,

@@ -21,6 +21,7 @@ from libra.utils.provenance import commit, cores, machine, versions
 from .cells import PACKAGES
 from .formats import text_table
 from .harness import Harness, Settings
+from .options import add_benchmark, add_checkpoint, add_tasks
 from .plan import plan
 from .run import worker_devices
 from .suites import SUITES, get_table
@@ -100,7 +101,7 @@ def parser() -> Parser:
         metavar="A,B",
         help="Table 1's (default vanilla,r50)",
     )
-    parser.add_argument("--tasks", type=names, metavar="A,B", help="only these tasks, such as reading,color")
+    add_tasks(parser)
     parser.add_argument(
         "--batch-sizes", type=wholes_from(1), default=(1, 8), metavar="A,B", help="(default 1,8)"
     )
@@ -110,14 +111,8 @@ def parser() -> Parser:
     parser.add_argument(
         "--repeats", type=whole_from(1), default=3, metavar="N", help="of everything (default %(default)s)"
     )
-    parser.add_argument("--checkpoint", metavar="DIR", help="weights to use instead of the registry's")
-    parser.add_argument(
-        "--benchmark",
-        type=Path,
-        default=Path("results/benchmark"),
-        metavar="DIR",
-        help="the embedded benchmark, written where it is missing (default %(default)s)",
-    )
+    add_checkpoint(parser)
+    add_benchmark(parser)
     parser.add_argument(
         "--device", type=names, help="such as cpu or cuda:0 (default: the first GPU, else cpu)"
     )

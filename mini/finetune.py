@@ -7,6 +7,7 @@ Everything that is finished is kept; call it again to go on after an interruptio
 import sys
 from pathlib import Path
 
+from eval.options import add_benchmark
 from libra.utils.cli import Parser, whole_from
 from libra.utils.provenance import cores
 
@@ -21,13 +22,7 @@ def parser() -> Parser:
     options.add_argument(
         "--output", type=Path, default=Path("results/tableE"), metavar="DIR", help="default %(default)s"
     )
-    options.add_argument(
-        "--benchmark",
-        type=Path,
-        default=Path("results/benchmark"),
-        metavar="DIR",
-        help="the held-out questions, written where they are missing (default %(default)s)",
-    )
+    add_benchmark(options)
     options.add_argument(
         "--steps", type=count, default=200, help="of each fine-tuning run (default %(default)s)"
     )

@@ -1,19 +1,16 @@
 """The page in a process of its own, and a client that speaks to it as a browser does, or as an attacker."""
 
 import json
-import os
-import re
-import subprocess
-import sys
-import threading
 import uuid
 from http.client import HTTPConnection
 from pathlib import Path
 
+from server_process import ServerProcess
+
 ROOT = Path(__file__).parents[1]
 
 
-class RunningPage:
+class RunningPage(ServerProcess):
     """``with RunningPage(folder) as page``; its uploads and its log lie in the folder.
 
     Attributes:
@@ -21,34 +18,16 @@ class RunningPage:
     """
 
     def __init__(self, folder: Path, *options: str):
-        self.folder, self.refusals = folder, []
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+        self.refusals = []
         options = options or ("--per-minute", "100000")
-        command = [sys.executable, "-m", "libra.mini.page", "--port", "0", "--device", "cpu", *options]
-        self._log = open(folder / "log.txt", "w")
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
+        line = r"^open (http://127\.0\.0\.1:(\d+)) in a browser"
+        super().__init__(folder, "libra.mini.page", line, options)
 
     def __enter__(self):
-        watchdog = threading.Timer(540, self.process.kill)
-        watchdog.daemon = True
-        watchdog.start()
-        found = re.match(r"open (http://127\.0\.0\.1:(\d+)) in a browser", self.process.stdout.readline())
-        watchdog.cancel()
-        assert found, self.log()
-        self.url, self.port = found[1], int(found[2])
+        super().__enter__()
         config = json.loads(self.get("/config")[1])
         self.ask_index = next(one["id"] for one in config["dependencies"] if one["api_name"] == "ask")
         return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
-        self._log.close()
-
-    def log(self) -> str:
-        return (self.folder / "log.txt").read_text()
 
     def get(self, path: str, **headers: str) -> tuple[int, bytes]:
         return self._request("GET", path, None, headers)

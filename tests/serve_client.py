@@ -3,11 +3,7 @@ libra.attach."""
 
 import base64
 import json
-import os
 import re
-import subprocess
-import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +13,7 @@ from pathlib import Path
 import httpx
 import torch
 from PIL import Image
+from server_process import ServerProcess
 from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
 import libra
@@ -28,36 +25,11 @@ from llava.convert import convert
 ROOT = Path(__file__).parents[1]
 
 
-class Served:
+class Served(ServerProcess):
     """``with Served(folder, *options) as server``; its log lies in the folder."""
 
     def __init__(self, folder: Path, *options: str):
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "libra.serve", "--port", "0", "--device", "cpu", *options]
-        self.folder, self._log = folder, open(folder / "log.txt", "w")
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-
-    def __enter__(self):
-        watchdog = threading.Timer(540, self.process.kill)
-        watchdog.daemon = True
-        watchdog.start()
-        line = self.process.stdout.readline()
-        watchdog.cancel()
-        found = re.search(r"(http://127\.0\.0\.1:(\d+))/v1", line)
-        assert found, line + self.log()
-        self.url, self.port = found[1], int(found[2])
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.communicate()
-        self._log.close()
-
-    def log(self) -> str:
-        return (self.folder / "log.txt").read_text()
+        super().__init__(folder, "libra.serve", r"(http://127\.0\.0\.1:(\d+))/v1", options)
 
     def client(self, key: str = "none"):
         from openai import OpenAI

@@ -389,37 +389,25 @@ def asked(video_checkpoint, clip, question: str) -> str:
     )
 
 
-def test_a_video(video_checkpoint, clip, capsys):
-    argv = [
-        "--model-path",
-        str(video_checkpoint),
-        "--video-file",
-        clip,
-        "--device",
-        "cpu",
-        "--max-new-tokens",
-        "6",
-    ]
-    run_llava.main([*argv, "--query", "What happens?"])
+@pytest.fixture
+def about_the_clip(video_checkpoint, clip) -> list[str]:
+    """Flags of a chat about the video."""
+    return f"--model-path {video_checkpoint} --video-file {clip} --device cpu --max-new-tokens 6".split()
+
+
+def test_a_video(video_checkpoint, clip, about_the_clip, capsys):
+    run_llava.main([*about_the_clip, "--query", "What happens?"])
     answer = capsys.readouterr().out.strip()
     assert answer == asked(video_checkpoint, clip, "What happens?")
 
 
-def test_a_conversation_about_a_video_and_an_image(video_checkpoint, clip, capsys, monkeypatch, tmp_path):
+def test_a_conversation_about_a_video_and_an_image(
+    video_checkpoint, clip, about_the_clip, capsys, monkeypatch, tmp_path
+):
     compression = tmp_path / "libra.yaml"
     compression.write_text("method: libra\nlayers: [1, 3]\n")
     monkeypatch.setattr("sys.stdin", io.StringIO(f"What happens?\n/image {IMAGES[0]}\nAnd here?\n"))
-    argv = [
-        "--model-path",
-        str(video_checkpoint),
-        "--video-file",
-        clip,
-        "--device",
-        "cpu",
-        "--max-new-tokens",
-        "6",
-    ]
-    cli.main([*argv, "--compression", str(compression)])
+    cli.main([*about_the_clip, "--compression", str(compression)])
     output = capsys.readouterr()
     assert output.err.count("error") == 0 and "read again" not in output.out
     assert "visual tokens 45 → 22 → 11" in output.out and "visual tokens 90 → 44 → 22" in output.out

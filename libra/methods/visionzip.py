@@ -8,13 +8,8 @@ that remain is a contextual target, and each other one joins the most similar ta
 what it received is *added*. The model's own projector runs on what is left.
 """
 
-from typing import TYPE_CHECKING
-
 from .. import ops
 from .registry import Method, register_merge, register_select
-
-if TYPE_CHECKING:
-    pass
 
 CONTEXTUAL = 10 / 64  # share of T that is contextual
 

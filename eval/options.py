@@ -1,0 +1,23 @@
+"""Options that several commands of the tables share."""
+
+from pathlib import Path
+
+from libra.utils.cli import Parser, names
+
+
+def add_benchmark(parser: Parser) -> None:
+    parser.add_argument(
+        "--benchmark",
+        type=Path,
+        default=Path("results/benchmark"),
+        metavar="DIR",
+        help="the embedded benchmark, written where it is missing (default %(default)s)",
+    )
+
+
+def add_tasks(parser: Parser) -> None:
+    parser.add_argument("--tasks", type=names, metavar="A,B", help="only these tasks, such as reading,find")
+
+
+def add_checkpoint(parser: Parser) -> None:
+    parser.add_argument("--checkpoint", metavar="DIR", help="weights to use instead of the registry's")
