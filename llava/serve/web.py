@@ -2,13 +2,13 @@
 llava.serve.web``."""
 
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from libra.utils.cli import Parser, whole_from
+from libra.utils.files import remove_folder
 from libra.utils.server import ends_in_time, is_local, listen, names_of, serve
 
 from .options import add_model_options
@@ -65,7 +65,7 @@ def main(
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=str(folder)
     )
-    with ends_in_time(lambda: shutil.rmtree(folder, ignore_errors=True)) as start_clock:
+    with ends_in_time(lambda: remove_folder(folder)) as start_clock:
         try:
             import gradio  # noqa: F401
             import uvicorn  # noqa: F401
