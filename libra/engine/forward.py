@@ -15,7 +15,7 @@ from ..config import Compression
 from . import score
 from .cache import Stage, StagedCache
 from .masks import attention_kind, attention_masks, joined
-from .tokens import Prefill, VisualTokens
+from .tokens import Prefill, Shortened, VisualTokens
 from .trace import Recorder
 from .transformers_api import cache_argument
 
@@ -71,8 +71,7 @@ class CompressedForward:
         compresses = compression is not None and compression.compresses
         self.compression = fitted(decoder, compression) if compresses else None
         past = 0 if cache is None else cache.get_seq_length()
-        self._text_positions, self._positions = self._split(position_ids, past, inputs_embeds)
-        self._rotary = decoder.rotary_emb(inputs_embeds, self._positions)
+        self._number_columns(position_ids, past, inputs_embeds)
         # (B, 1), the positions of each row's first and last column, where they are compact: later stages may
         # have lost them.
         self._first: torch.Tensor | None = None
@@ -88,17 +87,18 @@ class CompressedForward:
 
         score.enable(decoder.config)
         self._stages = self._stages_of(cache, past, padding_mask)
-        self._valid = None if padding_mask is None else padding_mask[:, past:].bool()
+        brings = prefill is not None and bool(prefill.visual.any())
+        # A decoding step adds a valid token to every row.
+        decodes = not brings and inputs_embeds.shape[1] == 1 and self._stages[0].key_mask is None
+        self._valid = None if padding_mask is None or decodes else padding_mask[:, past:].bool()
         # Of each stage: its columns of this call, each row's valid ones, and the columns of earlier calls.
         self._held: list[tuple[int, list[int], int]] = []
-        if prefill is not None and bool(prefill.visual.any()):
+        if brings:
             self.tokens = VisualTokens(self.compression, prefill, self._valid)
             self._valid = self.tokens.valid
             self.recorder = Recorder() if prefill.trace else None
             if cache is not None:
                 cache.compressed_until = past + self.tokens.last_visual + 1
-        elif inputs_embeds.shape[1] == 1 and self._stages[0].key_mask is None:
-            self._valid = None  # a decoding step adds a valid token to every row
         self._enter(0, inputs_embeds)
 
     def _stages_of(self, cache, past: int, padding_mask) -> list[Stage]:
@@ -122,6 +122,11 @@ class CompressedForward:
             for stage in stages:
                 stage.key_mask = padding_mask[:, :past].bool()
         return stages
+
+    def _number_columns(self, position_ids, past: int, hidden: torch.Tensor) -> None:
+        """Positions and rotary embeddings of this call's columns."""
+        self._text_positions, self._positions = self._split(position_ids, past, hidden)
+        self._rotary = self.decoder.rotary_emb(hidden, self._positions)
 
     def _split(self, position_ids, past: int, hidden: torch.Tensor):
         """Positions for the masks, None where the plain model gives none, and those for the rotary
@@ -153,10 +158,14 @@ class CompressedForward:
         # other lengths, and the keys of earlier calls were shortened with theirs. So each stage grows its own
         # key mask, here, by the columns that its layers are about to append.
         stage.key_mask = joined(stage.key_mask, self._valid, (past, hidden.shape[1]), hidden)
-        # No position ids: flash attention takes their gaps for the borders of packed sequences.
-        self._masks = attention_masks(self.decoder.config, layers, hidden, stage.key_mask, None, self.cache)
+        self._masks = self._masks_of(layers, hidden, stage.key_mask)
         if self.compression.positions == "compact":
             self._renumber(stage, hidden)
+
+    def _masks_of(self, layers: range, hidden: torch.Tensor, key_mask) -> dict:
+        """The attention masks of a stage's layers, by their kind of attention."""
+        # No position ids: flash attention takes their gaps for the borders of packed sequences.
+        return attention_masks(self.decoder.config, layers, hidden, key_mask, None, self.cache)
 
     def _past(self, stage: Stage) -> int:
         """Columns that a stage's layers already hold."""
@@ -203,12 +212,17 @@ class CompressedForward:
         given = {"attention_mask": mask, "position_embeddings": self._rotary, **cache_argument(self.cache)}
         if self.compression is None:
             return {**given, "position_ids": self._text_positions}
-        self._probe = None
-        if self.tokens is not None and layer in self.compression.layers:
-            self._probe = score.Probe(self.tokens.queries, self._stages[self._number].key_mask)
-            if self.compression.score_layer == "same":
-                given["score_probe"] = self._probe
+        if self._asks(layer):
+            given["score_probe"] = self._probe
         return {**given, "position_ids": None}
+
+    def _asks(self, layer: int) -> bool:
+        """Make the probe of a compression layer; True where that layer itself answers it."""
+        self._probe = None
+        if self.tokens is None or layer not in self.compression.layers:
+            return False
+        self._probe = score.Probe(self.tokens.queries, self._stages[self._number].key_mask)
+        return self.compression.score_layer == "same"
 
     def compress(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the next layer gets: ``hidden`` (B, S, D) itself, or a shorter sequence after a compression
@@ -225,12 +239,16 @@ class CompressedForward:
             if self.recorder is not None:
                 self.recorder.add(layer, step, spans)
             with record_function("libra.gather"):
-                self._rotary = tuple(shortened.gather(table) for table in self._rotary)
-                self._positions = shortened.gather(self._positions, dim=-1)
-                self._valid = shortened.valid
+                self._follow(shortened)
         with record_function("libra.gather"):
             self._enter(self._number + 1, hidden)
         return hidden
+
+    def _follow(self, shortened: Shortened) -> None:
+        """Shorten what the engine keeps for each column of this call."""
+        self._rotary = tuple(shortened.gather(table) for table in self._rotary)
+        self._positions = shortened.gather(self._positions, dim=-1)
+        self._valid = shortened.valid
 
     def _score_with(self, layer: int, hidden: torch.Tensor) -> None:
         """Answer the probe with the next layer, whose keys of earlier calls are those of its own, shorter
