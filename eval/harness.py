@@ -28,6 +28,9 @@ class Settings:
     online: bool
 
 
+FEATURES = 256 * 2**20  # bytes of the embedded benchmark's features that a worker keeps between rows
+
+
 class Harness:
     """Imports the harness once, loads each checkpoint once; called with a cell it returns the cell's
     result."""
@@ -58,6 +61,8 @@ class Harness:
 
         task, model = get_task(cell.task), self.load(cell)
         check_unchanged(cell, self.loaded)
+        # Of other benchmarks too few would fit, and what is timed has the vision tower's time in it.
+        model.engine.remember_pictures(FEATURES if cell.data is not None and not cell.turns else 0)
         path, is_whole = cell.samples_path(Path(self.settings.output)), is_timing if cell.turns else is_answer
         with SampleLog(path, cell.config_hash, is_whole) as log:
             if cell.turns:

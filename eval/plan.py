@@ -29,7 +29,7 @@ PUBLISHED = provenance.REPOSITORY / provenance.PUBLISHED
 class Plan:
     """What a run is to do.
 
-    cells: row by row; rows: all of the suite's, read once; chosen: the names of those to be computed; run:
+    cells: task by task, so that rows which show the same pictures follow each other; rows: all of the suite's, read once; chosen: the names of those to be computed; run:
     the settings that the cells share; manifest: of the embedded benchmark, None for other suites; amiss: why
     it cannot run, or an empty string.
     """
@@ -82,11 +82,12 @@ def plan(
         manifest = write_benchmark(benchmark)
     run = {"checkpoint": identity, "limit": limit, "dtype": dtype, "code": code()}
     maker = _Maker(suite, found, _other(chosen, checkpoint), run, manifest, benchmark)
+    every_task = dict.fromkeys(task for row in chosen.values() for task in row.tasks)
     cells = [
         maker.cell(name, row, task, {**row_identity(row), "blind": name == BLIND})
+        for task in every_task
         for name, row in chosen.items()
-        for task in row.tasks
-        if not wanted or task in wanted
+        if task in row.tasks and (not wanted or task in wanted)
     ]
     if table.timed:
         first = next(iter(chosen.values()))

@@ -11,6 +11,7 @@ import torch
 from libra import Compression
 from libra.engine.transformers_api import cache_of
 from llava.model.builder import load_pretrained_model
+from llava.model.multimodal_encoder.memory import FeatureMemory
 
 GOLDEN = Path(__file__).parent / "golden"
 CLOSE = dict(atol=1e-4, rtol=1e-4)
@@ -97,6 +98,32 @@ def test_vision_tower_selects_its_layer(model, data, monkeypatch, layer):
     monkeypatch.setattr(tower, "select_layer", layer)
     monkeypatch.setattr(tower, "select_feature", "cls_patch")
     torch.testing.assert_close(tower(data["a.images"]), data["a.clip_hidden_states"][layer], **CLOSE)
+
+
+def test_a_tower_with_a_memory_runs_once_for_pictures_that_come_again(model, data):
+    tower, calls = model.get_vision_tower(), []
+    hook = tower.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    pictures = data["a.images"]
+    try:
+        with torch.inference_mode():
+            plain = tower(pictures)
+            size = plain.nbytes
+            tower.memory = FeatureMemory(limit=2 * size)
+            for number in range(3):  # the third picture pushes the first out
+                assert torch.equal(tower(pictures + number), plain) is (number == 0)
+            assert tower.memory.held == 2 * size
+            calls.clear()
+            tower(pictures + 2), tower(pictures + 1)
+            assert not calls
+            assert torch.equal(tower(pictures), plain) and len(calls) == 1
+            tower(pictures.double()), tower(pictures.flatten(0, 1)[None, :3])  # other numbers, another shape
+            assert len(calls) == 3
+        calls.clear()
+        tower(pictures), tower(pictures)  # with gradients on, as in training
+        assert len(calls) == 2
+    finally:
+        hook.remove()
+        tower.memory = None
 
 
 @pytest.mark.parametrize("record", ["output_hidden_states", "output_attentions"])

@@ -44,6 +44,11 @@ class Engine(ABC):
         """Go over to a row; ValueError for a layer the model does not have."""
 
     @abstractmethod
+    def remember_pictures(self, limit: int) -> None:
+        """Keep at most ``limit`` bytes of the vision tower's features for batches of pictures that come again;
+        0 forgets them."""
+
+    @abstractmethod
     def _inputs(self, samples: list[Sample]) -> dict:
         """The arguments of ``generate`` for samples of which either all show something or none does."""
 

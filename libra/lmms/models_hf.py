@@ -73,6 +73,9 @@ class HuggingFace(Engine):
         self.model.set_attn_implementation(row.attention)
         self.handle = libra.attach(self.model, row.compression, trace=trace)
 
+    def remember_pictures(self, limit: int) -> None:
+        """Nothing is kept: these models encode their pictures inside their own forward."""
+
     def _told(self):
         return self.handle.stats, self.handle.trace
 

@@ -8,6 +8,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.model.multimodal_encoder.memory import FeatureMemory
 from llava.video import (
     DEFAULT_VIDEO_TOKEN,
     VIDEO_TOKEN_INDEX,
@@ -66,6 +67,13 @@ class Llava(Engine):
         self.model.set_compression(row.compression)
         self.model.set_attn_implementation(row.attention)
         self.compression, self.trace = row.compression, trace
+
+    def remember_pictures(self, limit: int) -> None:
+        tower = self.model.get_vision_tower()
+        if not limit:
+            tower.memory = None
+        elif tower.memory is None:
+            tower.memory = FeatureMemory(limit)
 
     def _told(self):
         return self.model.compression_stats, self.model.compression_trace

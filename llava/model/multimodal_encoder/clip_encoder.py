@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging
 
 from ..settings import tower_config
+from .memory import FeatureMemory
 
 
 @contextmanager
@@ -29,8 +30,11 @@ class CLIPVisionTower(nn.Module):
     With ``delay_load`` only the configuration is read; :meth:`load_model` brings the weights. Where the
     configuration says that the tower was tuned (``unfreeze_mm_vision_tower``), its parameters are there at
     once and the model's checkpoint fills them. :meth:`load_model` freezes them;
-    ``vision_tower.requires_grad_(True)`` makes them trainable.
+    ``vision_tower.requires_grad_(True)`` makes them trainable. ``memory``, None unless somebody sets it, keeps the
+    features of batches that come again.
     """
+
+    memory: FeatureMemory | None = None
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
         super().__init__()
@@ -92,6 +96,9 @@ class CLIPVisionTower(nn.Module):
         list of (1, N, ·)."""
         if isinstance(images, list):
             return [self(image[None]) for image in images]
+        return self._features(images) if self.memory is None else self.memory.get(images, self._features)
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
         states = self.vision_tower(
             images.to(self.device, self.dtype), output_hidden_states=True
         ).hidden_states
