@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from libra.config import Compression
-from libra.utils.files import replacing
+from libra.utils.plotting import new_figure, save
 
 from .blocks import caption
 from .measured import Measured
@@ -14,18 +14,6 @@ from .suites import BLIND, section_of
 
 MARKERS = "oDsP^vX*<>"
 ROOMY = 12  # rows that a legend can name one by one
-
-
-def _figure(width: float, height: float, panels: int = 1):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
-
-
-def _save(figure, path: Path) -> None:
-    with replacing(path) as work:
-        figure.savefig(work, dpi=150, format="png", metadata={"Software": None})
 
 
 def method_of(c: Compression) -> str:
@@ -39,7 +27,8 @@ def method_of(c: Compression) -> str:
 def accuracy_against_flops(measured: Measured, path: Path) -> None:
     """Avg with error bars; a colour a method and a shape a heading where there are too many rows to name
     them."""
-    figure, (axes,) = _figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
+    axes = figure.subplots()
     vanilla = measured.average("vanilla") if "vanilla" in measured.rows else None
     if vanilla is not None:
         axes.axhline(vanilla.value, color="0.7", linewidth=1, linestyle="--", zorder=0)
@@ -81,7 +70,7 @@ def accuracy_against_flops(measured: Measured, path: Path) -> None:
         for heading, shape in shape_of.items():
             axes.plot([], [], shape, color="0.4", label=heading or "plain model")
         figure.legend(loc="outside right upper", fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def has_traces(measured: Measured) -> bool:
@@ -93,7 +82,8 @@ def traces(measured: Measured, path: Path) -> None:
     """Sim by layer, and the cumulative distribution of the compensation share over samples."""
     similar = {name: figures for name in measured.rows if (figures := measured.stages(name, "similarity"))}
     shares = {name: counts for name in measured.rows if (counts := measured.histograms(name))}
-    figure, (left, right) = _figure(11, 4.5, 2)
+    figure = new_figure(11, 4.5)
+    left, right = figure.subplots(1, 2)
     for (name, figures), marker, style in zip(similar.items(), cycle(MARKERS), cycle(("-", "--", ":"))):
         errors = [figure.error or 0.0 for figure in figures.values()]
         left.errorbar(
@@ -128,4 +118,4 @@ def traces(measured: Measured, path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=6, ncols=1 + (len(axes.get_legend_handles_labels()[0]) > 12))
-    _save(figure, path)
+    save(figure, path)

@@ -129,6 +129,9 @@ def parser() -> Parser:
         "--suite", choices=list(SUITES), default="mini", help="which model's rows (default %(default)s)"
     )
     parser.add_argument("--rows", type=names, metavar="A,B", help="only these rows, such as vanilla,r50")
+    parser.add_argument(
+        "words", nargs="*", metavar="[SUITE] [ROW …]", help="the same in words, such as llava7b r50"
+    )
     add_tasks(parser)
     parser.add_argument(
         "--limit", type=whole, metavar="N", help="only the first N samples of a task (to try things out)"
@@ -162,9 +165,9 @@ def parser() -> Parser:
 def worker_devices(named: list[str] | None, processes: int | None) -> list[str]:
     """The device of each worker."""
     if not named:
-        import torch
+        from libra.utils.devices import all_devices  # here: it needs torch, and --help does not
 
-        named = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+        named = all_devices()
     wanted = processes or (min(2, cores()) if named == ["cpu"] else len(named))
     return [named[i % len(named)] for i in range(wanted)]
 
@@ -186,7 +189,10 @@ def command(args) -> str:
 def main(argv: list[str] | None = None) -> int:
     """0 when every cell is filled, 1 when some failed (the table says which), 2 after one `error: …` line."""
     options = parser()
-    args = options.parse_args(argv)
+    args = options.parse_intermixed_args(argv)
+    if args.words[:1] and args.words[0] in SUITES:
+        args.suite = args.words.pop(0)
+    args.rows = [*(args.rows or []), *args.words]
     warn_if_llava_is_another()  # here, because what a worker prints goes to its log
     table = get_table(args.table)
     output = args.output or Path("results") / table.stem

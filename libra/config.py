@@ -5,13 +5,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from . import merge, select  # noqa: F401  They register what several methods share.
 from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS, natural_layers
 from .utils.names import spelled
+from .utils.numbers import is_whole
 from .utils.sentences import ConfigError, did_you_mean, show
 
 IMPORTANCES = ("last", "mean", "tower")
@@ -384,10 +385,6 @@ def choice(key: str, value: Any) -> str:
     return name
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _number(key: str, value: Any, allowed, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         hint = " without quotes, such as 0.001 or 1.0e-3" if _looks_like_a_number(value) else ""
@@ -411,7 +408,7 @@ def _is_weight(value: float) -> bool:
 
 
 def _seed(value: Any) -> int:
-    if not _is_whole(value) or not 0 <= value < 2**64:
+    if not is_whole(value) or not 0 <= value < 2**64:
         raise ConfigError(f"seed: {show(value)} is not a whole number from 0 to 2^64 - 1; write 0, 1, 2 …")
     return int(value)
 
@@ -440,7 +437,7 @@ def _ratios(value: Any, layers: Any) -> float | tuple[float, ...]:
 
 
 def _keep(value: Any) -> int:
-    if not _is_whole(value) or not 1 <= value <= 1_000_000:
+    if not is_whole(value) or not 1 <= value <= 1_000_000:
         raise ConfigError(f"keep: {show(value)} is not a number of tokens; write 1 or more, such as keep: 64")
     return int(value)
 
@@ -472,7 +469,7 @@ def _layers(value: Any) -> tuple[int, ...] | None:
             f"layers: there are {len(value)}, more than any model has; write a list such as [7, 15, 23]"
         )
     for layer in value:
-        if not _is_whole(layer):
+        if not is_whole(layer):
             raise ConfigError(
                 f"layers: {show(layer)} is not a layer number; write whole numbers such as [7, 15, 23]"
             )

@@ -46,13 +46,15 @@ def measure(folder: str, count: int) -> list[tuple[str, int, float, float]]:
     import torch
 
     from libra import Compression, register_select
+    from libra.lmms.models_base import Sample
+    from libra.lmms.models_llava import Llava
     from libra.mini.benchmark import scene_sample
     from libra.mini.scenes import BOARD
-    from llava.model.builder import load_pretrained_model
+    from libra.rows import Row
 
     from .build import GRID
 
-    tokenizer, model, processor, _ = load_pretrained_model(folder, None, "mini", device="cpu")
+    engine = Llava(folder, None, "cpu", torch.float32)
     samples = [scene_sample("reading", index) for index in range(count)]
     owners = torch.from_numpy(np.stack([sample.scene.owners for sample in samples])) >= 0
     places = torch.arange(GRID) * BOARD // GRID
@@ -61,35 +63,22 @@ def measure(folder: str, count: int) -> list[tuple[str, int, float, float]]:
     for row, sample in zip(filled, samples):
         row[[digit.row * BOARD + digit.column for digit in sample.scene.digits]] = True
     draw = torch.rand(owners.shape, generator=torch.Generator().manual_seed(0))
+    asked = [Sample("a scene", sample.question, [sample.image]) for sample in samples]
     current = {}
     register_select("scene")(lambda candidates, c: candidates.top(current["scores"]))
 
     def right(compression) -> float:
-        model.set_compression(compression)
-        said = answers(model, tokenizer, processor, samples)
+        engine.set_row(Row("mini", compression), trace=False)
+        said, _ = engine.generate(asked, {"max_new_tokens": 8})
         return 100 * float(np.mean([text == sample.answer for text, sample in zip(said, samples)]))
 
-    found = [("the plain model", -1, 0.0, right(None))]
+    found = [("the plain model", -1, 0.0, right(Compression(method="vanilla")))]
     for rule, current["scores"] in scores(owners, cells, filled[:, cells], draw).items():
         for layer in LAYERS:
             for ratio in RATIOS:
                 compression = Compression(select="scene", merge="drop", layers=[layer], ratio=ratio)
                 found.append((rule, layer, ratio, right(compression)))
     return found
-
-
-def answers(model, tokenizer, processor, samples) -> list[str]:
-    """What the model reads, all samples in one batch."""
-    import torch
-
-    from llava.mm_utils import process_images, tokenizer_image_token
-
-    prompts = [f"USER: <image>\n{sample.question} ASSISTANT:" for sample in samples]
-    ids = torch.stack([tokenizer_image_token(prompt, tokenizer, return_tensors="pt") for prompt in prompts])
-    images = process_images([sample.image for sample in samples], processor, model.config)
-    mask = torch.ones_like(ids)
-    out = model.generate(ids, images=images, attention_mask=mask, do_sample=False, max_new_tokens=8)
-    return [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
 
 
 def main() -> None:

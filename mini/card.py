@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from libra.utils.cli import Parser
-from libra.utils.files import replacing, write_text
+from libra.utils.files import write_text
+from libra.utils.plotting import new_figure, save
 
 STAGES = {"stage1": "Stage 1: a small CLIP", "stage2": "Stage 2: questions"}
 
@@ -29,12 +30,8 @@ def read_log(work: Path) -> dict[str, dict[str, list[dict]]]:
 def draw(log: dict[str, dict[str, list[dict]]], path: Path) -> None:
     """A row a stage: loss against steps, logarithmic, and what is right of the validation images in per
     cent."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, rows = plt.subplots(len(log), 2, figsize=(11, 4 * len(log)), constrained_layout=True)
+    figure = new_figure(11, 4 * len(log))
+    rows = figure.subplots(len(log), 2)
     for (left, right), (stage, entries) in zip(rows, log.items()):
         left.plot(
             [e["step"] for e in entries["losses"]], [e["loss"] for e in entries["losses"]], linewidth=1.2
@@ -54,8 +51,7 @@ def draw(log: dict[str, dict[str, list[dict]]], path: Path) -> None:
         right.legend(fontsize=7, loc="lower right", ncols=2)
         for panel in (left, right):
             panel.grid(alpha=0.3, which="both")
-    with replacing(path) as work:
-        figure.savefig(work, dpi=110, format="png")
+    save(figure, path, dpi=110)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are too small f
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from libra.utils.provenance import REPOSITORY  # noqa: E402
+
 pytest_plugins = ["soak"]  # the option --soak
 
 # Before anything imports Triton: without a GPU its kernels run as Python, for tests/test_kernels.py.
@@ -37,6 +39,22 @@ def pytest_addoption(parser):
     parser.addoption(
         "--complete", action="store_true", help="fail if a test is skipped for want of something to install"
     )
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The embedded model: tokenizer, model, processor, length."""
+    from llava.model.builder import load_pretrained_model
+
+    return load_pretrained_model(str(REPOSITORY / "mini" / "checkpoint"), None, "mini", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Picture files of every odd kind by name, each with its pixels."""
+    import odd_files
+
+    return odd_files.write(tmp_path_factory.mktemp("odd files"))
 
 
 def pytest_collection_modifyitems(config, items):

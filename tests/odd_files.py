@@ -4,6 +4,7 @@ import struct
 import zlib
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageCms, features
@@ -202,3 +203,28 @@ def write_bad(folder: Path) -> dict[str, str]:
     for name, (data, _) in files.items():
         (folder / name).write_bytes(data)
     return {name: sentence for name, (_, sentence) in files.items()}
+
+
+# A conversation about a picture, in LLaVA's format.
+ASKED = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "a"}]
+
+
+def training_on(loaded, folder: Path, *names: str, **settings):
+    """Training data of files in ``folder``, one question each, for a loaded model (tokenizer, model,
+    processor, length); ``settings`` go to the data set, ``pictures`` in place of the model's own."""
+    from llava.train.data import LazySupervisedDataset
+    from llava.train.labels import training_template
+
+    tokenizer, model, processor, _ = loaded
+    pictures = SimpleNamespace(image_aspect_ratio=model.config.image_aspect_ratio, image_grid_pinpoints=None)
+    return LazySupervisedDataset(
+        [{"image": name, "conversations": ASKED} for name in names],
+        tokenizer,
+        training_template("v1"),
+        processor,
+        settings.pop("pictures", pictures),
+        str(folder),
+        str(folder),
+        1024,
+        **settings,
+    )

@@ -26,11 +26,6 @@ CHOICES = {
 every_choice = pytest.mark.parametrize("name", CHOICES)
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return load_pretrained_model(str(MINI), None, "mini", device="cpu")
-
-
 @pytest.fixture
 def model(loaded):
     yield loaded[1]

@@ -23,23 +23,11 @@ from llava.serve import cli
 from llava.serve.page import Asker, Mistake
 from llava.serve.session import Loaded, Session
 from llava.serve.uploads import Uploads
-from llava.train.data import LazySupervisedDataset, VisualTokens
-from llava.train.labels import training_template
+from llava.train.data import VisualTokens
 from llava.video import load_frames
 
 ROOT = Path(__file__).parents[1]
 MINI = str(ROOT / "mini/checkpoint")
-TURNS = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "a"}]
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return load_pretrained_model(MINI, None, "mini", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory):
-    return odd_files.write(tmp_path_factory.mktemp("odd files"))
 
 
 def refused(main, capsys, *argv: str) -> str:
@@ -48,24 +36,6 @@ def refused(main, capsys, *argv: str) -> str:
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
-
-
-def training_on(loaded, folder: Path, *names: str, **settings) -> LazySupervisedDataset:
-    tokenizer, model, processor, _ = loaded
-    pictures = SimpleNamespace(image_aspect_ratio=model.config.image_aspect_ratio, image_grid_pinpoints=None)
-    samples = [{"image": name, "conversations": TURNS} for name in names]
-    template = training_template("v1")
-    return LazySupervisedDataset(
-        samples,
-        tokenizer,
-        template,
-        processor,
-        settings.pop("pictures", pictures),
-        str(folder),
-        str(folder),
-        1024,
-        **settings,
-    )
 
 
 def test_a2_a_picture_that_would_fill_memory_is_one_sentence_everywhere(loaded, tmp_path, capsys):
@@ -95,7 +65,7 @@ def test_a2_a_picture_that_would_fill_memory_is_one_sentence_everywhere(loaded, 
         with pytest.raises(Mistake, match="is too (narrow|large)") as mistake:
             asker({"path": str(path)}, "what ?", "", "", "", 0)
         assert mistake.value.field == "image"
-    data = training_on(loaded, tmp_path, *bad)
+    data = odd_files.training_on(loaded, tmp_path, *bad)
     assert all(data[i]["unreadable"] and (data[i]["labels"] == -100).all() for i in range(len(bad)))
 
 
@@ -354,7 +324,9 @@ def test_e6_an_image_that_would_lose_its_tiles_is_refused(tmp_path):
     counts = VisualTokens(
         tower.num_patches, tower.config.image_size, config.mm_patch_merge_type, config.image_grid_pinpoints
     )
-    data = training_on(loaded, tmp_path, "line.png", "wide.png", pictures=config, visual_tokens=counts)
+    data = odd_files.training_on(
+        loaded, tmp_path, "line.png", "wide.png", pictures=config, visual_tokens=counts
+    )
     assert [bool(data[0]["unreadable"]), bool(data[1]["unreadable"])] == [True, False]
 
 

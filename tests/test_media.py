@@ -2,7 +2,6 @@
 
 import base64
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import odd_files
@@ -12,26 +11,13 @@ from PIL import Image, ImageFile
 
 from libra import media
 from llava.mm_utils import process_images
-from llava.model.builder import load_pretrained_model
 from llava.serve.page import Asker
 from llava.serve.session import Loaded, Session
 from llava.serve.uploads import Uploads
-from llava.train.data import LazySupervisedDataset
-from llava.train.labels import training_template
 from llava.video import process_video
 
 ROOT = Path(__file__).parents[1]
 MINI = str(ROOT / "mini/checkpoint")
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return load_pretrained_model(MINI, None, "mini", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory):
-    return odd_files.write(tmp_path_factory.mktemp("odd files"))
 
 
 # --- every kind of file, through every entry point ---
@@ -51,12 +37,7 @@ def test_every_odd_file_gives_the_right_pixels_at_every_entry_point(odd, loaded,
     folder = next(iter(odd.values()))[0].parent
     monkeypatch.chdir(folder)
     chat = Session(tokenizer, model, processor, 1024, "mini")
-    turns = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "a"}]
-    samples = [{"image": path.name, "conversations": turns} for path, _ in odd.values()]
-    pictures = SimpleNamespace(image_aspect_ratio=model.config.image_aspect_ratio, image_grid_pinpoints=None)
-    training = LazySupervisedDataset(
-        samples, tokenizer, training_template("v1"), processor, pictures, str(folder), str(folder), 1024
-    )
+    training = odd_files.training_on(loaded, folder, *(path.name for path, _ in odd.values()))
     assert len(odd) >= 40
     for number, (name, (path, pixels)) in enumerate(odd.items()):
         image = media.open_image(path)

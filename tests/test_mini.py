@@ -12,14 +12,8 @@ from libra import Compression
 from libra.mini.questions import SCENE_TYPES
 from libra.mini.scenes import draw_scene
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
 
 CHECKPOINT = Path(__file__).parents[1] / "mini" / "checkpoint"
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return load_pretrained_model(str(CHECKPOINT), None, "mini", device="cpu")
 
 
 def ask(loaded, kind: str, count: int, compression: Compression | None = None, batch: int = 16):

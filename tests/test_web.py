@@ -105,7 +105,7 @@ def model_with(aspect: str, merge: str = "flat", side: int = 4, edge: int = 56) 
         mm_patch_merge_type=merge,
         image_grid_pinpoints=[[56, 112], [112, 56], [112, 112], [168, 56]],
     )
-    return SimpleNamespace(placeholders=(-200,), get_vision_tower=lambda: tower, config=config)
+    return SimpleNamespace(takes_videos=False, get_vision_tower=lambda: tower, config=config)
 
 
 def brightness(image: Image.Image, model) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_boxes_are_as_many_as_the_model_has_tokens(loaded):
     assert [drawing.size for drawing, _ in run.drawings] == [
         (2 * 480 + 8, 288)
     ]  # the whole image and its tiles
-    assert overlay.token_boxes((10, 10), SimpleNamespace(placeholders=(-200, -201))) is None
+    assert overlay.token_boxes((10, 10), SimpleNamespace(takes_videos=True)) is None
 
 
 def test_a_stage_is_drawn_by_fate():

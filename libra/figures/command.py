@@ -1,14 +1,12 @@
 """The command line: which picture and which model, or which trace; where the figure goes."""
 
 import argparse
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import Compression
 from ..utils.cli import Parser, whole_from
-from ..utils.files import write_bytes
-from ..utils.plotting import figure_class
+from ..utils.plotting import figure_class, save
 
 if TYPE_CHECKING:
     from .drawing import Record
@@ -21,12 +19,6 @@ EXAMPLES = """examples:
 A checkpoint in LLaVA's own format is converted first: python -m llava.convert mini/checkpoint mini-hf"""
 
 FORMATS = (".png", ".svg", ".pdf")
-
-
-def _save(figure, path: Path, dpi: int) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=dpi)
-    write_bytes(path, buffer.getvalue())
 
 
 def parser() -> Parser:
@@ -103,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         figure = draw(record)
         if args.save_trace:
             record.save(args.save_trace)
-        _save(figure, args.output, args.dpi)
+        save(figure, args.output, args.dpi)
     except (ValueError, OSError) as error:
         options.error(str(error))
     return 0

@@ -18,7 +18,7 @@ from ..engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace
 from ..media import open_image
 from ..methods import SELECTORS
 from ..utils.files import write_text
-from ..utils.plotting import figure_class
+from ..utils.plotting import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -237,9 +237,7 @@ def draw(record: Record) -> "Figure":
     )
     columns = 3 if merges else 2
     height = PANEL * min(2.5, max(0.3, canvas.height / canvas.width)) + 0.4
-    figure = figure_class()(
-        figsize=(columns * PANEL + 0.2, len(trace.stages) * height + 0.8), layout="constrained"
-    )
+    figure = new_figure(columns * PANEL + 0.2, len(trace.stages) * height + 0.8)
     figure.suptitle(_describe(record), fontsize=11)
     rows = figure.subplots(len(trace.stages), columns, squeeze=False)
     for number, (panels, stage) in enumerate(zip(rows, trace.stages)):

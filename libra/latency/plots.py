@@ -1,21 +1,13 @@
 """Pictures of what was measured beside what was promised."""
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..utils.files import write_bytes
-from ..utils.plotting import figure_class
+from ..utils.plotting import new_figure, save
 from .parts import PARTS
 from .text import PEERS
 
 MARKERS = "oDsP^v"
-
-
-def _save(figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png", metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())
 
 
 def bars(data: dict) -> dict[str, tuple[float, float, dict | None]]:
@@ -42,7 +34,7 @@ def picture(data: dict, path: Path) -> None:
     """Measured against promised ratios, and the compression's parts. Raises ValueError if matplotlib is
     missing."""
     found, parts = bars(data), data["parts"]
-    figure = figure_class()(figsize=(6 + 1.2 * len(found), 4.4), layout="constrained")
+    figure = new_figure(6 + 1.2 * len(found), 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(len(found), 3.5))
     places, width = range(len(found)), 0.38
     left.bar(
@@ -100,7 +92,7 @@ def picture(data: dict, path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    _save(figure, path)
+    save(figure, path)
 
 
 def growth_picture(cells: Mapping[tuple[int, int], dict], path: Path) -> None:
@@ -109,7 +101,7 @@ def growth_picture(cells: Mapping[tuple[int, int], dict], path: Path) -> None:
 
     ``cells``: of each (visual tokens, batch) what was measured. Raises ValueError if matplotlib is missing.
     """
-    figure = figure_class()(figsize=(11, 4.5), layout="constrained")
+    figure = new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     sizes = sorted({visual for visual, _ in cells})
     for number, batch in enumerate(sorted({batch for _, batch in cells})):
@@ -144,4 +136,4 @@ def growth_picture(cells: Mapping[tuple[int, int], dict], path: Path) -> None:
         axes.set_xlabel("visual tokens of a row")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    _save(figure, path)
+    save(figure, path)

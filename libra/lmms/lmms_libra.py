@@ -18,6 +18,7 @@ from libra.checkpoints import find_checkpoint
 from libra.identity import checkpoint_identity, code_identity, digest, row_identity
 from libra.media import BROKEN, is_picture, open_image
 from libra.rows import Row, get_model
+from libra.utils.devices import rank_device
 from llava.video import load_frames
 
 from .models_base import Engine, Sample
@@ -118,7 +119,7 @@ class LibraModel(lmms):
                 raise ValueError(f"{name} must be a positive whole number, not {number!r}")
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if device is None:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+            device = rank_device()
         self.device, self.batch_size = torch.device(device), int(batch_size)
         spec = get_model(row.model, row.path) if row.model else None
         path = find_checkpoint(pretrained or spec.checkpoint)

@@ -11,7 +11,6 @@ from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.memory import FeatureMemory
 from llava.video import (
     DEFAULT_VIDEO_TOKEN,
-    VIDEO_TOKEN_INDEX,
     ChatConversation,
     process_image,
     process_video,
@@ -40,8 +39,7 @@ class Llava(Engine):
             torch_dtype=dtype,
         )
         self.model.eval()
-        self.sees_videos = VIDEO_TOKEN_INDEX in self.model.placeholders
-        if self.sees_videos:
+        if self.model.takes_videos:
             self.conversation = ChatConversation(self.tokenizer)
             self.frames = self.model.config.num_frames
         elif (conversation or getattr(self.model.config, "conversation", None)) in conv_templates:
@@ -83,7 +81,7 @@ class Llava(Engine):
         images."""
         prompts = [self._prompt(sample) for sample in samples]
         for sample, prompt in zip(samples, prompts):
-            shown = len(sample.shown if self.sees_videos else sample.images)
+            shown = len(sample.shown if self.model.takes_videos else sample.images)
             places = sum(token < 0 for token in prompt)
             if places != shown:
                 raise ValueError(
@@ -91,7 +89,7 @@ class Llava(Engine):
                 )
         images, sizes = (
             self._videos(samples)
-            if self.sees_videos
+            if self.model.takes_videos
             else self._pixels([i for s in samples for i in s.images])
         )
         if images is not None:
@@ -114,7 +112,7 @@ class Llava(Engine):
 
     def _prompt(self, sample: Sample) -> list[int]:
         """Token ids, with a placeholder for each image or video."""
-        if self.sees_videos:
+        if self.model.takes_videos:
             marks = [
                 DEFAULT_VIDEO_TOKEN if isinstance(one, list) else DEFAULT_IMAGE_TOKEN for one in sample.shown
             ]

@@ -16,6 +16,7 @@ from llava.model import huggingface
 
 from ..checkpoints import find_checkpoint
 from ..rows import EMBEDDED
+from ..utils.devices import find_device
 from .usage import NOTHING
 
 LARGE = 10**9  # bytes of a checkpoint that is better converted once
@@ -94,10 +95,7 @@ def load(given: str, name: str | None, device: str, dtype: str) -> Model:
         ValueError: in one sentence, for what cannot be loaded or compressed.
     """
     path = find_checkpoint(given)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here; use --device cpu")
+    device = str(find_device(device))
     if dtype == "auto" and device == "cpu":
         dtype = "float32"  # half precision is slower there
     folder = Path(path)

@@ -1,13 +1,12 @@
 """From the answers of many loads to figures, a table and a picture."""
 
 import argparse
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from ..utils.files import write_bytes
+from ..utils.plotting import new_figure, save
 from .load import Run
 
 SERVERS = ("vanilla", "compressed")
@@ -123,9 +122,7 @@ def table(data: dict) -> str:
 def picture(data: dict, path: Path) -> None:
     """Requests a second and the time to the first token, with closed and open loops. Raises ValueError if
     matplotlib is missing."""
-    from ..figures.drawing import figure_class
-
-    figure = figure_class()(figsize=(12, 3.8), layout="constrained")
+    figure = new_figure(12, 3.8)
     axes = figure.subplots(1, 3)
     closed = [load for load in data["loads"] if load["loop"] == "closed"]
     opened = [load for load in data["loads"] if load["loop"] == "open"]
@@ -156,6 +153,4 @@ def picture(data: dict, path: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_xticks([load["clients"] for load in closed], [str(load["clients"]) for load in closed])
     axes[0].legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png", metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())
+    save(figure, path)

@@ -1,5 +1,7 @@
 """The device that a command runs on."""
 
+import os
+
 import torch
 
 
@@ -18,6 +20,16 @@ def find_device(named: str | None = None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here; use --device cpu")
     return device
+
+
+def all_devices() -> list[str]:
+    """The names of all GPUs; the CPU's where there is none."""
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def rank_device() -> str:
+    """The device of this process among those that torchrun or accelerate started on a machine."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def device_name(device: torch.device) -> str:

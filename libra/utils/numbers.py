@@ -1,4 +1,11 @@
-"""Numbers as tables print them."""
+"""Numbers: which count as whole, and how tables print them."""
+
+from numbers import Integral
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def seconds(value: float) -> str:

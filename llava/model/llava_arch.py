@@ -48,6 +48,7 @@ class LlavaMetaForCausalLM:
     """Mixed into a causal language model whose ``model`` is a :class:`LlavaMetaModel`."""
 
     placeholders: tuple[int, ...] = (IMAGE_TOKEN_INDEX,)  # the token ids that visual tokens take the place of
+    takes_videos = False  # whether one of them stands for a video
 
     @property
     def length_limit(self) -> int | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import CLIPVisionConfig
 
 from libra.engine.transformers_api import PreTrainedConfig
+from libra.utils.numbers import is_whole
 from libra.utils.sentences import show
 
 from ..mm_utils import _pinpoints
@@ -104,7 +105,7 @@ def check_sizes(path: Path, settings: dict) -> None:
             value = part.get(name)
             if value is None or name in _MAY_BE_PAIRS and isinstance(value, list):
                 continue
-            if not _is_whole(value) or not 1 <= value <= (
+            if not is_whole(value) or not 1 <= value <= (
                 _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
             ):
                 raise ValueError(
@@ -153,7 +154,7 @@ def check_vision(path: Path, settings: dict) -> None:
         raise ValueError(
             f"{path} cannot be used: mm_vision_tower is {show(tower)}, not the name of a folder or of the hub"
         )
-    if not _is_whole(settings.get("mm_vision_select_layer")):
+    if not is_whole(settings.get("mm_vision_select_layer")):
         shown = show(settings.get("mm_vision_select_layer"))
         raise ValueError(
             f"{path} cannot be used: mm_vision_select_layer is {shown}, not the number of a layer"
@@ -169,7 +170,7 @@ def check_vision(path: Path, settings: dict) -> None:
     if not isinstance(kind, str) or depth and int(depth[1]) > _DEEPEST_PROJECTOR:
         raise ValueError(f"{path} cannot be used: mm_projector_type is {show(kind)}, not a projector")
     limit = settings.get("tokenizer_model_max_length")
-    if limit is not None and not (_is_whole(limit) and limit >= 1):
+    if limit is not None and not (is_whole(limit) and limit >= 1):
         raise ValueError(
             f"{path} cannot be used: tokenizer_model_max_length is {show(limit)}, not a number of tokens"
         )
@@ -177,7 +178,7 @@ def check_vision(path: Path, settings: dict) -> None:
         shown = show(settings["conversation"])
         raise ValueError(f"{path} cannot be used: conversation is {shown}, not the name of a template")
     frames = settings.get("num_frames")
-    if frames is not None and not (_is_whole(frames) and 1 <= frames <= _MOST_FRAMES):
+    if frames is not None and not (is_whole(frames) and 1 <= frames <= _MOST_FRAMES):
         raise ValueError(
             f"{path} cannot be used: num_frames is {show(frames)}, not a number from 1 to {_MOST_FRAMES}"
         )
@@ -188,7 +189,7 @@ def check_generation(path: Path, values: dict) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = values.get(name)
         if not all(
-            _is_whole(token) for token in (value if isinstance(value, list) else [value]) if token is not None
+            is_whole(token) for token in (value if isinstance(value, list) else [value]) if token is not None
         ):
             raise ValueError(
                 f"{path} cannot be used: {name} is {show(value)}, not the id of a token or a list of them"
@@ -216,7 +217,3 @@ def check_pinpoints(pinpoints: str | list, tile: int) -> None:
                 f"image_grid_pinpoints {list(resolution)} has more than {_MOST_TILES} tiles; give smaller"
                 " ones"
             )
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -33,7 +33,7 @@ def token_boxes(image_size: tuple[int, int], model) -> list[torch.Tensor] | None
         into tiles, of the tiles. A newline token has no place: nan. None for models whose tokens are no parts
         of an image.
     """
-    if len(model.placeholders) > 1:  # the connector of videos mixes neighbouring patches of several frames
+    if model.takes_videos:  # the connector of videos mixes neighbouring patches of several frames
         return None
     tower, config, (width, height) = model.get_vision_tower(), model.config, image_size
     side, edge = tower.num_patches_per_side, tower.config.image_size

@@ -28,7 +28,6 @@ from ..mm_utils import (
 )
 from ..video import (
     DEFAULT_VIDEO_TOKEN,
-    VIDEO_TOKEN_INDEX,
     ChatConversation,
     process_image,
     process_video,
@@ -78,9 +77,7 @@ def load_model(args, compression: Compression | None = None) -> Loaded:
         compression=compression,
     )
     model = loaded[1]
-    if VIDEO_TOKEN_INDEX in model.placeholders and not (
-        conv_mode or getattr(model.config, "conversation", None)
-    ):
+    if model.takes_videos and not (conv_mode or getattr(model.config, "conversation", None)):
         return Loaded(*loaded, None)
     conversation = conversation_name(model_name, model.config, conv_mode)
     if not conv_mode and conversation == "llava_v0":
@@ -196,7 +193,6 @@ class Session:
         self._spellings = special_spellings(tokenizer) | set(PLACES)
         self._typed = self._spellings - set(PLACES) if typed_places else self._spellings
         self._template = ChatConversation(tokenizer) if conversation is None else conv_templates[conversation]
-        self._sees_videos = VIDEO_TOKEN_INDEX in model.placeholders
         self.limit = context_length
         self.restart()
         for image in images:
@@ -248,13 +244,13 @@ class Session:
         Raises:
             ValueError: for what cannot be read, and for a video where the checkpoint takes images only.
         """
-        if modal == "video" and not self._sees_videos:
+        if modal == "video" and not self.model.takes_videos:
             raise ValueError("this checkpoint takes images; videos are for VideoLLaMA-2 checkpoints")
         processor, config = self.image_processor, self.model.config
         if modal == "image":
             image = open_image(picture, COMMAND)
             size, mark = image.size, DEFAULT_IMAGE_TOKEN
-            if self._sees_videos:
+            if self.model.takes_videos:
                 pixels = process_image(
                     image, processor, aspect_ratio=None
                 )  # as VideoLLaMA-2's own inference does
@@ -264,7 +260,7 @@ class Session:
             size, mark = None, DEFAULT_VIDEO_TOKEN
             pixels = process_video(picture, processor, aspect_ratio=None, num_frames=config.num_frames)
         pixels = pixels.to(self.model.device, self.model.dtype)
-        entry = (pixels, modal) if self._sees_videos else pixels
+        entry = (pixels, modal) if self.model.takes_videos else pixels
         tokens = self.model.visual_tokens(self._stacked([entry]), [size])[0]
         self.pictures.append(Picture(entry, size, mark, tokens))
         return self.pictures[-1]
@@ -302,11 +298,14 @@ class Session:
     def _marks(self, text: str) -> list[str]:
         """The marks in a text that this model takes for an image or a video."""
         return re.findall(
-            f"{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}" if self._sees_videos else DEFAULT_IMAGE_TOKEN, text
+            f"{DEFAULT_IMAGE_TOKEN}|{DEFAULT_VIDEO_TOKEN}"
+            if self.model.takes_videos
+            else DEFAULT_IMAGE_TOKEN,
+            text,
         )
 
     def _token_ids(self, conversation) -> list[int]:
-        encode = prompt_ids if self._sees_videos else tokenizer_image_token
+        encode = prompt_ids if self.model.takes_videos else tokenizer_image_token
         return encode(conversation.get_prompt(), self.tokenizer)
 
     def _columns(self, ids: list[int]) -> int:

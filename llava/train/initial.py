@@ -62,7 +62,7 @@ class Start:
 
     @property
     def takes_videos(self) -> bool:
-        return issubclass(self.model_class, Videollama2MistralForCausalLM)
+        return self.model_class.takes_videos
 
 
 def find_start(

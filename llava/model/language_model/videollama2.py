@@ -39,6 +39,7 @@ class Videollama2MistralForCausalLM(LlavaMistralForCausalLM):
     config_class = Videollama2MistralConfig
     decoder_class = Videollama2MistralModel
     placeholders = (IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX)
+    takes_videos = True
     length_limit = None  # a checkpoint's tokenizer_model_max_length counts its text alone
 
     def image_features(self, images, image_sizes=None) -> list[torch.Tensor]:
