@@ -88,12 +88,20 @@ def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
 
     ConfigError when the compression names a layer that the model does not have.
     """
-    stages = c.stages(num_layers)
-    if isinstance(c.ratio, tuple):
-        passed = [[1 - r for r, done in zip(c.ratio, stages) if done < layer] for layer in range(num_layers)]
-        return [n * math.prod(shares) for shares in passed]
-    share = 1 - c.ratio if c.keep is None else min(1, c.keep / n) ** (1 / max(1, len(stages)))
-    return [n * share ** sum(done < layer for done in stages) for layer in range(num_layers)]
+    schedule, counts, now = c.schedule(num_layers), [], n
+    for layer in range(num_layers):
+        for step in schedule:
+            if step.layer == layer - 1:
+                now *= _share(now, step.part, step.left)
+        counts.append(now)
+    return counts
+
+
+def _share(n: float, c: Compression, left: int) -> float:
+    """What one compression leaves of `n` tokens, `left` of them still to come: equal ratios lead to `keep`."""
+    if c.keep is not None:
+        return min(1, c.keep / n) ** (1 / left)
+    return 1 - (c.ratio[-left] if isinstance(c.ratio, tuple) else c.ratio)
 
 
 def actual(c: Compression, num_layers: int, spans: Sequence[int]) -> list[int]:
@@ -103,12 +111,12 @@ def actual(c: Compression, num_layers: int, spans: Sequence[int]) -> list[int]:
     spans: lengths of one sample's spans. The compensation tokens are not counted (§3.3: their FLOPs are
     negligible). ConfigError when the compression names a layer that the model does not have.
     """
-    stages = c.stages(num_layers)
+    schedule = c.schedule(num_layers)
     lengths, counts = list(spans), []
     for layer in range(num_layers):
-        for done, stage in enumerate(stages):
-            if stage == layer - 1:
-                [lengths] = keeps([lengths], c, len(stages) - done)
+        for step in schedule:
+            if step.layer == layer - 1:
+                [lengths] = keeps([lengths], step.part, step.left)
         counts.append(sum(lengths))
     return counts
 
@@ -153,7 +161,7 @@ def solve(c: Compression, spec: Sizes, n: int) -> Compression:
     low, high = 0.0, LARGEST_RATIO
     least, most = reached(high), reached(low)
     if not least <= goal <= most:
-        layers = list(with_ratio(0.5).stages(spec.layers))
+        layers = [step.layer for step in with_ratio(0.5).schedule(spec.layers)]
         ends = (
             f"{math.ceil(least)} to {math.floor(most)}" if key == "tokens" else f"{least:.3f} to {most:.0f}"
         )

@@ -11,14 +11,14 @@ from typing import Any
 
 from . import merge, select  # noqa: F401  They register what several methods share.
 from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS, natural_layers
+from .places import BEFORE, IN_WORDS, INPUT, LAYERS, TOWER, place_and_layers
 from .utils.names import spelled
 from .utils.numbers import is_whole
 from .utils.sentences import ConfigError, did_you_mean, show
 
 IMPORTANCES = ("last", "mean", "tower")
-_PLACES = {"input": "before the language model", "tower": "in the vision tower, before the model's projector"}
 SCORE_LAYERS = ("same", "next")
-POSITIONS = ("original", "compact")
+POSITIONS = ("original", "compact", "centre")
 ROUNDINGS = ("round", "floor", "ceil")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 MOST_LAYERS = 10_000
@@ -40,7 +40,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Compression:
-    """How visual tokens are compressed: choose targets × treat the rest × after these layers. Hashable;
+    """How visual tokens are compressed: choose targets × treat the rest × at these places. Hashable;
     checked when made.
 
     method: a name of `libra.methods.METHODS`; it sets select and merge (PyramidDrop also score_layer,
@@ -52,7 +52,11 @@ class Compression:
         merges), or a name of `libra.register_merge`.
     layers: compress after each of these 0-based layers; kept as a sorted tuple. Empty: nothing is compressed.
         None: at the method's natural places, which `at_depth` finds once the depth of the model is known;
-            every door of this package does.
+            every door of this package does. -1, or the word "input" instead of a list, is the place before
+            layer 0.
+    at: a place before the language model instead of layers: "input" (embeddings, before layer 0) or "tower"
+        (features, before the model's own projector); None after decoder layers. The number of a layer is
+        taken too, and becomes `layers`.
     ratio: R, the fraction removed at each of them, in [0, 1); a text like "2/3" is that fraction. 0.5 where
         no budget is given.
         A list has one for each layer.
@@ -65,16 +69,19 @@ class Compression:
     importance: α is the attention row of the last prompt token ("last", eq. 4), or the "mean" over the text
         after the image, or the score of the vision "tower".
     score_layer: α from the "same" layer's query and keys, or the "next" layer's.
-    positions: "original" position ids, or "compact" (renumbered).
+    positions: "original" position ids, "compact" (renumbered), or "centre": the i-th of a span's T tokens
+        stands at the centre of the i-th of T even intervals of the span.
     rounding: of (1-R)·N to whole tokens, round | floor | ceil. information_weight: λ of Turbo's information
         degree.
     seed: of select random, below 2^64.
 
     as_released: reproduce what the released code does where it is not what its paper says (docs/methods.md).
+    steps: compressions of their own, one after another, each a mapping of the keys above (or a Compression).
+        Next to them only `positions` may be given, which then goes for all of them; `layers` is that of all
+        steps, and the other fields mean nothing.
 
-    After construction no field but `method`, `layers` and all but one of the four
-    budgets is None. Raises ConfigError for a wrong value and
-    for a key that would have no effect.
+    After construction no field but `method`, `layers`, `at`, `steps` and all but one of the four budgets is
+    None. Raises ConfigError for a wrong value and for a key that would have no effect.
     """
 
     method: str | None = None
@@ -95,11 +102,20 @@ class Compression:
     tokens: float | None = None
     flops: float | None = None
     as_released: bool = False
+    at: str | None = None
+    steps: tuple["Compression", ...] | None = None
 
     def __post_init__(self):
+        if self.steps is not None:
+            return self._take_steps()
         if self.method is not None:
             object.__setattr__(self, "method", choice("method", self.method))
         given = {key for key in DEFAULTS if getattr(self, key) is not None}
+        place, layers = place_and_layers(self.at, self.layers)
+        if place is None and layers is None and self.method and METHODS[self.method].place != LAYERS:
+            place = METHODS[self.method].place
+        object.__setattr__(self, "at", place)
+        object.__setattr__(self, "layers", [BEFORE] if place else layers)
         for key, value in _expand(self.method).items():
             if key not in given:
                 object.__setattr__(self, key, value)
@@ -118,14 +134,68 @@ class Compression:
             ("seed", _seed(self.seed)),
         ):
             object.__setattr__(self, key, value)
-        if self.layers and self.place != "layers":
-            problem = f"method {self.method} works {_PLACES[self.place]}"
-            raise ConfigError(f"layers: {show(list(self.layers))} has no effect: {problem}; remove layers")
-        if self.place != "layers":
-            object.__setattr__(self, "layers", None)
+        self._check_place()
         for key, why in self._without_effect().items():
             if getattr(self, key) != _default(key, self.method):
                 raise ConfigError(f"{key}: {show(getattr(self, key))} has no effect: {why}; remove {key}")
+
+    def _check_place(self) -> None:
+        """Raises ConfigError where this cannot be done at its place, whatever the model."""
+        if BEFORE in (self.layers or ()) and self.acts and self.reads_importance:
+            if self.importance != "tower":
+                raise ConfigError(
+                    f"importance: {self.importance} is the decoder's attention, and {self.name} reads it"
+                    f" {IN_WORDS[self.place if self.at else INPUT]}, where there is none yet; write importance:"
+                    " tower, or compress after a layer"
+                )
+        if self.at != TOWER:
+            return
+        if MERGERS[self.merge].compensates:
+            problem = f"merge {self.merge} makes a compensation token, which no feature of a picture is"
+        elif any("text" in need.split("|") for need in self.needs):
+            problem = f"{self.name} compares with the question, which the tower does not see"
+        else:
+            return
+        raise ConfigError(f"at: {problem}; write at: input")
+
+    def _take_steps(self) -> None:
+        """Checks `steps`, gives all of them the same positions, and sets the fields that tell of all."""
+        if not isinstance(self.steps, (list, tuple)) or not self.steps:
+            raise ConfigError(
+                f"steps: {show(self.steps)} is not a list of compressions; write for example"
+                " [{at: input, method: divprune, keep: 192}, {at: 15, method: fastv, ratio: 0.5}]"
+            )
+        steps = [
+            part if isinstance(part, Compression) else Compression.from_dict(part) for part in self.steps
+        ]
+        nested = any(part.steps is not None for part in steps)
+        idle = next((part.name for part in steps if not nested and not part.compresses), "")
+        if nested or idle:
+            what = "a step has steps of its own" if nested else f"{idle} compresses nothing"
+            raise ConfigError(f"steps: {what}; remove it")
+        found = {part.positions for part in steps}
+        if self.positions is None and len(found) > 1:
+            raise ConfigError(
+                f"positions: the steps have {' and '.join(sorted(found))}; write one of them next to steps"
+            )
+        positions = found.pop() if self.positions is None else choice("positions", self.positions)
+        steps = tuple(
+            part if part.positions == positions else replace(part, positions=positions) for part in steps
+        )
+        object.__setattr__(self, "positions", positions)
+        object.__setattr__(self, "steps", steps)
+        places = [place for part in steps for place in ((TOWER,) if part.at == TOWER else part.layers or ())]
+        if len(set(places)) < len(places):
+            twice = next(place for place in places if places.count(place) > 1)
+            raise ConfigError(f"steps: two of them are at {show(twice)}; give each a place of its own")
+        layers = None
+        if all(part.layers is not None for part in steps):
+            layers = tuple(sorted(layer for part in steps for layer in part.layers))
+        for key, value in vars(self).items():
+            told = key in ("steps", "positions") or key == "layers" and value == layers
+            if not told and value != Compression.__dataclass_fields__[key].default:
+                raise ConfigError(f"{key}: {show(value)} has no effect next to steps; write it in a step")
+        object.__setattr__(self, "layers", layers)
 
     def _budget(self) -> dict[str, Any]:
         """The four budgets, checked: the given one, or the default ratio, is the only one that is not
@@ -144,7 +214,7 @@ class Compression:
             value = _number(key, value, lambda v: 0.5 < v <= 1e6, what)
         else:
             value = _number(key, value, lambda v: 0 < v < 1, "a share of the plain model's FLOPs in (0, 1)")
-        if key == "tokens" and self.place != "layers":
+        if key == "tokens" and self.at is not None:
             key, value = "keep", _keep(round(value))  # every layer has what is kept
         return dict.fromkeys(BUDGETS) | {key: value}
 
@@ -166,6 +236,8 @@ class Compression:
                 if value is None:
                     raise ConfigError(f"{key}: has no value; give it one or remove the key")
             compression = cls(**mapping)
+            if compression.steps is not None:
+                return compression
             for key, why in compression._without_effect().items():
                 if key in mapping and key != "layers":
                     raise ConfigError(f"{key}: {show(mapping[key])} has no effect: {why}; remove {key}")
@@ -198,22 +270,31 @@ class Compression:
     def to_dict(self) -> dict[str, Any]:
         """The keys that matter, resolved, as plain YAML and JSON values; `from_dict` gives back an equal
         compression."""
+        if self.steps is not None:
+            steps = [part.to_dict() for part in self.steps]
+            return {
+                "steps": [{k: v for k, v in step.items() if k != "positions"} for step in steps],
+                "positions": self.positions,
+            }
         idle = self._without_effect()
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
         values = {key: value for key, value in values.items() if key not in BUDGETS or value is not None}
         if isinstance(values.get("ratio"), tuple):
             values["ratio"] = list(self.ratio)
-        if values.get("layers") is not None:
+        if values.get("layers") is not None and self.at is None:
             values["layers"] = list(self.layers)
         else:
             values.pop("layers", None)
-        if self.method is None:
-            del values["method"]
+        for key in ("method", "at", "steps"):
+            if values.get(key) is None:
+                values.pop(key, None)
         return values
 
     @property
     def acts(self) -> bool:
         """False for a method that changes nothing wherever it stands, such as vanilla."""
+        if self.steps is not None:
+            return True
         return self.method is None or METHODS[self.method].compresses
 
     @property
@@ -227,7 +308,14 @@ class Compression:
 
         Raises ConfigError, opened by `source`, when a compression layer is not among the model's.
         """
-        if problem := self._not_in_layers():
+        if self.steps is not None:
+            steps = tuple(part.at_depth(num_layers, source) for part in self.steps)
+            return self if steps == self.steps else replace(self, steps=steps, layers=None)
+        if self.ratio is None and self.keep is None:
+            problem = (
+                f"{self.amount.replace(' ', ': ', 1)} is a budget of a whole model; make it a ratio first,"
+                " with libra.budget.solve(compression, spec, visual_tokens)"
+            )
             raise at(source, ConfigError(problem))
         if self.layers is not None:
             self.check_layers(num_layers, source)
@@ -244,48 +332,48 @@ class Compression:
             raise at(source, ConfigError(problem))
         return replace(self, layers=layers)
 
-    def stages(self, num_layers: int) -> tuple[int, ...]:
-        """The layers of a model of `num_layers` after which there are fewer tokens; -1 is its input."""
-        return self.at_depth(num_layers).layers if self.place == "layers" else (-1,)
+    def schedule(self, num_layers: int) -> tuple["Step", ...]:
+        """The single compressions in a model of `num_layers` layers, in the order in which they run.
 
-    def _not_in_layers(self) -> str:
-        """Why a decoder cannot run this, or an empty string."""
-        problem = ""
-        if self.place != "layers":
-            problem = f"method {self.method} works {_PLACES[self.place]}"
-        elif self.needs:
-            problem = (
-                f"{self.name} needs {self.needs[0].replace('|', ' or ')} of the vision tower or the question"
-            )
-        if problem:
-            problem += ", which attached models and llava cannot host yet; use libra.compress"
-        elif self.ratio is None and self.keep is None:
-            problem = (
-                f"{self.amount.replace(' ', ': ', 1)} is a budget of a whole model; make it a ratio first,"
-            )
-            problem += " with libra.budget.solve(compression, spec, visual_tokens)"
-        return problem
+        Raises ConfigError as :meth:`at_depth`.
+        """
+        steps = []
+        for part in self.at_depth(num_layers).parts:
+            for number, layer in enumerate(part.layers):
+                steps.append(Step(layer, part, len(part.layers) - number))
+        return tuple(sorted(steps, key=lambda step: (step.layer, step.part.at != TOWER)))
+
+    @property
+    def parts(self) -> tuple["Compression", ...]:
+        """The compressions that this one is made of: its steps, or itself."""
+        return (self,) if self.steps is None else self.steps
 
     @property
     def place(self) -> str:
         """ "layers" (after decoder layers), "input" (before the first one) or "tower" (before the
         projector)."""
-        return METHODS[self.method].place if self.method else "layers"
+        return self.at or LAYERS
 
     @property
     def name(self) -> str:
         """What to call it in a sentence."""
+        if self.steps is not None:
+            return ", then ".join(part.name for part in self.steps)
         return f"method {self.method}" if self.method else f"select {self.select} with merge {self.merge}"
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The fields of :class:`libra.Context` that the select, the merge and the importance need."""
+        if self.steps is not None:
+            return tuple(dict.fromkeys(need for part in self.steps for need in part.needs))
         tower = (TOWER_SCORE,) if self.importance == "tower" else ()
         return tuple(dict.fromkeys((*SELECTORS[self.select].needs, *MERGERS[self.merge].needs, *tower)))
 
     @property
     def amount(self) -> str:
         """How much is kept or removed, in words: "ratio 0.5" or "keep 64"."""
+        if self.steps is not None:
+            return ", then ".join(part.amount for part in self.steps)
         key, value = next((key, getattr(self, key)) for key in BUDGETS if getattr(self, key) is not None)
         values = value if isinstance(value, tuple) else (value,)
         return f"{key} {', '.join(f'{number:.3g}' for number in values)}"
@@ -293,11 +381,17 @@ class Compression:
     @property
     def reads_importance(self) -> bool:
         """Whether α makes a difference, as far as is known."""
+        if self.steps is not None:
+            return any(part.reads_importance for part in self.steps)
         parts = SELECTORS[self.select], MERGERS[self.merge]
         return any(part.reads is None or "importance" in part.reads for part in parts)
 
     def check_layers(self, num_layers: int, source: str = "") -> None:
         """Raises ConfigError when a compression layer is not among a model's `num_layers` layers."""
+        if self.steps is not None:
+            for part in self.steps:
+                part.check_layers(num_layers, source)
+            return
         for layer in self.layers or ():
             problem = ""
             if layer >= num_layers:
@@ -335,10 +429,27 @@ class Compression:
             idle["importance"] = idle["score_layer"] = (
                 f"select {self.select} with merge {self.merge} uses no importance"
             )
-        if self.place != "layers":
-            idle["layers"] = f"method {self.method} works {_PLACES[self.place]}"
-            idle["score_layer"] = f"method {self.method} has no decoder layer to score with"
+        if self.at is not None:
+            idle["score_layer"] = f"there is no decoder layer {IN_WORDS[self.at]} to score with"
         return idle
+
+
+@dataclass(frozen=True)
+class Step:
+    """One compression at one place: after `layer`, or before the language model where that is -1.
+
+    part: what is done, with its own place; left: the compressions of the part that are still to come, this
+    one included.
+    """
+
+    layer: int
+    part: Compression
+    left: int
+
+    @property
+    def scores(self) -> bool:
+        """Whether importance is a row of the decoder's attention."""
+        return self.layer != BEFORE and self.part.importance != "tower"
 
 
 def _readers(what: str, key: str) -> list[str]:
@@ -473,8 +584,9 @@ def _layers(value: Any) -> tuple[int, ...] | None:
             raise ConfigError(
                 f"layers: {show(layer)} is not a layer number; write whole numbers such as [7, 15, 23]"
             )
-        if layer < 0:
-            raise ConfigError(f"layers: {show(layer)} is out of range; layers are counted from 0")
+        if layer < BEFORE:
+            problem = "layers are counted from 0, and -1 is the input"
+            raise ConfigError(f"layers: {show(layer)} is out of range; {problem}")
     if len(set(value)) < len(value):
         raise ConfigError(f"layers: {show(list(value))} names a layer twice; name each layer once")
     return tuple(sorted(int(layer) for layer in value))

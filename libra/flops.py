@@ -2,23 +2,28 @@
 configs/llava7b_r50.yaml"""
 
 import json
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
 from . import budget
 from .budget import layer_flops, model_flops
 from .config import Compression, ConfigError
 from .methods import METHODS
+from .places import IN_WORDS
 from .rows import ModelSpec, Row, get_model
 from .utils.cli import LARGEST, Parser, whole_from
+from .utils.plotting import figure_class
 from .utils.sentences import show as shown
 
-__all__ = ["Cost", "cost", "layer_flops", "main", "model_flops", "report", "table"]
+__all__ = ["Cost", "cost", "layer_flops", "main", "model_flops", "plot", "report", "table"]
 EXAMPLES = """examples:
   python -m libra.flops --config configs/llava7b_r50.yaml
-  python -m libra.flops --config configs/next8b_r67.yaml --visual-tokens 2880 --json"""
+  python -m libra.flops --config configs/next8b_r67.yaml --visual-tokens 2880 --json
+  python -m libra.flops --config configs/llava7b_r50.yaml --plot layers.png"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def _notes(
         "nominal is N·(1-R)^k as a real number, which gives the paper's figures; actual is whole tokens,"
         " what a run computes.",
     ]
-    if c.layers:
+    if any(layer >= 0 for layer in c.layers):
         notes.append(
             "compression after layer L: layers 0 to L run on the longer sequence, the next ones on the"
             " shorter."
@@ -169,15 +174,38 @@ def table(data: dict) -> str:
     return "\n".join([*lines, "", *(f"note: {note}" for note in data["notes"])])
 
 
+def plot(data: dict, path: str | Path) -> None:
+    """Draws tokens and FLOPs of every layer, those of `report`'s dictionary next to vanilla's, into a file.
+
+    Raises ValueError without matplotlib, or where the file's ending is not a picture's.
+    """
+    figure = figure_class()(figsize=(7, 3), layout="constrained")
+    layers = range(data["sizes"]["layers"])
+    plain = sum(data["visual_tokens"]), data["vanilla_flops"] / len(layers)
+    for panel, (key, what, unit) in enumerate(
+        (("tokens_per_layer", "visual tokens", 1), ("flops_per_layer", "GFLOPs", 1e9))
+    ):
+        axes = figure.add_subplot(1, 2, panel + 1)
+        axes.step(layers, [plain[panel] / unit] * len(layers), where="mid", color="0.6", label="vanilla")
+        axes.step(layers, [x / unit for x in data["actual"][key]], where="mid", label=data["row"])
+        axes.set(xlabel="decoder layer", ylabel=f"{what} of the layer", ylim=(0, None))
+    axes.legend()
+    figure.suptitle(f"{data['model']}: {data['nominal']['ratio']:.0%} of vanilla's FLOPs")
+    figure.savefig(path)
+
+
 def _describe(c: dict) -> str:
+    if "steps" in c:
+        return "; ".join(map(_describe, c["steps"]))
     if "select" not in c or c.get("layers") == []:
         return "none (vanilla)"
     name = f"{c['method']}: " if "method" in c else ""
     ratios = c["ratio"] if isinstance(c.get("ratio"), list) else [c.get("ratio", 0)]
     amount = f"keep {c['keep']}" if "keep" in c else f"ratio {', '.join(f'{ratio:.4g}' for ratio in ratios)}"
-    where = "before the language model"
     if "layers" in c:
         where = f"after layer{'s' if len(c['layers']) > 1 else ''} {', '.join(map(str, c['layers']))}"
+    else:
+        where = IN_WORDS[c["at"]]
     return f"{name}select {c['select']}, merge {c['merge']}, {amount}, {where}"
 
 
@@ -216,6 +244,9 @@ def main(argv: list[str] | None = None) -> int:
         "--visual-tokens", metavar="N", help="count one sequence of N visual tokens, not the model's own"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON, numbers unrounded")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw tokens and FLOPs by layer, as .png, .svg or .pdf"
+    )
     args = parser.parse_args(argv)
     try:
         n = None
@@ -231,6 +262,12 @@ def main(argv: list[str] | None = None) -> int:
         data = report(Row.from_yaml(args.config), n)
     except ConfigError as error:
         parser.error(str(error))
+    if args.plot:
+        try:
+            plot(data, args.plot)
+        except (ValueError, OSError) as error:
+            parser.error(f"--plot: {error}")
+        print(f"drew {args.plot}", file=sys.stderr)
     print(json.dumps(data, indent=2, ensure_ascii=False) if args.json else table(data))
     return 0
 

@@ -148,3 +148,19 @@ def test_a_budget_of_a_whole_model_is_solved_by_a_rows_file_and_refused_elsewher
     ):
         Row.from_yaml(path)
     assert Compression(method="divprune", tokens=64) == Compression(method="divprune", keep=64)
+
+
+def test_steps_and_the_input_are_counted():
+    steps = [{"at": "input", "method": "divprune", "keep": 192}, {"at": 1, "method": "fastv", "ratio": 0.5}]
+    c = Compression(steps=steps)
+    assert actual(c, 4, [576, 100]) == [292, 292, 146, 146]
+    assert nominal(c, 4, 576) == pytest.approx([192, 192, 96, 96])
+    assert actual(Compression(method="tome", keep=64), 3, [576]) == [64] * 3
+    twice = Compression(method="random", layers=(-1, 1), keep=16)
+    assert nominal(twice, 3, 64) == pytest.approx([32, 32, 16]) and actual(twice, 3, [64]) == [32, 32, 16]
+    spec = get_model("llava-1.5-7b")
+    assert Compression(method="divprune", tokens=64).keep == 64
+    half = solve(Compression(method="divprune", flops=0.5), spec, 576)
+    assert half.at == "input" and model_flops(spec, nominal(half, 32, 576)) == pytest.approx(
+        0.5 * model_flops(spec, [576] * 32)
+    )

@@ -112,7 +112,7 @@ def test_constructor_errors_name_key_value_and_mend():
         ({"eta": "median"}, "eta", "median", "mean", "positive"),
         ({"eta": 0}, "eta", "0", "positive"),
         ({"eta": float("inf")}, "eta", "inf", "positive"),
-        ({"layers": (-1,)}, "layers", "-1", "from 0"),
+        ({"layers": (-2,)}, "layers", "-2", "from 0"),
         ({"keep": 0}, "keep", "0", "keep: 64"),
         ({"keep": True}, "keep", "True"),
         ({"keep": 1.5}, "keep", "1.5"),
@@ -206,7 +206,10 @@ def all_compressions():
             not METHODS[method].compresses and (select or layers) or layers and not METHODS[method].places
         ):
             continue
-        yield Compression(method=method, select=select, merge=merge, layers=layers)
+        early = method and METHODS[method].place != "layers"
+        keys = {"at": "input", "importance": "tower"} if early and select else {"layers": layers}
+        yield Compression(method=method, select=select, merge=merge, **keys)
+    yield Compression(steps=STEPS, positions="centre")
     others = {"importance": "mean", "score_layer": "next", "positions": "compact", "rounding": "ceil"}
     yield Compression(layers=(1, 2), ratio=2 / 3, tau=-0.3, eta=0.01, **others)
     yield Compression(method="random", layers=(1,), seed=12345)
@@ -366,3 +369,65 @@ def test_models():
         text.startswith("row.yaml: model: llava-1.5-8b is unknown; did you mean llava-1.5-7b?")
         and "qwen2-vl-7b" in text
     )
+
+
+def test_the_place_before_the_language_model_has_three_spellings():
+    by_word, by_list, by_at = (
+        Compression(method="random", **keys)
+        for keys in ({"layers": "input"}, {"layers": (-1,)}, {"at": "input"})
+    )
+    assert by_word == by_list == by_at and by_at.layers == (-1,) and by_at.place == "input"
+    assert (
+        Compression(method="divprune").place == "input" and Compression(method="visionzip").place == "tower"
+    )
+    assert Compression(method="divprune", at=3) == Compression(method="divprune", layers=(3,))
+    both = Compression(method="random", layers=(-1, 3))
+    assert both.at is None and Compression.from_dict(both.to_dict()) == both
+    for c in (by_at, Compression(method="visionzip"), Compression(method="divprune", at="tower")):
+        assert Compression.from_dict(c.to_dict()) == c and c.to_dict()["at"] == c.place
+
+
+STEPS = [{"at": "input", "method": "visionzip", "keep": 192}, {"at": 15, "method": "fastv", "ratio": 0.5}]
+
+
+def test_steps_are_compressions_one_after_another():
+    c = Compression(steps=STEPS)
+    assert c.layers == (-1, 15) and c.positions == "original" and c.acts and c.place == "layers"
+    assert c.needs == ("tower_cls|tower_received", "tower_keys") and c.amount == "keep 192, then ratio 0.5"
+    assert Compression.from_dict(c.to_dict()) == c and hash(c) == hash(Compression(steps=STEPS))
+    assert [(step.layer, step.part.method, step.left) for step in c.schedule(32)] == [
+        (-1, "visionzip", 1), (15, "fastv", 1),
+    ]  # fmt: skip
+    centre = Compression(steps=STEPS, positions="centre")
+    assert {part.positions for part in centre.steps} == {"centre"}
+    natural = Compression(
+        steps=[{"method": "libra"}, {"method": "tome", "keep": 9}, {"at": "tower", "method": "divprune"}]
+    )
+    assert natural.layers is None and natural.at_depth(32).layers == (-1, -1, 7, 15, 23)
+    assert [step.part.place for step in natural.schedule(32)][:2] == ["tower", "input"]
+    assert [step.left for step in natural.schedule(32)] == [1, 1, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"steps": []}, "steps: .* is not a list of compressions; write for example"),
+        ({"steps": 3}, "steps: 3 is not a list"),
+        ({"steps": STEPS, "ratio": 0.5}, "ratio: 0.5 has no effect next to steps; write it in a step"),
+        ({"steps": STEPS, "method": "libra"}, "method: libra has no effect next to steps"),
+        ({"steps": STEPS + STEPS[1:]}, "steps: two of them are at 15"),
+        ({"steps": [{"method": "vanilla"}]}, "steps: method vanilla compresses nothing; remove it"),
+        ({"steps": [Compression(steps=STEPS)]}, "steps: a step has steps of its own"),
+        ({"steps": [{"method": "pyramiddrop"}, STEPS[0]]}, "positions: the steps have compact and original"),
+        ({"steps": [{"method": "libra", "kep": 3}]}, "kep: is no key of compression; did you mean keep"),
+        ({"at": "input"}, "importance: last is the decoder's attention, .* write importance: tower"),
+        ({"at": "tower", "importance": "tower"}, "at: merge igm makes a compensation token"),
+        ({"at": "tower", "method": "cdpruner"}, "at: method cdpruner compares with the question"),
+        ({"at": "somewhere"}, "at: somewhere is not a place; write tower, input, or the number"),
+        ({"at": "input", "layers": [3]}, "at: input and layers: .* both say where"),
+        ({"at": 40}, "layers: 40 is out of range: the model has layers 0 to 31"),
+    ],
+)
+def test_what_a_place_or_a_list_of_steps_cannot_be(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        Compression(**keys).at_depth(32)

@@ -224,3 +224,20 @@ def test_report_of_vanilla_is_100_percent():
     data = report(Row.from_yaml(CONFIGS / "llava13b_vanilla.yaml"))
     assert data["nominal"]["ratio"] == data["actual"]["ratio"] == 1
     assert data["compression"] == {"method": "vanilla"}
+
+
+def test_steps_are_counted_and_drawn(tmp_path, capsys):
+    row = tmp_path / "two.yaml"
+    row.write_text(
+        "model: llava-1.5-7b\ncompression:\n  steps:\n    - {at: input, method: visionzip, keep: 192}\n"
+        "    - {at: 15, method: fastv, ratio: 0.5}\n"
+    )
+    picture = tmp_path / "two.svg"
+    assert main(["--config", str(row), "--plot", str(picture)]) == 0
+    told = capsys.readouterr().out
+    assert "before the language model; fastv: select topk" in told
+    assert "average tokens kept                  144" in told
+    assert "visual tokens of the layer" in picture.read_text() or picture.stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        main(["--config", str(row), "--plot", str(tmp_path / "two.nothing")])
+    assert "--plot: " in capsys.readouterr().err

@@ -14,6 +14,7 @@ from types import FrameType, MethodType
 import torch
 
 from ..config import Compression
+from ..places import BEFORE
 from ..rows import spec_of
 from . import score
 from .families import DECODERS, FAMILIES
@@ -136,6 +137,7 @@ class CompressedDecoder:
         deep = (
             () if deepstack_visual_embeds is None else deepstack_visual_embeds
         )  # Qwen3-VL's, before any compression
+        hidden = forward.compress(BEFORE, hidden)
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden = layer(hidden, **forward.inputs(i), use_cache=use_cache, **kwargs)
             if i < len(deep):
@@ -407,7 +409,7 @@ class Attachment:
         stats, spec = watch.stats, spec_of(watch.decoder.config, type(watch.base).__name__)
         rows = list(zip(*stats["visual_tokens"]))
         flops = [model_flops(spec, row) for row in rows]
-        plain = [model_flops(spec, [row[0]] * len(row)) for row in rows]
+        plain = [model_flops(spec, [n] * len(row)) for n, row in zip(stats["given"], rows)]
         ratios = [part / whole if whole else 1.0 for part, whole in zip(flops, plain)]
         return {**stats, "flops": flops, "flops_ratio": ratios}
 

@@ -37,6 +37,7 @@ class StagedCache(DynamicCache):
     """
 
     stages: list[Stage]
+    lag = 0  # columns that were taken out of the calls' inputs, before the first layer
     compressed_until = 0  # columns of layer 0 up to the last visual token that was compressed
     # A compressed forward sets it before its first layer. Without one the model would give all layers one
     # mask, made for the length of the first.
@@ -67,6 +68,11 @@ class StagedCache(DynamicCache):
             )
         return cache
 
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Columns of the calls so far as they came in, also where the input was shortened; those that a layer
+        holds where ``layer_idx`` names one."""
+        return super().get_seq_length(layer_idx or 0) + (self.lag if layer_idx is None else 0)
+
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         """Append a layer's new keys and values.
 
@@ -75,7 +81,8 @@ class StagedCache(DynamicCache):
                 many keys.
         """
         if layer_idx == 0:
-            if not self.expects_a_call and len({layer.get_seq_length() for layer in self.layers}) > 1:
+            lengths = {layer.get_seq_length() for layer in self.layers}
+            if not self.expects_a_call and (self.lag or len(lengths) > 1):
                 raise ValueError(
                     f"this KV cache was filled with compression after layers"
                     f" {[s.first_layer - 1 for s in self.stages[1:]]}, and now the model is called without"
@@ -113,7 +120,7 @@ class StagedCache(DynamicCache):
             raise ValueError(
                 f"crop takes how many tokens to remove as a negative number, but got {tokens_to_remove}"
             )
-        if tokens_to_remove and self.get_seq_length(0) + tokens_to_remove < self.compressed_until:
+        if tokens_to_remove and self.get_seq_length() + tokens_to_remove < self.compressed_until:
             raise ValueError(
                 f"crop keeps at least the {self.compressed_until} columns up to the last compressed visual"
                 " token; start a new cache"
@@ -125,5 +132,5 @@ class StagedCache(DynamicCache):
 
     def reset(self):
         empty_layers(self)
-        self.compressed_until = 0
+        self.compressed_until = self.lag = 0
         self.stages = [Stage(stage.first_layer) for stage in self.stages]

@@ -3,6 +3,7 @@
 Both doors (``llava``'s decoder and :func:`libra.attach`) run the same loop::
 
     forward = CompressedForward(decoder, compression, hidden, …)
+    hidden = forward.compress(BEFORE, hidden)
     for i, layer in enumerate(decoder.layers):
         hidden = layer(hidden, **forward.inputs(i))
         hidden = forward.compress(i, hidden)
@@ -11,7 +12,8 @@ Both doors (``llava``'s decoder and :func:`libra.attach`) run the same loop::
 import torch
 from torch.profiler import record_function
 
-from ..config import Compression
+from ..config import Compression, Step
+from ..places import BEFORE
 from . import score
 from .cache import Stage, StagedCache
 from .masks import attention_kind, attention_masks, joined
@@ -32,9 +34,9 @@ def fitted(decoder, compression: Compression) -> Compression:
     Raises ValueError for a layer that the decoder does not have, and for positions that cannot be renumbered.
     """
     compression = compression.at_depth(decoder.config.num_hidden_layers)
-    if compression.positions == "compact" and position_axes(decoder) > 1:
+    if compression.positions != "original" and position_axes(decoder) > 1:
         raise ValueError(
-            f"positions: compact cannot renumber the multi-axis positions of {type(decoder).__name__};"
+            f"positions: {compression.positions} cannot renumber the multi-axis positions of {type(decoder).__name__};"
             " add `positions: original`"
         )
     return compression
@@ -70,6 +72,7 @@ class CompressedForward:
         self.decoder, self.cache = decoder, cache
         compresses = compression is not None and compression.compresses
         self.compression = fitted(decoder, compression) if compresses else None
+        self._schedule: tuple[Step, ...] = ()
         past = 0 if cache is None else cache.get_seq_length()
         self._number_columns(position_ids, past, inputs_embeds)
         # (B, 1), the positions of each row's first and last column, where they are compact: later stages may
@@ -86,27 +89,35 @@ class CompressedForward:
             return
 
         score.enable(decoder.config)
+        self._schedule = self.compression.schedule(decoder.config.num_hidden_layers)
         self._stages = self._stages_of(cache, past, padding_mask)
         brings = prefill is not None and bool(prefill.visual.any())
         # A decoding step adds a valid token to every row.
-        decodes = not brings and inputs_embeds.shape[1] == 1 and self._stages[0].key_mask is None
+        decodes = not brings and inputs_embeds.shape[1] == 1 and self._first_stage.key_mask is None
         self._valid = None if padding_mask is None or decodes else padding_mask[:, past:].bool()
         # Of each stage: its columns of this call, each row's valid ones, and the columns of earlier calls.
         self._held: list[tuple[int, list[int], int]] = []
         if brings:
-            self.tokens = VisualTokens(self.compression, prefill, self._valid)
+            self.tokens = VisualTokens(self._schedule, prefill, self._valid)
             self._valid = self.tokens.valid
+            if self.compression.positions == "centre":
+                self._starts = self.tokens.starts(self._positions)
             self.recorder = Recorder() if prefill.trace else None
             if cache is not None:
                 cache.compressed_until = past + self.tokens.last_visual + 1
         self._enter(0, inputs_embeds)
+
+    @property
+    def _first_stage(self) -> Stage:
+        """The stage of layer 0: where the input is shortened, the stage before that has no layers."""
+        return next(stage for stage in reversed(self._stages) if stage.first_layer == 0)
 
     def _stages_of(self, cache, past: int, padding_mask) -> list[Stage]:
         """The stages of this call: those that the cache carries from earlier calls, where there is one.
 
         Raises ValueError for a cache or a mask that cannot be shortened.
         """
-        starts = [0, *(layer + 1 for layer in self.compression.layers)]
+        starts = [0, *(step.layer + 1 for step in self._schedule)]
         filled_before = past > 0 and not isinstance(cache, StagedCache)
         if cache is None:
             stages = [Stage(start) for start in starts]
@@ -149,11 +160,13 @@ class CompressedForward:
         self._number, stage = number, self._stages[number]
         ends = [later.first_layer for later in self._stages[number + 1 :]]
         layers = range(stage.first_layer, min(ends, default=self.decoder.config.num_hidden_layers))
-        if not layers:
-            return  # compressed after the last layer: no layer follows, so no mask is needed
         past = self._past(stage)
         if self.tokens is not None:
             self._held.append((hidden.shape[1], self.tokens.row_lengths, past))
+        if not layers:
+            if self.compression.positions == "compact":
+                self._renumber(stage, hidden)
+            return  # another compression comes before the next layer, or no layer follows: no mask is needed
         # The rows of a stage need not be padded where those of another are: after a compression rows are of
         # other lengths, and the keys of earlier calls were shortened with theirs. So each stage grows its own
         # key mask, here, by the columns that its layers are about to append.
@@ -169,7 +182,7 @@ class CompressedForward:
 
     def _past(self, stage: Stage) -> int:
         """Columns that a stage's layers already hold."""
-        return 0 if self.cache is None else self.cache.get_seq_length(stage.first_layer)
+        return 0 if self.cache is None else self.cache.get_seq_length(layer_idx=stage.first_layer)
 
     def _renumber(self, stage: Stage, hidden: torch.Tensor) -> None:
         """Compact positions: a stage counts its own columns on from where it stood, and remembers its lag.
@@ -219,25 +232,32 @@ class CompressedForward:
     def _asks(self, layer: int) -> bool:
         """Make the probe of a compression layer; True where that layer itself answers it."""
         self._probe = None
-        if self.tokens is None or layer not in self.compression.layers:
+        step = next((step for step in self._schedule if step.layer == layer), None)
+        if self.tokens is None or step is None or not step.scores:
             return False
         self._probe = score.Probe(self.tokens.queries, self._stages[self._number].key_mask)
-        return self.compression.score_layer == "same"
+        return step.part.score_layer == "same"
 
     def compress(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the next layer gets: ``hidden`` (B, S, D) itself, or a shorter sequence after a compression
-        layer."""
-        if self.compression is None or layer not in self.compression.layers:
-            return hidden
+        layer. ``layer`` :data:`~libra.places.BEFORE` is the input: ``hidden`` are the embeddings."""
+        for step in self._schedule:
+            if step.layer == layer:
+                hidden = self._compress(step, hidden)
+        return hidden
+
+    def _compress(self, step: Step, hidden: torch.Tensor) -> torch.Tensor:
         if self.tokens is not None:
-            if self.compression.score_layer == "next":
-                self._score_with(layer + 1, hidden)
-            spans = self.tokens.span_lengths
+            if step.part.score_layer == "next" and step.scores:
+                self._score_with(step.layer + 1, hidden)
+            spans, columns = self.tokens.span_lengths, hidden.shape[1]
             # The probe read the attention on all keys of the stage; those of this call come last.
-            attention = self._probe.attention[:, :, -hidden.shape[1] :]
-            hidden, shortened, step = self.tokens.compress(hidden, attention)
+            attention = self._probe.attention[:, :, -columns:] if step.scores else None
+            hidden, shortened, outcome = self.tokens.compress(hidden, attention)
             if self.recorder is not None:
-                self.recorder.add(layer, step, spans)
+                self.recorder.add(step.layer, outcome, spans)
+            if step.layer == BEFORE and self.cache is not None:
+                self.cache.lag += columns - hidden.shape[1]
             with record_function("libra.gather"):
                 self._follow(shortened)
         with record_function("libra.gather"):
@@ -246,15 +266,19 @@ class CompressedForward:
 
     def _follow(self, shortened: Shortened) -> None:
         """Shorten what the engine keeps for each column of this call."""
-        self._rotary = tuple(shortened.gather(table) for table in self._rotary)
         self._positions = shortened.gather(self._positions, dim=-1)
+        if self.compression.positions == "centre":
+            self._positions = self.tokens.centred(self._positions, self._starts)
+            self._rotary = self.decoder.rotary_emb(self._rotary[0], self._positions)
+        else:
+            self._rotary = tuple(shortened.gather(table) for table in self._rotary)
         self._valid = shortened.valid
 
     def _score_with(self, layer: int, hidden: torch.Tensor) -> None:
         """Answer the probe with the next layer, whose keys of earlier calls are those of its own, shorter
         stage."""
         stage, rotary, past_keys = self._stages[self._number + 1], self._rotary, None
-        if self.cache is not None and self.cache.get_seq_length(layer):
+        if self.cache is not None and self.cache.get_seq_length(layer_idx=layer):
             past_keys = self.cache.layers[layer].keys
             if self.compression.positions == "compact":
                 rotary = self.decoder.rotary_emb(hidden, self._compact_positions(stage, hidden))
@@ -265,19 +289,23 @@ class CompressedForward:
     def stats(self) -> dict:
         """Of a call with visual tokens, once it is through.
 
-        ``visual_tokens`` [layer][row], without compensation tokens; ``compensation_tokens`` [layer][row],
-        added after that layer; ``columns``: for each row those that are left after the last layer, text and
+        ``given`` [row]: the prompt's visual tokens; ``visual_tokens`` [layer][row], without compensation
+        tokens; ``compensation_tokens`` [layer][row], added after that layer; ``compensation_at_input`` [row],
+        added before layer 0; ``columns``: for each row those that are left after the last layer, text and
         all; ``padding``: the side on which such rows are padded, None where none is; ``cache``: bytes that
         the KV cache holds after the call (None without one), and how they split up into ``visual``,
         ``compensation``, ``text`` and ``padding`` columns of this call, the ``earlier`` ones, and the
         ``window`` of layers that hold their newest columns only.
         """
         layers = self.decoder.config.num_hidden_layers
-        counts, added = self.tokens.counts, dict(zip(self.compression.layers, self.tokens.compensated))
-        stage_of = [sum(layer > boundary for boundary in self.compression.layers) for layer in range(layers)]
+        boundaries = [step.layer for step in self._schedule]
+        counts, added = self.tokens.counts, dict(zip(boundaries, self.tokens.compensated))
+        stage_of = [sum(layer > boundary for boundary in boundaries) for layer in range(layers)]
         return {
+            "given": counts[0],
             "visual_tokens": [counts[stage] for stage in stage_of],
             "compensation_tokens": [[int(c) for c in added.get(layer, [])] for layer in range(layers)],
+            "compensation_at_input": [int(c) for c in added.get(BEFORE, [])],
             "columns": self.tokens.row_lengths,
             "padding": self.tokens.padding,
             "cache": None if self.cache is None else self._cache_bytes(stage_of),

@@ -1,15 +1,17 @@
 """The visual tokens of one prefill, and all that is kept per column and becomes shorter with them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.profiler import record_function
 
 from ..budget import keeps
-from ..config import Compression
-from ..methods import MERGERS
+from ..config import TOWER_SCORE, Compression, Step
+from ..methods import MERGERS, Context
 from ..ops.reference import flat_rows, ordinals, repack, take
 from ..ops.spans import Spans, on_device
+from ..places import TOWER
+from ..select import tower_score
 from ..step import Compressed, compress_spans
 
 IGNORE_INDEX = -100
@@ -29,6 +31,10 @@ class Prefill:
             "left", which generation needs, or "right". None: right with labels, left without. Padding that is
             there keeps its side.
         trace: whether to record what becomes of each visual token.
+        context: what the vision tower says about the visual tokens, (B, N) of each row's, padded on the right.
+        pictures: for each row the visual tokens of each picture, where spans are told apart that touch; None:
+            a contiguous run is a span.
+        left: what a compression in the tower has left, where there was one.
     """
 
     visual: torch.Tensor
@@ -37,6 +43,63 @@ class Prefill:
     row_seeds: torch.Tensor | None = None
     padding_side: str | None = None
     trace: bool = False
+    context: Context | None = None
+    pictures: list[list[int]] | None = None
+    left: "TowerLeft | None" = None
+
+
+@dataclass(frozen=True)
+class TowerLeft:
+    """What a compression in the vision tower has left of a batch's visual tokens, all as (B, N) of each row's
+    visual tokens, padded on the right.
+
+    kept: bool, where the embeddings hold a token that is left. groups: the number, among the row's kept ones,
+    of the token that each went into; -1 where it was dropped. weights: its weight there; importance: the score
+    it was chosen by. The last three are for traces only.
+    """
+
+    kept: torch.Tensor
+    groups: torch.Tensor
+    weights: torch.Tensor
+    importance: torch.Tensor
+
+
+@dataclass
+class Queries:
+    """Which attention rows score the visual tokens.
+
+    Attributes:
+        columns: (B, R), the query columns of a probe.
+        weights: (B, G, R), which turn R attention rows into G score rows; None where the one is the other.
+    """
+
+    columns: torch.Tensor
+    weights: torch.Tensor | None
+
+    @classmethod
+    def build(cls, queries: list[list[list[int]]], fill: list[int], device) -> "Queries":
+        """``queries``: for each row and each of its score rows the columns whose attention is averaged;
+        ``fill``: a valid column of each row."""
+        groups = max(map(len, queries), default=0)
+        flat = [[(g, column, 1 / len(run)) for g, run in enumerate(row) for column in run] for row in queries]
+        width = max((len(row) for row in flat), default=0)
+        # Shorter lists are filled with a valid column: a padding token sees no key, and its attention would
+        # be undefined.
+        columns = [
+            [column for _, column, _ in row] + [valid] * (width - len(row)) for row, valid in zip(flat, fill)
+        ]
+        weights = [[[0.0] * width for _ in range(groups)] for _ in flat]
+        for b, row in enumerate(flat):
+            for r, (g, _, share) in enumerate(row):
+                weights[b][g][r] = share
+        table = on_device(columns, device, torch.long).view(len(flat), width)
+        if groups == width == 1 and all(flat):  # the one query is the one score row
+            return cls(table, None)
+        return cls(table, on_device(weights, device).view(len(flat), groups, width))
+
+    def moved(self, place: torch.Tensor) -> "Queries":
+        """With ``place`` (B, S), the new column of each old one, -1 before the first that is left."""
+        return Queries(place.gather(1, self.columns).clamp(min=0), self.weights)
 
 
 @dataclass
@@ -63,7 +126,7 @@ class VisualTokens:
     """The visual tokens of one batch: where they are now, which text token scores them, labels.
 
     Args:
-        compression: what happens at each compression layer.
+        schedule: the compressions, one after another.
         prefill: which columns are visual tokens, and what else is known of the call.
         valid: (B, S), 0 for padding, which is all on the left or all on the right of a row; None if there is
             none.
@@ -72,8 +135,9 @@ class VisualTokens:
         ValueError: if there is padding in the middle or on both sides of the batch's rows.
     """
 
-    def __init__(self, compression: Compression, prefill: Prefill, valid: torch.Tensor | None = None):
-        self.compression, self.labels, self._row_seeds = compression, prefill.labels, prefill.row_seeds
+    def __init__(self, schedule: tuple[Step, ...], prefill: Prefill, valid: torch.Tensor | None = None):
+        self.schedule, self.labels, self._row_seeds = schedule, prefill.labels, prefill.row_seeds
+        self._left, self._repeated = prefill.left, 1
         self.valid = None if valid is None else valid.bool()
         self._side = prefill.padding_side or ("left" if prefill.labels is None else "right")
         visual = prefill.visual
@@ -85,10 +149,28 @@ class VisualTokens:
         ] = []  # which rows got a compensation token at each compression layer
         with record_function("libra.layout"):
             begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+            if prefill.pictures is not None:
+                begins = begins | self._borders(visual, prefill.pictures)
             self.spans = (
                 begins.cumsum(1) * visual
             )  # (B, S): 0 for text and padding, k for the row's k-th span
             self._survey(prefill.score_columns)
+        self._context = self._repeat(prefill.context)
+        if any(step.part.positions == "centre" for step in schedule):
+            self._places = self._places_in_spans()
+
+    @staticmethod
+    def _borders(visual: torch.Tensor, pictures: list[list[int]]) -> torch.Tensor:
+        """(B, S) bool: the first column of each picture."""
+        batch = len(visual)
+        repeats = batch // len(pictures)  # beams and returned sequences
+        rows = [row for row in pictures for _ in range(repeats)]
+        first = torch.zeros(batch, visual.shape[1] + 1, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            for end in torch.tensor([0, *row]).cumsum(0)[:-1].tolist():
+                first[b, min(end, visual.shape[1])] = True
+        number = (visual.cumsum(1) - 1).clamp(min=0)
+        return visual & first.to(visual.device).gather(1, number)
 
     def _survey(self, score_columns) -> None:
         """Bring the batch's layout to the host once: after it every shape is known but for compensation
@@ -113,7 +195,16 @@ class VisualTokens:
             first_answer = torch.where(answers, columns, length).amin(2)
             scorer = torch.where(first_answer < length, first_answer - 1, scorer)
         first_valid = torch.where(valid, columns, length).amin(1)
-        extent = torch.stack([valid.sum(1), first_valid, last_valid], 1)
+        last_of_row = torch.where(self.spans > 0, columns, -1).amax(1)
+        first_of_row = torch.where(self.spans > 0, columns, length).amin(1)
+        answered = last_valid + 1
+        if self.labels is not None:
+            said = (self.labels != IGNORE_INDEX) & (columns > last_of_row[:, None])
+            answered = torch.where(said, columns, length).amin(1).minimum(last_valid + 1)
+        around = torch.stack(
+            [first_of_row - first_valid, last_valid - last_of_row, last_valid + 1 - answered], 1
+        )
+        extent = torch.cat([around, torch.stack([valid.sum(1), first_valid, last_valid], 1)], 1)
         summary = torch.cat([members.sum(2), scorer, last_of_span, extent], 1).tolist()
 
         self.span_lengths, self.row_lengths = [], []
@@ -141,34 +232,42 @@ class VisualTokens:
         self.last_visual = max((end for row in last_visual for end in row), default=-1)
         self.counts.append([sum(row) for row in self.span_lengths])
         self._which = which
+        # Of each row: its columns before the first picture, after the last one, and those of answers.
+        self._around = [
+            (entry[-6], entry[-5], entry[-4]) if row else (0, 0, 0)
+            for entry, row in zip(summary, self.span_lengths)
+        ]
         self._set_queries(scorers, last_visual, fill=[entry[-1] for entry in summary])
 
+    def _repeat(self, context: Context | None) -> Context:
+        """The context for the rows of this batch, which beams and returned sequences repeat."""
+        given = None if context is None else context.rows
+        if not given or given == len(self.spans):
+            return context or Context()
+        return context.repeated(len(self.spans) // given)
+
     def _set_queries(self, scorers, last_visual, fill) -> None:
-        """The query columns (B, R) of the probes and the weights (B, G, R) that turn R attention rows into G
-        score rows."""
-        groups = max((len(row) for row in scorers), default=0)
-        if self.compression.importance == "mean":
-            queries = [
-                [list(range(end + 1, column + 1)) or [column] for column, end in zip(*row)]
-                for row in zip(scorers, last_visual)
-            ]
-        else:
-            queries = [[[column] for column in row] for row in scorers]
-        flat = [[(g, column, 1 / len(run)) for g, run in enumerate(row) for column in run] for row in queries]
-        width = max((len(row) for row in flat), default=0)
-        # Shorter lists are filled with a valid column: a padding token sees no key, and its attention would
-        # be undefined.
-        columns = [
-            [column for _, column, _ in row] + [valid] * (width - len(row)) for row, valid in zip(flat, fill)
-        ]
-        weights = [[[0.0] * width for _ in range(groups)] for _ in flat]
-        for b, row in enumerate(flat):
-            for r, (g, _, share) in enumerate(row):
-                weights[b][g][r] = share
-        device = self.spans.device
-        self.queries = on_device(columns, device, torch.long).view(len(flat), width)
-        alone = groups == width == 1 and all(flat)  # the one query is the one score row
-        self._query_weights = None if alone else on_device(weights, device).view(len(flat), groups, width)
+        """The probes' queries for each kind of importance that a step after a layer reads."""
+        self._queries = {}
+        for kind in {step.part.importance for step in self.schedule}:
+            if kind == "mean":
+                queries = [
+                    [list(range(end + 1, column + 1)) or [column] for column, end in zip(*row)]
+                    for row in zip(scorers, last_visual)
+                ]
+            else:
+                queries = [[[column] for column in row] for row in scorers]
+            self._queries[kind] = Queries.build(queries, fill, self.spans.device)
+
+    @property
+    def step(self) -> Step:
+        """The compression that comes next."""
+        return self.schedule[len(self.counts) - 1]
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """(B, R): the columns whose attention the next compression reads."""
+        return self._queries[self.step.part.importance].columns
 
     @property
     def padding(self) -> str | None:
@@ -185,7 +284,8 @@ class VisualTokens:
     def _importance(self, attention: torch.Tensor, columns: torch.Tensor, layout: Spans):
         """α of the visual tokens (B, N) from attention (B, R, S), and which score row each token has (B, N)
         or None for one."""
-        scores = attention if self._query_weights is None else self._query_weights @ attention  # (B, G, S)
+        weights = self._queries[self.step.part.importance].weights
+        scores = attention if weights is None else weights @ attention  # (B, G, S)
         groups = scores.shape[1]
         if groups == 1:
             return scores[:, 0].gather(1, columns), None
@@ -197,36 +297,104 @@ class VisualTokens:
         ], owner
 
     def compress(
-        self, hidden: torch.Tensor, attention: torch.Tensor
+        self, hidden: torch.Tensor, attention: torch.Tensor | None
     ) -> tuple[torch.Tensor, Shortened, Compressed]:
-        """Shorten the columns for the stage after a compression layer.
+        """Shorten the columns for the stage after a compression.
 
         Args:
-            hidden: (B, S, D) what leaves the layer.
-            attention: (B, R, S) the probe's answer for the columns of this call.
+            hidden: (B, S, D) what leaves the layer, or the embeddings.
+            attention: (B, R, S) the probe's answer for the columns of this call; None where the decoder's
+                attention is not read.
 
         Returns:
             the new hidden states (B, S', D), how their columns come from the old ones, and the compression
             step itself.
+
+        Raises:
+            ValueError: where the context lacks what the step needs.
         """
-        device = hidden.device
+        device, part = hidden.device, self.step.part
         with record_function("libra.layout"):
             # A row without visual tokens gets a span of one column, so that shapes stay valid; it is put back
             # untouched.
             spans = [row or [1] for row in self.span_lengths]
-            layout = Spans.build(
-                spans,
-                keeps(spans, self.compression, len(self.compression.layers) - len(self.counts) + 1),
-                device,
-            )
+            kept = self._left_of_spans() if part.at == TOWER else keeps(spans, part, self.step.left)
+            layout = Spans.build(spans, kept, device)
             columns = self._columns(layout.tokens)
-            importance, owner = self._importance(attention, columns, layout)
         with record_function("libra.gather"):
             visual = take(hidden, columns)
-        step = compress_spans(visual, importance, self.compression, layout, owner, self._row_seeds)
+        if part.at == TOWER:
+            step = self._left_by_tower(visual, layout)
+        else:
+            context = self._context_for(part, hidden, layout)
+            importance, owner = context_score(part, context, visual), None
+            if attention is not None:
+                importance, owner = self._importance(attention, columns, layout)
+            step = compress_spans(visual, importance, part, layout, owner, self._row_seeds, context)
+        if len(self.counts) < len(self.schedule):
+            self._context = self._context.at(step.targets)
         with record_function("libra.gather"):
             new_hidden, shortened = self._shorten(hidden, columns, step)
         return new_hidden, shortened, step
+
+    def _context_for(self, part: Compression, hidden: torch.Tensor, layout: Spans) -> Context:
+        """What the step may look at. Raises ValueError where something that it needs is not there."""
+        context = self._context
+        if context.grid is not None:
+            grid = [list(row) if n else [(1, 1)] for row, n in zip(context.grid, self.span_lengths)]
+            context = replace(context, grid=grid)
+        if any("text" in need.split("|") for need in part.needs) and context.relevance is None:
+            context = replace(context, text=self._question(hidden))
+        if missing := context.missing(part.needs):
+            raise ValueError(
+                f"{part.name} needs {missing.replace('|', ' or ')} of the vision tower, which this call does"
+                " not give: call the model with pictures, or choose a method that needs none"
+            )
+        return context.cut(layout.tokens)
+
+    def _question(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Of each row (P, D): the text after its last picture as far as it is not an answer, or the text
+        before the first one where nothing follows."""
+        rows, length = [], hidden.shape[1]
+        for b, (count, (before, tail, answers)) in enumerate(zip(self.row_lengths, self._around)):
+            first = length - count if self.pads_left else 0
+            end = first + count
+            text = hidden[b, end - tail : end - answers]
+            text = text if tail > answers else hidden[b, first : first + before]
+            # A row of nothing but pictures, or without any, compares with itself: no text is no preference.
+            rows.append((text if len(text) else hidden[b, first:end]).detach())
+        return rows
+
+    def _left_of_spans(self) -> list[list[int]]:
+        """How many tokens of each span the tower has left; asking waits for the device."""
+        if self._left is None:
+            raise ValueError(
+                "a compression in the vision tower needs pictures: embeddings alone cannot go back there;"
+                " write at: input"
+            )
+        kept = self._left.kept.repeat_interleave(len(self.spans) // len(self._left.kept), 0).tolist()
+        counts = []
+        for row, spans in zip(kept, self.span_lengths):
+            ends = torch.tensor([0, *spans]).cumsum(0).tolist()
+            counts.append([sum(row[a:b]) for a, b in zip(ends, ends[1:])] or [1])
+        return counts
+
+    def _left_by_tower(self, visual: torch.Tensor, layout: Spans) -> Compressed:
+        """The tower's step in terms of the columns: its tokens stand where they are kept."""
+        repeats = len(visual) // len(self._left.kept)
+
+        def fitted(x):
+            x = x.repeat_interleave(repeats, 0)
+            return torch.nn.functional.pad(x, (0, max(0, layout.tokens - x.shape[1])))[:, : layout.tokens]
+
+        kept = fitted(self._left.kept)
+        kept = kept | ((layout.index == 0) & ~kept.any(1, keepdim=True))  # a row without pictures
+        targets = ordinals(kept & layout.valid, layout.targets)
+        weights, importance = fitted(self._left.weights).float(), fitted(self._left.importance).float()
+        return Compressed(
+            take(visual, targets), layout.target_valid, targets, fitted(self._left.groups), weights,
+            importance, None, layout, None,
+        )  # fmt: skip
 
     def _shorten(
         self, hidden: torch.Tensor, columns: torch.Tensor, step: Compressed
@@ -268,7 +436,8 @@ class VisualTokens:
             extra > 0, place.gather(1, last_visual) + 1, 0 if self.pads_left else width - 1
         )
         new_hidden = take(hidden, source)
-        if not MERGERS[self.compression.merge].drops:
+        part = self.step.part
+        if part.at != TOWER and not MERGERS[part.merge].drops:
             slots = place.gather(1, columns.gather(1, step.targets))
             self._put(new_hidden, step, torch.cat([slots, compensation], 1) if room else slots)
 
@@ -279,17 +448,18 @@ class VisualTokens:
         spans = take(self.spans, source).masked_fill(nobody, 0)
         labels = None if self.labels is None else take(self.labels, source).masked_fill(nobody, IGNORE_INDEX)
         # A scoring column that is dropped (a row that ends with its image) hands over to the one before it.
-        queries = place.gather(1, self.queries).clamp(min=0)
+        queries = {kind: asked.moved(place) for kind, asked in self._queries.items()}
 
         lengths = [n + c for n, c in zip(kept, step.compensated)]  # the step's one device synchronisation
         if spare := width - max(lengths):
             cut = slice(spare, None) if self.pads_left else slice(-spare)
             new_hidden, source, valid, spans = (x[:, cut] for x in (new_hidden, source, valid, spans))
             labels = None if labels is None else labels[:, cut]
-            queries = queries - spare if self.pads_left else queries
+            for asked in queries.values() if self.pads_left else ():
+                asked.columns = asked.columns - spare
         # None where no row has padding: a mask would keep flash attention and SDPA from their fast kernels.
         self.valid = None if min(lengths) == max(lengths) else valid
-        self.spans, self.labels, self.queries, self.row_lengths = spans, labels, queries, lengths
+        self.spans, self.labels, self._queries, self.row_lengths = spans, labels, queries, lengths
         self.span_lengths = [list(k) if n else [] for k, n in zip(layout.keeps, self.span_lengths)]
         self.counts.append([sum(row) for row in self.span_lengths])
         self.compensated.append(step.compensated)
@@ -314,3 +484,37 @@ class VisualTokens:
             chosen = on_device(filled, hidden.device, torch.long)
             flat, tokens = flat[chosen], tokens[chosen]
         hidden.view(-1, width).index_copy_(0, flat, tokens)
+
+    def _places_in_spans(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, M): the first column of each span and its tokens, as they came in."""
+        members = self._members()
+        columns = torch.arange(members.shape[2], device=members.device)
+        first = torch.where(members, columns, members.shape[2] - 1).amin(2)
+        return first, members.sum(2)
+
+    def _members(self) -> torch.Tensor:
+        """(B, M, S) bool: which columns belong to each span."""
+        most = max(map(len, self.span_lengths), default=0)
+        numbers = torch.arange(1, most + 1, device=self.spans.device)
+        return self.spans[:, None, :] == numbers[:, None]
+
+    def starts(self, positions: torch.Tensor) -> torch.Tensor:
+        """(B, M): where each span begins, of the ``positions`` (B or 1, S) of the columns that came in."""
+        first = self._places[0]
+        return positions.expand(len(first), -1).gather(1, first)
+
+    def centred(self, positions: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """``positions`` (B or 1, S) of the columns that are left, where the i-th of a span's T tokens stands
+        at the centre of the i-th of T even intervals of the positions that the span had from ``starts`` on."""
+        members = self._members()
+        number = (members.cumsum(2) - 1).float()  # (B, M, S)
+        interval = self._places[1] / members.sum(2).clamp(min=1)
+        centre = starts[..., None] + ((number + 0.5) * interval[..., None] - 0.5)
+        return torch.where(members.any(1), (centre * members).sum(1), positions.float())
+
+
+def context_score(part: Compression, context: Context, visual: torch.Tensor) -> torch.Tensor:
+    """(B, N) importance where the decoder's attention is not read: the tower's score, or zeros."""
+    if part.importance == "tower" and not context.missing([TOWER_SCORE]):
+        return tower_score(context)
+    return visual.new_zeros(visual.shape[:2])

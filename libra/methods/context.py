@@ -1,11 +1,15 @@
 """What a method may look at besides the hidden states and the attention of the decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+LAYERED = ("tower_cls", "tower_received")  # these may have a layer of the tower as their first axis
+PER_TOKEN = (*LAYERED, "tower_keys", "tower_hidden", "relevance", "outside")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Context:
     relevance: (B, N): the mean cosine of CLIP's embedding of a token with those of the question's segments.
     text: for each row (P_i, D): embeddings of the text segments of its question.
     grid: for each row the (h, w) or (t, h, w) of each of its spans, whose product is the span's length.
+    outside: (B, N) bool, tokens that no patch of the picture made, such as the newlines of LLaVA-NeXT; the
+        tower says nothing about them, and its merges leave them out.
     """
 
     tower_cls: "torch.Tensor | None" = None
@@ -35,29 +41,57 @@ class Context:
     relevance: "torch.Tensor | None" = None
     text: "Sequence[torch.Tensor] | None" = None
     grid: Sequence[Sequence[tuple[int, ...]]] | None = None
+    outside: "torch.Tensor | None" = None
+
+    def _changed(self, change: Callable[[str, "torch.Tensor", int, int], "torch.Tensor"]) -> "Context":
+        """With ``change(name, tensor, rows' axis, tokens' axis)`` of every field that has one number or more a
+        token."""
+        changed = {}
+        for name in PER_TOKEN:
+            value = getattr(self, name)
+            if value is not None:
+                row = 1 if name in LAYERED and value.ndim == 3 else 0
+                changed[name] = change(name, value, row, row + 1)
+        return replace(self, **changed)
+
+    @property
+    def rows(self) -> int:
+        """B, as the fields have it; 0 where none does."""
+        for name in PER_TOKEN:
+            value = getattr(self, name)
+            if value is not None:
+                return len(value[0]) if name in LAYERED and value.ndim == 3 else len(value)
+        return len(self.grid or ())
+
+    def repeated(self, times: int) -> "Context":
+        """Each row so many times, one after another, as beams and returned sequences repeat them."""
+        grid = None if self.grid is None else [row for row in self.grid for _ in range(times)]
+        again = self._changed(lambda name, value, row, _: value.repeat_interleave(times, row))
+        return replace(again, grid=grid)
+
+    def at(self, tokens: "torch.Tensor") -> "Context":
+        """What is known of ``tokens`` (B, T) alone; they are a grid no longer."""
+
+        def gathered(name, value, row, axis):
+            index = tokens if value.ndim == 2 else tokens[None] if row else tokens[:, :, None]
+            shape = list(value.shape)
+            shape[axis] = tokens.shape[1]
+            return value.gather(axis, index.to(value.device).expand(shape))
+
+        return replace(self._changed(gathered), grid=None, cls_first=False)
 
     def cut(self, tokens: int) -> "Context":
         """The same for the first ``tokens`` tokens of each row.
 
         Raises ValueError where a field does not have at least as many.
         """
-        changed = {}
-        for name, first in (
-            ("tower_cls", -1),
-            ("tower_received", -1),
-            ("tower_keys", 1),
-            ("tower_hidden", 1),
-            ("relevance", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None:
-                axis = value.ndim - 1 if first == -1 else first
-                if value.shape[axis] < tokens:
-                    raise ValueError(
-                        f"context.{name} has {value.shape[axis]} tokens a row; give all {tokens}"
-                    )
-                changed[name] = value.narrow(axis, 0, tokens)
-        return replace(self, **changed)
+
+        def cut(name, value, row, axis):
+            if value.shape[axis] < tokens:
+                raise ValueError(f"context.{name} has {value.shape[axis]} tokens a row; give all {tokens}")
+            return value.narrow(axis, 0, tokens)
+
+        return self._changed(cut)
 
     def missing(self, needs: Sequence[str]) -> str:
         """The first of ``needs`` that is not given, or an empty string; "a|b" asks for one of the two."""

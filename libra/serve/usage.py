@@ -29,7 +29,8 @@ def figures(compression: Compression, stats: dict | None, visual: int, prompt: i
     if stats is not None:
         seen = [int(row[0]) for row in stats["visual_tokens"]]
         new = [sum(map(int, row[:1])) for row in stats["compensation_tokens"]]
-        added = [sum(new[:layer]) for layer in range(layers)]
+        first = sum(stats.get("compensation_at_input", [])[:1])
+        added = [first + sum(new[:layer]) for layer in range(layers)]
         flops = 1 - float(stats["flops_ratio"][0])
         cache = stats.get("cache")
         held_bytes = cache["total"] if cache and not cache.get("window") else None

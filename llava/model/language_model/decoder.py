@@ -22,6 +22,7 @@ from libra.engine.transformers_api import (
     merge_with_config_defaults,
     one_cache,
 )
+from libra.places import BEFORE
 
 from ..llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 
@@ -63,6 +64,7 @@ class LlavaDecoder(LlavaMetaModel):
         forward = CompressedForward(
             self, self.compression, hidden, attention_mask, position_ids, cache, prefill
         )
+        hidden = forward.compress(BEFORE, hidden)  # at the input, the place before layer 0
         for i, layer in enumerate(self.layers):
             hidden = layer(hidden, **forward.inputs(i), use_cache=use_cache, **kwargs)
             hidden = forward.compress(i, hidden)  # after a compression layer the sequence is shorter
