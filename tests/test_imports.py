@@ -12,7 +12,15 @@ LEVELS = (
     ("libra.ops",),
     ("libra.methods",),
     (
-        *("libra.config", "libra.budget", "libra.flops", "libra.select", "libra.merge", "libra.step"),
+        *(
+            "libra.config",
+            "libra.budget",
+            "libra.flops",
+            "libra.select",
+            "libra.merge",
+            "libra.step",
+            "libra.places",
+        ),
         *("libra.rows", "libra.identity", "libra.checkpoints", "libra.shipped", "libra.media", "libra.utils"),
     ),
     ("libra.engine", "libra"),
