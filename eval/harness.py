@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from libra.lmms import TASKS
+from libra.utils import plugins
 
 from .cells import Cell, check_unchanged, what_is_loaded
 from .checkpoints import CheckpointError
@@ -18,7 +19,7 @@ from .suites import Task, get_task
 @dataclass(frozen=True)
 class Settings:
     """How to compute, which changes no answer beyond rounding: output folder, device, threads and batch size;
-    and the dtype."""
+    the dtype; and the user's own modules that rows need."""
 
     output: str
     device: str
@@ -26,6 +27,7 @@ class Settings:
     batch_size: int
     dtype: str
     online: bool
+    plugins: tuple[str, ...] = ()
 
 
 FEATURES = 256 * 2**20  # bytes of the embedded benchmark's features that a worker keeps between rows
@@ -45,6 +47,8 @@ class Harness:
         from lmms_eval.tasks import TaskManager
 
         torch.set_num_threads(settings.threads)
+        for name in settings.plugins:
+            plugins.load(name)
         self.settings, self.model, self.checkpoint, self.loaded = settings, None, None, {}
         self.tasks = TaskManager(verbosity="ERROR", include_path=str(TASKS), include_defaults=settings.online)
 

@@ -331,7 +331,10 @@ def table_of(output: Path) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m eval.report", description="Write a table from its cells.", epilog=EXAMPLES
+        takes_plugins=True,
+        prog="python -m eval.report",
+        description="Write a table from its cells.",
+        epilog=EXAMPLES,
     )
     parser.add_argument("output", type=Path, help="results folder, such as results/table1")
     parser.add_argument(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from libra.utils import plugins
 from libra.utils.cli import Parser, names, whole_from
 from libra.utils.files import remove_unfinished, write_text
 from libra.utils.other_llava import warn_if_llava_is_another
@@ -118,6 +119,7 @@ def fill(
 def parser() -> Parser:
     whole = whole_from(1)
     parser = Parser(
+        takes_plugins=True,
         prog="python -m eval.run",
         description="Fill a table's cells; finished ones are kept.",
         epilog=EXAMPLES,
@@ -183,6 +185,7 @@ def command(args) -> str:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     if args.dtype != "float32":
         words += ["--dtype", args.dtype]
+    words += plugins.flags()
     return shlex.join(words)
 
 
@@ -230,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
                 batch_size=args.batch_size or (32 if args.suite == "mini" else 8),
                 dtype=args.dtype,
                 online=args.suite != "mini",
+                plugins=plugins.loaded(),
             )
             if todo.manifest is not None:
                 write_text(output / "benchmark.json", json.dumps(todo.manifest, indent=1) + "\n")

@@ -14,6 +14,7 @@ from statistics import median
 
 from tqdm import tqdm
 
+from libra.utils import plugins
 from libra.utils.cli import Parser, names, whole_from, wholes_from
 from libra.utils.files import write_text
 from libra.utils.provenance import commit, cores, machine, versions
@@ -89,7 +90,10 @@ def table(found: dict[str, dict[int, list[float]]]) -> str:
 
 def parser() -> Parser:
     parser = Parser(
-        prog="python -m eval.throughput", description="Samples a second through lmms-eval.", epilog=EXAMPLES
+        takes_plugins=True,
+        prog="python -m eval.throughput",
+        description="Samples a second through lmms-eval.",
+        epilog=EXAMPLES,
     )
     parser.add_argument(
         "--suite", choices=list(SUITES), default="mini", help="which model's rows (default %(default)s)"
@@ -147,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
                 batch_size=1,
                 dtype=args.dtype,
                 online=args.suite != "mini",
+                plugins=plugins.loaded(),
             )
             found = measure(cells, args.batch_sizes, args.repeats, settings)
         if args.json:

@@ -12,6 +12,7 @@ from typing import Any
 from . import merge, select  # noqa: F401  They register what several methods share.
 from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS, natural_layers
 from .places import BEFORE, IN_WORDS, INPUT, LAYERS, TOWER, place_and_layers
+from .utils import plugins
 from .utils.names import spelled
 from .utils.numbers import is_whole
 from .utils.sentences import ConfigError, did_you_mean, show
@@ -490,6 +491,8 @@ def choice(key: str, value: Any) -> str:
     """The value in its own spelling. Raises ConfigError for an unknown one."""
     known = _CHOICES[key]
     name = spelled(value, known)
+    if name is None and key in ("select", "merge") and isinstance(value, str) and plugins.offered(value):
+        name = spelled(value, known)
     if name is None:
         hint = did_you_mean(value, known) if isinstance(value, str) else ""
         raise ConfigError(f"{key}: {show(value)} is unknown;{hint} use one of {', '.join(known)}")

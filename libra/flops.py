@@ -232,7 +232,10 @@ def _total(flops: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line; 0 on success, SystemExit with status 2 after one `error: …` line."""
     parser = Parser(
-        prog="python -m libra.flops", description="FLOPs of a row's visual tokens.", epilog=EXAMPLES
+        takes_plugins=True,
+        prog="python -m libra.flops",
+        description="FLOPs of a row's visual tokens.",
+        epilog=EXAMPLES,
     )
     parser.add_argument(
         "--config",

@@ -5,6 +5,7 @@ import ast
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -13,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .checkpoints import find_tower
+from .config import Compression
+from .methods import MERGERS, SELECTORS
 from .rows import Row, get_model
 from .utils.files import write_text
 
@@ -132,11 +135,26 @@ def row_identity(row: Row) -> dict:
     conversation = (
         get_model(row.model, row.path).conversation if row.model else None
     )  # None: the checkpoint's own
-    return {
+    identity = {
         "model": row.model,
         "conversation": conversation,
         "compression": compression,
         "attention": row.attention,
+    }
+    own = _own_code(row.compression)
+    return identity | {"own": own} if own else identity
+
+
+def _own_code(c: Compression) -> dict[str, str]:
+    """Module → digest of its file, of the modules outside of this package that the row's select and merge come
+    from. What they import in their turn is not looked at."""
+    entries = [entry for part in c.parts for entry in (SELECTORS[part.select], MERGERS[part.merge])]
+    modules = {entry.function.__module__ for entry in entries} if c.compresses else set()
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}
+    return {
+        name: file_digest(Path(file))
+        for name, file in sorted(files.items())
+        if file and name.partition(".")[0] != "libra"
     }
 
 

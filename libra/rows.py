@@ -14,7 +14,7 @@ import yaml
 
 from .budget import solve
 from .config import Compression, at, check_keys, choice
-from .utils import plain_yaml
+from .utils import plain_yaml, plugins
 from .utils.names import spelled
 from .utils.provenance import REPOSITORY
 from .utils.sentences import ConfigError, did_you_mean, show
@@ -78,7 +78,8 @@ class Row:
     model: a name in models.yaml; tasks: what it is evaluated on; paper: the paper's figures for it, for
         comparison only;
     name: the file's stem unless given; path: the file; title: in a table, the name unless given; attention:
-    how the model attends, one of `ATTENTIONS`. The score row is computed next to any of them.
+    how the model attends, one of `ATTENTIONS`. The score row is computed next to any of them;
+    plugins: modules that register its select or merge, see :mod:`libra.utils.plugins`.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Row:
     path: str = ""
     title: str = ""
     attention: str = "sdpa"
+    plugins: tuple[str, ...] = ()
 
     @classmethod
     def from_yaml(cls, path: str | Path, needs_model: bool = True) -> "Row":
@@ -112,7 +114,7 @@ class Row:
         return replace(row, compression=c)
 
 
-ROW_KEYS = ("model", "compression", "tasks", "paper", "name", "title", "attention")
+ROW_KEYS = ("model", "compression", "tasks", "paper", "name", "title", "attention", "plugins")
 _NO_LAYERS = (
     "layers: there are none; write for example layers: [7, 15, 23], remove the key for the method's"
     " natural places, or write"
@@ -158,13 +160,13 @@ def _row(mapping: dict[Any, Any], source: str) -> Row:
                 raise ConfigError(f"{key}: {show(mapping[key])} is not a name; write a text of one line")
         attention = choice("attention", mapping.get("attention", Row.attention))
         tasks, paper = _tasks(mapping.get("tasks", [])), _paper(mapping.get("paper", {}))
+        modules = plugins.of_row(_plugins(mapping.get("plugins", [])), Path(source).parent)
     except ConfigError as error:
         raise at(source, error) from None
     name = mapping.get("name", Path(source).stem)
     compression = _block(mapping["compression"], source)
-    return Row(
-        mapping["model"], compression, tasks, paper, name, source, mapping.get("title", name), attention
-    )
+    title = mapping.get("title", name)
+    return Row(mapping["model"], compression, tasks, paper, name, source, title, attention, modules)
 
 
 def _tasks(tasks: Any) -> list[str]:
@@ -173,6 +175,14 @@ def _tasks(tasks: Any) -> list[str]:
     if len(set(tasks)) < len(tasks):
         raise ConfigError(f"tasks: {show(tasks)} names a task twice; name each once")
     return tasks
+
+
+def _plugins(names: Any) -> list[str]:
+    if not isinstance(names, list) or not all(map(_is_name, names)):
+        raise ConfigError(
+            f"plugins: {show(names)} is not a list of modules; write for example [my_package.mine] or [mine.py]"
+        )
+    return names
 
 
 def _paper(paper: Any) -> dict[str, float]:

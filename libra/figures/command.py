@@ -23,6 +23,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 def parser() -> Parser:
     parser = Parser(
+        takes_plugins=True,
         prog="python -m libra.figures",
         epilog=EXAMPLES,
         description="Draw on an image which of its visual tokens each compression layer kept and where the others went.",

@@ -32,6 +32,7 @@ NOT_WITH_TRUE_SIZE = (
 
 def parser() -> Parser:
     parser = Parser(
+        takes_plugins=True,
         prog="python -m libra.latency",
         epilog=EXAMPLES,
         description="Prefill of the decoder, compressed against plain, in turns, next to what the FLOPs promise.",

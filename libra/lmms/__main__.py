@@ -62,6 +62,7 @@ def evaluate(words: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     parser = Parser(
+        takes_plugins=True,
         prog="python -m libra.lmms",
         usage="%(prog)s [lmms-eval's flags]",
         epilog=EXAMPLES,
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--task-folder", action="store_true", help="print the folder of the task files and end"
     )
-    if parser.parse_known_args(words)[0].task_folder:
+    known, words = parser.parse_known_args(words)
+    if known.task_folder:
         print(TASKS)
         return 0
     from .plugin import register

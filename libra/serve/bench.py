@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..utils import plugins
 from ..utils.cli import Parser, whole_from, wholes_from
 from ..utils.files import write_text
 from ..utils.provenance import commit, machine, versions
@@ -32,6 +33,7 @@ EXAMPLES = """example:
 
 def _parser() -> Parser:
     parser = Parser(
+        takes_plugins=True,
         prog="python -m libra.serve.bench",
         description="Requests a second and time to the first token, with compression and without, in turns.",
         epilog=EXAMPLES,
@@ -137,6 +139,7 @@ def _started(args, name: str) -> Iterator[str]:
     ]
     command += ["--device", args.device, "--dtype", args.dtype]
     command += ["--compression", args.compression] if name == "compressed" else []
+    command += plugins.flags()
     environment = {key: value for key, value in os.environ.items() if key != "LIBRA_API_KEY"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

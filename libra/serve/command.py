@@ -42,6 +42,7 @@ def check_packages() -> None:
 
 def _parser() -> Parser:
     parser = Parser(
+        takes_plugins=True,
         prog="python -m libra.serve",
         description="Serve a vision-language model with compressed visual tokens, as OpenAI's chat API.",
         epilog=EXAMPLES,

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config import Compression
 from ..rows import shipped_rows
+from ..utils import plugins
 from ..utils.names import spelled
 from ..utils.sentences import ConfigError, did_you_mean, show
 from .pictures import FRAMES, MOST
@@ -95,11 +96,17 @@ def read_request(body: Mapping[str, Any]) -> Request:
 
 
 def compression_of(given: Any) -> Compression:
-    """A compression by a method's name, the name of a shipped row or a mapping of its keys; never a file.
+    """A compression by a method's name, the name of a shipped row or a mapping of its keys; never a file or a
+    plug-in.
 
     Raises:
         ConfigError: for anything else.
     """
+    with plugins.shut():
+        return _compression(given)
+
+
+def _compression(given: Any) -> Compression:
     if not isinstance(given, str):
         return Compression.from_dict(given)
     if spelled(given, shipped_rows()) is not None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from . import plugins
 from .sentences import one_line
 
 LARGEST = 10**9  # of the whole numbers that a flag takes
@@ -17,15 +18,50 @@ class Parser(argparse.ArgumentParser):
     breaks.
 
     A main catches its own ValueErrors and hands their sentence to `error`, so nobody sees a traceback.
+    ``takes_plugins``: the command reads compressions, so it also takes the user's own methods.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, takes_plugins: bool = False, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        if takes_plugins:
+            add_plugins(self)
 
     def error(self, message: str) -> NoReturn:
         short = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: word[0][:80] + "…", one_line(message))
         print(f"error: {short}", file=sys.stderr)
         raise SystemExit(2)
+
+
+class _Import(argparse.Action):
+    def __call__(self, parser, namespace, value, option_string=None):
+        try:
+            plugins.load(value)
+        except ValueError as error:
+            parser.error(f"--import: {error}")
+
+
+class _Allow(argparse.Action):
+    def __call__(self, parser, namespace, value, option_string=None):
+        plugins.allow()
+
+
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    """`--import` and `--allow-plugins`, obeyed while the command line is read."""
+    group = parser.add_argument_group("your own methods")
+    group.add_argument(
+        "--import",
+        action=_Import,
+        dest=argparse.SUPPRESS,
+        metavar="MODULE",
+        help="import a module, or a .py file, that registers a select or a merge; may be repeated",
+    )
+    group.add_argument(
+        "--allow-plugins",
+        action=_Allow,
+        nargs=0,
+        dest=argparse.SUPPRESS,
+        help="import the modules that a row's `plugins` names; only for rows you trust",
+    )
 
 
 def only_commands(package: str, *commands: str) -> None:

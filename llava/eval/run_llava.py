@@ -37,6 +37,7 @@ def eval_model(args) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
+        takes_plugins=True,
         prog="python -m llava.eval.run_llava",
         description="Answer one question about images or videos.",
         epilog=EXAMPLES,

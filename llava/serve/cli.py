@@ -76,6 +76,7 @@ def converse(session: "Session", **generation) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
+        takes_plugins=True,
         prog="python -m llava.serve.cli",
         description="Talk about images or videos in the terminal.",
         epilog=EXAMPLES,

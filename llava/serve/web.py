@@ -23,6 +23,7 @@ Without --model-path it shows the embedded model, which knows handwritten digits
 
 def _parser(prog: str) -> Parser:
     parser = Parser(
+        takes_plugins=True,
         prog=prog,
         description="Compare answers with and without compression in a browser.",
         epilog=EXAMPLES,

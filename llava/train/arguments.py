@@ -17,6 +17,8 @@ from transformers import TrainingArguments as BaseArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import ParallelMode
 
+from libra.utils.cli import add_plugins
+
 from .flags import EXAMPLES, DataArguments, ModelArguments, OwnTrainingArguments
 
 # Flags of the published scripts that transformers 5 calls otherwise.
@@ -57,6 +59,7 @@ def make_parser() -> HfArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
         add_help=False,
     )
+    add_plugins(parser)
     parser.add_argument(
         "--help-all", action="help", help="this text; --help leaves transformers' own flags out"
     )

@@ -95,6 +95,7 @@ class OwnTrainingArguments:
 def help_text() -> str:
     """What ``--help`` prints: these flags, and where the others are."""
     parser = Parser(
+        takes_plugins=True,
         prog="python -m llava.train.train",
         usage="%(prog)s [flags]",
         epilog=f"{OTHERS}\n\n{EXAMPLES}",
