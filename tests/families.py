@@ -53,13 +53,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Kind:
-    """How to make a model of a family and its pictures; ``video`` is None where the family takes images
-    alone."""
+    """How to make a model of a family and its pictures; ``video`` is None where the family takes only images,
+    ``marks`` gives the arguments that are made of the token ids (B, S), ``join`` makes one tensor of an
+    argument's tensors of each picture."""
 
     config: Callable[[str], object]
     image: Callable[[torch.Generator], Picture]
     video: Callable[[torch.Generator], Picture] | None = None
     texts: tuple[str, ...] = ("llama",)
+    marks: Callable[[torch.Tensor], dict[str, torch.Tensor]] = lambda ids: {}
+    join: Callable[[str, list[torch.Tensor]], torch.Tensor] = lambda name, parts: torch.cat(parts)
 
 
 def text_config(name: str, **changes):
@@ -261,6 +264,11 @@ def qwen3_video(draw):
     )
 
 
+def modalities(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Which token is text (0), of an image (1), of a video (2): what their processor gives."""
+    return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+
+
 KINDS = {
     "LlavaForConditionalGeneration": Kind(llava, llava_image, texts=("llama", "mistral", "qwen2")),
     "LlavaNextForConditionalGeneration": Kind(llava_next, llava_next_image, texts=("llama", "mistral")),
@@ -269,9 +277,15 @@ KINDS = {
     ),
     "VideoLlavaForConditionalGeneration": Kind(video_llava, video_llava_image, video_llava_video),
     "InternVLForConditionalGeneration": Kind(internvl, internvl_image, texts=("qwen2", "qwen3", "llama")),
-    "Qwen2VLForConditionalGeneration": Kind(qwen2_vl, qwen_image, qwen_video, texts=("own",)),
-    "Qwen2_5_VLForConditionalGeneration": Kind(qwen2_5_vl, qwen_image, qwen_video, texts=("own",)),
-    "Qwen3VLForConditionalGeneration": Kind(qwen3_vl, qwen_image, qwen3_video, texts=("own",)),
+    "Qwen2VLForConditionalGeneration": Kind(
+        qwen2_vl, qwen_image, qwen_video, texts=("own",), marks=modalities
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Kind(
+        qwen2_5_vl, qwen_image, qwen_video, texts=("own",), marks=modalities
+    ),
+    "Qwen3VLForConditionalGeneration": Kind(
+        qwen3_vl, qwen_image, qwen3_video, texts=("own",), marks=modalities
+    ),
 }
 
 
@@ -282,10 +296,14 @@ SAID = dict(do_sample=False, suppress_tokens=[IMAGE, VIDEO, START, END])  # gree
 
 
 def own_model(family: str, text: str = "", attention: str = "sdpa", seed: int = 0, **sizes):
+    """:func:`make` for one of ``KINDS``."""
+    return make(KINDS[family], family, text, attention, seed, **sizes)
+
+
+def make(kind: Kind, family: str, text: str = "", attention: str = "sdpa", seed: int = 0, **sizes):
     """A model of random weights, larger than usual ones so that attention is far from uniform; ``sizes`` of
     its decoder."""
     torch.manual_seed(seed)
-    kind = KINDS[family]
     config = kind.config(text or kind.texts[0])
     for name, value in sizes.items():
         setattr(config.text_config, name, value)
@@ -315,9 +333,14 @@ class Talk:
 
 
 def talk(family: str, pattern: str, seed: int) -> Talk:
+    """:func:`talk_of` for one of ``KINDS``."""
+    return talk_of(KINDS[family], pattern, seed)
+
+
+def talk_of(kind: Kind, pattern: str, seed: int) -> Talk:
     """From a pattern such as "t4 i t5 v t2 a3": text, an image, a video (an image where the family has none),
     an answer."""
-    draw, kind = torch.Generator().manual_seed(seed), KINDS[family]
+    draw = torch.Generator().manual_seed(seed)
     ids, labels, given = [], [], []
     for part in pattern.split():
         if part[0] in "iv":
@@ -333,6 +356,13 @@ def talk(family: str, pattern: str, seed: int) -> Talk:
 def collate(
     family: str, talks: list[Talk], side: str = "left", labels: bool = False
 ) -> dict[str, torch.Tensor]:
+    """:func:`batch_of` for one of ``KINDS``."""
+    return batch_of(KINDS[family], talks, side, labels)
+
+
+def batch_of(
+    kind: Kind, talks: list[Talk], side: str = "left", labels: bool = False
+) -> dict[str, torch.Tensor]:
     """The model's arguments for a batch."""
 
     def padded(parts, value):
@@ -341,9 +371,8 @@ def collate(
     ids = padded([t.ids for t in talks], 0)
     batch = {"input_ids": ids, "attention_mask": padded([torch.ones_like(t.ids) for t in talks], 0)}
     for name in sorted({name for t in talks for picture in t.given for name in picture}):
-        batch[name] = torch.cat([picture[name] for t in talks for picture in t.given if name in picture])
-    if family.startswith("Qwen"):
-        batch["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        batch[name] = kind.join(name, [p[name] for t in talks for p in t.given if name in p])
+    batch.update(kind.marks(ids))
     if labels:
         batch["labels"] = padded([t.labels for t in talks], -100)
     return batch
