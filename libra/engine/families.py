@@ -1,41 +1,34 @@
-"""The Hugging Face models that :func:`libra.attach` knows, and where each keeps what the plug-in needs."""
+"""The names of the Hugging Face models that were tested with :func:`libra.attach`, as plain data."""
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a model class keeps what the plug-in needs.
-
-    Attributes:
-        token_ids: names of the configuration's placeholder ids of visual tokens.
-        body: dotted path to the module that puts text and images together; it takes ``input_ids``.
-        decoder: dotted path to the text decoder (``layers``, ``norm``, ``rotary_emb``).
-    """
-
-    token_ids: tuple[str, ...] = ("image_token_id", "video_token_id")
-    body: str = "model"
-    decoder: str = "model.language_model"
-
-
-_ONLY_IMAGES = Family(token_ids=("image_token_id",))
-FAMILIES = {
-    "LlavaForConditionalGeneration": _ONLY_IMAGES,
-    "LlavaNextForConditionalGeneration": _ONLY_IMAGES,
-    "LlavaOnevisionForConditionalGeneration": Family(),
-    "VideoLlavaForConditionalGeneration": Family(),
-    "Qwen2VLForConditionalGeneration": Family(),
-    "Qwen2_5_VLForConditionalGeneration": Family(),
-    "Qwen3VLForConditionalGeneration": Family(),
-    "InternVLForConditionalGeneration": _ONLY_IMAGES,
-}
-# Decoders whose forward is the plain loop of CompressedDecoder.
-DECODERS = (
-    "LlamaModel",
-    "MistralModel",
-    "Qwen2Model",
-    "Qwen3Model",
-    "Qwen2VLTextModel",
-    "Qwen2_5_VLTextModel",
-    "Qwen3VLTextModel",
+# By class; what the test matrix runs. Other classes that look alike are accepted with a warning.
+TESTED = (
+    "InternVLForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "VideoLlavaForConditionalGeneration",
+)
+# The names under which configurations keep the placeholder ids of visual tokens.
+IMAGE_IDS = ("image_token_id", "image_token_index", "image_patch_id")
+VIDEO_IDS = ("video_token_id", "video_token_index", "frame_patch_id")
+# The arguments of decoder layers that can be shortened, or have no columns; a layer that takes another one is
+# refused, because nobody has looked at it.
+LAYER_ARGUMENTS = (
+    "attention_mask",
+    "cache",
+    "conv_mask",
+    "hidden_states",
+    "kwargs",
+    "moe_mm_token_type_ids",
+    "output_attentions",
+    "output_router_logits",
+    "past_key_values",
+    "per_layer_input",
+    "position_embeddings",
+    "position_ids",
+    "shared_kv_states",
+    "use_cache",
 )

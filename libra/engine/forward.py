@@ -25,7 +25,7 @@ from .transformers_api import cache_argument
 def position_axes(decoder) -> int:
     """How many position numbers a token has: 3 with multi-axis rotary embeddings (time, height, width),
     otherwise 1."""
-    return 3 if hasattr(decoder.rotary_emb, "mrope_section") else 1
+    return 3 if hasattr(getattr(decoder, "rotary_emb", None), "mrope_section") else 1
 
 
 def fitted(decoder, compression: Compression) -> Compression:

@@ -12,17 +12,29 @@ An *attention mask* is what a layer takes, (B, 1, S, K) or whatever its attentio
 
 import torch
 
-from .transformers_api import cache_argument, create_causal_mask, create_sliding_window_causal_mask
+from .transformers_api import MASKS_OF_LAYER_TYPES, cache_argument
 
-MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+# Layers whose state runs along the sequence, and layers that look at no other token: neither has scores.
+RECURRENT, POINTWISE = ("linear_attention", "conv"), ("mlp", "moe")
+# Layers that have both an attention and a short convolution, and the kind of their attention.
+BOTH = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
+# By the kind of attention, transformers' own function that makes its mask.
+MASKS = {
+    kind: MASKS_OF_LAYER_TYPES[kind] for kind in ("full_attention", "sliding_attention", "chunked_attention")
+}
 
 
 def attention_kind(config, layer: int) -> str:
     """Which keys a decoder layer sees, by the names of transformers' ``layer_types``."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
-        return kinds[layer]
+        return BOTH.get(kinds[layer], kinds[layer])
     return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+
+
+def attends(config, layer: int) -> bool:
+    """True for a decoder layer that attends, and so has scores and keys."""
+    return attention_kind(config, layer) not in (*RECURRENT, *POINTWISE)
 
 
 def attention_masks(config, layers: range, hidden, key_mask, position_ids, cache) -> dict:
@@ -59,3 +71,70 @@ def joined(
         return None
     whole = [torch.ones(len(like), n, dtype=torch.bool, device=like.device) for n in lengths]
     return torch.cat([ones if mask is None else mask for ones, mask in zip(whole, (past, new))], 1)
+
+
+def step_mask(key_mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The mask (B, 1, 1, K) of one new token, which sees every valid key, of the kind of ``like``: bool, or 0 and
+    minus infinity."""
+    mask = key_mask[:, None, None]
+    return mask if like.dtype == torch.bool else mask.to(like.dtype).log_()
+
+
+def shortened_mask(
+    whole: torch.Tensor,
+    source: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    past: int,
+    window: int | None,
+) -> torch.Tensor:
+    """A mask that the model made itself, say of images that see all of themselves, for fewer columns.
+
+    Args:
+        whole: (B or 1, 1, S, K), bool, or 0 and a large negative number; its last S keys are this call's.
+        source: (B, S'), the column of this call that each column left comes from; None for all.
+        valid: (B, S') bool, False for padding; None without.
+        key_mask: (B, past + S') bool, or None; which keys of earlier calls are valid.
+        past: how many keys of earlier calls there are: all columns see the valid ones.
+        window: how many of the columns left a column sees back, itself included; None for all. Columns that see
+            ahead, as images do, also see as far back.
+
+    Returns:
+        (B or 1, 1, S', past + S') of the dtype of ``whole``.
+    """
+    seen = whole if whole.dtype == torch.bool else whole == 0
+    length = seen.shape[2]
+    seen = seen[..., -length:]
+    if source is not None:
+        seen = _gathered_block(seen.expand(len(source), -1, -1, -1), source)
+    if valid is not None:
+        seen = seen & valid[:, None, None]
+    earlier = seen.new_ones(*seen.shape[:3], past)
+    if key_mask is not None and past:
+        earlier = earlier & key_mask[:, None, None, :past]
+    if window is not None:
+        place = torch.arange(seen.shape[2], device=seen.device)
+        ahead = seen & (place > place[:, None])
+        block = ahead | ahead.transpose(2, 3) & seen
+        near = (place <= place[:, None]) & (place[:, None] - place < window)
+        near = near if valid is None else near & valid[:, None, None]
+        seen = near | block
+        back = place[:, None] + past - torch.arange(past, device=seen.device)
+        earlier = earlier & (back < window)
+    seen = torch.cat([earlier, seen], -1)
+    if whole.dtype == torch.bool:
+        return seen
+    return torch.zeros_like(seen, dtype=whole.dtype).masked_fill(~seen, torch.finfo(whole.dtype).min)
+
+
+def _gathered_block(seen: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """(B, 1, S', S') of the columns ``source`` (B, S') out of (B, 1, S, S)."""
+    batch, length = len(source), seen.shape[3]
+    rows = seen.gather(2, source[:, None, :, None].expand(-1, 1, -1, length))
+    block = rows.gather(3, source[:, None, None].expand(-1, 1, source.shape[1], -1))
+    # A compensation token and the last visual token come from the same column. The earlier of the two sees the
+    # later one only where the column before that one does.
+    same = (source[:, :, None] == source[:, None]).triu(1)[:, None]
+    row = torch.arange(batch, device=source.device)[:, None]
+    before = seen[row, 0, (source - 1).clamp(min=0), source]
+    return torch.where(same, before[:, None, :, None], block)

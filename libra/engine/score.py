@@ -1,14 +1,15 @@
 """Hybrid attention (§4.4): everybody attends as before, and at a compression layer one score row is computed
 beside it.
 
-transformers hands every attention function the finished queries and keys, and passes unknown keyword
-arguments through a
-decoder layer down to it. A :class:`Probe` travels that way to the compression layers; without one the
-wrappers do nothing.
+transformers hands every attention function the finished queries and keys. A :class:`Probe` reaches it in one
+of two ways: as a keyword argument ``score_probe`` that a decoder layer of llava passes down, or, in a model with
+hooks, by :func:`ask`, which only the attention modules of one layer answer. Without a probe the wrappers do
+nothing.
 """
 
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import wraps
 
 import torch
@@ -23,6 +24,7 @@ from .transformers_api import (
 )
 
 HYBRID_EAGER = "hybrid_eager"
+MARK = "libra_mark"  # attribute of the attention modules that can be asked; its value names their layer
 
 
 class Answered(Exception):
@@ -37,31 +39,106 @@ class Probe:
     already shorter. With ``only`` the attention module is left as soon as the probe is answered;
     ``past_keys`` (B, H_kv, P, head_dim) then come
     before the keys of this call. No dataclass: FSDP copies those on their way into a layer, and the copy
-    would get the answer.
+    would get the answer. With ``by_mask`` the layer's own attention mask says which keys a token sees, instead
+    of ``key_mask`` and the layer's window.
     """
 
     def __init__(self, rows: torch.Tensor, key_mask: torch.Tensor | None):
         self.rows, self.key_mask = rows, key_mask
         self.attention: torch.Tensor | None = None
-        self.only = False
+        self.only = self.by_mask = False
         self.past_keys: torch.Tensor | None = None
 
     @torch.no_grad()
-    def read(self, query, key, scaling, sliding_window=None) -> None:
+    def read(self, query, key, attention_mask, options: dict) -> None:
+        """Answer from an attention call: query (B, H, S, D), key (B, H_kv, K, D), its mask and its keyword
+        arguments."""
+        scaling = options.get("scaling") or query.shape[-1] ** -0.5
+        window, cap, bias = (options.get(name) for name in ("sliding_window", "softcap", "position_bias"))
         with record_function("libra.score"):
             if self.past_keys is not None:
                 key = torch.cat([self.past_keys, key], 2)
-            self.attention = score_row(query, key, self.rows, scaling, self.key_mask, sliding_window)
+            if cap is None and bias is None and not (self.by_mask and attention_mask is not None):
+                self.attention = score_row(query, key, self.rows, scaling, self.key_mask, window)
+            else:
+                seen = visible(attention_mask, self.rows, len(query), key.shape[2], query.shape[2])
+                self.attention = masked_row(query, key, self.rows, scaling, seen, cap, bias)
         if self.only:
             raise Answered
+
+
+def visible(mask, rows: torch.Tensor, batch: int, keys: int, queries: int) -> torch.Tensor:
+    """(B, H or 1, R, K) bool: which keys the chosen queries ``rows`` (B, R) see by an attention mask.
+
+    ``mask``: (B or 1, H or 1, S, K) bool or 0 and a large negative number, flex attention's block mask, or None
+    for causal attention.
+    """
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        seen = seen[..., -keys:].expand(batch, -1, -1, -1)
+        return seen.gather(2, rows[:, None, :, None].expand(-1, seen.shape[1], -1, seen.shape[3]))
+    place = torch.arange(keys, device=rows.device)
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        row = torch.arange(batch, device=rows.device)[:, None, None]
+        return mask.mask_mod(row, torch.zeros_like(row), rows[:, :, None], place)[:, None]
+    seen = (place <= (rows + keys - queries)[:, :, None])[:, None]
+    return seen if mask is None else seen & mask.bool()[:, None, None, -keys:]
+
+
+def masked_row(query, key, rows, scaling: float, seen, cap: float | None, bias) -> torch.Tensor:
+    """(B, R, K) float32: :func:`~libra.ops.reference.score_row` for attention that is not just causal.
+
+    ``seen`` (B, H or 1, R, K) bool; ``cap``: the scores are squeezed between -cap and cap; ``bias`` (B or 1, H, S,
+    K) is added to them.
+    """
+    batch, heads, _, width = query.shape
+    chosen = rows[:, None, :, None]
+    picked = query.gather(2, chosen.expand(-1, heads, -1, width)).float() * scaling
+    grouped = picked.reshape(batch, key.shape[1], -1, width)
+    scores = (grouped @ key.float().transpose(2, 3)).view(batch, heads, rows.shape[1], key.shape[2])
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if bias is not None:
+        bias = bias.expand(batch, *bias.shape[1:]).float()
+        scores = scores + bias.gather(2, chosen.expand(-1, bias.shape[1], -1, bias.shape[3]))
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1).mean(1)
+
+
+class Mark:
+    """Names a layer on its attention modules: one object for each layer of an attached model."""
+
+
+_ASKED: ContextVar[tuple[Mark, Probe] | None] = ContextVar("libra_asked", default=None)
+
+
+def ask(mark: Mark, probe: Probe) -> None:
+    """The first attention of the layer ``mark`` that runs next in this thread answers ``probe``."""
+    _ASKED.set((mark, probe))
+
+
+def forget() -> None:
+    """Nothing is asked any longer in this thread."""
+    _ASKED.set(None)
+
+
+@torch.compiler.disable
+def _answer(mark: Mark, query, key, attention_mask, options: dict) -> None:
+    asked = _ASKED.get()
+    if asked is not None and asked[0] is mark and asked[1].attention is None:
+        asked[1].read(query, key, attention_mask, options)
 
 
 def _with_probe(attend: Callable) -> Callable:
     @wraps(attend)
     def hybrid(module, query, key, value, attention_mask, *args, score_probe: Probe | None = None, **kwargs):
         if score_probe is not None:
-            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            score_probe.read(query, key, scaling, kwargs.get("sliding_window"))
+            score_probe.read(query, key, attention_mask, kwargs)
+        else:
+            # Not every attention module hands keyword arguments on, and a compiler cannot trace a context
+            # variable: the modules that can be asked bear a mark, the others never look.
+            mark = getattr(module, MARK, None)
+            if mark is not None:
+                _answer(mark, query, key, attention_mask, kwargs)
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
     hybrid.takes_probe = True

@@ -49,7 +49,9 @@ from transformers.masking_utils import (  # noqa: E402
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
     create_causal_mask,
-    create_sliding_window_causal_mask,
+)
+from transformers.masking_utils import (  # noqa: E402
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING as MASKS_OF_LAYER_TYPES,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
@@ -68,6 +70,7 @@ __all__ = [
     "Cache",
     "CausalLMOutputWithPast",
     "DynamicCache",
+    "MASKS_OF_LAYER_TYPES",
     "ModelOutput",
     "PreTrainedConfig",
     "PreTrainedModel",
@@ -80,7 +83,6 @@ __all__ = [
     "capture_outputs",
     "check_guesses",
     "create_causal_mask",
-    "create_sliding_window_causal_mask",
     "empty_layers",
     "merge_with_config_defaults",
     "one_cache",

@@ -8,7 +8,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 import libra
 from libra.engine.attach import Attachment
-from libra.engine.families import FAMILIES
+from libra.engine.families import TESTED, VIDEO_IDS
+from libra.engine.structure import placeholder_ids
 from libra.engine.transformers_api import PreTrainedConfig
 from libra.rows import Row
 from llava.model import huggingface
@@ -32,16 +33,16 @@ def class_of(path: str) -> str | None:
         return None
     kind = config.get("model_type")
     name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
-    if name not in FAMILIES:
+    if name not in TESTED:
         raise ValueError(
             f"{path} is of type {kind!r}, which libra.attach does not support; it supports"
-            f" {', '.join(FAMILIES)}"
+            f" {', '.join(TESTED)}"
         )
     return name
 
 
 class HuggingFace(Engine):
-    """Any family of ``libra.engine.families.FAMILIES``, with the checkpoint's own processor and chat
+    """Any class of ``libra.engine.families.TESTED``, with the checkpoint's own processor and chat
     template.
 
     Videos go to the families that take them as such, to the others as images, frame by frame.
@@ -63,7 +64,7 @@ class HuggingFace(Engine):
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model_class = getattr(transformers, class_name)
         self.model = huggingface.load(model_class, path, dtype=dtype, device_map={"": device}).eval()
-        self.takes_videos = any(name.startswith("video_") for name in FAMILIES[class_name].token_ids)
+        self.takes_videos = bool(placeholder_ids(self.model.config, VIDEO_IDS))
         self.handle: Attachment | None = None
 
     def set_row(self, row: Row, trace: bool) -> None:

@@ -1,0 +1,105 @@
+"""The call that is on its way: one forward of an attached model, from its outside to its decoder and back.
+
+What belongs to a call is kept with it, next to the models' own arguments, which some of them also hand to their
+vision towers. Each thread has its own, and nothing survives a call, whatever ends it.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+
+from .layers import Given, HookedForward
+from .tokens import Prefill
+from .transformers_api import ASSISTED_GENERATION
+
+
+@dataclass
+class Call:
+    """One forward call.
+
+    Attributes:
+        decoder: whose call it is.
+        frame: runs as long as the call.
+        outer: the call in which this one was made.
+        whole: False where the model's body, or its decoder, was called by itself.
+        labels: which the model does not see.
+        score_offset: how far before the last column the scoring token stands.
+        marked: what the user said of this call's visual tokens.
+        padding_mask: what the model's body was given.
+        prefill: the visual tokens that it brings.
+        given: what the decoder was given.
+        forward: the stages, from the first layer on.
+        stats, recorder: what came of it, where there was something to compress.
+    """
+
+    decoder: torch.nn.Module
+    frame: FrameType
+    outer: "Call | None" = None
+    whole: bool = True
+    labels: torch.Tensor | None = None
+    score_offset: int = 0
+    marked: torch.Tensor | None = None
+    padding_mask: torch.Tensor | None = None
+    prefill: Prefill | None = None
+    given: Given = Given()
+    forward: HookedForward | None = None
+    stats: dict | None = None
+    recorder: object | None = None
+
+
+_CALL: ContextVar[Call | None] = ContextVar("libra_call", default=None)
+
+
+def _frames() -> Iterator[FrameType]:
+    """The frames that are running, from the innermost outwards."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+@torch.compiler.disable
+def running(decoder: torch.nn.Module) -> Call | None:
+    """The call of ``decoder``'s model that is on its way, if one is.
+
+    torch runs no hook at the end of a call that Ctrl-C interrupts, nor of a compiled one that fails, so such a
+    call is found here: its frame no longer runs.
+    """
+    call = _CALL.get()
+    while call is not None and not any(frame is call.frame for frame in _frames()):
+        call = call.outer
+        _CALL.set(call)
+    return call if call is not None and call.decoder is decoder else None
+
+
+def at_layers(decoder: torch.nn.Module) -> Call | None:
+    """The same between the layers of a decoder that runs, where nothing needs to be looked for."""
+    call = _CALL.get()
+    return call if call is not None and call.decoder is decoder else None
+
+
+def begin(decoder: torch.nn.Module, modules: tuple[str, ...], **keys) -> Call:
+    """A new call is on its way: that of the innermost frame which is neither torch's compiler's nor in one of
+    ``modules``, and so runs a hook."""
+    skipped = (__name__, *modules, "torch._dynamo", "torch._compile")
+    frame = next(frame for frame in _frames() if not frame.f_globals.get("__name__", "").startswith(skipped))
+    call = Call(decoder, frame, outer=_CALL.get(), **keys)
+    _CALL.set(call)
+    return call
+
+
+def end(call: Call) -> None:
+    """The call is over."""
+    _CALL.set(call.outer)
+
+
+def assisted(model: torch.nn.Module) -> bool:
+    """True where ``model`` is called by its own assisted generation, which puts its first guesses after the
+    prompt."""
+    return any(
+        frame.f_code is ASSISTED_GENERATION and frame.f_locals.get("self") is model for frame in _frames()
+    )

@@ -1,0 +1,270 @@
+"""The hooks on one attached model: they follow a call from the model's outside to its decoder's layers.
+
+They are put on when a compression is attached and taken off when it is detached, never while a call runs; what they
+know of a call is kept with the call. They are methods, without closures, so that a deep copy of the model has its own.
+"""
+
+import copy
+import inspect
+import pickle
+import sys
+import warnings
+import weakref
+from contextvars import ContextVar
+from functools import partial
+
+import torch
+
+from ..config import Compression
+from . import calls, score
+from .calls import Call
+from .layers import Given, HookedForward
+from .structure import arguments_of, attention_modules, examined, layers_of, scoring_layer
+from .survey import surveyed
+from .transformers_api import PreTrainedModel, cache_given
+
+OWNER = "libra_hooks"  # attribute of an attached decoder
+_MARKED: ContextVar[tuple["Hooks", torch.Tensor] | None] = ContextVar("libra_marked", default=None)
+
+
+def named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
+    """A call's arguments by name."""
+    if not args:
+        return dict(kwargs)
+    parameters = inspect.signature(type(module).forward).parameters
+    if "args" in parameters:  # peft's wrapper, which hands everything on
+        parameters = inspect.signature(type(module.get_base_model()).forward).parameters
+    return {**dict(zip(list(parameters)[1:], args)), **kwargs}
+
+
+def forget_compiled_code() -> None:
+    """Compiled code does not look for hooks that were added later, or that are gone."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+class Hooks:
+    """The hooks on one model, and what came of its last call.
+
+    Args:
+        model: with or without an adapter around it.
+        compression: what to do; :attr:`compression` has its layers in this model.
+        trace: whether to record what becomes of each visual token.
+
+    Raises:
+        ValueError: for a model or a compression that cannot work, and for a model that has hooks already.
+    """
+
+    def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool):
+        found, self.compression = examined(model, compression)
+        if OWNER in vars(found.decoder):
+            raise ValueError(
+                "a compression is attached to this model already; detach it first, with its handle or"
+                " libra.detach(model)"
+            )
+        self.base, self.decoder, self._token_ids, self._trace = (
+            found.base,
+            found.decoder,
+            found.token_ids,
+            trace,
+        )
+        self.handle: weakref.ref | None = None
+        self.stats: dict | None = None
+        self.recorder = None
+        self._marks: dict[int, score.Mark] = {}
+        self._names: list[list[str]] = []
+        self._hooks: list = []
+        vars(self.decoder)[OWNER] = self
+        outside = {id(module): module for module in (model, self.base)}.values()
+        for module in outside:  # peft's forward goes past the base model's hooks
+            self._before(module, self._begin)
+        self._before(found.body, self._begin_body)
+        self._after(found.body, self._end_body)
+        for module in outside:
+            self._hooks.append(module.register_forward_hook(self._end, with_kwargs=True, always_call=True))
+        self._hook_decoder()
+        forget_compiled_code()
+
+    def _before(self, module, hook) -> None:
+        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _after(self, module, hook) -> None:
+        self._hooks.append(module.register_forward_hook(hook, always_call=True))
+
+    def _hook_decoder(self) -> None:
+        """The decoder and its layers, and the marks on those that are asked for their attention."""
+        self._before(self.decoder, self._begin_decoder)
+        self._after(self.decoder, self._end_decoder)
+        layers = layers_of(self.decoder)
+        schedule = self.compression.schedule(len(layers)) if self.compression.compresses else ()
+        for step in schedule:
+            if step.scores:
+                mark = self._marks[step.layer] = score.Mark()
+                for module in attention_modules(layers[scoring_layer(step)]):
+                    setattr(module, score.MARK, mark)
+        self._compresses = bool(schedule)
+        for i, layer in enumerate(layers if schedule else ()):
+            self._names.append(arguments_of(layer))
+            self._before(layer, partial(self._before_layer, i))
+        if any(step.layer == len(layers) - 1 for step in schedule):
+            self._hooks.append(layers[-1].register_forward_hook(self._after_last_layer))
+
+    def __deepcopy__(self, memo) -> "Hooks":
+        other = memo[id(self)] = object.__new__(type(self))
+        vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return other
+
+    def __reduce_ex__(self, protocol):
+        raise pickle.PicklingError(
+            "a compressed model cannot be pickled: detach first, with the handle or libra.detach(model)"
+        )
+
+    def detach(self) -> None:
+        """Give the model back as it was; a second call does nothing, whatever was attached since."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        del vars(self.decoder)[OWNER]
+        for module in self.decoder.modules():
+            vars(module).pop(score.MARK, None)
+        score.disable(self.decoder.config)
+        forget_compiled_code()
+
+    def mark_visual_tokens(self, mask: torch.Tensor) -> None:
+        """For this thread's next call of the model: (B, S) bool."""
+        _MARKED.set((self, mask))
+
+    # --- the model: labels, which become shorter ---
+
+    def _start(self, **keys) -> Call:
+        """A new call is on its way; what was marked for it is taken."""
+        if self.handle is not None and self.handle() is None:
+            self.handle = None
+            warnings.warn(
+                "the handle of libra.attach is gone and this model is still compressed; keep the handle,"
+                " or give the model back with libra.detach(model)",
+                stacklevel=2,
+            )
+        marked = _MARKED.get()
+        if marked is not None and marked[0] is self:
+            keys["marked"] = marked[1]
+            _MARKED.set(None)
+        return calls.begin(self.decoder, (__name__,), **keys)
+
+    @torch.compiler.disable
+    def _begin(self, model, args, kwargs):
+        """Take the labels aside, and note how many of the last columns are an answer that is being tried."""
+        if calls.running(self.decoder) is not None:
+            return None
+        kwargs = named(model, args, kwargs)
+        call = self._start(labels=kwargs.pop("labels", None))
+        tried = kwargs.get("logits_to_keep", 0)
+        if isinstance(tried, int) and tried > 1 and calls.assisted(self.base):
+            call.score_offset = tried - 1  # the guesses have no say in what is kept
+        return (), kwargs
+
+    @torch.compiler.disable
+    def _end(self, model, args, kwargs, output):
+        call = calls.running(self.decoder)
+        if call is None:
+            return None
+        calls.end(call)
+        if output is None:  # an exception is on its way
+            return None
+        self._remember(call)
+        if call.labels is None:
+            return None
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        options = (
+            {"num_items_in_batch": kwargs["num_items_in_batch"]} if "num_items_in_batch" in kwargs else {}
+        )
+        vocabulary = self.base.config.get_text_config().vocab_size
+        loss = self.base.loss_function(logits=logits, labels=call.labels, vocab_size=vocabulary, **options)
+        if isinstance(output, tuple):
+            return (loss, *output)
+        output.loss = loss
+        return output
+
+    # --- its body: which columns are visual tokens ---
+
+    @torch.compiler.disable
+    def _begin_body(self, body, args, kwargs):
+        kwargs = named(body, args, kwargs)
+        call = calls.running(self.decoder) or self._start(whole=False)
+        call.padding_mask = kwargs.get("attention_mask")
+        call.prefill = surveyed(kwargs, self._token_ids, self.base.get_input_embeddings(), call, self._trace)
+        return (), kwargs
+
+    @torch.compiler.disable
+    def _end_body(self, body, args, output):
+        call = calls.running(self.decoder)
+        if call is not None and not call.whole:
+            calls.end(call)
+            self._remember(call)
+
+    def _remember(self, call: Call) -> None:
+        if call.stats is not None:
+            self.stats, self.recorder = call.stats, call.recorder
+
+    # --- its decoder and the layers ---
+
+    @torch.compiler.disable
+    def _begin_decoder(self, decoder, args, kwargs):
+        """A new pass through the layers: nothing of an earlier one is left."""
+        score.forget()
+        call = calls.running(decoder)
+        if call is None:
+            return
+        given = named(decoder, args, kwargs)
+        mask, ready = given.get("attention_mask"), False
+        if isinstance(mask, dict) or mask is not None and mask.ndim == 4:
+            # The body made the masks of what it was given itself: that shortens, and the layers' masks are ready.
+            mask, ready = call.padding_mask, True
+        call.given, call.forward = Given(mask, ready, given.get("position_ids")), None
+        if self._compresses:
+            score.enable(decoder.config)
+
+    @torch.compiler.disable
+    def _end_decoder(self, decoder, args, output):
+        score.forget()
+        call = calls.running(decoder)
+        if call is None:
+            return
+        forward, call.forward = call.forward, None
+        if output is not None and forward is not None and forward.tokens is not None:
+            call.stats, call.recorder, call.labels = forward.stats(), forward.recorder, forward.labels
+
+    @torch.compiler.disable
+    def _before_layer(self, i: int, layer, args, kwargs):
+        """Shorten the hidden states after a compression layer, and every argument of the layers that follow."""
+        call = calls.at_layers(self.decoder)
+        if call is None:
+            return None
+        given = {**dict(zip(self._names[i], args)), **kwargs}
+        if i == 0:
+            call.forward = HookedForward(
+                self.decoder,
+                self.compression,
+                next(iter(given.values())),
+                call.given,
+                self._marks,
+                cache_given(given),
+                call.prefill,
+            )
+        changed = call.forward.before(i, given)
+        if not changed:
+            return None
+        args = tuple(changed.get(name, value) for name, value in zip(self._names[i], args))
+        return args, {name: changed.get(name, value) for name, value in kwargs.items()}
+
+    @torch.compiler.disable
+    def _after_last_layer(self, layer, args, output):
+        call = calls.at_layers(self.decoder)
+        if call is None:
+            return None
+        last = self.decoder.config.num_hidden_layers - 1
+        if isinstance(output, tuple):
+            return (call.forward.shorten(last, output[0]), *output[1:])
+        return call.forward.shorten(last, output)

@@ -1,0 +1,186 @@
+"""One call of an unmodified decoder, as the hooks on its layers see it.
+
+Before the first layer after a compression layer the hidden states become shorter; so what the decoder does between
+two layers is done at full length. Every argument of the later layers follows: masks by kind of attention, the
+others by shape.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import score
+from .arguments import Arguments
+from .forward import CompressedForward
+from .masks import MASKS, POINTWISE, RECURRENT, attention_kind, shortened_mask, step_mask
+from .tokens import Shortened
+from .transformers_api import cache_argument
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the decoder was given, as far as its layers do not tell.
+
+    Attributes:
+        padding_mask: (B, past + S), 0 for padding, or None.
+        ready: True where the model's body made the attention masks, for the decoder to hand on.
+        position_ids: as the caller or the body gave them, or None.
+    """
+
+    padding_mask: torch.Tensor | None = None
+    ready: bool = False
+    position_ids: torch.Tensor | None = None
+
+
+class HookedForward(CompressedForward):
+    """The stages of one call of a decoder whose own forward runs.
+
+    Args:
+        hidden: what the first layer gets, (B, S, D), or with several streams (B, S, streams, D) or (streams, B, S,
+            D).
+        given: what the decoder was given.
+        marks: of each layer that can be asked for its attention.
+        cache, prefill: as for :class:`~libra.engine.forward.CompressedForward`.
+    """
+
+    def __init__(
+        self, decoder, compression, hidden, given: Given, marks: dict[int, score.Mark], cache, prefill
+    ):
+        self._given, self._marks = given, marks
+        self._batch = hidden.shape[0] if hidden.ndim == 3 or prefill is None else len(prefill.visual)
+        flat, _ = self._flat(hidden)
+        self._arguments = Arguments(flat.shape[1])
+        super().__init__(decoder, compression, flat, given.padding_mask, given.position_ids, cache, prefill)
+
+    # --- what the engine keeps for each column ---
+
+    def _number_columns(self, position_ids, past: int, hidden: torch.Tensor) -> None:
+        """Only positions that change are counted here; original ones are in the layers' arguments."""
+        self._text_positions = self._positions = self._rotary = None
+        if self.compression.positions != "original":
+            self._text_positions, self._positions = self._split(position_ids, past, hidden)
+
+    def _follow(self, shortened: Shortened) -> None:
+        self._arguments.shorten(shortened.source)
+        self._valid = shortened.valid
+        if self._positions is not None:
+            self._positions = shortened.gather(self._positions, dim=-1)
+        if self.compression.positions == "centre":
+            self._positions = self.tokens.centred(self._positions, self._starts)
+            self._rotary = self.decoder.rotary_emb(self._like, self._positions)
+
+    def _masks_of(self, layers: range, hidden: torch.Tensor, key_mask) -> dict:
+        """Made when the first layer of a kind is given its own; until then none."""
+        self._columns = hidden.shape[1]
+        return {}
+
+    def _flat(self, hidden: torch.Tensor):
+        """(B, S, D) of what a decoder hands from layer to layer, and the way back."""
+        if hidden.ndim == 3:
+            return hidden, lambda x: x
+        if hidden.shape[0] == self._batch:
+            return hidden.flatten(2), lambda x: x.unflatten(2, hidden.shape[2:])
+        streams, width = hidden.shape[0], hidden.shape[-1]
+        flat = hidden.permute(1, 2, 0, 3).flatten(2)
+        return flat, lambda x: x.unflatten(2, (streams, width)).permute(2, 0, 1, 3)
+
+    def shorten(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the layer after compression layer ``layer`` gets."""
+        flat, back = self._flat(hidden)
+        if self.tokens is not None and self.compression.positions == "centre":
+            self._like = flat[:1, :1, :1]
+        return back(self.compress(layer, flat))
+
+    # --- a layer ---
+
+    def before(self, layer: int, given: dict) -> dict:
+        """The arguments of decoder layer ``layer`` that change, by name; ``given``: all, the hidden states first."""
+        changed, first = {}, next(iter(given))
+        if any(step.layer == layer - 1 for step in self._schedule):
+            self._full = given
+            changed[first] = self.shorten(layer - 1, given[first])
+            self._full = None
+        columns = changed.get(first, given[first])
+        for name, value in given.items():
+            if name != first:
+                new = self._argument(layer, name, value, columns)
+                if new is not value:
+                    changed[name] = new
+        if self._asks(layer):
+            score.ask(self._marks[layer], self._probe)
+        return changed
+
+    def _argument(self, layer: int, name: str, value, columns: torch.Tensor):
+        if name == "attention_mask":
+            return self._mask(layer, value, columns)
+        if name == "conv_mask":
+            return self._recurrent_mask(value)
+        if name == "position_ids" and "flash" in self.decoder.config._attn_implementation:
+            return None  # flash attention takes their gaps for the borders of packed sequences
+        if name == "position_embeddings" and self._rotary is not None:
+            return self._rotary
+        return self._arguments.fit(value)
+
+    def _asks(self, layer: int) -> bool:
+        asks = super()._asks(layer)
+        if self._probe is not None:
+            # A window counts the keys that are left, as the score row does; any other mask is read itself.
+            kind = attention_kind(self.decoder.config, layer)
+            self._probe.by_mask = self._given.ready or kind == "chunked_attention"
+        return asks
+
+    def _score_with(self, layer: int, hidden: torch.Tensor) -> None:
+        if self._rotary is None:
+            self._rotary = self._arguments.fit(self._full["position_embeddings"])
+            super()._score_with(layer, hidden)
+            self._rotary = None
+        else:
+            super()._score_with(layer, hidden)
+
+    # --- masks ---
+
+    def _mask(self, layer: int, handed, columns: torch.Tensor):
+        """The mask of a layer that gets the hidden states ``columns`` and that the decoder hands ``handed``."""
+        kind, stage = attention_kind(self.decoder.config, layer), self._stages[self._number]
+        if kind in POINTWISE:
+            return handed
+        if kind in RECURRENT:
+            return self._recurrent_mask(handed)
+        known = self._given.padding_mask is not None or stage.key_mask is None
+        if self._number == 0 and known:
+            return handed  # all columns are there
+        hidden, _ = self._flat(columns)
+        if kind not in self._masks:
+            self._masks[kind] = self._new_mask(layer, kind, handed, hidden)
+        mask = self._masks[kind]
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4 and hidden.shape[1] < mask.shape[2]:
+            return mask[:, :, -hidden.shape[1] :]  # Gemma 4 goes on with the last columns of the call
+        return mask
+
+    def _new_mask(self, layer: int, kind: str, handed, hidden: torch.Tensor):
+        config, stage = self.decoder.config, self._stages[self._number]
+        if self.tokens is None and hidden.shape[1] == 1:
+            if stage.key_mask is None and (handed is None or kind == "full_attention"):
+                return None  # one token sees every key there is
+            if kind == "full_attention" and isinstance(handed, torch.Tensor) and handed.ndim == 4:
+                return step_mask(stage.key_mask, handed)
+        elif self._given.ready and isinstance(handed, torch.Tensor) and handed.ndim == 4:
+            window = config.sliding_window if kind == "sliding_attention" else None
+            keys = None if self.cache is None else self.cache.get_mask_sizes(hidden.shape[1], layer)[0]
+            source = self._arguments.source
+            mask = shortened_mask(handed, source, self._valid, stage.key_mask, self._past(stage), window)
+            return mask if keys is None else mask[..., -keys:]
+        return MASKS[kind](
+            config=config,
+            inputs_embeds=hidden,
+            attention_mask=stage.key_mask,
+            position_ids=None,
+            layer_idx=layer,
+            **cache_argument(self.cache),
+        )
+
+    def _recurrent_mask(self, handed):
+        """(B, S) of a layer whose state runs along the sequence: which columns are valid."""
+        if self._number == 0 or self.tokens is None and self._columns == 1:
+            return handed
+        return self._valid

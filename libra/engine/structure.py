@@ -1,0 +1,207 @@
+"""Whether a model can be compressed between its layers: where its decoder is, and what its layers take.
+
+Everything that could only go wrong later is refused here, in one sentence.
+"""
+
+import inspect
+import sys
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from ..config import Compression, Step
+from .families import IMAGE_IDS, LAYER_ARGUMENTS, TESTED, VIDEO_IDS
+from .forward import fitted, position_axes
+from .masks import MASKS, POINTWISE, RECURRENT, attends, attention_kind
+from .transformers_api import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where a model keeps what the hooks need.
+
+    Attributes:
+        base: the model itself, without an adapter around it.
+        body: the module that puts text and images together; it takes ``input_ids``.
+        decoder: the text model, with its ``layers``.
+        token_ids: the placeholder ids of visual tokens.
+    """
+
+    base: PreTrainedModel
+    body: torch.nn.Module
+    decoder: torch.nn.Module
+    token_ids: list[int]
+
+    @property
+    def name(self) -> str:
+        """The model's class."""
+        return type(self.base).__name__
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in an adapter of peft, or the model itself."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
+
+
+def placeholder_ids(config, names: tuple[str, ...] = IMAGE_IDS + VIDEO_IDS) -> list[int]:
+    """The ids by which a configuration marks the places of visual tokens."""
+    return sorted({token for name in names if isinstance(token := getattr(config, name, None), int)})
+
+
+def layers_of(decoder) -> list[torch.nn.Module]:
+    """The layers that a decoder runs."""
+    return list(decoder.layers)[: decoder.config.num_hidden_layers]
+
+
+def arguments_of(layer: torch.nn.Module) -> list[str]:
+    """The names of the arguments of a decoder layer, the hidden states first."""
+    return list(inspect.signature(type(layer).forward).parameters)[1:]
+
+
+def attention_modules(layer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules of a decoder layer that call transformers' attention functions."""
+    return [
+        module
+        for module in layer.modules()
+        if "Attention" in type(module).__name__
+        and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+    ]
+
+
+def scoring_layer(step: Step) -> int:
+    """The layer whose attention scores the visual tokens for a compression."""
+    return step.layer + (step.part.score_layer == "next")
+
+
+def structure_of(model: PreTrainedModel) -> Structure:
+    """Find decoder, body and placeholder ids of a model.
+
+    Raises:
+        ValueError: where one of them is missing, with the reason.
+    """
+    base = base_of(model)
+    ids = placeholder_ids(base.config)
+    if not ids:
+        raise _unsupported(base, "its configuration names no placeholder of visual tokens")
+    decoder = _decoder_of(base)
+    body = getattr(base, "model", None)
+    takes = () if body is None or body is decoder else inspect.signature(type(body).forward).parameters
+    return Structure(base, body if "input_ids" in takes else base, decoder, ids)
+
+
+def _unsupported(base, reason: str) -> ValueError:
+    return ValueError(f"libra.attach does not support {type(base).__name__}: {reason}")
+
+
+def _decoder_of(base) -> torch.nn.Module:
+    text = base.config.get_text_config(decoder=True)
+    if getattr(base.config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        raise _unsupported(base, "its images go to an encoder, not into the decoder's sequence")
+
+    def is_stack(module) -> bool:
+        layers = getattr(module, "layers", None)
+        return isinstance(layers, torch.nn.ModuleList) and len(layers) == getattr(
+            text, "num_hidden_layers", 0
+        )
+
+    decoder = base.get_decoder()
+    if is_stack(decoder):
+        return decoder
+    stacks = [m for m in decoder.modules() if is_stack(m) and getattr(m, "config", None) is text]
+    if len(stacks) != 1:
+        raise _unsupported(base, f"it has {len(stacks)} stacks of text layers where one is needed")
+    return stacks[0]
+
+
+def examined(model: PreTrainedModel, compression: Compression) -> tuple[Structure, Compression]:
+    """The structure of a model and the compression with its layers in it.
+
+    Raises:
+        ValueError: for what cannot be compressed, in one sentence with the reason.
+    """
+    found = structure_of(model)
+    _check_layers(found)
+    _check_forward(found.decoder)
+    compression = fitted(found.decoder, compression)
+    _check_places(found, compression)
+    _check_positions(found, compression)
+    if found.name not in TESTED:
+        warnings.warn(
+            f"{found.name} is untested with libra.attach: its structure is one that can be compressed, but"
+            " compare its answers before you rely on them",
+            stacklevel=6,
+        )
+    return found, compression
+
+
+def _check_layers(found: Structure) -> None:
+    config, layers = found.decoder.config, layers_of(found.decoder)
+    if any("cross" in name for layer in layers for name, _ in layer.named_children()):
+        raise _unsupported(
+            found.base,
+            "its text looks at the images through cross-attention, so its layers have no visual tokens",
+        )
+    strange = sorted({name for layer in layers for name in arguments_of(layer)} - set(LAYER_ARGUMENTS))
+    if strange:
+        raise _unsupported(
+            found.base, f"its decoder layers take {', '.join(strange)}, which nobody can shorten"
+        )
+    kinds = {attention_kind(config, layer) for layer in range(len(layers))}
+    if unknown := sorted(kinds - {*MASKS, *RECURRENT, *POINTWISE}):
+        raise _unsupported(found.base, f"its decoder has layers of type {', '.join(unknown)}")
+
+
+def _check_forward(decoder) -> None:
+    own = vars(decoder)
+    replaced = "forward" in own and getattr(own["forward"], "__func__", None) is not type(decoder).forward
+    if replaced and "_old_forward" not in own:
+        raise ValueError(
+            f"the forward of this model's {type(decoder).__name__} was replaced (by torch.compile?); attach first,"
+            " then replace it"
+        )
+
+
+def _check_places(found: Structure, compression: Compression) -> None:
+    """Compression layers must score, and nothing may want back what they removed."""
+    decoder, config = found.decoder, found.decoder.config
+    layers = layers_of(decoder)
+    schedule = compression.schedule(len(layers)) if compression.compresses else ()
+    able = [i for i, layer in enumerate(layers) if attends(config, i) and attention_modules(layer)]
+    for step in schedule:
+        if step.scores and scoring_layer(step) not in able:
+            raise ValueError(
+                f"layers: {scoring_layer(step)} of {found.name} has no attention whose scores could be read; choose"
+                f" from {able}"
+            )
+    vision = getattr(found.base.config, "vision_config", None)
+    deep = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    if schedule and schedule[0].layer < deep - 1:
+        raise ValueError(
+            f"layers: {schedule[0].layer} is too early: {type(decoder).__name__} adds visual features after its"
+            f" layers 0 to {deep - 1}; compress after layer {deep - 1} at the earliest"
+        )
+    shared = getattr(config, "num_kv_shared_layers", 0) or 0
+    if shared and schedule:
+        first = len(layers) - shared
+        kinds = [attention_kind(config, layer) for layer in range(len(layers))]
+        sources = [max(i for i in range(first) if kinds[i] == kind) for kind in {*kinds[first:]}]
+        if schedule[-1].layer >= min(sources):
+            raise ValueError(
+                f"layers: {schedule[-1].layer} is too late: layers {first} and up of {found.name} use the keys of"
+                f" layers {sorted(sources)}; compress after layer {min(sources) - 1} at the latest"
+            )
+
+
+def _check_positions(found: Structure, compression: Compression) -> None:
+    if not compression.compresses or compression.positions == "original":
+        return
+    rotary = getattr(found.decoder, "rotary_emb", None)
+    takes = () if rotary is None else list(inspect.signature(type(rotary).forward).parameters)[1:]
+    if len(takes) != 2 or position_axes(found.decoder) > 1:
+        raise ValueError(
+            f"positions: {compression.positions} needs one rotary embedding for all layers of {type(found.decoder).__name__};"
+            " add `positions: original`"
+        )
