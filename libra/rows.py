@@ -5,6 +5,7 @@ In the repository the rows are in `configs/` and the embedded model is in `mini/
 them into the package.
 """
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import yaml
 
 from .budget import solve
-from .config import Compression, at, check_keys, choice
+from .config import BUDGETS, Compression, at, check_keys, choice
+from .methods import METHODS
 from .utils import plain_yaml, plugins
 from .utils.names import spelled
 from .utils.provenance import REPOSITORY
@@ -143,6 +145,52 @@ def read_compression(path: str | Path) -> Compression:
     if mapping.keys() & {f.name for f in fields(Row)}:
         return _row(mapping, source).compression
     return _block(mapping, source)
+
+
+def compression_from(
+    given: Compression | Mapping[str, Any] | str | Path | None = None, files: bool = True, **keys
+) -> Compression:
+    """What a user means by a compression, wherever one can be named.
+
+    given: a compression; a dictionary of its keys; a method's name, such as ``"divprune"``; a shipped row's
+        name, such as ``"mini/r50"``; or the path of a YAML file. None: Libra-Merging.
+    files: False takes no path, for what a stranger names.
+    keys: keys of the compression (``ratio=0.5``, ``keep=64``, ``layers=(2, 5)``) that take the place of those
+        of ``given``; a budget takes the place of its budget. Keys that are None are left out.
+
+    Raises:
+        ConfigError: for a name that is none of these, and whatever :class:`Compression` refuses.
+    """
+    keys = {key: value for key, value in keys.items() if value is not None}
+    if given is None:
+        given = {} if keys.keys() & {"method", "select", "merge", "steps"} else {"method": "libra"}
+    if not isinstance(given, (Compression, str, Path)):
+        return Compression.from_dict({**given, **keys} if isinstance(given, Mapping) else given)
+    if not isinstance(given, Compression):
+        name = str(given)
+        if (method := spelled(name, METHODS)) is not None and not (files and Path(name).is_file()):
+            return Compression.from_dict({"method": method, **keys})
+        if not files or not {"/", "\\", "."} & set(name):
+            name = _no_file(name)
+        given = read_compression(name)
+    if not keys:
+        return given
+    if given.steps is not None:
+        raise ConfigError(f"{next(iter(keys))}: this compression has steps; write it in a step")
+    own = given.to_dict()
+    if keys.keys() & set(BUDGETS):
+        own = {key: value for key, value in own.items() if key not in BUDGETS}
+    return Compression.from_dict({**own, **keys})
+
+
+def _no_file(name: str) -> str:
+    """A shipped row's name. Raises ConfigError for anything else, whatever files there are."""
+    if spelled(name, shipped_rows()) is None:
+        hint = did_you_mean(name, (*METHODS, *shipped_rows())) or f" the methods are {', '.join(METHODS)}"
+        raise ConfigError(
+            f"compression: {show(name)} is neither a method nor a row such as {next(iter(shipped_rows()))};{hint}"
+        )
+    return str(shipped_row(name))
 
 
 def _row(mapping: dict[Any, Any], source: str) -> Row:

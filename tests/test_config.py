@@ -14,7 +14,8 @@ import yaml
 from libra import rows
 from libra.config import Compression, ConfigError
 from libra.methods import DEFAULTS, MERGERS, METHODS, SELECTORS, Merge, Select
-from libra.rows import Row
+from libra.rows import Row, compression_from
+from libra.utils.provenance import REPOSITORY
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -431,3 +432,44 @@ def test_steps_are_compressions_one_after_another():
 def test_what_a_place_or_a_list_of_steps_cannot_be(keys, message):
     with pytest.raises(ConfigError, match=message):
         Compression(**keys).at_depth(32)
+
+
+@pytest.mark.parametrize(
+    "given, keys, same",
+    [
+        (None, {"ratio": 0.3}, Compression(method="libra", ratio=0.3)),
+        (None, {"select": "topk", "ratio": 0.3}, Compression(select="topk", ratio=0.3)),
+        ("divprune", {"keep": 64}, Compression(method="divprune", keep=64)),
+        ("windowed_fastv", {}, Compression(method="windowed-fastv")),
+        ("mini/r50", {}, Compression.named("mini/r50")),
+        ("configs/mini/r50.yaml", {"keep": 9}, Compression(method="libra", layers=(2, 5, 8), keep=9)),
+        ({"method": "fastv"}, {"layers": (3,)}, Compression(method="fastv", layers=(3,))),
+        (Compression(method="libra", keep=9), {"ratio": 0.5}, Compression(method="libra", ratio=0.5)),
+        (Compression(method="libra", keep=9), {"ratio": None}, Compression(method="libra", keep=9)),
+    ],
+)
+def test_whatever_names_a_compression(given, keys, same, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert compression_from(given, **keys) == same
+
+
+@pytest.mark.parametrize(
+    "given, files, sentence",
+    [
+        ("dvprune", True, "dvprune is neither a method nor a row"),
+        ("dvprune", True, "did you mean divprune?"),
+        ("no/such.yaml", True, "there is no such file, and no row of that name"),
+        ("configs/mini/r50.yaml", False, "neither a method nor a row"),
+        (5, True, "is not a mapping"),
+    ],
+)
+def test_what_names_none_is_refused(given, files, sentence, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        compression_from(given, files=files)
+
+
+def test_keys_beside_steps_are_refused():
+    steps = Compression(steps=[{"method": "fastv", "layers": [3]}])
+    with pytest.raises(ConfigError, match="^ratio: this compression has steps; write it in a step$"):
+        compression_from(steps, ratio=0.5)

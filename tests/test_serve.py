@@ -250,9 +250,9 @@ def test_a_seed_repeats_a_sampled_answer(ask):
 
 
 WRONG = [
-    ({"compression": "nope"}, "compression: method: nope is unknown"),
-    ({"compression": "/etc/passwd"}, "compression: method: /etc/passwd is unknown"),
-    ({"compression": "configs/mini/r50.yaml"}, "is unknown"),
+    ({"compression": "nope"}, "compression: nope is neither a method nor a row"),
+    ({"compression": "/etc/passwd"}, "compression: /etc/passwd is neither a method nor a row"),
+    ({"compression": "configs/mini/r50.yaml"}, "is neither a method nor a row"),
     ({"compression": "llava7b_r50"}, "layers: 15 is out of range: the model has layers 0 to 11"),
     ({"compression": {"method": "libra", "layers": [99]}}, "layers: 99 is out of range"),
     ({"compression": {"metod": "libra"}}, "did you mean method?"),
@@ -444,7 +444,7 @@ def test_too_many_requests_at_once_are_told_to_come_later(tmp_path):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["--compression", "nope"], "compression: method: nope is unknown"),
+        (["--compression", "nope"], "compression: nope is neither a method nor a row"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--model", "llava-1.5-7"], "did you mean llava-1.5-7b?"),
         (["--port", "99999"], "99999 is too large"),

@@ -108,7 +108,7 @@ def test_the_command_writes_figures_and_a_picture(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["--compression", "nope"], "compression: method: nope is unknown"),
+        (["--compression", "nope"], "compression: nope is neither a method nor a row"),
         (
             ["--model", "no/such", "--pictures", str(ROOT / "docs/images")],
             "the vanilla server does not start: ",

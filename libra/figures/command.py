@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import Compression
+from ..rows import compression_from
 from ..utils.cli import Parser, whole_from
 from ..utils.plotting import figure_class, save
 
@@ -36,7 +36,9 @@ def parser() -> Parser:
         "--prompt", metavar="TEXT", help="the question; the chat template adds the image and the rest"
     )
     parser.add_argument(
-        "--config", metavar="ROW", help="a row's name, its YAML file, or one with the compression's keys only"
+        "--config",
+        metavar="ROW",
+        help="a method or a row by name, or a YAML file of a row or of a compression",
     )
     parser.add_argument("--from-trace", metavar="FILE", help="draw a trace of --save-trace, without a model")
     parser.add_argument(
@@ -69,7 +71,7 @@ def _record(args: argparse.Namespace) -> "Record":
             f"{', '.join(missing)} missing; give a model, an image, a prompt and a configuration, or"
             " --from-trace"
         )
-    compression = Compression.from_yaml(args.config)
+    compression = compression_from(args.config)
     if not compression.compresses:
         raise ValueError(f"{args.config} compresses nothing; give a configuration with compression layers")
     from ..media import COMMAND, open_image

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..rows import compression_from
 from ..utils import plugins
 from ..utils.cli import Parser, whole_from, wholes_from
 from ..utils.files import write_text
 from ..utils.provenance import commit, machine, versions
-from .command import check_packages, given_compression
+from .command import check_packages
 from .load import Caller, Question, Run
 from .rates import SERVERS, picture, rates_from, summary, table
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         check_packages()
-        given_compression(args.compression)  # which takes no server to refuse
+        compression_from(args.compression)  # which takes no server to refuse
         questions, source = _questions(args)
         with ExitStack() as stack:
             urls = {name: stack.enter_context(_started(args, name)) for name in SERVERS}

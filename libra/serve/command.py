@@ -3,8 +3,8 @@
 import os
 import sys
 from importlib import metadata
-from pathlib import Path
 
+from ..rows import compression_from
 from ..utils.cli import Parser, whole_from
 from ..utils.server import ends_in_time, is_local, listen, names_of, serve
 
@@ -148,15 +148,6 @@ def _key(args) -> str | None:
     return args.api_key or os.environ.get(KEY) or None
 
 
-def given_compression(text: str):
-    """The compression that the owner of a server names: a YAML file, a method or a shipped row. Raises
-    ValueError."""
-    from ..config import Compression
-    from .request import compression_of
-
-    return Compression.from_yaml(text) if Path(text).is_file() else compression_of(text)
-
-
 def _build(args):
     """The application and the model's name. Raises ValueError."""
     from transformers.utils import logging
@@ -171,7 +162,7 @@ def _build(args):
     from .usage import NOTHING
     from .worker import Worker
 
-    default = given_compression(args.compression) if args.compression else NOTHING
+    default = compression_from(args.compression) if args.compression else NOTHING
     model = load(args.model, args.served_name, args.device, args.dtype)
     metrics = Metrics()
     worker = Worker(model.model, model.processor.tokenizer, default, args.most_waiting, metrics)

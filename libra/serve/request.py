@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Compression
-from ..rows import shipped_rows
+from ..rows import compression_from
 from ..utils import plugins
-from ..utils.names import spelled
-from ..utils.sentences import ConfigError, did_you_mean, show
+from ..utils.sentences import did_you_mean, show
 from .pictures import FRAMES, MOST
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -103,22 +102,7 @@ def compression_of(given: Any) -> Compression:
         ConfigError: for anything else.
     """
     with plugins.shut():
-        return _compression(given)
-
-
-def _compression(given: Any) -> Compression:
-    if not isinstance(given, str):
-        return Compression.from_dict(given)
-    if spelled(given, shipped_rows()) is not None:
-        return Compression.named(given)
-    try:
-        return Compression.from_dict({"method": given})
-    except ConfigError as error:
-        hint = (
-            did_you_mean(given, shipped_rows())
-            or f" or the name of a row such as {next(iter(shipped_rows()))}"
-        )
-        raise ConfigError(f"compression: {error};{hint}") from None
+        return compression_from(given, files=False)
 
 
 def _hint(name: str) -> str:

@@ -1,6 +1,7 @@
 """What every LLaVA model shares, whatever its language model: vision tower, projector, image features among
 text embeddings."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from libra import Compression
 from libra.engine.trace import RowTrace
 from libra.engine.transformers_api import cache_argument, check_guesses, one_cache
+from libra.rows import compression_from
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from .anyres import MERGE_TYPES, arrange_tiles
@@ -73,15 +75,19 @@ class LlavaMetaForCausalLM:
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
 
-    def set_compression(self, compression: Compression | None, trace: bool = False) -> None:
+    def set_compression(
+        self, compression: Compression | Mapping | str | None, trace: bool = False, **keys
+    ) -> None:
         """Compress visual tokens from the next prefill on; None switches it off. ``trace``: record what
         becomes of each token.
 
+        compression, keys: as :func:`libra.rows.compression_from` takes them, such as ``"fastv", ratio=0.5``.
+
         Raises:
-            libra.config.ConfigError: if a compression layer is not a layer of this model.
+            libra.config.ConfigError: if it is none, or a compression layer is not a layer of this model.
         """
         if compression is not None:
-            compression = compression.at_depth(self.config.num_hidden_layers)
+            compression = compression_from(compression, **keys).at_depth(self.config.num_hidden_layers)
         self.model.compression, self.model.trace = compression, trace
         self.model.last_stats = self.model.recorder = None
 

@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--compression",
         metavar="ROW",
-        help="compress visual tokens as this row or YAML file says, such as llava7b_r50",
+        help="compress visual tokens: a method, a row such as llava7b_r50, or a YAML file",
     )
     add(
         "--temperature",

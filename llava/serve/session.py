@@ -14,6 +14,7 @@ from transformers import DynamicCache, StoppingCriteriaList, TextStreamer
 from libra import Compression
 from libra.checkpoints import find_checkpoint
 from libra.media import COMMAND, open_image, split_names
+from libra.rows import compression_from
 from libra.utils.devices import find_device
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
@@ -207,7 +208,7 @@ class Session:
                 used.
         """
         compression = getattr(args, "compression", None)
-        compression = Compression.from_yaml(compression) if compression else None
+        compression = compression_from(compression) if compression else None
 
         def names(option: str) -> list[str]:
             return split_names(getattr(args, option, None) or "", getattr(args, "sep", ","))

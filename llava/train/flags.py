@@ -30,9 +30,7 @@ class ModelArguments:
         "conversation template of the training texts, or 'chat' for the tokenizer's own; a checkpoint's own,"
         " else v1"
     )
-    compression: str | None = flag(
-        "row or YAML file whose compression is on while training, such as llava7b_r50"
-    )
+    compression: str | None = flag("method, row or YAML file that is on while training, such as llava7b_r50")
     vision_tower: str | None = flag("CLIP folder or hub name, for a plain language model")
     pretrain_mm_mlp_adapter: str | None = flag("mm_projector.bin of the first stage")
     tune_mm_mlp_adapter: bool = flag("train the projector alone (first stage)", False)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from libra import Compression
+from libra.rows import compression_from
 
 from ..constants import IGNORE_INDEX
 from .arguments import DataArguments, ModelArguments, TrainingArguments
@@ -93,7 +94,7 @@ def prepare(model: ModelArguments, data: DataArguments, training: TrainingArgume
     Raises:
         ValueError: one sentence on what is wrong.
     """
-    compression = None if model.compression is None else Compression.from_yaml(model.compression)
+    compression = None if model.compression is None else compression_from(model.compression)
     if (
         compression is not None
         and compression.score_layer == "next"
