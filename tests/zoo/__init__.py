@@ -12,12 +12,39 @@ KINDS = {**families.KINDS, **tiles.KINDS, **grids.KINDS, **others.KINDS}
 NAMES = sorted(name for name in KINDS if hasattr(transformers, name))  # a version may lack some
 EAGER = ("GotOcr2ForConditionalGeneration", "Inkling2ForConditionalGeneration")  # have no other attention
 
+# After which layers a class compresses in the tests, where layers 1 and 3 will not do: others have no attention
+# scores, add features of the picture later, or share their keys and values.
+PLACES = {
+    "Gemma3nForConditionalGeneration": (0, 1),
+    "Gemma4ForConditionalGeneration": (0, 1),
+    "Granite4VisionForConditionalGeneration": (4,),
+    "Lfm3VlForConditionalGeneration": (1, 4),
+    "NemotronH_Omni_Reasoning_V3": (2, 5),
+}
+REFUSED = ("Inkling2ForConditionalGeneration",)  # built, but nothing can be compressed in it
+
+
+def places(name: str) -> tuple[int, ...]:
+    return PLACES.get(name, (1, 3))
+
 
 def own_model(name: str, attention: str = "sdpa", seed: int = 0):
     return families.make(KINDS[name], name, "", "eager" if name in EAGER else attention, seed)
 
 
 model = cache(own_model)  # shared: leave it as it is
+
+
+def decoder(model) -> torch.nn.Module:
+    """The module whose ``layers`` are those of the text."""
+    text = model.config.get_text_config(decoder=True)
+    (found,) = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "layers", None), torch.nn.ModuleList)
+        and getattr(module, "config", None) is text
+    ]
+    return found
 
 
 def talk(name: str, pattern: str, seed: int) -> families.Talk:

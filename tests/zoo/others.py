@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from families import IMAGE, VIDEO, Kind, Picture, modalities, noise
+from families import END, IMAGE, START, VIDEO, Kind, Picture, modalities, noise
 
 from .parts import LINEAR, MOLMO, QFORMER, SLIDING, TINY_TOWER, kind, nothing
 from .sizes import AUDIO, INTERLEAVED, TEXT, WIDTH, has, recipe
@@ -63,7 +63,7 @@ def placed_video(side: int, values: int, tokens: int):
 def packed(tokens: int):
     """A strip of 8 x 8 patches of 4 x 4 pixels, which MiniCPM's tower merges once or twice by 2 x 2."""
     return lambda draw: Picture(
-        [IMAGE] * tokens,
+        [START, *[IMAGE] * tokens, END],
         {"pixel_values": noise(draw, 1, 3, 4, 4 * 64), "target_sizes": torch.tensor([[8, 8]])},
     )
 
