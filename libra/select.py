@@ -84,11 +84,12 @@ class Candidates:
         for spans, grids in zip(self.layout.spans, self.context.grid, strict=True):
             widths.append([])
             for n, grid in zip(spans, grids, strict=True):
-                if math.prod(grid) != n:
-                    raise ValueError(
-                        f"grid: {tuple(grid)} has {math.prod(grid)} places and its span {n} tokens"
-                    )
-                widths[-1] += [int(grid[-1])] * n
+                parts = [grid] if isinstance(grid[0], int) else grid
+                if sum(map(math.prod, parts)) != n:
+                    places = sum(map(math.prod, parts))
+                    raise ValueError(f"grid: {tuple(grid)} has {places} places and its span {n} tokens")
+                for part in parts:
+                    widths[-1] += [int(part[-1])] * math.prod(part)
         padded = [row + [1] * (self.layout.tokens - len(row)) for row in widths]
         return self.layout.index.new_tensor(padded)
 

@@ -32,6 +32,8 @@ class Compressed:
         similarity: (B, N) float32, s^max of eq. 5; None where the merge does not ask for it.
         layout: the spans that went in and the targets kept of each.
         has_compensation: (B,) bool, which rows have a compensation token; None where the merge makes none.
+        order: (B, T), the place of each slot among the row's tokens, where a released code that is reproduced
+            orders them otherwise; None: as they are.
     """
 
     tokens: torch.Tensor
@@ -43,6 +45,7 @@ class Compressed:
     similarity: torch.Tensor | None
     layout: Spans
     has_compensation: torch.Tensor | None
+    order: torch.Tensor | None = None
 
     @cached_property
     def compensated(self) -> list[bool]:
@@ -107,7 +110,10 @@ def compress_spans(
             tokens = merge_groups(hidden, slot, token_weights, slots)
     # A cached property: it is there if the merger used it.
     similarity = matches.nearest[0] if "nearest" in vars(matches) else None
-    return Compressed(tokens, mask, targets, slot, token_weights, importance, similarity, spans, has_one)
+    order = candidates.memo.get("order")
+    return Compressed(
+        tokens, mask, targets, slot, token_weights, importance, similarity, spans, has_one, order
+    )
 
 
 def compress(

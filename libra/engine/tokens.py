@@ -31,10 +31,7 @@ class Prefill:
             "left", which generation needs, or "right". None: right with labels, left without. Padding that is
             there keeps its side.
         trace: whether to record what becomes of each visual token.
-        context: what the vision tower says about the visual tokens, (B, N) of each row's, padded on the right.
-        pictures: for each row the visual tokens of each picture, where spans are told apart that touch; None:
-            a contiguous run is a span.
-        left: what a compression in the tower has left, where there was one.
+        seen: what the vision tower says about them, where a method asks.
     """
 
     visual: torch.Tensor
@@ -43,9 +40,7 @@ class Prefill:
     row_seeds: torch.Tensor | None = None
     padding_side: str | None = None
     trace: bool = False
-    context: Context | None = None
-    pictures: list[list[int]] | None = None
-    left: "TowerLeft | None" = None
+    seen: "Seen | None" = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,20 @@ class TowerLeft:
     groups: torch.Tensor
     weights: torch.Tensor
     importance: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the vision tower says about the visual tokens of B rows.
+
+    context: per visual token of a row, padded on the right; pictures: for each row the visual tokens of each of
+    its pictures, which are spans of their own even where they touch; left: what a compression in the tower has
+    left, where there was one.
+    """
+
+    context: Context
+    pictures: list[list[int]]
+    left: TowerLeft | None = None
 
 
 @dataclass
@@ -137,7 +146,7 @@ class VisualTokens:
 
     def __init__(self, schedule: tuple[Step, ...], prefill: Prefill, valid: torch.Tensor | None = None):
         self.schedule, self.labels, self._row_seeds = schedule, prefill.labels, prefill.row_seeds
-        self._left, self._repeated = prefill.left, 1
+        self._left = None if prefill.seen is None else prefill.seen.left
         self.valid = None if valid is None else valid.bool()
         self._side = prefill.padding_side or ("left" if prefill.labels is None else "right")
         visual = prefill.visual
@@ -149,13 +158,13 @@ class VisualTokens:
         ] = []  # which rows got a compensation token at each compression layer
         with record_function("libra.layout"):
             begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-            if prefill.pictures is not None:
-                begins = begins | self._borders(visual, prefill.pictures)
+            if prefill.seen is not None:
+                begins = begins | self._borders(visual, prefill.seen.pictures)
             self.spans = (
                 begins.cumsum(1) * visual
             )  # (B, S): 0 for text and padding, k for the row's k-th span
             self._survey(prefill.score_columns)
-        self._context = self._repeat(prefill.context)
+        self._context = self._repeat(None if prefill.seen is None else prefill.seen.context)
         if any(step.part.positions == "centre" for step in schedule):
             self._places = self._places_in_spans()
 
@@ -341,7 +350,7 @@ class VisualTokens:
         """What the step may look at. Raises ValueError where something that it needs is not there."""
         context = self._context
         if context.grid is not None:
-            grid = [list(row) if n else [(1, 1)] for row, n in zip(context.grid, self.span_lengths)]
+            grid = [list(row[: len(n)]) or [(1, 1)] for row, n in zip(context.grid, self.span_lengths)]
             context = replace(context, grid=grid)
         if any("text" in need.split("|") for need in part.needs) and context.relevance is None:
             context = replace(context, text=self._question(hidden))

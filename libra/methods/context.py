@@ -28,7 +28,8 @@ class Context:
     cls_first: the first token of every span is the [CLS] token's own feature.
     relevance: (B, N): the mean cosine of CLIP's embedding of a token with those of the question's segments.
     text: for each row (P_i, D): embeddings of the text segments of its question.
-    grid: for each row the (h, w) or (t, h, w) of each of its spans, whose product is the span's length.
+    grid: for each row the (h, w) or (t, h, w) of each of its spans, whose product is the span's length; for a
+        span of several parts (tiles) a tuple of theirs.
     outside: (B, N) bool, tokens that no patch of the picture made, such as the newlines of LLaVA-NeXT; the
         tower says nothing about them, and its merges leave them out.
     """
@@ -40,7 +41,7 @@ class Context:
     cls_first: bool = False
     relevance: "torch.Tensor | None" = None
     text: "Sequence[torch.Tensor] | None" = None
-    grid: Sequence[Sequence[tuple[int, ...]]] | None = None
+    grid: "Sequence[Sequence[tuple[int, ...] | tuple[tuple[int, ...], ...]]] | None" = None
     outside: "torch.Tensor | None" = None
 
     def _changed(self, change: Callable[[str, "torch.Tensor", int, int], "torch.Tensor"]) -> "Context":

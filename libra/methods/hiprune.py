@@ -7,6 +7,7 @@ with their left, right, upper and lower neighbours in raster order, clamped to t
 go to the highest scores of the second last layer.
 """
 
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from .registry import Method, register_select
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 ALPHA = 0.1  # share of T that anchors and their neighbours may take
+SHALLOW = Fraction(9, 24)  # the middle layer, as a share of the tower's depth
 AROUND = 5  # an anchor and its four neighbours
 
 METHOD = Method(
@@ -31,7 +33,7 @@ METHOD = Method(
 )
 
 
-@register_select("hiprune", reads=(), needs=("tower_received", "grid"), trusted=True)
+@register_select("hiprune", reads=(), needs=("tower_received", "grid"), trusted=True, tower_layers=(SHALLOW,))
 def hiprune(candidates, c):
     """``tower_received`` (2 or more, B, N): its first layer gives the anchors, its last one the registers."""
     shallow, deep = candidates.context.tower_received[0], candidates.context.tower_received[-1]

@@ -27,7 +27,10 @@ class Select:
     reads: which of :data:`READABLE` the choice depends on, None where that is not known;
     needs: fields of :class:`libra.Context` that must be given;
     per_interval: it takes one token of each of N_t even intervals of a span;
-    trusted: it is tested to keep to the contract, so that what it returns is not checked at every use.
+    trusted: it is tested to keep to the contract, so that what it returns is not checked at every use;
+    tower_layers: further layers of the vision tower that it looks at, as fractions of its depth: their scores
+        come before those of the layer whose features the model takes;
+    takes_cls: in the tower its first candidate is the [CLS] token itself, where there is one.
     """
 
     function: Callable
@@ -35,6 +38,8 @@ class Select:
     needs: tuple[str, ...] = ()
     per_interval: bool = False
     trusted: bool = False
+    tower_layers: tuple[Fraction, ...] = ()
+    takes_cls: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ def register_select(
     needs: Iterable[str] = (),
     per_interval: bool = False,
     trusted: bool = False,
+    tower_layers: Iterable[Fraction] = (),
+    takes_cls: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Decorator that makes a function usable as ``select: name`` in every configuration.
 
@@ -107,12 +114,14 @@ def register_select(
             depends on. A configuration may then refuse keys without effect. None: any of them.
         needs: fields of :class:`libra.Context` that have to be given; "a|b" asks for one of the two.
         per_interval: it takes one token of each even interval of a span, which figures then show.
+        tower_layers, takes_cls: as of :class:`Select`.
 
     Raises:
         ValueError: for a name that is taken or is not a name, and for unknown words in ``reads`` or
             ``needs``.
     """
     traits = {"reads": _known("reads", reads, READABLE), "needs": _known("needs", needs, CONTEXT)}
+    traits |= {"tower_layers": tuple(tower_layers), "takes_cls": takes_cls}
     return _register(
         SELECTORS, "select", name, Select, {**traits, "per_interval": per_interval, "trusted": trusted}
     )

@@ -23,11 +23,17 @@ METHOD = Method(
     place="tower",
     cost="a sort of N scores, and T/6 × N similarities of keys",
     deviation="tokens stay in their original order; the released code puts the contextual ones after the"
-    " dominant ones",
+    " dominant ones (as_released: so do we, in the tower)",
 )
 
 
-@register_select("visionzip", reads=(), needs=("tower_cls|tower_received", "tower_keys"), trusted=True)
+@register_select(
+    "visionzip",
+    reads=("as_released",),
+    needs=("tower_cls|tower_received", "tower_keys"),
+    trusted=True,
+    takes_cls=True,
+)
 def visionzip(candidates, c):
     """Dominant tokens, then every step-th of the rest. With ``context.cls_first`` token 0 of a span is
     [CLS]."""
@@ -57,10 +63,13 @@ def merge_into_contextual(matches, c):
     candidates, spans = matches.candidates, matches.layout
     keys = ops.similarities(candidates.context.tower_keys)
     own, contextual = matches.own_slot, candidates.memo["contextual"]
-    other_span = spans.span[:, :, None] != spans.span[:, None]
-    nearest = keys.masked_fill(other_span | ~contextual[:, None], float("-inf")).max(2)
+    apart = spans.span[:, :, None] != spans.span[:, None]
+    nearest = keys.masked_fill(apart | ~contextual[:, None], float("-inf")).max(2)
     slot = own.gather(1, nearest.indices).masked_fill(nearest.values == float("-inf"), -1)
     slot = own.where(matches.is_target, slot).masked_fill(~spans.valid, -1)
+    outside = candidates.context.outside
+    if outside is not None:  # a newline is no part of the picture that others could be merged with
+        slot = slot.masked_fill(outside & ~matches.is_target, -1)
     # A target counts fully, the tokens that joined it count together as one.
     joined = (slot >= 0) & ~matches.is_target
     counts = keys.new_zeros(len(slot), max(1, spans.targets)).scatter_add(
@@ -68,4 +77,7 @@ def merge_into_contextual(matches, c):
     )
     share = 1 / counts.gather(1, slot.clamp(min=0)).clamp(min=1)
     weights = share.where(joined, matches.is_target.to(keys.dtype))
+    if c.as_released:  # the place of each slot: dominant ones first
+        late = contextual.gather(1, matches.targets)
+        matches.candidates.memo["order"] = late.long().argsort(dim=1, stable=True).argsort(dim=1)
     return slot, weights

@@ -1,20 +1,23 @@
 """What every LLaVA model shares, whatever its language model: vision tower, projector, image features among
 text embeddings."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from libra import Compression
+from libra import Compression, Context
+from libra.engine.tokens import Seen
+from libra.engine.tower import Left, Look, Wants, compress_pictures, context_of, left_of_rows
 from libra.engine.trace import RowTrace
 from libra.engine.transformers_api import cache_argument, check_guesses, one_cache
+from libra.places import BEFORE, TOWER
 from libra.rows import compression_from
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from .anyres import MERGE_TYPES, arrange_tiles
+from .anyres import MERGE_TYPES, arrange_tiles, grids_of
 from .multimodal_encoder.builder import build_vision_tower
 from .multimodal_projector.builder import build_vision_projector
 
@@ -44,12 +47,26 @@ class Spliced:
     labels: torch.Tensor | None
     visual: torch.Tensor  # bool, True at visual tokens
     row_seeds: torch.Tensor  # (B,), a hash of the row's text, for pseudo-random selection
+    seen: Seen | None = None  # what the vision tower says about the visual tokens, where a method asks
+
+
+@dataclass
+class Picture:
+    """The visual tokens (N, D) of one picture; ``look``: what the vision tower says about them, where a method
+    asks; ``left``: what a compression in the tower left of them, where ``tokens`` are 0 at the others."""
+
+    tokens: torch.Tensor
+    look: Look | None = None
+    left: Left | None = None
 
 
 class LlavaMetaForCausalLM:
     """Mixed into a causal language model whose ``model`` is a :class:`LlavaMetaModel`."""
 
     placeholders: tuple[int, ...] = (IMAGE_TOKEN_INDEX,)  # the token ids that visual tokens take the place of
+    tells_of_tokens = (
+        True  # whether each visual token is a feature of the tower, which the projector maps alone
+    )
     takes_videos = False  # whether one of them stands for a video
 
     @property
@@ -85,9 +102,15 @@ class LlavaMetaForCausalLM:
 
         Raises:
             libra.config.ConfigError: if it is none, or a compression layer is not a layer of this model.
+            ValueError: if a method needs what this model's vision tower cannot give.
         """
         if compression is not None:
             compression = compression_from(compression, **keys).at_depth(self.config.num_hidden_layers)
+            if Wants.of(compression, has_cls=True) is not None and not self.tells_of_tokens:
+                raise ValueError(
+                    f"{compression.name}: this model's projector joins features of the vision tower, so the"
+                    " tower says nothing about single visual tokens; choose a method that reads embeddings"
+                )
         self.model.compression, self.model.trace = compression, trace
         self.model.last_stats = self.model.recorder = None
 
@@ -124,24 +147,82 @@ class LlavaMetaForCausalLM:
             ValueError: if sizes are missing or do not fit the pictures, or the configuration asks for another
                 way of merging.
         """
-        return self._features(images, image_sizes, self.encode_images)
+        pixels, counts, arrange = self._tiles(images, image_sizes)
+        tokens = self.encode_images(pixels).split(counts)
+        newline = getattr(self.model, "image_newline", None)
+        return [arrange(number, part, newline) for number, part in enumerate(tokens)]
+
+    def pictures(self, images, image_sizes=None) -> list[Picture]:
+        """The visual tokens of each image, as :meth:`image_features` gives them, with what the compression's
+        methods ask of the vision tower.
+
+        Raises:
+            ValueError: as :meth:`image_features` does.
+        """
+        wants = Wants.of(self.compression, has_cls=True)
+        if wants is None:
+            return [Picture(tokens) for tokens in self.image_features(images, image_sizes)]
+        pixels, counts, arrange = self._tiles(images, image_sizes)
+        view = self.get_vision_tower().view(pixels, wants)
+        grid = None
+        if "grid" in wants.fields:
+            side = self.get_vision_tower().num_patches_per_side
+
+            def grid(number, outside):
+                return grids_of(outside, counts[number], side)
+
+        looks = view.looks(counts, lambda i, x: arrange(i, x, torch.zeros_like(x[0, 0])), grid)
+        schedule = self.compression.schedule(self.config.num_hidden_layers)
+        step = next((step for step in schedule if step.part.at == TOWER), None)
+        lefts = [None] * len(looks) if step is None else compress_pictures(step, looks)
+        plain = [left is None for left in lefts]
+        tiles = view.hidden
+        if not all(plain):
+            tiles = torch.cat(
+                [part for part, whole in zip(tiles.split(counts), plain) if whole] or [tiles[:0]]
+            )
+        projector, newline = self.get_model().mm_projector, getattr(self.model, "image_newline", None)
+        whole = iter(projector(tiles).split([count for count, is_plain in zip(counts, plain) if is_plain]))
+        shortened = iter(self._project([left for left in lefts if left is not None]))
+        found = []
+        for number, (one, left) in enumerate(zip(looks, lefts)):
+            if left is None:
+                found.append(Picture(arrange(number, next(whole), newline), one))
+                continue
+            tokens = next(shortened)
+            places = tokens.new_zeros(len(one), tokens.shape[1])
+            found.append(Picture(places.index_copy(0, left.columns, tokens), one, left))
+        return found
+
+    def _project(self, lefts: list[Left]) -> list[torch.Tensor]:
+        """What is left of each picture, through the projector: (T, D) each; newlines stay what they are."""
+        if not lefts:
+            return []
+        features, outside = (
+            torch.cat([getattr(left, name) for left in lefts]) for name in ("tokens", "outside")
+        )
+        tokens = self.get_model().mm_projector(features)
+        newline = getattr(self.model, "image_newline", None)
+        if newline is not None:
+            tokens = torch.where(outside[:, None], newline.to(tokens), tokens)
+        return list(tokens.split([len(left.columns) for left in lefts]))
 
     def visual_tokens(self, images, image_sizes=None) -> list[int]:
         """How many visual tokens :meth:`image_features` makes of each image, counted without running the
         vision tower."""
 
-        def encode(pixels):
-            tower = self.get_vision_tower()
-            patches = tower.num_patches + (tower.select_feature == "cls_patch")
-            return torch.empty(len(pixels), patches, self.config.hidden_size, device="meta")
+        tower = self.get_vision_tower()
+        pixels, counts, arrange = self._tiles(images, image_sizes)
+        patches = tower.num_patches + (tower.select_feature == "cls_patch")
+        newline = getattr(self.model, "image_newline", None)
+        tokens = torch.empty(len(pixels), patches, self.config.hidden_size, device="meta").split(counts)
+        return [len(arrange(number, part, newline)) for number, part in enumerate(tokens)]
 
-        return [len(tokens) for tokens in self._features(images, image_sizes, encode)]
-
-    def _features(self, images, image_sizes, encode) -> list[torch.Tensor]:
-        """:meth:`image_features` with ``encode`` as the way from (I, 3, H, W) pixels to (I, N, D) visual
-        tokens."""
+    def _tiles(self, images, image_sizes) -> tuple[torch.Tensor, list[int], Callable]:
+        """The tower's inputs (T, 3, H, W), how many each image has, and the way from something about an image's
+        tiles (n, P, W) to its visual tokens (N, W): ``arrange(image's number, tiles, newline (W,))``."""
         if isinstance(images, torch.Tensor) and images.ndim == 4:
-            return list(encode(images))
+            return images, [1] * len(images), lambda number, tiles, newline: tiles[0]
         merge = getattr(self.config, "mm_patch_merge_type", "flat")
         if merge not in MERGE_TYPES:
             raise ValueError(
@@ -153,13 +234,13 @@ class LlavaMetaForCausalLM:
             self._check_tiles(groups, image_sizes)
         else:
             image_sizes = [None] * len(groups)
-        tokens = encode(torch.cat(groups)).split([len(group) for group in groups])
         pinpoints = getattr(self.config, "image_grid_pinpoints", None)
-        edge, newline = self.get_vision_tower().config.image_size, getattr(self.model, "image_newline", None)
-        return [
-            arrange_tiles(part, merge, size, pinpoints, edge, newline)
-            for part, size in zip(tokens, image_sizes)
-        ]
+        edge = self.get_vision_tower().config.image_size
+
+        def arrange(number, tiles, newline):
+            return arrange_tiles(tiles, merge, image_sizes[number], pinpoints, edge, newline)
+
+        return torch.cat(groups), [len(group) for group in groups], arrange
 
     def _check_tiles(self, groups, image_sizes) -> None:
         aspect = getattr(self.config, "image_aspect_ratio", None)
@@ -196,7 +277,7 @@ class LlavaMetaForCausalLM:
             ValueError: if there are not as many images as places for them, or ids that are neither tokens nor
                 placeholders.
         """
-        features = self.image_features(images, image_sizes)
+        features = self.pictures(images, image_sizes)
         held = self._held_places(input_ids)
         needed = int(held.sum(1).clamp(min=1).sum())
         if needed != len(features):  # one too many would be shown in the next row's place
@@ -214,7 +295,7 @@ class LlavaMetaForCausalLM:
                 f"input_ids has negative ids other than this model's placeholders {list(self.placeholders)};"
                 " correct the prompt"
             )
-        rows = {"embeds": [], "visual": [], "labels": [], "seeds": []}
+        rows = {"embeds": [], "visual": [], "labels": [], "seeds": [], "pictures": []}
         queue = iter(features)
         for b in range(len(input_ids)):
             ids = input_ids[b][mask[b]]
@@ -222,7 +303,9 @@ class LlavaMetaForCausalLM:
             places = held[b][mask[b]].nonzero().flatten().tolist()
             # A text-only row holds an empty slice of its image, so that the projector is in its graph on
             # every training rank.
-            pictures = [next(queue) for _ in places] or [next(queue)[:0]]
+            shown = [next(queue) for _ in places or [None]]
+            pictures = [one.tokens if places else one.tokens[:0] for one in shown]
+            rows["pictures"].append(shown if places else [])
             text = embed(ids.clamp(min=0))
             cuts = list(zip([0, *(p + 1 for p in places)], [*places, len(ids)]))
             pieces, kinds, goals = [], [], []
@@ -252,7 +335,25 @@ class LlavaMetaForCausalLM:
             labels=None if labels is None else padded(rows["labels"], IGNORE_INDEX),
             visual=padded(rows["visual"], False),
             row_seeds=torch.stack(rows["seeds"]),
+            seen=self._seen(rows["pictures"]),
         )
+
+    def _seen(self, rows: list[list[Picture]]) -> Seen | None:
+        """What the vision tower says about the visual tokens of each row, and which pictures they are of; None
+        where no method asks and nothing is compressed before the language model."""
+        shown = [one for row in rows for one in row]
+        looked = any(one.look is not None for one in shown)
+        layers = () if self.compression is None else self.compression.layers
+        if not shown or not looked and BEFORE not in layers:
+            return None
+        lengths = [[len(one.tokens) for one in row] for row in rows]
+        left, context = None, Context()
+        if looked:
+            context = context_of([[one.look for one in row] for row in rows])
+        if any(part.at == TOWER for part in self.compression.parts):
+            pairs = [[(len(one.tokens), one.left) for one in row] for row in rows]
+            left = left_of_rows(pairs, shown[0].tokens.device)
+        return Seen(context, lengths, left)
 
     def prepare_inputs_labels_for_multimodal(
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
@@ -336,6 +437,7 @@ class LlavaMetaForCausalLM:
                 attention_mask=spliced.mask.long(),
                 visual_mask=spliced.visual,
                 row_seeds=spliced.row_seeds,
+                seen=spliced.seen,
             )
         if past:  # the cache's tokens and the new ones, none of them padding
             kwargs["attention_mask"] = inputs.new_ones(1, past + kwargs["inputs_embeds"].shape[1])
@@ -386,6 +488,7 @@ class LlavaMetaForCausalLM:
         inputs_embeds=None,
         visual_mask=None,
         row_seeds=None,
+        seen=None,
         is_first_iteration=False,
         **kwargs,
     ):
@@ -397,5 +500,5 @@ class LlavaMetaForCausalLM:
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if is_first_iteration:  # the visual tokens are all in the prefill
-            inputs.update(visual_mask=visual_mask, row_seeds=row_seeds)
+            inputs.update(visual_mask=visual_mask, row_seeds=row_seeds, seen=seen)
         return inputs

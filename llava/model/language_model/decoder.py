@@ -110,6 +110,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         visual_mask=None,
         score_columns=None,
         row_seeds=None,
+        seen=None,
         logits_to_keep=0,
         cache=None,
         **kwargs,
@@ -123,6 +124,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             inputs_embeds: (B, S, D) instead of both; ``visual_mask`` (B, S) bool then says which columns are
                 visual tokens.
             labels: (B, S), -100 where nothing is supervised. They shorten with the sequence.
+            seen: what the vision tower says about the visual tokens, where a method of the compression reads it.
             score_columns: (B,), the column whose attention scores the visual tokens, if not the row's last
                 prompt token.
 
@@ -136,10 +138,13 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             spliced = self.splice(input_ids, attention_mask, labels, images, image_sizes)
             input_ids, inputs_embeds, visual_mask = None, spliced.embeds, spliced.visual
             attention_mask, labels, row_seeds = spliced.mask, spliced.labels, spliced.row_seeds
+            seen = spliced.seen
             padding_side = self.padding_side
         prefill = None
         if visual_mask is not None:
-            prefill = Prefill(visual_mask, labels, score_columns, row_seeds, padding_side, self.model.trace)
+            prefill = Prefill(
+                visual_mask, labels, score_columns, row_seeds, padding_side, self.model.trace, seen
+            )
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ...constants import IMAGE_TOKEN_INDEX
 from ...video import VIDEO_TOKEN_INDEX
+from ..llava_arch import Picture
 from ..multimodal_projector.stc_connector import PADDING
 from .llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM, LlavaMistralModel
 
@@ -40,7 +41,11 @@ class Videollama2MistralForCausalLM(LlavaMistralForCausalLM):
     decoder_class = Videollama2MistralModel
     placeholders = (IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX)
     takes_videos = True
+    tells_of_tokens = False
     length_limit = None  # a checkpoint's tokenizer_model_max_length counts its text alone
+
+    def pictures(self, images, image_sizes=None) -> list[Picture]:
+        return [Picture(tokens) for tokens in self.image_features(images, image_sizes)]
 
     def image_features(self, images, image_sizes=None) -> list[torch.Tensor]:
         """The visual tokens (N_i, D) of each video or image; an image is a video of ``config.num_frames``

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging
+
+from libra.engine.tower import View, Wants, look
 
 from ..settings import tower_config
 from .memory import FeatureMemory
@@ -98,15 +101,44 @@ class CLIPVisionTower(nn.Module):
             return [self(image[None]) for image in images]
         return self._features(images) if self.memory is None else self.memory.get(images, self._features)
 
+    def view(self, images: torch.Tensor, wants: Wants) -> View:
+        """What the tower says about (B, 3, H, W) pixels; ``hidden`` (B, N, mm_hidden_size) are :meth:`forward`'s
+        features.
+
+        Raises:
+            ValueError: where the [CLS] token is a visual token, or the features are not a layer's.
+        """
+        if self.select_feature != "patch":
+            raise ValueError(
+                "mm_vision_select_feature 'cls_patch' makes the [CLS] token a visual token, which methods that"
+                " read the vision tower do not expect; choose one that reads the embeddings only"
+            )
+
+        def compute(pixels):
+            states = self._states(pixels)
+            used = self.select_layer % len(states) - 1
+            if used < 0:
+                raise ValueError(
+                    "mm_vision_select_layer 0 is no layer's output: there is no attention to read"
+                )
+            tower = getattr(self.vision_tower, "vision_model", self.vision_tower)  # around it until 5.19
+            found = look(tower.encoder.layers, states, used, wants, has_cls=True)
+            return replace(found, hidden=found.hidden.to(pixels.dtype))
+
+        return compute(images) if self.memory is None else self.memory.get(images, compute, wants)
+
     def _features(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self._states(images)[self.select_layer]
+        return (hidden[:, 1:] if self.select_feature == "patch" else hidden).to(images.dtype)
+
+    def _states(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """What goes into the first layer, and the output of each layer."""
         states = self.vision_tower(
             images.to(self.device, self.dtype), output_hidden_states=True
         ).hidden_states
         # Once the decoder around it has recorded its hidden states, transformers records each of the tower's
         # twice.
-        states = [state for state, before in zip(states, (None, *states)) if state is not before]
-        hidden = states[self.select_layer]
-        return (hidden[:, 1:] if self.select_feature == "patch" else hidden).to(images.dtype)
+        return [state for state, before in zip(states, (None, *states)) if state is not before]
 
     @property
     def config(self) -> CLIPVisionConfig:

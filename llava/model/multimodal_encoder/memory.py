@@ -2,7 +2,8 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
@@ -16,16 +17,16 @@ class FeatureMemory:
 
     def __init__(self, limit: int):
         self.limit, self.held = limit, 0
-        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._features: OrderedDict[tuple[bytes, Hashable], Any] = OrderedDict()
 
-    def get(self, pixels: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """``compute(pixels)``, or what it gave for the same pixels before.
+    def get(self, pixels: torch.Tensor, compute: Callable[[torch.Tensor], Any], what: Hashable = None) -> Any:
+        """``compute(pixels)``, or what it gave for the same pixels before: something with ``nbytes``.
 
-        pixels: (B, 3, H, W). Called with gradients on, it computes and remembers nothing.
+        pixels: (B, 3, H, W); what: of several things that are computed from pixels, which one. Called with gradients on, it computes and remembers nothing.
         """
         if torch.is_grad_enabled():
             return compute(pixels)
-        key = self._key(pixels)
+        key = self._key(pixels), what
         if key in self._features:
             self._features.move_to_end(key)
             return self._features[key]

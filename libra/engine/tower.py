@@ -1,0 +1,337 @@
+"""What a vision tower says about a picture's tokens, and the compression of its features before the projector.
+
+The tower runs as it is, with its own attention implementation; only the queries and keys of the layers that a
+method looks at are computed once more, from the hidden states that went into them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..budget import keeps
+from ..config import Compression, Step
+from ..methods import SELECTORS, Context
+from ..ops.reference import PIECE
+from ..ops.spans import Spans
+from ..places import TOWER
+from ..step import compress_spans
+from .tokens import TowerLeft, context_score
+
+NOTHING = -1  # the group of a token that was dropped
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What the methods of a compression ask of a tower: names of :class:`libra.Context`'s fields, and the
+    depths of layers to look at besides the one whose features the model takes, as fractions."""
+
+    fields: frozenset[str]
+    earlier: tuple[Fraction, ...] = ()
+
+    @classmethod
+    def of(cls, c: Compression | None, has_cls: bool) -> "Wants | None":
+        """Of a compression and a tower with or without a [CLS] token; None where nothing is asked.
+
+        Raises ValueError for a method that needs what the tower does not have.
+        """
+        if c is None or not c.compresses:
+            return None
+        fields, earlier = set(), set()
+        for part in c.parts:
+            for need in part.needs:
+                names = [name for name in need.split("|") if has_cls or name != "tower_cls"]
+                if not names:
+                    raise ValueError(
+                        f"{part.name} needs the attention of a [CLS] token, and this model's vision tower has"
+                        " none; choose a method that goes by the attention received"
+                    )
+                fields.add(names[0])
+            earlier |= {*SELECTORS[part.select].tower_layers}
+            if part.at == TOWER:
+                fields.add("tower_hidden")
+        fields = {name for name in fields if name.startswith("tower_") or name == "grid"}
+        return cls(frozenset(fields), tuple(sorted(earlier))) if fields else None
+
+    def layers(self, used: int, depth: int) -> list[int]:
+        """The numbers of the layers whose attention is looked at, of ``depth``; ``used`` is the one whose output
+        the model takes, and comes last."""
+        return [max(0, round(share * depth) - 1) for share in self.earlier] + [used]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a tower says about I pictures of P patches; None what nobody asked for.
+
+    hidden: (I, P, C) the features; cls, received: (L, I, P) float32 scores of the layers looked at; keys:
+    (I, P, K) mean over the heads; cls_hidden, cls_keys: (I, C) and (I, K) of the [CLS] token.
+    """
+
+    hidden: torch.Tensor
+    cls: torch.Tensor | None = None
+    received: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    cls_hidden: torch.Tensor | None = None
+    cls_keys: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in vars(self).values() if value is not None)
+
+    def looks(self, counts: Sequence[int], arrange: Callable, grid: Callable | None) -> list["Look"]:
+        """One :class:`Look` a picture: ``counts`` are the tower's inputs (tiles, frames) of each.
+
+        arrange: takes the number of a picture and a tensor (n, P, W) of something about its patches, and
+            returns (N, W) of its visual tokens; a token that no patch made gets zeros.
+        grid: takes the number of a picture and its ``outside``, and returns the grids of its parts; None where
+            nobody asks.
+        """
+        per_token = {
+            "hidden": self.hidden,
+            "keys": self.keys,
+            "inside": torch.ones_like(self.hidden[..., :1]),
+        }
+        for name in ("cls", "received"):
+            scores = getattr(self, name)
+            per_token[name] = None if scores is None else scores.permute(1, 2, 0)
+        first, found = 0, []
+        for number, count in enumerate(counts):
+            of = slice(first, first + count)
+            own = {name: arrange(number, value[of]) for name, value in per_token.items() if value is not None}
+            heads = {
+                name: None if value is None else value[first]
+                for name, value in (("cls_hidden", self.cls_hidden), ("cls_keys", self.cls_keys))
+            }
+            outside = own.pop("inside")[:, 0] == 0
+            for name in own.keys() & {"cls", "received"}:
+                own[name] = own[name].transpose(0, 1)
+            parts = None if grid is None else grid(number, outside)
+            found.append(Look(outside=outside, grid=parts, **own, **heads))
+            first += count
+        return found
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a tower says about one picture of N visual tokens: :class:`View` with N in place of (I, P).
+
+    outside: (N,) bool, tokens that no patch made. grid: the (h, w) of its parts, one after another.
+    """
+
+    hidden: torch.Tensor
+    outside: torch.Tensor
+    grid: tuple[tuple[int, ...], ...] | None = None
+    cls: torch.Tensor | None = None
+    received: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    cls_hidden: torch.Tensor | None = None
+    cls_keys: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def with_cls(self) -> "Look":
+        """With the [CLS] token itself as the first one."""
+
+        def first(value, row):
+            return None if value is None else torch.cat([row.to(value.dtype), value])
+
+        def zeros(scores):
+            return None if scores is None else torch.nn.functional.pad(scores, (1, 0))
+
+        return replace(
+            self,
+            hidden=first(self.hidden, self.cls_hidden[None]),
+            keys=first(self.keys, None if self.keys is None else self.cls_keys[None]),
+            outside=torch.nn.functional.pad(self.outside, (1, 0)),
+            cls=zeros(self.cls),
+            received=zeros(self.received),
+        )
+
+
+def scores(
+    queries: torch.Tensor, keys: torch.Tensor, scaling: float, cls: bool, received: bool, piece: int = PIECE
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Attention of a tower's layer that a method reads, without ever building all of it.
+
+    queries, keys: (I, H, P, D), where the first of P is the [CLS] token if there is ``cls``.
+
+    Returns:
+        the row of [CLS] (I, P), averaged over the heads, or None without ``cls``; and the attention received
+        (I, P), averaged over heads and queries, or None unless asked for; both float32, over all P keys. A
+        block of queries has at most ``piece`` numbers of attention (64 MB), or those of one query.
+    """
+    images, heads, count, _ = queries.shape
+    turned = keys.float().transpose(2, 3)
+
+    def attention(some):
+        return (some.float() @ turned * scaling).softmax(-1)
+
+    row = attention(queries[:, :, :1]).mean(1)[:, 0] if cls else None
+    if not received:
+        return row, None
+    total = turned.new_zeros(images, count)
+    step = max(1, piece // (images * heads * count))
+    for start in range(0, count, step):
+        total += attention(queries[:, :, start : start + step]).sum((1, 2))
+    return row, total / (heads * count)
+
+
+@torch.no_grad()
+def heads_of(attention: torch.nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Queries and keys (I, H, P, D) of an attention module of CLIP's or SigLIP's kind, from its own input
+    (I, P, C), and its scaling."""
+    shape = (*hidden.shape[:2], -1, attention.head_dim)
+    queries, keys = (project(hidden).view(shape) for project in (attention.q_proj, attention.k_proj))
+    return queries.transpose(1, 2), keys.transpose(1, 2), attention.scale
+
+
+def look(
+    layers: Sequence[torch.nn.Module], states: Sequence[torch.Tensor], used: int, wants: Wants, has_cls: bool
+) -> View:
+    """What a tower of CLIP's or SigLIP's kind says.
+
+    layers: its encoder layers; states: its hidden states (I, P [+ 1], C), what goes into layer i at place i;
+    used: the number of the layer whose output are the features; has_cls: whether the first token is [CLS].
+    """
+    first = int(has_cls)
+    fields, found = wants.fields, {"cls": [], "received": []}
+    keys = cls_keys = None
+    for number in (
+        wants.layers(used, len(layers)) if fields & {"tower_cls", "tower_received", "tower_keys"} else ()
+    ):
+        layer = layers[number]
+        with torch.no_grad():
+            normed = layer.layer_norm1(states[number])
+        queries, of_layer, scaling = heads_of(layer.self_attn, normed)
+        row, received = scores(
+            queries, of_layer, scaling, has_cls and "tower_cls" in fields, "tower_received" in fields
+        )
+        for name, score in (("cls", row), ("received", received)):
+            if score is not None:
+                found[name].append(score[:, first:])
+        if number == used and "tower_keys" in fields:
+            mean = of_layer.float().mean(1)
+            keys, cls_keys = mean[:, first:], mean[:, 0] if has_cls else None
+    features = states[used + 1]
+    return View(
+        features[:, first:],
+        *(torch.stack(found[name]) if found[name] else None for name in ("cls", "received")),
+        keys,
+        features[:, 0] if has_cls else None,
+        cls_keys,
+    )
+
+
+def context_of(rows: Sequence[Sequence[Look]], cls_first: bool = False) -> Context:
+    """The context of B rows with these pictures, one after another."""
+
+    def joined(name, layered=False):
+        parts = [[getattr(one, name) for one in row] for row in rows]
+        some = next((part for row in parts for part in row), None)
+        if some is None:
+            return None
+        if layered:
+            return torch.stack(
+                [joined_rows([[part[i] for part in row] for row in parts]) for i in range(len(some))]
+            )
+        return joined_rows(parts)
+
+    def joined_rows(parts):
+        like = next(part for row in parts for part in row)
+        whole = [torch.cat(row) if row else like[:0] for row in parts]
+        return pad_sequence(whole, batch_first=True)
+
+    grid = [[one.grid for one in row] for row in rows]
+    return Context(
+        tower_cls=joined("cls", layered=True),
+        tower_received=joined("received", layered=True),
+        tower_keys=joined("keys"),
+        tower_hidden=joined("hidden"),
+        outside=joined("outside"),
+        cls_first=cls_first,
+        grid=None if any(one.grid is None for row in rows for one in row) else grid,
+    )
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a compression in the tower left of one picture of N visual tokens.
+
+    tokens: (T, C) features for the projector; columns: (T,), where among the N they stand, ascending; outside:
+    (T,) bool, those that no patch made. groups, weights, importance: (N,), as in :class:`TowerLeft`.
+    """
+
+    tokens: torch.Tensor
+    columns: torch.Tensor
+    outside: torch.Tensor
+    groups: torch.Tensor
+    weights: torch.Tensor
+    importance: torch.Tensor
+
+
+def compress_pictures(step: Step, pictures: Sequence[Look]) -> list[Left | None]:
+    """The step of a compression at the tower, on the features of each picture; None where all are kept."""
+    part = step.part
+    counts = [keeps([[len(one)]], part, step.left)[0][0] for one in pictures]
+    shortened = [i for i, one in enumerate(pictures) if counts[i] < len(one)]
+    found: list[Left | None] = [None] * len(pictures)
+    if not shortened:
+        return found
+    takes_cls = SELECTORS[part.select].takes_cls and pictures[0].cls_hidden is not None
+    chosen = [pictures[i].with_cls() if takes_cls else pictures[i] for i in shortened]
+    context = context_of([[one] for one in chosen], cls_first=takes_cls)
+    layout = Spans.build(
+        [[len(one)] for one in chosen], [[counts[i]] for i in shortened], chosen[0].hidden.device
+    )
+    importance = context_score(part, context, context.tower_hidden)
+    outcome = compress_spans(context.tower_hidden, importance, part, layout, context=context)
+    for row, i in enumerate(shortened):
+        found[i] = _left(outcome, row, chosen[row], counts[i], int(takes_cls))
+    return found
+
+
+def _left(outcome, row: int, one: Look, count: int, extra: int) -> Left:
+    """``extra``: 1 where the first candidate was the [CLS] token, which has no column of its own: it takes
+    the first one, and whoever stands there moves on."""
+    targets = outcome.targets[row, :count]
+    number = torch.arange(count, device=targets.device)
+    columns = (targets - extra).maximum(number)
+    tokens, outside = outcome.tokens[row, :count], one.outside[targets]
+    groups = outcome.groups[row, : len(one)]
+    if outcome.order is not None:
+        order = outcome.order[row, :count]  # the place of each slot
+        inverse = order.argsort()
+        tokens, outside = tokens[inverse], outside[inverse]
+        groups = torch.where(groups < 0, groups, order[groups.clamp(min=0)])
+    groups = groups[extra:].clone()
+    groups[columns] = number
+    weights, importance = (x[row, extra : len(one)] for x in (outcome.token_weights, outcome.importance))
+    return Left(tokens, columns, outside, groups, weights, importance)
+
+
+def left_of_rows(rows: Sequence[Sequence[tuple[int, Left | None]]], device) -> TowerLeft:
+    """Of B rows, for each of their pictures its N visual tokens and what was left of them."""
+    names = ("kept", "groups", "weights", "importance")
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for row in rows:
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        slots = 0
+        for count, left in row:
+            kept = torch.ones(count, dtype=torch.bool, device=device)
+            groups = torch.arange(count, device=device)
+            weights, importance = torch.ones(count, device=device), torch.zeros(count, device=device)
+            if left is not None:
+                kept = torch.zeros_like(kept).index_fill(0, left.columns, True)
+                groups, weights, importance = left.groups, left.weights, left.importance
+            parts["kept"].append(kept)
+            parts["groups"].append(torch.where(groups < 0, NOTHING, groups + slots))
+            parts["weights"].append(weights.float())
+            parts["importance"].append(importance.float())
+            slots += count if left is None else len(left.columns)
+        for name, some in parts.items():
+            dtype = {"kept": torch.bool, "groups": torch.long}.get(name, torch.float32)
+            columns[name].append(torch.cat(some) if some else torch.zeros(0, dtype=dtype, device=device))
+    return TowerLeft(**{name: pad_sequence(some, batch_first=True) for name, some in columns.items()})
