@@ -240,6 +240,7 @@ def test_attentions_of_every_stage():
 
 @torch.no_grad()
 def test_stats(model):
+    whole = cache_of(model(**collate(TALKS)))
     with libra.attach(model, Compression(method="libra", layers=(1, 3), ratio=0.5)) as handle:
         assert handle.stats is None
         model(**collate(TALKS[2:]))
@@ -248,9 +249,14 @@ def test_stats(model):
         stats = handle.stats
         assert stats["cache"] is None
         model.generate(**collate(TALKS), max_new_tokens=3, do_sample=False)
-        held = handle.stats.pop("cache")
-        assert {**handle.stats, "cache": None} == stats  # decoding steps leave the prefill's figures alone
+        held, uncompressed = handle.stats["cache"], handle.stats["cache_plain"]
+        assert {
+            **handle.stats,
+            "cache": None,
+            "cache_plain": None,
+        } == stats  # decoding steps leave the prefill's figures alone
     assert held["total"] == sum(held.values()) - held["total"] and held["earlier"] == held["window"] == 0
+    assert uncompressed == sum(layer.keys.nbytes + layer.values.nbytes for layer in whole.layers)
     column = 2 * 16 * 4  # bytes of a token's key and value in a layer: two heads of 8 in float32
     assert held["visual"] == column * 2 * (48 + 24 + 12)
     assert held["compensation"] == column * sum(
@@ -362,6 +368,55 @@ def test_attaching_twice_is_refused(model):
         assert torch.equal(model(**given).logits, compressed)
 
 
+@pytest.mark.parametrize(
+    "given, keys, same",
+    [
+        (
+            (),
+            {"ratio": 0.3},
+            Compression(method="libra", layers=(1, 2, 3), ratio=0.3),
+        ),  # the quarter points of six layers
+        (("fastv",), {"layers": (1,)}, Compression(method="fastv", layers=(1,))),
+        (
+            ({"method": "fastv", "layers": [1]},),
+            {"ratio": 0.75},
+            Compression(method="fastv", layers=(1,), ratio=0.75),
+        ),
+        (("mini/r50",), {"layers": (1, 3)}, Compression(method="libra", layers=(1, 3))),
+    ],
+)
+def test_a_compression_can_be_named(model, given, keys, same):
+    with libra.attach(model, *given, **keys) as handle:
+        assert handle.compression == same
+
+
+@torch.no_grad()
+def test_history_and_summary(model):
+    compression = Compression(method="fastv", layers=(1,), ratio=0.75)
+    with libra.attach(model, compression) as handle:
+        assert handle.history == [] and str(handle.summary()) == "no prefill with visual tokens yet"
+        model(**collate(TALKS), use_cache=False)
+        assert handle.summary().cache_bytes is None
+        first = handle.stats
+        model.generate(**collate(TALKS[:1]), max_new_tokens=3, do_sample=False)
+        assert handle.history == [first, handle.stats]
+        told = handle.summary()
+        assert repr(handle) == f"<method fastv on LlavaForConditionalGeneration: {told}>"
+    assert "detached" in repr(handle)
+    assert (told.prefills, told.rows, told.visual_tokens, told.left) == (2, 4, 64, 16)
+    assert told.average_tokens == (2 * 64 + 4 * 16) / 6
+    spent, whole = (sum(sum(one[key]) for one in handle.history) for key in ("flops", "flops_plain"))
+    assert told.flops_ratio == spent / whole < 1
+    assert told.cache_bytes == first_bytes(handle) and told.cache_bytes_plain == 25 * 6 * 2 * 16 * 4
+    assert "2 prefills of 4 rows: 64 visual tokens became 16 (32 in an average layer)" in str(told)
+
+
+def first_bytes(handle) -> int:
+    """What six layers of the short talk hold: two layers of 25 columns, four of 13, of 2 × 16 numbers."""
+    assert handle.history[1]["columns"] == [13]
+    return (2 * 25 + 4 * 13) * 2 * 16 * 4
+
+
 def test_models_that_are_not_supported_are_refused(model):
     text = LlamaForCausalLM(model.config.text_config)
     with pytest.raises(
@@ -371,8 +426,10 @@ def test_models_that_are_not_supported_are_refused(model):
         libra.attach(text, LIBRA)
     with pytest.raises(ValueError, match="wrapper of torch.compile; attach to the model in it first"):
         libra.attach(torch.compile(model), LIBRA)
-    with pytest.raises(ValueError, match="needs a libra.Compression, not str"):
-        libra.attach(model, "configs/mini/r50.yaml")
+    with pytest.raises(ValueError, match="lbira is neither a method nor a row .*; did you mean libra?"):
+        libra.attach(model, "lbira")
+    with pytest.raises(ValueError, match="layers: 8 is out of range: the model has layers 0 to 5"):
+        libra.attach(model, "mini/r50")
     with pytest.raises(ValueError, match="99 is out of range: the model has layers 0 to 5"):
         libra.attach(model, Compression(method="libra", layers=(99,)))
 

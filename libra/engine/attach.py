@@ -3,11 +3,14 @@ alone."""
 
 import copy
 import weakref
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from ..config import Compression
-from ..rows import spec_of
+from ..rows import compression_from, spec_of
+from .history import Summary, summed
 from .hooks import OWNER, Hooks
 from .structure import structure_of
 from .trace import RowTrace
@@ -22,11 +25,6 @@ class Attachment:
     """
 
     def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool = False):
-        if not isinstance(compression, Compression):
-            raise ValueError(
-                f"libra.attach needs a libra.Compression, not {type(compression).__name__};"
-                " from_yaml reads files"
-            )
         if hasattr(model, "_orig_mod"):
             raise ValueError(
                 "this is the wrapper of torch.compile; attach to the model in it first, then compile"
@@ -58,22 +56,34 @@ class Attachment:
         ``visual_tokens`` and ``compensation_tokens``: [layer][row]; ``columns``: for each row those of its
         logits, ``padding``: on which side the others are; ``flops``: multiply-accumulates of each row's
         visual tokens by §4.1's formula for whole tokens; ``flops_ratio``: the same over those of the plain
-        model; ``cache``: bytes of the KV cache after the
-        prefill, ``total`` and what they are for (:meth:`libra.engine.forward.CompressedForward.stats`).
+        model (``flops_plain``); ``cache``: bytes of the KV cache after the prefill, ``total`` and what they are
+        for, and ``cache_plain`` what it would hold otherwise
+        (:meth:`libra.engine.forward.CompressedForward.stats`).
         """
-        hooks = self._hooks
-        if hooks.stats is None:
-            return None
-        from ..flops import (
-            model_flops,  # here, so that `python -m libra.flops` finds its module not yet imported
-        )
+        return None if self._hooks.stats is None else self._counted(self._hooks.stats)
 
-        stats, spec = hooks.stats, spec_of(hooks.decoder.config, type(hooks.base).__name__)
+    @property
+    def history(self) -> list[dict]:
+        """:attr:`stats` of the last prefills with visual tokens, the newest last; at most
+        :data:`libra.engine.hooks.REMEMBERED`."""
+        return [self._counted(stats) for stats in self._hooks.history]
+
+    def summary(self) -> Summary:
+        """:attr:`history` added up; as text it is a line to print."""
+        return summed(self.history)
+
+    def _counted(self, stats: dict) -> dict:
+        """A call's statistics with its FLOPs."""
+        # Here, so that `python -m libra.flops` finds its module not yet imported.
+        from ..flops import model_flops
+
+        hooks = self._hooks
+        spec = spec_of(hooks.decoder.config, type(hooks.base).__name__)
         rows = list(zip(*stats["visual_tokens"]))
         flops = [model_flops(spec, row) for row in rows]
         plain = [model_flops(spec, [n] * len(row)) for n, row in zip(stats["given"], rows)]
         ratios = [part / whole if whole else 1.0 for part, whole in zip(flops, plain)]
-        return {**stats, "flops": flops, "flops_ratio": ratios}
+        return {**stats, "flops": flops, "flops_plain": plain, "flops_ratio": ratios}
 
     @property
     def trace(self) -> list[RowTrace] | None:
@@ -85,6 +95,11 @@ class Attachment:
         """Give the model back as it was; a second call does nothing, whatever was attached since."""
         self._hooks.detach()
 
+    def __repr__(self) -> str:
+        hooks = self._hooks
+        state = "" if hooks.attached else ", detached"
+        return f"<{self.compression.name} on {type(hooks.base).__name__}{state}: {self.summary()}>"
+
     def __enter__(self) -> "Attachment":
         return self
 
@@ -92,12 +107,21 @@ class Attachment:
         self.detach()
 
 
-def attach(model: PreTrainedModel, compression: Compression, trace: bool = False) -> Attachment:
+def attach(
+    model: PreTrainedModel,
+    compression: Compression | Mapping | str | Path | None = None,
+    trace: bool = False,
+    **keys,
+) -> Attachment:
     """Compress the visual tokens of a Hugging Face vision-language model between its decoder layers.
 
-    >>> with libra.attach(model, libra.Compression(method="libra", layers=(7, 15, 23), ratio=0.5)) as handle:
+    >>> with libra.attach(model, ratio=0.5) as handle:
     ...     ids = model.generate(**processor(images=images, text=prompts, padding=True, return_tensors="pt"))
-    >>> handle.stats["flops_ratio"]
+    >>> print(handle.summary())
+
+    compression, keys: Libra-Merging at its natural places where nothing is named; otherwise a method's name, a
+    shipped row's, a YAML file, a dictionary or a :class:`libra.Compression`, and keys of it next to that, such as
+    ``attach(model, "fastv", layers=(2,), ratio=0.75)`` (:func:`libra.rows.compression_from`).
 
     Batches may be padded on the left (for ``generate``) or on the right (for a forward pass and the loss).
     The model keeps its attention implementation. With ``trace`` the handle tells what became of each visual
@@ -107,7 +131,7 @@ def attach(model: PreTrainedModel, compression: Compression, trace: bool = False
         ValueError: for a model that is not supported (the sentence lists those that are) or a layer it does
             not have.
     """
-    return Attachment(model, compression, trace)
+    return Attachment(model, compression_from(compression, **keys), trace)
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -295,7 +295,8 @@ class CompressedForward:
         all; ``padding``: the side on which such rows are padded, None where none is; ``cache``: bytes that
         the KV cache holds after the call (None without one), and how they split up into ``visual``,
         ``compensation``, ``text`` and ``padding`` columns of this call, the ``earlier`` ones, and the
-        ``window`` of layers that hold their newest columns only.
+        ``window`` of layers that hold their newest columns only; ``cache_plain``: bytes that it would hold
+        without compression.
         """
         layers = self.decoder.config.num_hidden_layers
         boundaries = [step.layer for step in self._schedule]
@@ -309,7 +310,19 @@ class CompressedForward:
             "columns": self.tokens.row_lengths,
             "padding": self.tokens.padding,
             "cache": None if self.cache is None else self._cache_bytes(stage_of),
+            "cache_plain": None if self.cache is None else self._plain_cache_bytes(),
         }
+
+    def _plain_cache_bytes(self) -> int:
+        """Bytes of a cache whose layers hold all columns, or as many as their window takes."""
+        columns, _, past = self._held[0]
+        total = 0
+        for layer in self.cache.layers:
+            size, held = layer.keys.nbytes + layer.values.nbytes, layer.keys.shape[-2]
+            window = getattr(layer, "sliding_window", None)
+            whole = past + columns if window is None else min(past + columns, max(held, window - 1))
+            total += size * whole // held
+        return total
 
     def _cache_bytes(self, stage_of: list[int]) -> dict[str, int]:
         split = dict.fromkeys(("visual", "compensation", "text", "padding", "earlier", "window"), 0)

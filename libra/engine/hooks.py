@@ -10,6 +10,7 @@ import pickle
 import sys
 import warnings
 import weakref
+from collections import deque
 from contextvars import ContextVar
 from functools import partial
 
@@ -23,6 +24,7 @@ from .structure import arguments_of, attention_modules, examined, layers_of, sco
 from .survey import surveyed
 from .transformers_api import PreTrainedModel, cache_given
 
+REMEMBERED = 1000  # prefills whose statistics are kept
 OWNER = "libra_hooks"  # attribute of an attached decoder
 _MARKED: ContextVar[tuple["Hooks", torch.Tensor] | None] = ContextVar("libra_marked", default=None)
 
@@ -71,6 +73,7 @@ class Hooks:
         self.handle: weakref.ref | None = None
         self.stats: dict | None = None
         self.recorder = None
+        self.history: deque[dict] = deque(maxlen=REMEMBERED)
         self._marks: dict[int, score.Mark] = {}
         self._names: list[list[str]] = []
         self._hooks: list = []
@@ -118,6 +121,11 @@ class Hooks:
         raise pickle.PicklingError(
             "a compressed model cannot be pickled: detach first, with the handle or libra.detach(model)"
         )
+
+    @property
+    def attached(self) -> bool:
+        """False once the model was given back."""
+        return bool(self._hooks)
 
     def detach(self) -> None:
         """Give the model back as it was; a second call does nothing, whatever was attached since."""
@@ -207,6 +215,7 @@ class Hooks:
     def _remember(self, call: Call) -> None:
         if call.stats is not None:
             self.stats, self.recorder = call.stats, call.recorder
+            self.history.append(call.stats)
 
     # --- its decoder and the layers ---
 
