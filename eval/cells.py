@@ -23,9 +23,9 @@ class Cell:
     registry's; data: the benchmark's parquet file and its sha256, None where the harness fetches the data;
     turns: names and rows that answer this task in turns to be timed, none for an ordinary cell.
 
-    settings has four parts: ``row`` (:func:`libra.identity.row_identity`, and ``blind``: grey images; or
-        ``turns``, the rows
-    by name, and their own limit), ``task``, ``data``, and ``run``, which the cells of a run share:
+    settings has four parts: ``row`` (:func:`libra.identity.row_identity`, ``blind`` for grey images and
+    ``trained``, name and checkpoint, for one that was fine-tuned; or ``turns``, the rows by name, and their
+    own limit), ``task``, ``data``, and ``run``, which the cells of a run share:
     checkpoint, limit, dtype, code.
     """
 
@@ -95,7 +95,8 @@ def check_unchanged(cell: Cell, loaded: dict) -> None:
 
     loaded: checkpoint and code, as :func:`what_is_loaded` gave them.
     """
-    changed = next((name for name, value in loaded.items() if value != cell.settings["run"][name]), None)
+    planned = cell.settings["run"] | cell.settings["row"].get("trained", {})
+    changed = next((name for name, value in loaded.items() if value != planned[name]), None)
     if cell.data is not None and file_digest(Path(cell.data[0])) != cell.data[1]:
         changed = "benchmark"
     if changed:

@@ -30,12 +30,20 @@ def fitting(
     for cell in newest:
         if cell["settings"]["run"] == run:
             data.setdefault(cell["task"], [cell["settings"]["task"], cell["settings"]["data"]])
+    trained: dict[str, dict] = {}  # name → the newest checkpoint that was fine-tuned under it
+    for cell in newest:
+        one = cell["settings"]["row"].get("trained")
+        if one:
+            trained.setdefault(one["name"], one)
     fit, left = [], {}
     for cell in cells:
         settings = cell["settings"]
         why = _row_differs(cell, rows) or _run_differs(settings["run"], run)
         if not why and [settings["task"], settings["data"]] != data[cell["task"]]:
             why = "other questions"
+        one = settings["row"].get("trained")
+        if not why and one and one != trained[one["name"]]:
+            why = "another checkpoint"
         if why:
             left.setdefault(why, []).append(f"{cell['row']}, {cell['task'].removeprefix('mini_')}")
         else:
@@ -53,7 +61,8 @@ def _row_differs(cell: dict, rows: Mapping[str, Row]) -> str:
     if cell["row"] == TURNS:
         pairs = [(name, own, False) for name, own in cell["settings"]["row"].get("turns", {}).items()]
     else:
-        pairs = [(cell["row"], cell["settings"]["row"], cell["row"] == BLIND)]
+        own = {key: value for key, value in cell["settings"]["row"].items() if key != "trained"}
+        pairs = [(cell["row"], own, cell["row"] == BLIND)]
     for name, own, blind in pairs:
         if name not in rows:
             return "a row that the table does not have"

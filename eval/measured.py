@@ -1,6 +1,6 @@
 """The cells of one suite of a table, asked by row and task."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from .cells import TURNS
 from .fitting import fitting
 from .plan import flops_ratio
 from .statistics import Figure, Spread, is_learned, mean_of, paired_difference
-from .suites import BLIND, NOT_AVERAGED, SUITES, Column, Table, columns, get_task, suite_rows
+from .suites import BLIND, NOT_AVERAGED, SUITES, Column, SuiteRows, Table, columns, get_task
 
 
 class Measured:
@@ -33,11 +33,11 @@ class Measured:
         suite: str,
         cells: Sequence[dict],
         majority: dict[str, float] | None = None,
-        rows: dict[str, Row] | None = None,
+        rows: Mapping[str, Row] | None = None,
         run: dict | None = None,
     ):
         self.table, self.suite, self.majority = table, suite, majority or {}
-        self.rows = suite_rows(table, suite) if rows is None else rows
+        self.rows = SuiteRows(table, suite) if rows is None else rows
         fit, self.left_out = fitting([cell for cell in cells if cell["suite"] == suite], self.rows, run)
         self.cells = {(cell["row"], cell["task"]): cell for cell in fit}
         self.other = max(fit, key=lambda cell: cell["date"])["checkpoint"] if fit else None
@@ -107,8 +107,10 @@ class Measured:
     def difference(
         self, row: str, to: str | None = "vanilla", tasks: Sequence[str] | None = None
     ) -> Figure | None:
-        """Paired with the row ``to``, averaged over ``tasks``, by default those in Avg."""
+        """Paired with the row ``to``, averaged over ``tasks``, by default those in Avg. Vanilla is that of
+        the row's checkpoint."""
         figures = []
+        to = self.table.plain(row) if to == "vanilla" else to
         for task in self.averaged if tasks is None else tasks:
             ours, theirs = self.correct(row, task), self.correct(to, task) if to else None
             if ours is None or theirs is None or len(ours) != len(theirs):

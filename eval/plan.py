@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,92 +20,107 @@ from .cells import TURNS, Cell, code, finished_beside, read_cells
 from .checkpoints import CheckpointError, require_checkpoint
 from .data import DATA
 from .formats import text_table
-from .suites import BLIND, SUITES, Table, get_task, suite_rows, task_digest
+from .suites import BLIND, SUITES, SuiteRows, Table, get_task, task_digest
 
 PUBLISHED = provenance.REPOSITORY / provenance.PUBLISHED
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a table.
+
+    rows, tasks: names to keep, all where there are none; tasks may be written without ``mini_``. limit:
+    samples of a task; checkpoint: weights instead of the registry's; benchmark: folder of the embedded one,
+    which is written or reused there; trained: folder of the checkpoints that a table of fine-tuned ones
+    names; dry: nothing is going to be computed.
+    """
+
+    rows: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    limit: int | None = None
+    checkpoint: str | None = None
+    benchmark: Path | None = None
+    dtype: str = "float32"
+    dry: bool = False
+    trained: Path | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run is to do.
 
-    cells: task by task, so that rows which show the same pictures follow each other; rows: all of the suite's, read once; chosen: the names of those to be computed; run:
-    the settings that the cells share; manifest: of the embedded benchmark, None for other suites; amiss: why
-    it cannot run, or an empty string.
+    cells: row by row; rows: all of the suite's, each read once; chosen: the names of those to be computed;
+    run: the settings that the cells share; manifest: of the embedded benchmark, None for other suites; amiss:
+    why it cannot run, or an empty string.
     """
 
     table: Table
     suite: str
     cells: list[Cell]
-    rows: dict[str, Row]
+    rows: Mapping[str, Row]
     chosen: list[str]
     run: dict
     manifest: dict | None
     amiss: str = ""
 
 
-def plan(
-    table: Table,
-    suite: str,
-    rows: list[str] | None = None,
-    tasks: list[str] | None = None,
-    limit: int | None = None,
-    checkpoint: str | None = None,
-    benchmark: Path | None = None,
-    dtype: str = "float32",
-    dry: bool = False,
-) -> Plan:
+def plan(table: Table, suite: str, wanted: Wanted) -> Plan:
     """The cells of a table's suite, and one cell a task that times all rows where the table has times.
 
-    rows, tasks: names to keep; tasks may be written without ``mini_``. Writes or reuses the embedded
-    benchmark in ``benchmark``. Raises ValueError for unknown names and for a checkpoint that cannot be had; a
-    ``dry`` plan says the latter in ``amiss``, for then nothing is computed.
+    Raises ValueError for unknown names and for a checkpoint that cannot be had; a dry plan says the latter in
+    ``amiss``.
     """
-    known = suite_rows(table, suite)
-    if not known:
-        raise ValueError(f"suite {suite} of table {table.name} has no rows: configs/ holds none of its files")
-    rows = [spelled(name, known) or name for name in rows or []]
-    for name in rows:
-        if name not in known:
-            raise ValueError(
-                f"row {name} is unknown in suite {suite} of table {table.name}; use one of {', '.join(known)}"
-            )
-    chosen = {name: row for name, row in known.items() if not rows or name in rows}
-    wanted = _wanted(tasks or [], [task for row in chosen.values() for task in row.tasks])
+    known = SuiteRows(table, suite)
+    chosen = {name: known[name] for name in _chosen(table, suite, known, wanted.rows)}
+    tasks = _wanted(wanted.tasks, [task for row in chosen.values() for task in row.tasks])
     for row in chosen.values():
         row.compression.check_layers(get_model(row.model, row.path).layers, row.path)
-    found, identity, amiss = _checkpoint(chosen, checkpoint, dry)
+    found, amiss = _checkpoints(table, chosen, wanted)
     manifest = None
     if suite == "mini":
         from libra.mini.benchmark import write_benchmark
 
-        manifest = write_benchmark(benchmark)
-    run = {"checkpoint": identity, "limit": limit, "dtype": dtype, "code": code()}
-    maker = _Maker(suite, found, _other(chosen, checkpoint), run, manifest, benchmark)
-    every_task = dict.fromkeys(task for row in chosen.values() for task in row.tasks)
+        manifest = write_benchmark(wanted.benchmark)
+    run = {"checkpoint": found[""][1], "limit": wanted.limit, "dtype": wanted.dtype, "code": code()}
+    maker = _Maker(table, suite, found, _other(chosen, wanted.checkpoint), run, manifest, wanted.benchmark)
     cells = [
         maker.cell(name, row, task, {**row_identity(row), "blind": name == BLIND})
-        for task in every_task
         for name, row in chosen.items()
-        if task in row.tasks and (not wanted or task in wanted)
+        for task in row.tasks
+        if not tasks or task in tasks
     ]
     if table.timed:
         first = next(iter(chosen.values()))
         rows_in_turns = {name: row_identity(row) for name, row in chosen.items()}
-        own = {"turns": rows_in_turns, "limit": min(limit or table.timed, table.timed)}
+        own = {"turns": rows_in_turns, "limit": min(wanted.limit or table.timed, table.timed)}
         turns = tuple(chosen.items())
         cells += [
-            maker.cell(TURNS, first, task, own, turns) for task in first.tasks if not wanted or task in wanted
+            maker.cell(TURNS, first, task, own, turns) for task in first.tasks if not tasks or task in tasks
         ]
     return Plan(table, suite, cells, known, list(chosen), run, manifest, amiss)
 
 
+def _chosen(table: Table, suite: str, known: Mapping[str, Row], rows: Sequence[str]) -> list[str]:
+    """The names of the rows to compute, in table order. Raises ValueError for an unknown one."""
+    if not known:
+        raise ValueError(f"suite {suite} of table {table.name} has no rows: configs/ holds none of its files")
+    names = [spelled(name, known) or name for name in rows]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"row {name} is unknown in suite {suite} of table {table.name}; use one of {', '.join(known)}"
+            )
+    return [name for name in known if not names or name in names]
+
+
 @dataclass(frozen=True)
 class _Maker:
-    """Makes cells that share a checkpoint, ``run`` and the embedded benchmark in a folder."""
+    """Makes cells that share ``run`` and the embedded benchmark in a folder. checkpoints: as
+    :func:`_checkpoints` found them."""
 
+    table: Table
     suite: str
-    checkpoint: str
+    checkpoints: dict[str, tuple[str, dict]]
     other: str | None
     run: dict
     manifest: dict | None
@@ -120,12 +135,19 @@ class _Maker:
         elif task in DATA:
             data = {"hub": DATA[task].name, "revision": hub_revision(DATA[task].name, "README.md", "dataset")}
         asked = {"name": task, "sha256": task_digest(get_task(task))}
+        trained = self.table.trained_for(name)
+        checkpoint, identity = self.checkpoints[trained]
+        if trained:
+            own = {**own, "trained": {"name": trained, "checkpoint": identity}}
         settings = {"row": own, "task": asked, "data": data, "run": self.run}
-        return Cell(self.suite, name, task, row, self.checkpoint, settings, self.other, file, turns)
+        return Cell(self.suite, name, task, row, checkpoint, settings, self.other, file, turns)
 
 
-def _checkpoint(rows: dict[str, Row], named: str | None, dry: bool) -> tuple[str, dict, str]:
-    """Where the rows' checkpoint is, what identifies it, and in a dry plan why it cannot be had."""
+def _checkpoints(
+    table: Table, rows: dict[str, Row], wanted: Wanted
+) -> tuple[dict[str, tuple[str, dict]], str]:
+    """Where the checkpoints are and what identifies them, by name: "" for the rows' own and the fine-tuned
+    ones that they need. The second value says in a dry plan why one cannot be had."""
     models = {row.model: row for row in rows.values()}
     if len(models) > 1:
         raise ValueError(
@@ -133,14 +155,23 @@ def _checkpoint(rows: dict[str, Row], named: str | None, dry: bool) -> tuple[str
             " own"
         )
     (row,) = models.values()
-    name = named or get_model(row.model, row.path).checkpoint
-    try:
-        found = require_checkpoint(name)
-        return found, checkpoint_identity(found), ""
-    except CheckpointError as error:
-        if not dry:
-            raise
-        return name, {}, str(error)
+    names = {"": wanted.checkpoint or get_model(row.model, row.path).checkpoint}
+    for who in filter(None, dict.fromkeys(map(table.trained_for, rows))):
+        names[who] = "" if wanted.trained is None else str(wanted.trained / who)
+    found, amiss = {}, ""
+    for who, name in names.items():
+        try:
+            if not name:
+                raise CheckpointError(
+                    f"table {table.name} needs checkpoints that are fine-tuned first: python -m mini.finetune"
+                )
+            place = require_checkpoint(name)
+            found[who] = place, checkpoint_identity(place)
+        except CheckpointError as error:
+            if not wanted.dry:
+                raise
+            found[who], amiss = (name, {}), str(error)
+    return found, amiss
 
 
 def _other(rows: dict[str, Row], named: str | None) -> str | None:
@@ -152,7 +183,7 @@ def _other(rows: dict[str, Row], named: str | None) -> str | None:
     return named if len(places) > 1 else None
 
 
-def _wanted(names: list[str], known: list[str]) -> list[str]:
+def _wanted(names: Sequence[str], known: list[str]) -> list[str]:
     full = {name: spelled(name, known) or spelled(f"mini_{name}", known) for name in names}
     for name, task in full.items():
         if task is None:

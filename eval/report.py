@@ -17,6 +17,7 @@ from .measured import Measured
 from .plan import PUBLISHED, Plan
 from .statistics import Figure
 from .suites import TABLES, Table, get_table
+from .training import NOTED, training_block
 
 EXAMPLES = """examples:
   python -m eval.report results/table1
@@ -282,6 +283,8 @@ def write_report(
         _store(problems, output / drawn[1], lambda path: plots.traces(mini, path))
         lines += [f"![Similarity by layer, and the share of the compensation token]({drawn[1]})", ""]
     lines += [*paper_block(table, others, grids), ""] if others else []
+    noted = read_json(output / NOTED) if table.trained else None
+    lines += training_block(table, noted, grids) if noted else []
     lines += ["## Where the numbers come from", "", *footer(shown, left_out, benchmark)]
     text = "\n".join(lines) + "\n"
     for suffix, content in (("md", text), ("csv", csv_text(suites)), ("tex", "\n".join(map(latex, grids)))):

@@ -5,24 +5,19 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-
-from tqdm import tqdm
 
 from libra.utils import plugins
 from libra.utils.cli import Parser, names, whole_from
-from libra.utils.files import remove_unfinished, write_text
+from libra.utils.files import write_text
 from libra.utils.other_llava import warn_if_llava_is_another
-from libra.utils.provenance import commit, cores, machine, require_clean, versions
+from libra.utils.provenance import cores, require_clean
 
-from .cells import PACKAGES, Cell, finished_beside
-from .harness import Harness, Settings
+from .filling import fill
+from .harness import Settings
 from .options import add_benchmark, add_checkpoint, add_tasks
-from .plan import PUBLISHED, describe, plan, samples
-from .pool import PoolError, run_cells
+from .plan import PUBLISHED, Wanted, describe, plan
+from .pool import PoolError
 from .suites import SUITES, TABLES, get_table
 
 EXAMPLES = """examples:
@@ -30,90 +25,6 @@ EXAMPLES = """examples:
   python -m eval.run --table 1 --rows vanilla,r50 --limit 20 --output results/try
   python -m eval.run --table 3 --dry-run                  what Table 3 takes: rows, FLOPs, cells, hours
   python -m eval.run --table 1 --suite llava7b            the real checkpoint, downloaded from the hub"""
-
-
-def fill(
-    cells: list[Cell],
-    manifest: dict | None,
-    output: Path,
-    settings: Settings,
-    devices: Sequence[str],
-    command: str,
-    factory: Callable = Harness,
-) -> tuple[int, list[dict]]:
-    """Compute the cells that are not finished, with a bar and the time left; how many failed, and the cells
-    that could not be stored, as on a full disk.
-
-    Every cell becomes one JSON below ``output``/cells the moment it is done. Cells that lie finished in a
-    results folder beside are taken from there. Cells that time rows in turns come last, one at a time, so
-    that nothing else runs beside. Raises PoolError where no worker starts.
-    """
-    failed = 0
-    unwritten: dict[str, dict] = {}
-    computer = {
-        **machine(),
-        "device": settings.device,
-        "processes": len(devices),
-        "batch_size": settings.batch_size,
-    }
-    origin = {"commit": commit(), "versions": versions(PACKAGES), "machine": computer, "command": command}
-    for folder in (output, output / "cells"):
-        remove_unfinished(folder)  # of a run that was killed
-
-    def store(cell: Cell, record: dict) -> None:
-        try:
-            write_text(cell.path(output), json.dumps(record, indent=1) + "\n")
-            unwritten.pop(cell.name, None)
-        except OSError as error:
-            reason = f"its file could not be written: {error.strerror or error}"
-            unwritten[cell.name] = {**record, "status": "failed", "reason": reason}
-            bar.write(f"failed: {cell.name}: {reason}", file=sys.stderr)
-
-    left, beside = [cell for cell in cells if not cell.is_finished(output)], finished_beside(output)
-    again = {cell.name: beside.get(cell.config_hash) for cell in left}
-    counts = {cell.name: samples(cell, manifest) or 0 for cell in left if again[cell.name] is None}
-    total = sum(counts.values()) or None
-    with tqdm(total=total, unit=" questions", smoothing=0.05, disable=not counts, mininterval=0.5) as bar:
-        bar.set_description("starting")
-        for cell in left:
-            if again[cell.name] is not None:
-                where, record = again[cell.name]
-                own = {"suite": cell.suite, "row": cell.row, "task": cell.task, "checkpoint": cell.other}
-                store(cell, {**record, **own, "reused_from": record.get("reused_from", where)})
-        done = dict.fromkeys(counts, 0)
-        results: dict[str, tuple[Cell, dict]] = {}
-
-        def on_samples(cell: Cell, count: int) -> None:
-            done[cell.name] += count
-            bar.set_description(f"{cell.row} · {cell.task.removeprefix('mini_')}", refresh=False)
-            bar.update(count)
-
-        def on_result(cell: Cell, result: dict) -> None:
-            nonlocal failed
-            bar.update(counts[cell.name] - done[cell.name] if total else 0)
-            date = datetime.now(UTC).isoformat(timespec="seconds")
-            where = {"machine": {**computer, "processes": 1, "batch_size": 1}} if cell.turns else {}
-            record = cell.record({**result, **origin, **where, "date": date})
-            results[cell.name] = cell, record
-            store(cell, record)
-            if result["status"] == "failed":
-                failed += 1
-                bar.write(f"failed: {cell.name}: {result['reason']}", file=sys.stderr)
-
-        plain = [cell for cell in left if cell.name in counts and not cell.turns]
-        timed = [cell for cell in left if cell.name in counts and cell.turns]
-        if plain:
-            run_cells(plain, factory, settings, devices, output / "logs", on_samples, on_result)
-        if timed:
-            alone = replace(settings, threads=1, batch_size=1)
-            run_cells(timed, factory, alone, devices[:1], output / "logs" / "turns", on_samples, on_result)
-        for name in list(unwritten):  # there may be room again
-            if name in results:
-                store(*results[name])
-    failed += sum(
-        1 for name, record in unwritten.items() if name not in results or results[name][1]["status"] == "ok"
-    )
-    return failed, list(unwritten.values())
 
 
 def parser() -> Parser:
@@ -125,7 +36,10 @@ def parser() -> Parser:
         epilog=EXAMPLES,
     )
     parser.add_argument(
-        "--table", choices=list(TABLES), required=True, help="the paper's table, or the arena"
+        "--table",
+        choices=list(TABLES),
+        required=True,
+        help="a table of the paper, E (training with compression), or the arena",
     )
     parser.add_argument(
         "--suite", choices=list(SUITES), default="mini", help="which model's rows (default %(default)s)"
@@ -154,6 +68,12 @@ def parser() -> Parser:
     )
     add_checkpoint(parser)
     parser.add_argument(
+        "--trained",
+        type=Path,
+        metavar="DIR",
+        help="Table E: folder of the fine-tuned checkpoints, as python -m mini.finetune makes it",
+    )
+    parser.add_argument(
         "--device",
         type=names,
         metavar="A,B",
@@ -180,7 +100,7 @@ def command(args) -> str:
     for name in ("rows", "tasks"):
         if getattr(args, name):
             words += [f"--{name}", ",".join(getattr(args, name))]
-    for name in ("limit", "checkpoint", "batch_size"):
+    for name in ("limit", "checkpoint", "trained", "batch_size"):
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     if args.dtype != "float32":
@@ -207,13 +127,16 @@ def main(argv: list[str] | None = None) -> int:
         todo = plan(
             table,
             args.suite,
-            args.rows,
-            args.tasks,
-            args.limit,
-            args.checkpoint,
-            args.benchmark,
-            args.dtype,
-            args.dry_run,
+            Wanted(
+                args.rows,
+                args.tasks or (),
+                args.limit,
+                args.checkpoint,
+                args.benchmark,
+                args.dtype,
+                args.dry_run,
+                args.trained,
+            ),
         )
         if args.dry_run:
             print(describe(todo, output, len(devices)))

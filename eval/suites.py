@@ -3,6 +3,7 @@ here."""
 
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .statistics import LEARNED_AT, LEARNED_AT_SMALL
 CONFIGS = REPOSITORY / "configs"
 BLIND = "blind"  # the row that is not a file: vanilla on grey images
 BLIND_TITLE = "vanilla, grey images (blind)"
+START = "start"  # the checkpoint that others were fine-tuned from
 NOT_AVERAGED = {"mme"}  # the paper's Avg leaves it out
 
 # Suite (one model's rows; their files begin with its name, the embedded model's lie in configs/mini) → title
@@ -42,7 +44,8 @@ class Table:
     columns, `sim` (Table 4's mean s^max), `share` (of the tokens that are no targets, what went into the
     compensation token);
     timed: samples of each task that all rows answer in turns, for time and memory; note: what to know of the
-    embedded model's table.
+    embedded model's table; trained: checkpoints that were fine-tuned from the suite's own, each of which
+    answers every row, as NAME_ROW next to the first one's start_ROW.
     """
 
     name: str
@@ -55,15 +58,25 @@ class Table:
     extras: tuple[str, ...] = ()
     timed: int = 0
     note: str = ""
+    trained: tuple[str, ...] = ()
 
     @property
     def stem(self) -> str:
         """Of its results folder and its files."""
-        return f"table{self.name}" if self.name.isdigit() else self.name
+        return f"table{self.name}" if len(self.name) == 1 else self.name
 
     @property
     def order(self) -> list[str]:
         return [row for rows in self.sections.values() for row in rows]
+
+    def trained_for(self, row: str) -> str:
+        """Which of ``trained`` answers a row; "" for the suite's own checkpoint."""
+        name = row.partition("_")[0]
+        return name if name in self.trained else ""
+
+    def plain(self, row: str) -> str:
+        """The row without compression that a row is compared to."""
+        return f"{row.partition('_')[0]}_vanilla" if self.trained else "vanilla"
 
 
 def _arena(prefix: str, *more: str) -> tuple[str, ...]:
@@ -193,6 +206,20 @@ TABLES = {
             note="Within a section of one place and rate all rows compress after the same layers to the same number of tokens, "
             "so they cost the same FLOPs. Random pruning is drawn three times.",
         ),
+        Table(
+            "E",
+            "Table E: training with compression",
+            "tableE",
+            (),
+            {
+                "not fine-tuned": ("start_vanilla", "start_r50"),
+                "fine-tuned with all visual tokens": ("whole_vanilla", "whole_r50"),
+                "fine-tuned with Libra-Merging, 50%": ("compressed_vanilla", "compressed_r50"),
+            },
+            note="The paper's training table is in a supplement that was not at hand. Each difference to vanilla is what "
+            "compressing costs the same checkpoint.",
+            trained=("whole", "compressed"),
+        ),
     )
 }
 
@@ -295,18 +322,39 @@ def row_files(table: Table, suite: str) -> dict[str, Path]:
     prefix = "" if suite == "mini" else f"{suite}_"
     folder = CONFIGS / ("mini" if suite == "mini" else "") / table.folder
     files = {path.stem.removeprefix(prefix): path for path in sorted(folder.glob(f"{prefix}*.yaml"))}
+    if table.trained:
+        files = {f"{who}_{name}": files[name] for who in (START, *table.trained) for name in files}
     place = {name: number for number, name in enumerate(table.order)}
     return dict(sorted(files.items(), key=lambda item: (place.get(item[0], len(place)), item[0])))
 
 
-def suite_rows(table: Table, suite: str) -> dict[str, Row]:
-    """The rows of :func:`row_files`, read, with the blind run of the embedded model at its place."""
-    rows = {name: Row.from_yaml(path) for name, path in row_files(table, suite).items()}
-    if suite == "mini" and table.blind and "vanilla" in rows:
-        rows[BLIND] = replace(rows["vanilla"], title=BLIND_TITLE)
-        place = {name: number for number, name in enumerate(table.order)}
-        rows = dict(sorted(rows.items(), key=lambda item: place.get(item[0], len(place))))
-    return rows
+class SuiteRows(Mapping[str, Row]):
+    """The rows of :func:`row_files` by name, with the blind run of the embedded model at its place. A file is
+    read when its row is first asked for, and only then."""
+
+    def __init__(self, table: Table, suite: str):
+        self._files, self._read = row_files(table, suite), {}
+        names = list(self._files)
+        if suite == "mini" and table.blind and "vanilla" in names:
+            place = {name: number for number, name in enumerate(table.order)}
+            names = sorted([*names, BLIND], key=lambda name: place.get(name, len(place)))
+        self._names = names
+
+    def __getitem__(self, name: str) -> Row:
+        if name not in self._names:
+            raise KeyError(name)
+        if name == BLIND:
+            return replace(self["vanilla"], title=BLIND_TITLE)
+        path = self._files[name]
+        if path not in self._read:
+            self._read[path] = Row.from_yaml(path)
+        return self._read[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def task_digest(task: Task) -> str | None:

@@ -23,7 +23,7 @@ from .cells import PACKAGES
 from .formats import text_table
 from .harness import Harness, Settings
 from .options import add_benchmark, add_checkpoint, add_tasks
-from .plan import plan
+from .plan import Wanted, plan
 from .run import worker_devices
 from .suites import SUITES, get_table
 
@@ -133,12 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         todo = plan(
             get_table("1"),
             args.suite,
-            args.rows,
-            args.tasks,
-            args.limit,
-            args.checkpoint,
-            args.benchmark,
-            args.dtype,
+            Wanted(args.rows, args.tasks or (), args.limit, args.checkpoint, args.benchmark, args.dtype),
         )
         cells: dict = {}
         for cell in todo.cells:

@@ -20,6 +20,9 @@ def parser() -> Parser:
         epilog="example: python -m mini.finetune --steps 20 --limit 20 --pairs 3 --output results/tableE-try",
     )
     options.add_argument(
+        "rows", nargs="*", metavar="ROW", help="only these of Table E's rows, such as whole_r50"
+    )
+    options.add_argument(
         "--output", type=Path, default=Path("results/tableE"), metavar="DIR", help="default %(default)s"
     )
     add_benchmark(options)
@@ -40,17 +43,15 @@ def parser() -> Parser:
         "--limit", type=count, help="only the first N held-out questions of a type (to try things out)"
     )
     options.add_argument("--seed", type=whole_from(0), default=1)
-    options.add_argument(
-        "--publish", action="store_true", help="copy the finished page to docs/results/training.md"
-    )
+    options.add_argument("--publish", action="store_true", help="copy the finished table to docs/results/")
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = (commands := parser()).parse_args(argv)
+    options = (commands := parser()).parse_intermixed_args(argv)
     if not 0 < options.learning_rate < 1:
         commands.error(f"--learning-rate {options.learning_rate} is not a number between 0 and 1")
-    from .table_e import run  # here: it needs torch, and --help does not
+    from .finetuning import run  # here: it needs torch, and --help does not
 
     return run(options, commands)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# bash scripts/eval_tableE.sh [mini.finetune options]: fine-tune the embedded model with compression and without, and fill Table E.
-# results/tableE/ holds everything; run it again to go on after an interruption. --publish copies the page to docs/results/.
+# bash scripts/eval_tableE.sh [ROW…] [mini.finetune options]: Table E, the embedded model fine-tuned with compression and without;
+# results/tableE/ holds the report. Fine-tunes first (two runs), then fills the table's cells. Run it again to go on.
 # Example: bash scripts/eval_tableE.sh --steps 20 --limit 20 --pairs 3 --output results/tableE-try
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"

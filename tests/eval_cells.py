@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 
 from eval.cells import FORMAT, TURNS
-from eval.suites import BLIND, suite_rows
+from eval.suites import BLIND, SuiteRows
 from libra.identity import digest, row_identity
 
 RUN = {"checkpoint": {"sha256": "w"}, "limit": None, "dtype": "float32", "code": {"libra": "c"}}
@@ -16,7 +16,7 @@ ORIGIN = {
     "command": "python -m eval.run --table 1",
     "machine": {"cpu": "A CPU", "cores": 2, "device": "cpu", "processes": 2, "batch_size": 32},
 }
-rows = cache(suite_rows)
+rows = cache(SuiteRows)
 
 
 def stored(table, row: str, task: str, answers: list[float], suite: str = "mini", run=RUN, **more) -> dict:

@@ -38,7 +38,9 @@ def make_plan(tmp_path, monkeypatch):
     monkeypatch.setattr("libra.mini.benchmark.write_benchmark", lambda _: manifest)
 
     def make(rows=("r50",), tasks=("attribute",), **more):
-        return planning.plan(TABLE, "mini", list(rows), list(tasks), benchmark=tmp_path, **more)
+        return planning.plan(
+            TABLE, "mini", planning.Wanted(list(rows), list(tasks), benchmark=tmp_path, **more)
+        )
 
     make.manifest = manifest
     return make

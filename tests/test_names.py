@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import libra
-from eval.plan import plan
+from eval.plan import Wanted, plan
 from eval.suites import get_table
 from libra import flops, rows
 from libra.checkpoints import find_checkpoint
@@ -106,10 +106,12 @@ def test_a_folder_comes_before_a_models_name(elsewhere):
 
 
 def test_rows_and_tasks_of_a_table_in_either_spelling():
-    todo = plan(get_table("3"), "llava7b", ["hierarchical-r50", "pti_r67"], ["scienceqa-img"], dry=True)
+    todo = plan(
+        get_table("3"), "llava7b", Wanted(["hierarchical-r50", "pti_r67"], ["scienceqa-img"], dry=True)
+    )
     assert [cell.row for cell in todo.cells] == ["hierarchical_r50", "pti_r67"]
     assert {cell.task for cell in todo.cells} == {"scienceqa_img"}
     with pytest.raises(ValueError, match="row hierarchical-r5 is unknown"):
-        plan(get_table("3"), "llava7b", ["hierarchical-r5"], dry=True)
+        plan(get_table("3"), "llava7b", Wanted(["hierarchical-r5"], dry=True))
     with pytest.raises(ValueError, match="task scienceqa is not a task"):
-        plan(get_table("3"), "llava7b", tasks=["scienceqa"], dry=True)
+        plan(get_table("3"), "llava7b", Wanted(tasks=["scienceqa"], dry=True))

@@ -15,19 +15,21 @@ import torch
 from eval_cells import ORIGIN, rows, share, stored
 from eval_stand_ins import stand_in
 from test_eval import cell_of, table_rows
+from walk import walked
 
+from eval import filling, report, run
 from eval import plan as planning
-from eval import report, run
-from eval.cells import TURNS, finished_beside, read_cells, read_json
+from eval.cells import TURNS, check_unchanged, finished_beside, read_cells, read_json
 from eval.formats import Grid, escape, latex, markdown
 from eval.harness import Settings, trace_summary
 from eval.measured import Measured
 from eval.statistics import Figure, Spread
-from eval.suites import CONFIGS, SUITES, TABLES, columns, get_table, get_task, row_files, suite_rows
+from eval.suites import CONFIGS, SUITES, TABLES, SuiteRows, columns, get_table, get_task, row_files
 from libra.config import ATTENTIONS, ConfigError
 from libra.flops import cost
 from libra.mini.questions import TYPES
 from libra.rows import Row, get_model
+from libra.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 ASKED = [f"mini_{kind}" for kind in TYPES]
@@ -39,12 +41,10 @@ RATIO_PRINTED_HIGHER = {("next8b", 47): 46, ("next8b", 37): 36}
 def test_rows_load_in_order_and_name_known_tasks_and_models(table, suite):
     files = row_files(table, suite)
     assert files and set(files) <= set(table.order)  # no row without its place
-    assert list(suite_rows(table, suite)) == [
-        name for name in table.order if name in suite_rows(table, suite)
-    ]
-    assert next(iter(files)) == "vanilla"
+    assert list(SuiteRows(table, suite)) == [name for name in table.order if name in SuiteRows(table, suite)]
+    assert next(iter(files)) == table.plain(next(iter(files)))
     titles = []
-    for path in files.values():
+    for path in dict.fromkeys(files.values()):
         row = Row.from_yaml(path)
         row.compression.check_layers(get_model(row.model).layers)
         assert (
@@ -170,7 +170,7 @@ def make_plan(benchmark, monkeypatch):
     folder, manifest = benchmark
     monkeypatch.setattr("libra.mini.benchmark.write_benchmark", lambda _: manifest)
     return lambda table, suite="mini", **more: planning.plan(
-        get_table(table), suite, benchmark=folder, **more
+        get_table(table), suite, planning.Wanted(benchmark=folder, **more)
     )
 
 
@@ -193,6 +193,61 @@ def test_rows_that_say_the_same_share_their_cells_between_tables(make_plan):
         three["pti_r50", color] == arena["h50_average", color]
     )  # select and merge by name or by method: the same answers
     assert len(set(arena.values())) == len(arena)
+
+
+def test_table_e_asks_every_checkpoint_and_shows_what_compressing_costs_each(make_plan, tmp_path):
+    with pytest.raises(ValueError, match="python -m mini.finetune"):
+        make_plan("E", rows=["whole_r50"])
+    assert "mini.finetune" in make_plan("E", rows=["whole_r50"], dry=True).amiss
+    for who in ("whole", "compressed"):
+        (tmp_path / who).mkdir()
+        (tmp_path / who / "config.json").write_text(json.dumps({"is": who}))
+    wanted = dict(tasks=["attribute"], trained=tmp_path)
+    plan = make_plan("E", **wanted)
+    cells = {cell.row: cell for cell in plan.cells}
+    assert list(cells) == get_table("E").order
+    assert len({cell.config_hash for cell in cells.values()}) == 6
+    assert cells["start_vanilla"].config_hash == make_plan("1", tasks=["attribute"]).cells[0].config_hash
+    assert cells["whole_r50"].checkpoint == str(tmp_path / "whole")
+    loaded = {**plan.run, "checkpoint": cells["whole_r50"].settings["row"]["trained"]["checkpoint"]}
+    check = replace(cells["whole_r50"], data=None)
+    check_unchanged(check, {name: loaded[name] for name in ("checkpoint", "code")})
+    with pytest.raises(ValueError, match="the checkpoint changed"):
+        check_unchanged(check, {name: plan.run[name] for name in ("checkpoint", "code")})
+    right = dict(zip(cells, ([1, 1], [1, 0], [1, 1], [0, 0], [1, 1], [1, 1])))
+    for name, cell in cells.items():
+        figures = {"score": 50.0 * sum(right[name]), "stderr": None, "n": 2, "correct": right[name]}
+        write_text(cell.path(tmp_path), json.dumps(cell.record({**result(2), **figures, **ORIGIN})))
+    log = {"losses": [[1, 2.0], [2, 0.5]], "train_runtime": 90.0}
+    setup = dict(samples=32, turns=3, steps=2, rows=16, learning_rate=3e-4, seed=1, processes=2)
+    sizes = {"name": "tiny", "rows": 2, "visual": 64, "text": 8}
+    cost = {"sizes": sizes, "pairs": 1, "cpu_seconds": [2.0, 1.0], "flops_ratio": 0.5}
+    cost |= {"ratio": {"median": 0.5, "low": 0.4, "high": 0.6}, "peak_bytes": [3 << 20, 2 << 20]}
+    noted = {"setup": setup, "training": {"whole": log, "compressed": log}, "cost": [cost]}
+    write_text(tmp_path / "training.json", json.dumps(noted))
+    text = report.write_report(tmp_path, get_table("E"), plan=plan)
+    differences = text.partition("Paired differences to vanilla")[2].splitlines()
+    lines = [line.split("|")[2:-1] for line in differences if line.startswith("| Libra-Merging, 50% |")]
+    assert [[part.strip() for part in line if part.strip()] for line in lines] == [
+        ["-50.0"],
+        ["-100.0"],
+        ["+0.0"],
+    ]
+    assert "- fine-tuned with all visual tokens: last training loss 0.500, 1.5 minutes" in text
+    assert "| tiny | 2 × (64 + 8) | 2.000 | 1.000 | 0.500 (0.400 to 0.600, 1 pairs) |" in text
+    (tmp_path / "whole" / "config.json").write_text("{}")  # fine-tuned again: its old cells do not fit
+    again = make_plan("E", **wanted)
+    newer = {**again.cells[2].record({**result(2), **ORIGIN}), "date": "2027"}
+    write_text(again.cells[2].path(tmp_path), json.dumps(newer))
+    assert "1 cell with another checkpoint (whole_r50, attribute)" in report.write_report(
+        tmp_path, get_table("E"), plan=again
+    )
+
+
+def test_a_plan_reads_only_the_rows_that_it_computes(make_plan):
+    with walked() as walk:
+        plan = make_plan("1", rows=["r50"], tasks=["attribute"])
+    assert walk.parses == 1 and len(plan.rows) > 1 and plan.rows["r50"] is plan.cells[0].spec
 
 
 def test_timed_tables_have_one_cell_of_turns_a_task(make_plan):
@@ -343,7 +398,7 @@ def test_equal_cells_of_other_tables_are_reused(tmp_path):
 
 
 def test_a_full_disk_costs_only_the_cells_it_hits(tmp_path, monkeypatch, capfd):
-    output, write = tmp_path / "table1", run.write_text
+    output, write = tmp_path / "table1", filling.write_text
     full = {"mini.fastv.mini_attribute.json": 9, "mini.r50.mini_attribute.json": 1}  # the latter only once
 
     def write_text(path, text):
@@ -352,7 +407,7 @@ def test_a_full_disk_costs_only_the_cells_it_hits(tmp_path, monkeypatch, capfd):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, text)
 
-    monkeypatch.setattr(run, "write_text", write_text)
+    monkeypatch.setattr(filling, "write_text", write_text)
     cells = [cell_of(row) for row in ("vanilla", "fastv", "r50", "turbo")]
     failed, unwritten = fill(cells, output)
     assert failed == 1 and [cell.row for cell in cells if cell.is_finished(output)] == [

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from libra import Compression
+from libra.flops import layer_flops
 from libra.mini.scenes import draw_scene
 from llava.model.builder import load_pretrained_model
 from llava.train import arguments, recipe, train
@@ -36,7 +37,7 @@ from llava.train.labels import encode, place_images, training_template
 from llava.train.outcomes import Outcome, Tally
 from llava.train.samples import Data, read_samples
 from llava.train.trainer import LlavaTrainer
-from mini import table_e
+from mini import finetuning, step_cost
 from mini.questions import ask
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -672,46 +673,16 @@ def test_help_shows_an_example(capsys):
     assert all(f"--{name} " in long for name in re.findall(r"^  --(\w+)", short, re.MULTILINE))
 
 
-def test_table_e_is_written_from_its_numbers(tmp_path, monkeypatch):
-    table_e.write_data(tmp_path, 6, seed=1)
+def test_fine_tuning_of_table_e_draws_its_data_once_and_measures_a_step(tmp_path):
+    finetuning.write_data(tmp_path, 6, seed=1)
     first = (tmp_path / "data.json").read_text()
-    table_e.write_data(tmp_path, 6, seed=1)
+    finetuning.write_data(tmp_path, 6, seed=1)
     assert (tmp_path / "data.json").read_text() == first and len(json.loads(first)) == 6
-    sizes = table_e.Sizes("tiny", 32, 48, 4, 2, 64, 8, 2, (1,))
-    base = Compression(method="libra", layers=(2,), ratio=0.5)
-    monkeypatch.setattr(table_e, "_peaks", lambda *_: [3 << 20, 2 << 20])  # which takes two processes
-    cost = table_e.measure(sizes, base, pairs=1)
-    half = table_e.layer_flops(72, 32, 48, 32), table_e.layer_flops(40, 32, 48, 32)
+    sizes = step_cost.Sizes("tiny", 32, 48, 4, 2, 64, 8, 2, (1,))
+    cost = step_cost.in_turns(sizes, Compression(method="libra", layers=(2,), ratio=0.5), pairs=1)
+    half = layer_flops(72, 32, 48, 32), layer_flops(40, 32, 48, 32)
     assert cost["flops_ratio"] == pytest.approx((2 * half[0] + 2 * half[1]) / (4 * half[0]))
-    right = {
-        how: {kind: [1.0, 0.0, 1.0, float(how == "whole")] for kind in table_e.TYPES}
-        for how in ("whole", "compressed")
-    }
-    run_log = {"losses": [[1, 2.0], [2, 0.5]], "train_runtime": 90.0}
-    page = table_e.report(
-        {
-            "setup": {
-                "samples": 32,
-                "steps": 2,
-                "rows": 16,
-                "learning_rate": 3e-4,
-                "seed": 1,
-                "processes": 2,
-            },
-            "training": {"whole": run_log, "compressed": run_log},
-            "scores": dict.fromkeys(table_e.TRAINED, right),
-            "cost": [cost],
-            "origin": {
-                "commit": "abc",
-                "machine": {"cpu": "X", "cores": 2},
-                "versions": {"torch": "2", "transformers": "5"},
-            },
-        }
-    )
-    assert (
-        "| all visual tokens | 75.0 ± 6.0 | 50.0 ± 6.9 | -25.0 ± 6.0 | 0.500 |" in page
-        and "| 3 → 2 |" in page
-    )
+    assert len(cost["cpu_seconds"]) == 2 and cost["ratio"]["median"] > 0
 
 
 WRONG = {
