@@ -12,7 +12,7 @@ from ..config import Compression
 from ..rows import compression_from, spec_of
 from .history import Summary, summed
 from .hooks import OWNER, Hooks
-from .structure import structure_of
+from .structure import is_dense, structure_of
 from .trace import RowTrace
 from .transformers_api import PreTrainedModel
 
@@ -56,8 +56,9 @@ class Attachment:
         ``visual_tokens`` and ``compensation_tokens``: [layer][row]; ``columns``: for each row those of its
         logits, ``padding``: on which side the others are; ``flops``: multiply-accumulates of each row's
         visual tokens by §4.1's formula for whole tokens; ``flops_ratio``: the same over those of the plain
-        model (``flops_plain``); ``cache``: bytes of the KV cache after the prefill, ``total`` and what they are
-        for, and ``cache_plain`` what it would hold otherwise
+        model (``flops_plain``), all None for a decoder that the formula does not describe (experts, linear
+        attention); ``cache``: bytes of the KV cache after the prefill, ``total`` and what they are for, and
+        ``cache_plain`` what it would hold otherwise
         (:meth:`libra.engine.forward.CompressedForward.stats`).
         """
         return None if self._hooks.stats is None else self._counted(self._hooks.stats)
@@ -78,7 +79,10 @@ class Attachment:
         from ..flops import model_flops
 
         hooks = self._hooks
-        spec = spec_of(hooks.decoder.config, type(hooks.base).__name__)
+        config = hooks.decoder.config
+        if not is_dense(config):
+            return {**stats, "flops": None, "flops_plain": None, "flops_ratio": None}
+        spec = spec_of(config, type(hooks.base).__name__)
         rows = list(zip(*stats["visual_tokens"]))
         flops = [model_flops(spec, row) for row in rows]
         plain = [model_flops(spec, [n] * len(row)) for n, row in zip(stats["given"], rows)]

@@ -28,6 +28,20 @@ class Stage:
         self.shift = None if self.shift is None else change(self.shift)
 
 
+def holds_keys(layer) -> bool:
+    """True for a cache's layer with keys, which has columns; others hold the state of a recurrence, or nothing."""
+    return hasattr(layer, "get_seq_length")
+
+
+def bytes_of(layer) -> int:
+    """What a layer of a cache occupies: keys, values, and the states of recurrences and convolutions."""
+    parts = [getattr(layer, name, None) for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name, None)
+        parts += states.values() if isinstance(states, dict) else [states]
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+
+
 class StagedCache(DynamicCache):
     """A dynamic cache that carries the stages through everything that is done to its rows and its end.
 
@@ -73,6 +87,11 @@ class StagedCache(DynamicCache):
         holds where ``layer_idx`` names one."""
         return super().get_seq_length(layer_idx or 0) + (self.lag if layer_idx is None else 0)
 
+    def columns_of(self, layers: range) -> int:
+        """Columns that the first of ``layers`` which holds keys has of them; 0 where none does yet."""
+        held = (self.layers[i] for i in layers if i < len(self.layers) and holds_keys(self.layers[i]))
+        return next((layer.get_seq_length() for layer in held), 0)
+
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         """Append a layer's new keys and values.
 
@@ -80,8 +99,8 @@ class StagedCache(DynamicCache):
             ValueError: at the first layer of a call without compression, which takes all layers to hold as
                 many keys.
         """
-        if layer_idx == 0:
-            lengths = {layer.get_seq_length() for layer in self.layers}
+        if layer_idx == next((i for i, layer in enumerate(self.layers) if holds_keys(layer)), 0):
+            lengths = {layer.get_seq_length() for layer in self.layers if holds_keys(layer)}
             if not self.expects_a_call and (self.lag or len(lengths) > 1):
                 raise ValueError(
                     f"this KV cache was filled with compression after layers"

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from ..config import Compression, Step
 from ..places import BEFORE
 from . import score
-from .cache import Stage, StagedCache
+from .cache import Stage, StagedCache, bytes_of, holds_keys
 from .masks import attention_kind, attention_masks, joined
 from .tokens import Prefill, Shortened, VisualTokens
 from .trace import Recorder
@@ -182,7 +182,11 @@ class CompressedForward:
 
     def _past(self, stage: Stage) -> int:
         """Columns that a stage's layers already hold."""
-        return 0 if self.cache is None else self.cache.get_seq_length(layer_idx=stage.first_layer)
+        if self.cache is None:
+            return 0
+        ends = [later.first_layer for later in self._stages if later.first_layer > stage.first_layer]
+        end = min(ends, default=self.decoder.config.num_hidden_layers)
+        return self.cache.columns_of(range(stage.first_layer, end))
 
     def _renumber(self, stage: Stage, hidden: torch.Tensor) -> None:
         """Compact positions: a stage counts its own columns on from where it stood, and remembers its lag.
@@ -294,9 +298,9 @@ class CompressedForward:
         added before layer 0; ``columns``: for each row those that are left after the last layer, text and
         all; ``padding``: the side on which such rows are padded, None where none is; ``cache``: bytes that
         the KV cache holds after the call (None without one), and how they split up into ``visual``,
-        ``compensation``, ``text`` and ``padding`` columns of this call, the ``earlier`` ones, and the
-        ``window`` of layers that hold their newest columns only; ``cache_plain``: bytes that it would hold
-        without compression.
+        ``compensation``, ``text`` and ``padding`` columns of this call, the ``earlier`` ones, the ``window``
+        of layers that hold their newest columns only, and the ``state`` of layers that hold no columns, where
+        there are any; ``cache_plain``: bytes that it would hold without compression.
         """
         layers = self.decoder.config.num_hidden_layers
         boundaries = [step.layer for step in self._schedule]
@@ -318,7 +322,11 @@ class CompressedForward:
         columns, _, past = self._held[0]
         total = 0
         for layer in self.cache.layers:
-            size, held = layer.keys.nbytes + layer.values.nbytes, layer.keys.shape[-2]
+            size = bytes_of(layer)
+            if not holds_keys(layer):
+                total += size
+                continue
+            held = layer.keys.shape[-2]
             window = getattr(layer, "sliding_window", None)
             whole = past + columns if window is None else min(past + columns, max(held, window - 1))
             total += size * whole // held
@@ -328,8 +336,11 @@ class CompressedForward:
         split = dict.fromkeys(("visual", "compensation", "text", "padding", "earlier", "window"), 0)
         total = 0
         for layer, stage in zip(self.cache.layers, stage_of):
-            size = layer.keys.nbytes + layer.values.nbytes
+            size = bytes_of(layer)
             total += size
+            if not holds_keys(layer):
+                split["state"] = split.get("state", 0) + size
+                continue
             columns, lengths, past = self._held[stage]
             batch, held = len(lengths), layer.keys.shape[-2]
             if held < past + columns:

@@ -14,7 +14,8 @@ class Summary:
         visual_tokens: that the prompts brought.
         average_tokens: visual tokens that a layer saw, averaged over the layers.
         left: visual tokens that the last layer saw.
-        flops_ratio: multiply-accumulates of the visual tokens over those of the plain model (§4.1's formula).
+        flops_ratio: multiply-accumulates of the visual tokens over those of the plain model (§4.1's formula); None
+            for a decoder that the formula does not describe.
         cache_bytes: of the KV caches after the prefills; None where no call had one.
         cache_bytes_plain: what they would have held without compression; None likewise.
     """
@@ -24,7 +25,7 @@ class Summary:
     visual_tokens: int
     average_tokens: float
     left: int
-    flops_ratio: float
+    flops_ratio: float | None
     cache_bytes: int | None
     cache_bytes_plain: int | None
 
@@ -33,8 +34,10 @@ class Summary:
             return "no prefill with visual tokens yet"
         text = (
             f"{self.prefills} prefills of {self.rows} rows: {self.visual_tokens} visual tokens became"
-            f" {self.left} ({self.average_tokens:.0f} in an average layer), {self.flops_ratio:.0%} of their FLOPs"
+            f" {self.left} ({self.average_tokens:.0f} in an average layer)"
         )
+        if self.flops_ratio is not None:
+            text = f"{text}, {self.flops_ratio:.0%} of their FLOPs"
         if self.cache_bytes is None:
             return text
         return (
@@ -50,8 +53,10 @@ def summed(history: Sequence[dict]) -> Summary:
     """The summary of calls' statistics, as ``handle.stats`` gives them."""
     given = sum(sum(one["given"]) for one in history)
     layers = [list(map(sum, one["visual_tokens"])) for one in history]
-    spent = sum(sum(one["flops"]) for one in history)
-    plain = sum(sum(one["flops_plain"]) for one in history)
+    counted = all(one["flops"] is not None for one in history)
+    spent, plain = (
+        sum(sum(one[key]) for one in history) if counted else 0 for key in ("flops", "flops_plain")
+    )
     cached = [one for one in history if one["cache"] is not None]
     return Summary(
         prefills=len(history),
@@ -59,7 +64,7 @@ def summed(history: Sequence[dict]) -> Summary:
         visual_tokens=given,
         average_tokens=sum(sum(one) / len(one) for one in layers),
         left=sum(one[-1] for one in layers),
-        flops_ratio=spent / plain if plain else 1.0,
+        flops_ratio=(spent / plain if plain else 1.0) if counted else None,
         cache_bytes=sum(one["cache"]["total"] for one in cached) if cached else None,
         cache_bytes_plain=sum(one["cache_plain"] for one in cached) if cached else None,
     )

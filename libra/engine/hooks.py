@@ -231,7 +231,9 @@ class Hooks:
         if isinstance(mask, dict) or mask is not None and mask.ndim == 4:
             # The body made the masks of what it was given itself: that shortens, and the layers' masks are ready.
             mask, ready = call.padding_mask, True
-        call.given, call.forward = Given(mask, ready, given.get("position_ids")), None
+        columns = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        shape = (0, 0) if columns is None else tuple(columns.shape[:2])
+        call.given, call.forward = Given(mask, ready, given.get("position_ids"), shape), None
         if self._compresses:
             score.enable(decoder.config)
 

@@ -25,11 +25,13 @@ class Given:
         padding_mask: (B, past + S), 0 for padding, or None.
         ready: True where the model's body made the attention masks, for the decoder to hand on.
         position_ids: as the caller or the body gave them, or None.
+        shape: (B, S) of the call.
     """
 
     padding_mask: torch.Tensor | None = None
     ready: bool = False
     position_ids: torch.Tensor | None = None
+    shape: tuple[int, int] = (0, 0)
 
 
 class HookedForward(CompressedForward):
@@ -47,7 +49,7 @@ class HookedForward(CompressedForward):
         self, decoder, compression, hidden, given: Given, marks: dict[int, score.Mark], cache, prefill
     ):
         self._given, self._marks = given, marks
-        self._batch = hidden.shape[0] if hidden.ndim == 3 or prefill is None else len(prefill.visual)
+        self._batch, self._columns = hidden.shape[:2] if hidden.ndim == 3 else given.shape
         flat, _ = self._flat(hidden)
         self._arguments = Arguments(flat.shape[1])
         super().__init__(decoder, compression, flat, given.padding_mask, given.position_ids, cache, prefill)
@@ -78,7 +80,7 @@ class HookedForward(CompressedForward):
         """(B, S, D) of what a decoder hands from layer to layer, and the way back."""
         if hidden.ndim == 3:
             return hidden, lambda x: x
-        if hidden.shape[0] == self._batch:
+        if hidden.shape[:2] == (self._batch, self._columns):
             return hidden.flatten(2), lambda x: x.unflatten(2, hidden.shape[2:])
         streams, width = hidden.shape[0], hidden.shape[-1]
         flat = hidden.permute(1, 2, 0, 3).flatten(2)

@@ -61,6 +61,24 @@ def arguments_of(layer: torch.nn.Module) -> list[str]:
     return list(inspect.signature(type(layer).forward).parameters)[1:]
 
 
+def is_dense(config) -> bool:
+    """True for a decoder whose layers all are an attention and one feed-forward network of one size, as the
+    formula of FLOPs has it."""
+    experts = (
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+        "num_experts_per_tok",
+    )
+    return (
+        all(attends(config, layer) for layer in range(config.num_hidden_layers))
+        and isinstance(getattr(config, "intermediate_size", None), int)
+        and isinstance(getattr(config, "num_key_value_heads", None), int)
+        and not any(getattr(config, name, None) for name in experts)
+    )
+
+
 def attention_modules(layer: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules of a decoder layer that call transformers' attention functions."""
     return [
