@@ -1,10 +1,10 @@
-"""A compressed run of any class by hand: one sample, no cache, no padding, around the layers of the model's own
-eager twin.
+"""A compressed run of any class by hand: one sample, no cache, no padding, around the layers of the model's
+own eager twin.
 
 The twin is run once uncompressed and watched: what each of its layers is given, by the arguments' names, and
-the mask that it sees. From the first compression on, the layers are then called one by one with what is left of
-that. Which columns are left, and what becomes of their states, is what ``plain.shorten`` reads in the method.
-Nothing here is the engine's.
+the mask that it sees. From the first compression on, the layers are then called one by one with what is left
+of that. Which columns are left, and what becomes of their states, is what ``plain.shorten`` reads in the
+method. Nothing here is the engine's.
 """
 
 import copy
@@ -20,7 +20,7 @@ import zoo
 
 from libra import Compression
 
-# The arguments of decoder layers that have one entry for each token of the call, and their dimension of tokens.
+# The arguments of decoder layers that have one entry for each token of the call, and which dimension it is.
 PER_TOKEN = {
     "position_embeddings": -2,  # cos and sin, or complex numbers, of each token
     "position_ids": -1,
@@ -41,8 +41,8 @@ class Told:
 
 @dataclass
 class Outcome:
-    """What entered each layer and what left the last one, (S, D) each; the logits (S, V) after that; ``source``
-    has the column that each remaining one was, None for a compensation token."""
+    """What entered each layer and what left the last one, (S, D) each; the logits (S, V) after that;
+    ``source`` has the column that each remaining one was, None for a compensation token."""
 
     entered: list[torch.Tensor] = field(default_factory=list)
     logits: torch.Tensor | None = None
@@ -50,7 +50,7 @@ class Outcome:
 
 
 def flat(hidden: torch.Tensor) -> torch.Tensor:
-    """(S, D) of one sample's states; several streams of a token, before or after its dimension, make one row."""
+    """(S, D) of one sample's states; several streams of a token, at whichever dimension, make one row."""
     if hidden.ndim == 4 and hidden.shape[0] != 1:
         return hidden.permute(1, 2, 0, 3).flatten(2)[0]
     return hidden.flatten(2)[0] if hidden.ndim == 4 else hidden[0]
@@ -121,8 +121,8 @@ def left_of_mask(mask: torch.Tensor, kept: list[tuple[int, bool]], config, kind:
     visible = mask[0, 0] == 0
     seen = visible[old][:, old]
     for column, (j, extra) in enumerate(kept):
-        if extra and column and kept[column - 1][0] == j:
-            seen[column - 1, column] = visible[j - 1, j]
+        if extra:
+            seen[:column, column][old[:column] == j] = visible[j - 1, j]
     place = torch.arange(count)
     behind = place[:, None] - place
     ahead = seen & (behind < 0)
