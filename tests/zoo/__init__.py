@@ -1,5 +1,6 @@
 """Tiny random models of the vision-language classes of transformers, each with a real tower."""
 
+from collections.abc import Callable
 from functools import cache
 
 import families
@@ -12,8 +13,8 @@ KINDS = {**families.KINDS, **tiles.KINDS, **grids.KINDS, **others.KINDS}
 NAMES = sorted(name for name in KINDS if hasattr(transformers, name))  # a version may lack some
 EAGER = ("GotOcr2ForConditionalGeneration", "Inkling2ForConditionalGeneration")  # have no other attention
 
-# After which layers a class compresses in the tests, where layers 1 and 3 will not do: others have no attention
-# scores, add features of the picture later, or share their keys and values.
+# After which layers a class compresses in the tests, where layers 1 and 3 will not do: they have no attention
+# scores, come before features of the picture that are added later, or after keys that are shared.
 PLACES = {
     "Gemma3nForConditionalGeneration": (0, 1),
     "Gemma4ForConditionalGeneration": (0, 1),
@@ -22,6 +23,8 @@ PLACES = {
     "NemotronH_Omni_Reasoning_V3": (2, 5),
 }
 REFUSED = ("Inkling2ForConditionalGeneration",)  # built, but nothing can be compressed in it
+# What the differences of two sound ways may be, over the largest number; 1e-4 elsewhere.
+BOUNDS: dict[str, float] = {}
 
 
 def places(name: str) -> tuple[int, ...]:
@@ -33,6 +36,23 @@ def own_model(name: str, attention: str = "sdpa", seed: int = 0):
 
 
 model = cache(own_model)  # shared: leave it as it is
+
+
+@cache
+def twin(name: str):
+    """The model with eager attention; shared: leave it as it is."""
+    return own_model(name, "eager")
+
+
+def replayed(name: str, length: int) -> Callable[[dict], dict]:
+    """Changes what a pass over prompt and answer is given to what decoding is; ``length`` of the prompt."""
+
+    def change(given: dict) -> dict:
+        if name == "PaliGemmaForConditionalGeneration":  # only the prompt sees itself in both directions
+            given["token_type_ids"][:, length:] = 1
+        return given
+
+    return change
 
 
 def decoder(model) -> torch.nn.Module:

@@ -59,9 +59,9 @@ TEXT = dict(
     qk_nope_head_dim=8,
     v_head_dim=8,
     # windows and chunks: shorter than the prompts, so that they matter
-    sliding_window=24,
-    sliding_window_size=24,
-    attention_chunk_size=24,
+    sliding_window=10,
+    sliding_window_size=10,
+    attention_chunk_size=12,
     # linear attention, state spaces and convolutions
     linear_num_key_heads=2,
     linear_num_value_heads=4,

@@ -1,0 +1,143 @@
+"""libra.attach on every vision-language class: the same checks for each.
+
+The fast suite takes each class with one check and one method, such that every check meets every method;
+``--all`` takes all.
+"""
+
+from itertools import cycle, product
+
+import pytest
+import torch
+import zoo
+from by_hand import by_hand, flat, watched
+from families import SAID, Talk
+
+import libra
+from libra import Compression
+from libra.engine.families import TESTED
+
+METHODS = {
+    "libra": dict(method="libra", tau=0.9),
+    "fastv": dict(method="fastv"),
+    "turbo": dict(method="turbo"),
+}
+PATTERNS = ("t4 i i t5", "t2 i t3 i t7")
+STEPS = 4
+CLASSES = [name for name in zoo.NAMES if name in TESTED]
+
+
+def compression(name: str, method: str, **more) -> Compression:
+    return Compression(layers=zoo.places(name), **{"ratio": 0.5, **METHODS[method], **more})
+
+
+def close(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
+    """Close for the size of the numbers: recurrent layers and mixtures of experts lose more digits."""
+    bound = zoo.BOUNDS.get(name, 1e-4) * max(1.0, float(want.abs().max()))
+    torch.testing.assert_close(got, want, atol=bound, rtol=0)
+
+
+def talks(name: str) -> list[Talk]:
+    return [zoo.talk(name, pattern, seed) for seed, pattern in enumerate(PATTERNS)]
+
+
+def rows_of(name: str) -> list[Talk]:
+    """A batch whose rows do not depend on each other: HunYuan numbers the pictures of the whole batch."""
+    if name == "HunYuanVLForConditionalGeneration":
+        return [zoo.talk(name, "t9", 0), talks(name)[1]]
+    return talks(name)
+
+
+def none_and_given_back(name: str, method: str) -> None:
+    """Without compression no bit differs, nor after one is detached."""
+    model, given = zoo.model(name), zoo.collate(name, talks(name))
+    before = model(**given).logits
+    with libra.attach(model, Compression(method="vanilla")):
+        assert torch.equal(model(**given).logits, before)
+    with libra.attach(model, compression(name, method)):
+        assert model(**given).logits.shape[1] < before.shape[1]
+    assert torch.equal(model(**given).logits, before)
+    assert not any(layer._forward_pre_hooks for layer in zoo.decoder(model).layers)
+
+
+def ratio_zero(name: str, method: str) -> None:
+    """At ratio 0 the engine runs and no bit differs."""
+    model, given = zoo.model(name), zoo.collate(name, talks(name))
+    before, valid = model(**given).logits, given["attention_mask"].bool()
+    with libra.attach(model, compression(name, method, ratio=0.0)) as handle:
+        after = model(**given).logits
+        assert handle.stats["visual_tokens"][-1] == handle.stats["given"]
+    assert torch.equal(after[valid], before[valid])
+
+
+def batch(name: str, method: str) -> None:
+    """A batch padded on the left gives what each of its samples does, and generates the same."""
+    model, rows = zoo.model(name), rows_of(name)
+    options = dict(max_new_tokens=STEPS, **SAID, return_dict_in_generate=True, output_logits=True)
+    with libra.attach(model, compression(name, method)):
+        together = model(**zoo.collate(name, rows)).logits
+        said = model.generate(**zoo.collate(name, rows), **options)
+        for row, t in enumerate(rows):
+            logits = model(**zoo.collate(name, [t])).logits[0]
+            close(together[row, -len(logits) :], logits, name)
+            alone = model.generate(**zoo.collate(name, [t]), **options)
+            close(torch.stack(said.logits)[:, row], torch.stack(alone.logits)[:, 0], name)
+            assert torch.equal(said.sequences[row, -STEPS:], alone.sequences[0, -STEPS:])
+
+
+def cached_is_replayed(name: str, method: str) -> None:
+    """An answer decoded with the cache is that of a pass without one over prompt and answer, by hand."""
+    model, twin, t = zoo.model(name), zoo.twin(name), talks(name)[1]
+    c = compression(name, method)
+    options = dict(max_new_tokens=STEPS, **SAID, return_dict_in_generate=True, output_logits=True)
+    with libra.attach(model, c):
+        answer = model.generate(**zoo.collate(name, [t]), **options)
+    said = answer.sequences[0, -STEPS:-1].tolist()
+    want = by_hand(twin, name, t, c, said, zoo.replayed(name, len(t.ids))).logits[-STEPS:]
+    close(torch.stack(answer.logits)[:, 0], want, name)
+
+
+def by_layers(name: str, method: str) -> None:
+    """What enters each layer, and the logits, are those of the reference by hand."""
+    model, twin, c = zoo.model(name), zoo.twin(name), compression(name, method)
+    for t in talks(name):
+        want = by_hand(twin, name, t, c)
+        assert len(want.source) < len(t.ids)
+        with libra.attach(model, c), watched(zoo.decoder(model).layers) as seen:
+            logits = model(**zoo.collate(name, [t])).logits[0]
+        for layer, told in seen.items():
+            close(flat(told.hidden), want.entered[layer], name)
+        close(logits, want.logits, name)
+
+
+CHECKS = (none_and_given_back, ratio_zero, batch, cached_is_replayed, by_layers)
+
+
+def pairwise() -> list[tuple]:
+    """Each class with one check and one method, such that every check meets every method."""
+    turns = cycle(product(METHODS, CHECKS))
+    return [(name, *next(turns)) for name in CLASSES]
+
+
+CELLS = [
+    pytest.param(*cell, id="-".join((cell[0], cell[1], cell[2].__name__)), marks=marks)
+    for cell, marks in [
+        *((cell, ()) for cell in pairwise()),
+        *(
+            ((name, method, check), (pytest.mark.slow,))
+            for name, method, check in product(CLASSES, METHODS, CHECKS)
+            if (name, method, check) not in pairwise()
+        ),
+    ]
+]
+
+
+@pytest.mark.filterwarnings("error:.*is untested with libra.attach")
+@pytest.mark.parametrize("name, method, check", CELLS)
+@torch.no_grad()
+def test_a_class(name, method, check):
+    check(name, method)
+
+
+def test_the_tested_classes_are_those_of_this_matrix():
+    assert set(TESTED) <= set(zoo.KINDS) - set(zoo.REFUSED)
+    assert len(TESTED) >= 48
