@@ -6,8 +6,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import count
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -39,68 +38,81 @@ def run_cells(
     even start, or a checkpoint does not load.
     """
     log_folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    waiting = deque(cells)
-    workers: dict[Connection, tuple] = {}  # our end of a worker's pipe → its process and its device
-    at_work: dict[Connection, Cell] = {}
-
-    numbers = count()
-
-    def start(device: str) -> None:
-        ours, theirs = context.Pipe()
-        log = log_folder / f"worker-{next(numbers)}.log"
-        own = replace(settings, device=device)
-        process = context.Process(
-            target=_work, args=(theirs, factory, own, str(log), os.getpid()), daemon=True
-        )
-        process.start()
-        theirs.close()
-        workers[ours] = process, device
-
     for old in log_folder.glob("worker-*.log"):
         old.unlink()
+    pool = _Pool(deque(cells), factory, settings, log_folder, on_samples, on_result)
     try:
-        for device, _ in zip(devices, list(waiting)):
-            start(device)
-        while workers:
-            for connection in wait(list(workers)):
-                try:
-                    kind, value = connection.recv()
-                except (EOFError, OSError):
-                    process, device = workers.pop(connection)
-                    process.join()
-                    connection.close()
-                    if (cell := at_work.pop(connection, None)) is not None:
-                        on_result(
-                            cell,
-                            {
-                                "status": "failed",
-                                "reason": f"the worker process died ({_died(process.exitcode)})",
-                            },
-                        )
-                    elif process.exitcode:
-                        raise PoolError(
-                            f"a worker process died while starting ({_died(process.exitcode)})"
-                        ) from None
-                    if len(workers) < len(waiting):
-                        start(device)
-                    continue
-                if kind == "samples":
-                    on_samples(at_work[connection], value)
-                    continue
-                if kind == "broken":
-                    raise PoolError(value)
-                if kind == "result":
-                    on_result(at_work.pop(connection), value)
-                if waiting:
-                    at_work[connection] = waiting.popleft()
-                    connection.send(at_work[connection])
-                else:
-                    connection.send(None)
+        for device, _ in zip(devices, list(cells)):
+            pool.start(device)
+        while pool.workers:
+            for connection in wait(list(pool.workers)):
+                pool.hear(connection)
     finally:
-        for process, _ in workers.values():
+        pool.end()
+
+
+@dataclass
+class _Pool:
+    """workers: our end of a worker's pipe → its process and its device; at_work: the cell that each has."""
+
+    waiting: deque[Cell]
+    factory: Callable[..., Evaluate]
+    settings: object
+    log_folder: Path
+    on_samples: Callable[[Cell, int], None]
+    on_result: Callable[[Cell, dict], None]
+    workers: dict[Connection, tuple] = field(default_factory=dict)
+    at_work: dict[Connection, Cell] = field(default_factory=dict)
+    started: int = 0
+
+    def start(self, device: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        log = str(self.log_folder / f"worker-{self.started}.log")
+        given = (theirs, self.factory, replace(self.settings, device=device), log, os.getpid())
+        process = context.Process(target=_work, args=given, daemon=True)
+        process.start()
+        theirs.close()
+        self.workers[ours] = process, device
+        self.started += 1
+
+    def hear(self, connection: Connection) -> None:
+        """One message of a worker, or its end; a worker with nothing to do gets the next cell."""
+        try:
+            kind, value = connection.recv()
+        except (EOFError, OSError):
+            self._bury(connection)
+            return
+        if kind == "samples":
+            self.on_samples(self.at_work[connection], value)
+            return
+        if kind == "broken":
+            raise PoolError(value)
+        if kind == "result":
+            self.on_result(self.at_work.pop(connection), value)
+        if self.waiting:
+            self.at_work[connection] = self.waiting.popleft()
+            connection.send(self.at_work[connection])
+        else:
+            connection.send(None)
+
+    def _bury(self, connection: Connection) -> None:
+        """A worker has ended: its cell has failed, and another worker takes its place where cells wait."""
+        process, device = self.workers.pop(connection)
+        process.join()
+        connection.close()
+        if (cell := self.at_work.pop(connection, None)) is not None:
+            reason = f"the worker process died ({_died(process.exitcode)})"
+            self.on_result(cell, {"status": "failed", "reason": reason})
+        elif process.exitcode:
+            raise PoolError(f"a worker process died while starting ({_died(process.exitcode)})")
+        if len(self.workers) < len(self.waiting):
+            self.start(device)
+
+    def end(self) -> None:
+        for process, _ in self.workers.values():
             process.terminate()
-        for process, _ in workers.values():
+        for process, _ in self.workers.values():
             process.join()
 
 

@@ -109,6 +109,32 @@ def command(args) -> str:
     return shlex.join(words)
 
 
+def wanted(args) -> Wanted:
+    return Wanted(
+        rows=args.rows,
+        tasks=args.tasks or (),
+        limit=args.limit,
+        checkpoint=args.checkpoint,
+        benchmark=args.benchmark,
+        dtype=args.dtype,
+        dry=args.dry_run,
+        trained=args.trained,
+    )
+
+
+def settings(args, output: Path, devices: list[str]) -> Settings:
+    """Of the workers, the cores shared among them."""
+    return Settings(
+        output=str(output.resolve()),
+        device=devices[0],
+        threads=max(1, cores() // len(devices)),
+        batch_size=args.batch_size or (32 if args.suite == "mini" else 8),
+        dtype=args.dtype,
+        online=args.suite != "mini",
+        plugins=plugins.loaded(),
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 when every cell is filled, 1 when some failed (the table says which), 2 after one `error: …` line."""
     options = parser()
@@ -124,20 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.publish:
             require_clean()  # not after hours
-        todo = plan(
-            table,
-            args.suite,
-            Wanted(
-                args.rows,
-                args.tasks or (),
-                args.limit,
-                args.checkpoint,
-                args.benchmark,
-                args.dtype,
-                args.dry_run,
-                args.trained,
-            ),
-        )
+        todo = plan(table, args.suite, wanted(args))
         if args.dry_run:
             print(describe(todo, output, len(devices)))
             return 0
@@ -149,18 +162,10 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(
                     f"another run is filling {output}: wait for it, or choose another --output"
                 ) from None
-            settings = Settings(
-                output=str(output.resolve()),
-                device=devices[0],
-                threads=max(1, cores() // len(devices)),
-                batch_size=args.batch_size or (32 if args.suite == "mini" else 8),
-                dtype=args.dtype,
-                online=args.suite != "mini",
-                plugins=plugins.loaded(),
-            )
             if todo.manifest is not None:
                 write_text(output / "benchmark.json", json.dumps(todo.manifest, indent=1) + "\n")
-            failed, unwritten = fill(todo.cells, todo.manifest, output, settings, devices, command(args))
+            how = settings(args, output, devices)
+            failed, unwritten = fill(todo.cells, todo.manifest, output, how, devices, command(args))
             from .report import write_report
 
             text = write_report(output, table, PUBLISHED if args.publish else None, unwritten, todo)

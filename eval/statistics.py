@@ -36,12 +36,6 @@ class Figure:
         return text if self.error is None else f"{text} ± {self.error:.{digits}f}"
 
 
-def accuracy(correct: Sequence[float]) -> Figure:
-    """Mean of right (1) and wrong (0) answers, and sqrt(p(1-p)/n), in percent."""
-    p = float(np.mean(correct))
-    return Figure(100 * p, 100 * sqrt(max(0.0, p * (1 - p)) / len(correct)), len(correct))
-
-
 def paired_difference(correct: Sequence[float], baseline: Sequence[float]) -> Figure:
     """Mean of the differences on the same questions, and their standard deviation over sqrt(n), in points.
 

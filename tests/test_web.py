@@ -62,7 +62,11 @@ def test_own_compression():
     assert the_page.own_compression("fastv", "3, 1 2", 0.25) == Compression(
         method="fastv", layers=(1, 2, 3), ratio=0.25
     )
-    for layers, message in (("one", "'one' are not numbers"), (" ", "there are no layers"), ("-1", "layers")):
+    for layers, message in (
+        ("one", "'one' are not numbers"),
+        (" ", "there are no layers"),
+        ("-1", "before the language model"),
+    ):
         with pytest.raises(ValueError, match=message):
             the_page.own_compression("fastv", layers, 0.5)
 

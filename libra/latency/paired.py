@@ -1,7 +1,8 @@
 """All figures of one bench: vanilla, compressed and peers in turns, then what is counted, then compression's
 parts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from statistics import median
 
@@ -31,7 +32,7 @@ def measure(
     """All figures, see the package's conventions.
 
     Args:
-        steps: decoding steps to time behind each prefill, 0 for none.
+        steps: decoding steps to time after each prefill, 0 for none.
         peer: also time FastV as plain transformers runs it, in both variants.
         bar: counts the prefills, :func:`prefills` of them; None for one of its own.
 
@@ -45,9 +46,11 @@ def measure(
     if peer:
         check_peer(bench.model.get_decoder(), bench.compression, bench.prompt)
         ways |= {variant: Peer(bench, variant).run for variant in (EAGER, MIXED)}
-    own = bar is None
-    bar = tqdm(total=prefills(pairs, len(ways)), unit=" prefills", disable=not progress) if own else bar
-    try:
+    with (
+        nullcontext(bar)
+        if bar is not None
+        else tqdm(total=prefills(pairs, len(ways)), unit=" prefills", disable=not progress) as bar
+    ):
         memory = {}
         for name, run in ways.items():
             bar.set_postfix_str("warming up")
@@ -63,23 +66,30 @@ def measure(
         bar.set_postfix_str("profiling")
         parts = profile_parts(bench, _profiled(pairs))
         bar.update(_profiled(pairs))
-    finally:
-        if own:
-            bar.close()
+    result = {
+        **_counted(bench, spec, runs, counted),
+        "parts": parts,
+        "peak_memory": {name: memory[name] for name in MODES},
+        **_timed(bench, runs, steps),
+    }
+    if peer:
+        result["peer"] = {variant: _peer(runs, variant, memory) for variant in (EAGER, MIXED)}
+    return result
 
+
+def _counted(bench: Bench, spec: ModelSpec, runs: list[dict], counted: dict) -> dict:
+    """The prefill's times against the FLOPs, the cache, the extra memory and the tokens."""
     prompt = bench.prompt
     tokens = [
         budget.actual(bench.compression, bench.text.num_hidden_layers, [prompt.visual] * count)
         for count in prompt.pictures
     ]
     flops = _flops(bench, spec, counted, tokens)
-    result = {
+    return {
         "prefill": _prefill(runs, flops),
-        "parts": parts,
         "flops": flops,
         "cache": _cache(bench, spec, counted, tokens),
         "extra_memory": _extra_memory(counted),
-        "peak_memory": {name: memory[name] for name in MODES},
         "tokens_per_layer": {
             "visual": [max(row) for row in zip(*tokens)],
             "measured": bench.stats["visual_tokens"],
@@ -87,22 +97,22 @@ def measure(
             "compensation_added_behind": bench.stats["compensation_tokens"],
         },
     }
+
+
+def _timed(bench: Bench, runs: list[dict], steps: int) -> dict:
+    """The vision tower's and the decoding steps' times, where there are any."""
+
+    def compare(seconds: Callable) -> dict:
+        return _compare([{name: seconds(run[name]) for name in MODES} for run in runs])
+
+    found: dict = {}
     if bench.views:
-        result["vision"] = {
-            "views": sum(prompt.pictures) * bench.views,
-            **_compare([{name: run[name].vision.wall for name in MODES} for run in runs]),
-        }
-        result["vision_and_prefill"] = _compare(
-            [{name: run[name].vision.wall + run[name].prefill.wall for name in MODES} for run in runs]
-        )
+        views = sum(bench.prompt.pictures) * bench.views
+        found["vision"] = {"views": views, **compare(lambda run: run.vision.wall)}
+        found["vision_and_prefill"] = compare(lambda run: run.vision.wall + run.prefill.wall)
     if steps:
-        result["decode"] = {
-            "steps": steps,
-            **_compare([{name: run[name].token for name in MODES} for run in runs]),
-        }
-    if peer:
-        result["peer"] = {variant: _peer(runs, variant, memory) for variant in (EAGER, MIXED)}
-    return result
+        found["decode"] = {"steps": steps, **compare(lambda run: run.token)}
+    return found
 
 
 def prefills(pairs: int, ways: int = 2) -> int:

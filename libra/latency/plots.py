@@ -36,41 +36,8 @@ def picture(data: dict, path: Path) -> None:
     found, parts = bars(data), data["parts"]
     figure = new_figure(6 + 1.2 * len(found), 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(len(found), 3.5))
-    places, width = range(len(found)), 0.38
-    left.bar(
-        [x - width / 2 for x in places],
-        [promise for _, promise, _ in found.values()],
-        width,
-        color="0.75",
-        label="promised: FLOPs of all tokens, schedule",
-    )
-    left.bar(
-        [x + width / 2 for x in places],
-        [value for value, _, _ in found.values()],
-        width,
-        color="C0",
-        label="measured",
-    )
-    for x, (value, _, interval) in zip(places, found.values()):
-        top = interval["high"] if interval else value
-        left.annotate(
-            f"{value:.3f}", (x + width / 2, top), (0, 3), textcoords="offset points", ha="center", fontsize=7
-        )
-        if interval:
-            errors = [[value - interval["low"]], [interval["high"] - value]]
-            left.errorbar(x + width / 2, value, yerr=errors, color="black", capsize=3)
-    visual = data["flops"]["visual"]["ratio"]
-    left.axhline(
-        visual,
-        color="0.4",
-        linewidth=1,
-        linestyle=":",
-        label=f"FLOPs of the visual tokens alone, {visual:.3f}",
-    )
-    left.set_xticks(list(places), list(found), fontsize=8)
-    left.set_ylabel("compressed over vanilla")
-    left.margins(y=0.3)
-    left.legend(fontsize=7, loc="upper right")
+    _draw_ratios(left, found, data["flops"]["visual"]["ratio"])
+    _draw_parts(right, parts)
     prompt = data["prompt"]
     figure.suptitle(
         f"{data['row']}: {data['model']}, {data['layers']} of {data['of_layers']} layers, {prompt['visual']}"
@@ -79,20 +46,62 @@ def picture(data: dict, path: Path) -> None:
         f" {data['machine']['device']}",
         fontsize=10,
     )
-    names = [part for part in PARTS if part in parts["shares"]][::-1]
-    shares = right.barh(
-        [PARTS[part] for part in names], [100 * parts["shares"][part] for part in names], color="C1"
-    )
-    right.bar_label(shares, fmt="%.2f", fontsize=7, padding=2)
-    right.margins(x=0.2)
-    right.set(
-        xlabel="% of the compressed prefill", title=f"compression by part, together {parts['share']:.2%}"
-    )
-    right.title.set_fontsize(9)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
     save(figure, path)
+
+
+def _draw_ratios(axes, found: dict[str, tuple[float, float, dict | None]], visual: float) -> None:
+    """Two bars each of :func:`bars`, and a line at the ratio of the visual tokens' FLOPs."""
+    places, width = range(len(found)), 0.38
+    axes.bar(
+        [x - width / 2 for x in places],
+        [promise for _, promise, _ in found.values()],
+        width,
+        color="0.75",
+        label="promised: FLOPs of all tokens, schedule",
+    )
+    axes.bar(
+        [x + width / 2 for x in places],
+        [value for value, _, _ in found.values()],
+        width,
+        color="C0",
+        label="measured",
+    )
+    for x, (value, _, interval) in zip(places, found.values()):
+        top = interval["high"] if interval else value
+        axes.annotate(
+            f"{value:.3f}", (x + width / 2, top), (0, 3), textcoords="offset points", ha="center", fontsize=7
+        )
+        if interval:
+            errors = [[value - interval["low"]], [interval["high"] - value]]
+            axes.errorbar(x + width / 2, value, yerr=errors, color="black", capsize=3)
+    axes.axhline(
+        visual,
+        color="0.4",
+        linewidth=1,
+        linestyle=":",
+        label=f"FLOPs of the visual tokens only, {visual:.3f}",
+    )
+    axes.set_xticks(list(places), list(found), fontsize=8)
+    axes.set_ylabel("compressed over vanilla")
+    axes.margins(y=0.3)
+    axes.legend(fontsize=7, loc="upper right")
+
+
+def _draw_parts(axes, parts: dict) -> None:
+    """A bar for the share of each part of the compression."""
+    names = [part for part in PARTS if part in parts["shares"]][::-1]
+    shares = axes.barh(
+        [PARTS[part] for part in names], [100 * parts["shares"][part] for part in names], color="C1"
+    )
+    axes.bar_label(shares, fmt="%.2f", fontsize=7, padding=2)
+    axes.margins(x=0.2)
+    axes.set(
+        xlabel="% of the compressed prefill", title=f"compression by part, together {parts['share']:.2%}"
+    )
+    axes.title.set_fontsize(9)
 
 
 def growth_picture(cells: Mapping[tuple[int, int], dict], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -34,8 +35,8 @@ class Engine(ABC):
     ``frames`` is how many frames of a video it is to be shown.
     """
 
-    model: torch.nn.Module
-    tokenizer: object
+    model: Any  # a module of many families, whose attributes no one class declares
+    tokenizer: Any
     frames: int = FRAMES
     stop: str | None = None  # what ends an answer, where it is not the checkpoint's own eos token
 

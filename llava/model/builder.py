@@ -10,7 +10,7 @@ from transformers.utils import logging
 from libra import Compression
 
 from . import lora
-from .checkpoint import TOWER, inspect_checkpoint
+from .checkpoint import TOWER, Checkpoint, inspect_checkpoint
 from .weights import check_finite, first_line
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -55,18 +55,7 @@ def load_pretrained_model(
         ValueError: if the checkpoint is missing, incomplete, damaged or of another type, its parts do not fit
             together, or a weight is not a finite number.
     """
-    if load_8bit and load_4bit:
-        raise ValueError("load_8bit and load_4bit exclude each other; choose one")
-    if load_8bit or load_4bit:
-        from transformers import BitsAndBytesConfig
-
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=load_8bit,
-            load_in_4bit=load_4bit,
-            bnb_4bit_compute_dtype=torch.float16,
-            bnb_4bit_quant_type="nf4",
-            llm_int8_skip_modules=["mm_projector", "vision_tower", "lm_head"],
-        )
+    kwargs |= _quantisation(load_8bit, load_4bit)
     dtype = kwargs.pop(
         "torch_dtype", kwargs.pop("dtype", torch.float16 if device == "cuda" else torch.float32)
     )
@@ -74,17 +63,47 @@ def load_pretrained_model(
     kwargs.pop("multimodal", None)  # what lmms-eval's llava model passes for the sake of LLaVA-NeXT's code
 
     parts = inspect_checkpoint(model_path, model_base, compression, **hub)
+    place = {"device_map": device_map if device == "cuda" else {"": device}, "dtype": dtype}
+    model = _weights(model_path, parts, attn_implementation=attn_implementation, **place, **kwargs)
+    if parts.adapter is not None:
+        model = lora.add_adapter(model, parts.folder, parts.adapter, merge_lora)
+    tower = _tower(model, parts)
+    check_finite(f"the checkpoint {model_path}", model)
+    model.eval()
+    if compression is not None:
+        model.set_compression(compression)
+    return parts.tokenizer, model, tower.image_processor, model.context_length
+
+
+def _quantisation(load_8bit: bool, load_4bit: bool) -> dict:
+    """The argument of ``from_pretrained`` for weights of 8 or 4 bits."""
+    if load_8bit and load_4bit:
+        raise ValueError("load_8bit and load_4bit exclude each other; choose one")
+    if not load_8bit and not load_4bit:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_8bit=load_8bit,
+        load_in_4bit=load_4bit,
+        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["mm_projector", "vision_tower", "lm_head"],
+    )
+    return {"quantization_config": config}
+
+
+def _weights(model_path: str, parts: Checkpoint, **given):
+    """The model with a checkpoint's own weights on top of its base's; the vision tower's may still be
+    missing."""
     try:
         with _quiet():
             model, info = parts.model_class.from_pretrained(
                 parts.base,
                 config=parts.config,
-                dtype=dtype,
-                device_map=device_map if device == "cuda" else {"": device},
-                attn_implementation=attn_implementation,
                 output_loading_info=True,
-                ignore_mismatched_sizes=bool(parts.values),
-                **kwargs,  # the values below have the right sizes
+                ignore_mismatched_sizes=bool(parts.values),  # parts.values have the right sizes
+                **given,
             )
     except Exception as error:  # of transformers, safetensors, a quantiser or the memory
         raise ValueError(f"the checkpoint {model_path} cannot be loaded: {first_line(error)}") from error
@@ -96,9 +115,11 @@ def load_pretrained_model(
             f"{len(missing)} weights did not come out of {model_path}, {missing[0]!r} among them"
         )
     _fill(model, parts.values)
-    if parts.adapter is not None:
-        model = lora.add_adapter(model, parts.folder, parts.adapter, merge_lora)
+    return model
 
+
+def _tower(model, parts: Checkpoint):
+    """The model's vision tower, read from its own folder unless it was among the weights."""
     tower = model.get_vision_tower()
     tower.is_loaded = parts.tower_inside
     with _quiet():
@@ -106,11 +127,7 @@ def load_pretrained_model(
     if not parts.tower_inside:
         tower.to(device=model.device, dtype=model.dtype)
     model.config.mm_vision_tower = parts.tower_name
-    check_finite(f"the checkpoint {model_path}", model)
-    model.eval()
-    if compression is not None:
-        model.set_compression(compression)
-    return parts.tokenizer, model, tower.image_processor, model.context_length
+    return tower
 
 
 def _fill(model, values: dict[str, torch.Tensor]) -> None:

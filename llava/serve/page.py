@@ -204,11 +204,7 @@ def build_page(loaded: Loaded, name: str, tokens: int, uploads: Uploads, shown: 
     """The Gradio page of a loaded model; ``shown`` are example images with their questions."""
     import gradio as gr
 
-    rows, layers = fitting_rows(loaded.model), loaded.model.config.num_hidden_layers
-    choices = [*rows, OWN]
-    labels = [*(f"{name.removesuffix('.yaml')}: {in_words(c)}" for name, c in rows.items()), OWN]
-    usual = ", ".join(str(layers * k // 4 - 1) for k in (1, 2, 3)) if layers >= 4 else "0"
-    first = next((choice for choice in choices if "r50" in choice), choices[0])
+    rows = fitting_rows(loaded.model)
     asker, fields = Asker(loaded, rows, uploads, tokens), ("image", "question", "compression")
 
     def remarks(**texts: str):
@@ -234,42 +230,15 @@ def build_page(loaded: Loaded, name: str, tokens: int, uploads: Uploads, shown: 
         gr.Markdown(f"## Libra-Merging: {name}, with and without compression")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                image = gr.Image(sources=["upload", "clipboard"], label="Image", height=260)
-                beside = [gr.HTML(visible=False, elem_classes="remark")]
-                question = gr.Textbox(label="Question", placeholder="how many digits are there ?")
-                beside.append(gr.HTML(visible=False, elem_classes="remark"))
-                choice = gr.Dropdown(
-                    list(zip(labels, choices)),
-                    value=first,
-                    label="Compression (how much is removed after which layers)",
-                )
-                with gr.Group(visible=first == OWN) as own:
-                    method = gr.Dropdown(METHODS_OFFERED, value="libra", label="Method")
-                    at = gr.Textbox(usual, label=f"After layers (0 to {layers - 1})")
-                    ratio = gr.Slider(0, 0.95, value=0.5, step=0.05, label="Removed at each of them")
-                beside.append(gr.HTML(visible=False, elem_classes="remark"))
-                button = gr.Button("Ask", variant="primary")
-                if shown:
-                    gr.Examples(shown, inputs=[image, question], label="Examples")
+                asked, remark_places, button = _question(loaded, rows, shown)
             with gr.Column(scale=5, min_width=480):
-                with gr.Row():
-                    vanilla = gr.Textbox(label="Vanilla", lines=2)
-                    compressed = gr.Textbox(label="Compressed", lines=2)
-                figures = gr.Markdown()
-                gr.Markdown(f"What each compression layer does to the visual tokens: {overlay.LEGEND}")
-                gallery = gr.Gallery(show_label=False, columns=3, height=310, object_fit="contain")
-                gr.Markdown(
-                    "Times are of one run each, vanilla first, vision tower included. A first call is slower"
-                    " (warm-up); it was"
-                    " made when the page started."
-                )
-        choice.change(lambda chosen: gr.update(visible=chosen == OWN), choice, own)
+                answered = _answer()
         # Without preprocessing, since only the gate opens pictures.
         gr.on(
-            [button.click, question.submit],
+            [button.click, asked[1].submit],
             ask,
-            [image, question, choice, method, at, ratio],
-            [vanilla, compressed, figures, gallery, *beside],
+            asked,
+            [*answered, *remark_places],
             preprocess=False,
             concurrency_limit=1,
             api_name="ask",
@@ -277,6 +246,58 @@ def build_page(loaded: Loaded, name: str, tokens: int, uploads: Uploads, shown: 
     page.state_session_capacity = SESSIONS
     page.has_launched = True  # or Gradio, mounted, skips its own question whether a file was uploaded
     return page.queue(max_size=WAITING, api_open=False)
+
+
+def _question(loaded: Loaded, rows: dict, shown: list[list[str]]):
+    """The page's left side: the inputs of :class:`Asker` in order, the places for remarks on picture, question
+    and compression, and the button."""
+    import gradio as gr
+
+    layers = loaded.model.config.num_hidden_layers
+    choices = [*rows, OWN]
+    labels = [*(f"{name.removesuffix('.yaml')}: {in_words(c)}" for name, c in rows.items()), OWN]
+    usual = ", ".join(str(layers * k // 4 - 1) for k in (1, 2, 3)) if layers >= 4 else "0"
+    first = next((choice for choice in choices if "r50" in choice), choices[0])
+
+    def remark():
+        return gr.HTML(visible=False, elem_classes="remark")
+
+    image = gr.Image(sources=["upload", "clipboard"], label="Image", height=260)
+    remarks = [remark()]
+    question = gr.Textbox(label="Question", placeholder="how many digits are there ?")
+    remarks.append(remark())
+    choice = gr.Dropdown(
+        list(zip(labels, choices)),
+        value=first,
+        label="Compression (how much is removed after which layers)",
+    )
+    with gr.Group(visible=first == OWN) as own:
+        method = gr.Dropdown(METHODS_OFFERED, value="libra", label="Method")
+        at = gr.Textbox(usual, label=f"After layers (0 to {layers - 1})")
+        ratio = gr.Slider(0, 0.95, value=0.5, step=0.05, label="Removed at each of them")
+    remarks.append(remark())
+    button = gr.Button("Ask", variant="primary")
+    if shown:
+        gr.Examples(shown, inputs=[image, question], label="Examples")
+    choice.change(lambda chosen: gr.update(visible=chosen == OWN), choice, own)
+    return [image, question, choice, method, at, ratio], remarks, button
+
+
+def _answer() -> list:
+    """The page's right side: both answers, the figures, the pictures of what was done to the tokens."""
+    import gradio as gr
+
+    with gr.Row():
+        vanilla = gr.Textbox(label="Vanilla", lines=2)
+        compressed = gr.Textbox(label="Compressed", lines=2)
+    figures = gr.Markdown()
+    gr.Markdown(f"What each compression layer does to the visual tokens: {overlay.LEGEND}")
+    gallery = gr.Gallery(show_label=False, columns=3, height=310, object_fit="contain")
+    gr.Markdown(
+        "Times are of one run each, vanilla first, vision tower included. A first call is slower (warm-up); it was"
+        " made when the page started."
+    )
+    return [vanilla, compressed, figures, gallery]
 
 
 def build_app(page, uploads: Uploads, hosts: Sequence[str], per_minute: int):

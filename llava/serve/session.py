@@ -185,12 +185,8 @@ class Session:
         reprefill: bool = False,
         typed_places: bool = True,
     ):
-        self.tokenizer, self.model, self.image_processor, self.reprefill = (
-            tokenizer,
-            model,
-            image_processor,
-            reprefill,
-        )
+        self.tokenizer, self.model, self.image_processor = tokenizer, model, image_processor
+        self.reprefill = reprefill
         self._spellings = special_spellings(tokenizer) | set(PLACES)
         self._typed = self._spellings - set(PLACES) if typed_places else self._spellings
         self._template = ChatConversation(tokenizer) if conversation is None else conv_templates[conversation]
@@ -362,6 +358,26 @@ class Session:
         if not held:
             self._forget_cache()
             self._cache = DynamicCache() if lasting else None
+        stop = None if turn.stop == self.tokenizer.eos_token else turn.stop
+        streamer = AnswerStreamer(self.tokenizer, stop, quiet=not stream) if lasting else None
+        options: dict = {"do_sample": False}
+        if temperature > 0:
+            options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        options |= {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "streamer": streamer}
+        new = self._generate(ids, held, stop, options)
+        end = time.perf_counter()
+        if lasting:
+            self._held = ids + new.tolist()[: self._cache.get_seq_length() - length]
+        text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
+        text = text.removesuffix(stop).strip() if stop else text
+        turn.messages[-1][1] = as_text(text, self.tokenizer, self._spellings)
+        self.conversation, self._shown = turn, len(self.pictures)
+        first = streamer.first_token_at - start if streamer else None
+        return Answer(text, first, end - start, reread=go_on and not held)
+
+    def _generate(self, ids: list[int], held: int, stop: str | None, options: dict) -> torch.Tensor:
+        """The ids of an answer to a conversation of which the cache holds the first ``held``; notes what its
+        pictures became."""
         prompt = torch.tensor([ids[held:]], device=self.model.device)
         pictures = self.pictures[sum(token < 0 for token in ids[:held]) :]
         given = {}
@@ -370,46 +386,24 @@ class Session:
                 "images": self._stacked([picture.pixels for picture in pictures]),
                 "image_sizes": [picture.size for picture in pictures],
             }
-        stop = None if turn.stop == self.tokenizer.eos_token else turn.stop
         criteria = [KeywordsStoppingCriteria([stop], self.tokenizer, prompt)] if stop else []
-        streamer = AnswerStreamer(self.tokenizer, stop, quiet=not stream) if lasting else None
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_p": top_p}
-            if temperature > 0
-            else {"do_sample": False}
-        )
         try:
             new = self.model.generate(
                 prompt,
                 **given,
                 cache=self._cache,
-                num_beams=num_beams,
-                max_new_tokens=max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
                 stopping_criteria=StoppingCriteriaList(criteria),
-                streamer=streamer,
-                **sampling,
+                **options,
             )
         except BaseException:
             self._forget_cache()  # it may hold a part of this turn
             raise
-        end = time.perf_counter()
-        if lasting:
-            self._held = ids + new[0].tolist()[: self._cache.get_seq_length() - length]
         if pictures:
             stats = self.model.compression_stats
-            layers = self.model.config.num_hidden_layers
-            self._counts.append(
-                [row[0] for row in stats["visual_tokens"]]
-                if stats
-                else [sum(p.tokens for p in pictures)] * layers
-            )
-        text = self.tokenizer.decode(new[0], skip_special_tokens=True).strip()
-        text = text.removesuffix(stop).strip() if stop else text
-        turn.messages[-1][1] = as_text(text, self.tokenizer, self._spellings)
-        self.conversation, self._shown = turn, len(self.pictures)
-        first = streamer.first_token_at - start if streamer else None
-        return Answer(text, first, end - start, reread=go_on and not held)
+            plain = [sum(picture.tokens for picture in pictures)] * self.model.config.num_hidden_layers
+            self._counts.append([row[0] for row in stats["visual_tokens"]] if stats else plain)
+        return new[0]
 
     @property
     def visual_tokens(self) -> list[int]:

@@ -103,22 +103,10 @@ def find_start(
         projector = _read_projector(model.pretrain_mm_mlp_adapter, expected)
     processor = CLIPImageProcessor.from_pretrained(config.mm_vision_tower)
     limit = training.model_max_length or own_limit(config, tokenizer)
-    tokenizer.model_max_length, tokenizer.padding_side = limit, "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    config.tokenizer_padding_side, config.tokenizer_model_max_length = "right", limit
     version = model.version or getattr(config, "conversation", None) or DEFAULT_VERSION
-    config.tune_mm_mlp_adapter, config.freeze_mm_mlp_adapter = (
-        model.tune_mm_mlp_adapter,
-        training.freeze_mm_mlp_adapter,
-    )
-    config.mm_projector_lr = training.mm_projector_lr
-    if version != "plain":
-        config.conversation = version
-    if hasattr(config, "trained_with_compression"):  # of an earlier training
-        del config.trained_with_compression
-    if compression is not None:
-        config.trained_with_compression = compression.at_depth(config.num_hidden_layers).to_dict()
+    _prepare_tokenizer(tokenizer, limit)
+    config.tokenizer_padding_side, config.tokenizer_model_max_length = "right", limit
+    _note_training(config, model, training, version, compression)
     return Start(
         folder,
         model_class,
@@ -133,6 +121,25 @@ def find_start(
         version,
         limit,
     )
+
+
+def _prepare_tokenizer(tokenizer, limit: int) -> None:
+    tokenizer.model_max_length, tokenizer.padding_side = limit, "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
+def _note_training(config, model: ModelArguments, training: TrainingArguments, version, compression) -> None:
+    """What a checkpoint's config.json says of how it was trained."""
+    config.tune_mm_mlp_adapter = model.tune_mm_mlp_adapter
+    config.freeze_mm_mlp_adapter = training.freeze_mm_mlp_adapter
+    config.mm_projector_lr = training.mm_projector_lr
+    if version != "plain":
+        config.conversation = version
+    if hasattr(config, "trained_with_compression"):  # of an earlier training
+        del config.trained_with_compression
+    if compression is not None:
+        config.trained_with_compression = compression.at_depth(config.num_hidden_layers).to_dict()
 
 
 def own_limit(config: PreTrainedConfig, tokenizer) -> int:
