@@ -18,7 +18,7 @@ Written by `python scripts/methods_page.py` from the files of [libra/methods](..
 A method is a way to choose target tokens (`select`), a way to treat the rest (`merge`) and a place: after decoder layers, at the input
 of the language model, or in the vision tower before the model's own projector. `at: input`, `at: tower` or `layers` moves a method away
 from its own place, wherever what it needs is to be had; `steps` is a list of compressions, one after another. LLaVA's door
-(`llava`) runs all of them. In attached models the input takes, so far, the methods that need nothing or the question's embeddings (`text`).
+(`llava`) runs all of them, attached models as far as their vision tower tells what is needed ([plugin.md](plugin.md)).
 `libra.compress(hidden, None, c, context=libra.Context(…))` runs any of them on tensors.
 
 [docs/method.md](method.md) has the equations of Libra-Merging and what its paper leaves open, [docs/contributing.md](contributing.md)

@@ -236,6 +236,29 @@ def test_same_compressed_logits_with_the_plug_in(converted, name, method):
     torch.testing.assert_close(got[..., : pair.vocabulary], want, **CLOSE)
 
 
+EARLY = [("visionzip", "tower"), ("hiprune", "input"), ("cdpruner", "input"), ("tome", "tower")]
+
+
+@pytest.mark.parametrize("name", ["llava15", "mini"])
+@pytest.mark.parametrize("method, at", EARLY)
+@torch.no_grad()
+def test_same_logits_with_the_plug_in_before_the_language_model(converted, name, method, at):
+    """The vision tower is read by two codes: llava's own tower, and listeners at an attached model's attention."""
+    pair = converted(name)
+    compression = libra.Compression(method=method, at=at, ratio=0.6, positions="centre")
+    ours, theirs = pair.same_inputs()
+    pair.ours.set_compression(compression)
+    try:
+        want = pair.ours(**ours).logits
+        counts = pair.ours.compression_stats["visual_tokens"]
+    finally:
+        pair.ours.set_compression(None)
+    with libra.attach(pair.theirs, compression) as handle:
+        got = pair.theirs(**theirs).logits
+        assert handle.stats["visual_tokens"] == counts
+    torch.testing.assert_close(got[..., : pair.vocabulary], want, **CLOSE)
+
+
 # --- prompts ------------------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ vision towers. Each thread has its own, and nothing survives a call, whatever en
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
@@ -31,6 +31,8 @@ class Call:
         marked: what the user said of this call's visual tokens.
         padding_mask: what the model's body was given.
         prefill: the visual tokens that it brings.
+        ids: the tokens that its body was given.
+        pictures: what the body's functions for pictures returned, by modality.
         given: what the decoder was given.
         forward: the stages, from the first layer on.
         stats, recorder: what came of it, where there was something to compress.
@@ -45,6 +47,8 @@ class Call:
     marked: torch.Tensor | None = None
     padding_mask: torch.Tensor | None = None
     prefill: Prefill | None = None
+    ids: torch.Tensor | None = None
+    pictures: dict = field(default_factory=dict)
     given: Given = Given()
     forward: HookedForward | None = None
     stats: dict | None = None

@@ -78,3 +78,20 @@ LAYER_ARGUMENTS = (
     "shared_kv_states",
     "use_cache",
 )
+
+# How a model puts the features of its vision tower together: one visual token a patch ("plain"), tiles with newlines
+# ("tiles"), groups of neighbours that are one token ("joined"), or one sequence for all pictures ("windows").
+TOWERS = {
+    "Idefics3ForConditionalGeneration": "joined",
+    "InternVLForConditionalGeneration": "joined",
+    "LlavaForConditionalGeneration": "plain",
+    "LlavaNextForConditionalGeneration": "tiles",
+    "LlavaOnevisionForConditionalGeneration": "tiles",
+    "Qwen2VLForConditionalGeneration": "windows",
+    "Qwen2_5_VLForConditionalGeneration": "windows",
+    "SmolVLMForConditionalGeneration": "joined",
+}
+JOINING = (
+    "joined",
+    "windows",
+)  # several features become one token: nothing goes back in front of the projector

@@ -19,8 +19,17 @@ import torch
 from ..config import Compression
 from . import calls, score
 from .calls import Call
+from .families import VIDEO_IDS
 from .layers import Given, HookedForward
-from .structure import arguments_of, attention_modules, examined, layers_of, scoring_layer
+from .pictures import Eyes
+from .structure import (
+    arguments_of,
+    attention_modules,
+    examined,
+    layers_of,
+    placeholder_ids,
+    scoring_layer,
+)
 from .survey import surveyed
 from .transformers_api import PreTrainedModel, cache_given
 
@@ -70,6 +79,9 @@ class Hooks:
             found.token_ids,
             trace,
         )
+        self._eyes = Eyes(found.body, found.decoder, found.name, self.compression)
+        self.compression = self._eyes.compression
+        self._videos = placeholder_ids(found.base.config, VIDEO_IDS)
         self.handle: weakref.ref | None = None
         self.stats: dict | None = None
         self.recorder = None
@@ -86,6 +98,7 @@ class Hooks:
         for module in outside:
             self._hooks.append(module.register_forward_hook(self._end, with_kwargs=True, always_call=True))
         self._hook_decoder()
+        self._eyes.open()
         forget_compiled_code()
 
     def _before(self, module, hook) -> None:
@@ -134,6 +147,7 @@ class Hooks:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._eyes.close()
         del vars(self.decoder)[OWNER]
         for module in self.decoder.modules():
             vars(module).pop(score.MARK, None)
@@ -202,6 +216,7 @@ class Hooks:
         kwargs = named(body, args, kwargs)
         call = calls.running(self.decoder) or self._start(whole=False)
         call.padding_mask = kwargs.get("attention_mask")
+        call.ids, call.pictures = kwargs.get("input_ids"), dict(kwargs.get("mm_encoder_outputs") or {})
         call.prefill = surveyed(kwargs, self._token_ids, self.base.get_input_embeddings(), call, self._trace)
         return (), kwargs
 
@@ -231,6 +246,8 @@ class Hooks:
         if isinstance(mask, dict) or mask is not None and mask.ndim == 4:
             # The body made the masks of what it was given itself: that shortens, and the layers' masks are ready.
             mask, ready = call.padding_mask, True
+        if call.prefill is not None and call.pictures:
+            call.prefill = self._eyes.seen(call.prefill, call.ids, self._videos, call.pictures)
         columns = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         shape = (0, 0) if columns is None else tuple(columns.shape[:2])
         call.given, call.forward = Given(mask, ready, given.get("position_ids"), shape), None

@@ -107,6 +107,12 @@ def masked_row(query, key, rows, scaling: float, seen, cap: float | None, bias) 
 class Mark:
     """Names a layer on its attention modules: one object for each layer of an attached model."""
 
+    def read(self, query, key, attention_mask, options: dict) -> None:
+        """An attention of this layer runs: answer, if this layer is the one that is asked."""
+        asked = _ASKED.get()
+        if asked is not None and asked[0] is self and asked[1].attention is None:
+            asked[1].read(query, key, attention_mask, options)
+
 
 _ASKED: ContextVar[tuple[Mark, Probe] | None] = ContextVar("libra_asked", default=None)
 
@@ -123,9 +129,7 @@ def forget() -> None:
 
 @torch.compiler.disable
 def _answer(mark: Mark, query, key, attention_mask, options: dict) -> None:
-    asked = _ASKED.get()
-    if asked is not None and asked[0] is mark and asked[1].attention is None:
-        asked[1].read(query, key, attention_mask, options)
+    mark.read(query, key, attention_mask, options)
 
 
 def _with_probe(attend: Callable) -> Callable:

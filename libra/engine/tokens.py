@@ -50,13 +50,15 @@ class TowerLeft:
 
     kept: bool, where the embeddings hold a token that is left. groups: the number, among the row's kept ones,
     of the token that each went into; -1 where it was dropped. weights: its weight there; importance: the score
-    it was chosen by. The last three are for traces only.
+    it was chosen by; these three are for traces only. tokens: for each row the numbers of the visual tokens whose
+    embeddings are others now, and those (T, D); None where the embeddings have them already.
     """
 
     kept: torch.Tensor
     groups: torch.Tensor
     weights: torch.Tensor
     importance: torch.Tensor
+    tokens: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -399,6 +401,11 @@ class VisualTokens:
         kept = fitted(self._left.kept)
         kept = kept | ((layout.index == 0) & ~kept.any(1, keepdim=True))  # a row without pictures
         targets = ordinals(kept & layout.valid, layout.targets)
+        if self._left.tokens is not None:
+            visual = visual.clone()
+            for b in range(len(visual)):
+                places, tokens = self._left.tokens[b // repeats]
+                visual[b] = visual[b].index_copy(0, places, tokens.to(visual))
         weights, importance = fitted(self._left.weights).float(), fitted(self._left.importance).float()
         return Compressed(
             take(visual, targets), layout.target_valid, targets, fitted(self._left.groups), weights,
@@ -446,7 +453,8 @@ class VisualTokens:
         )
         new_hidden = take(hidden, source)
         part = self.step.part
-        if part.at != TOWER and not MERGERS[part.merge].drops:
+        put = self._left.tokens is not None if part.at == TOWER else not MERGERS[part.merge].drops
+        if put:
             slots = place.gather(1, columns.gather(1, step.targets))
             self._put(new_hidden, step, torch.cat([slots, compensation], 1) if room else slots)
 

@@ -152,11 +152,18 @@ class Look:
 
 
 def scores(
-    queries: torch.Tensor, keys: torch.Tensor, scaling: float, cls: bool, received: bool, piece: int = PIECE
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scaling: float,
+    cls: bool,
+    received: bool,
+    piece: int = PIECE,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Attention of a tower's layer that a method reads, without ever building all of it.
 
-    queries, keys: (I, H, P, D), where the first of P is the [CLS] token if there is ``cls``.
+    queries, keys: (I, H, P, D), where the first of P is the [CLS] token if there is ``cls``. mask: (I, 1, P, P) or
+    (I, 1, 1, P), bool or added, of towers that leave patches out.
 
     Returns:
         the row of [CLS] (I, P), averaged over the heads, or None without ``cls``; and the attention received
@@ -166,16 +173,22 @@ def scores(
     images, heads, count, _ = queries.shape
     turned = keys.float().transpose(2, 3)
 
-    def attention(some):
-        return (some.float() @ turned * scaling).softmax(-1)
+    seen = None if mask is None or mask.ndim != 4 else mask if mask.dtype == torch.bool else mask == 0
 
-    row = attention(queries[:, :, :1]).mean(1)[:, 0] if cls else None
+    def attention(start, stop):
+        logits = queries[:, :, start:stop].float() @ turned * scaling
+        if seen is not None:
+            rows = seen if seen.shape[2] == 1 else seen[:, :, start:stop]
+            logits = logits.masked_fill(~rows, torch.finfo(logits.dtype).min)
+        return logits.softmax(-1)
+
+    row = attention(0, 1).mean(1)[:, 0] if cls else None
     if not received:
         return row, None
     total = turned.new_zeros(images, count)
     step = max(1, piece // (images * heads * count))
     for start in range(0, count, step):
-        total += attention(queries[:, :, start : start + step]).sum((1, 2))
+        total += attention(start, start + step).sum((1, 2))
     return row, total / (heads * count)
 
 
@@ -335,3 +348,18 @@ def left_of_rows(rows: Sequence[Sequence[tuple[int, Left | None]]], device) -> T
             dtype = {"kept": torch.bool, "groups": torch.long}.get(name, torch.float32)
             columns[name].append(torch.cat(some) if some else torch.zeros(0, dtype=dtype, device=device))
     return TowerLeft(**{name: pad_sequence(some, batch_first=True) for name, some in columns.items()})
+
+
+def grids_of(outside: torch.Tensor, tiles: int, side: int) -> tuple[tuple[int, int], ...]:
+    """The grids of one image in tiles: the whole image, then its tiles' one map with a newline after each row.
+
+    Args:
+        outside: (N,) bool, the tokens that are newlines.
+        tiles: how many pictures of ``side`` × ``side`` patches the tower saw.
+    """
+    rest = len(outside) - side * side
+    newlines = outside.nonzero().flatten().tolist()
+    if not newlines:  # tile after tile; in one map without newlines, neighbours in another tile are not seen
+        return ((side, side),) * tiles
+    width = newlines[0] - side * side + 1
+    return (side, side), (rest // width, width)

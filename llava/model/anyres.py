@@ -60,18 +60,3 @@ def arrange_tiles(
             )
         plane = torch.cat([plane, newline[:, None].expand(-1, plane.shape[1], -1)], 2)
     return torch.cat([base, plane.flatten(1).T])
-
-
-def grids_of(outside: torch.Tensor, tiles: int, side: int) -> tuple[tuple[int, int], ...]:
-    """The grids of one image's visual tokens, as :func:`arrange_tiles` puts them one after another.
-
-    Args:
-        outside: (N,) bool, the tokens that are newlines.
-        tiles: how many pictures of ``side`` × ``side`` patches the tower saw.
-    """
-    rest = len(outside) - side * side
-    newlines = outside.nonzero().flatten().tolist()
-    if not newlines:  # tile after tile; in one map without newlines, neighbours in another tile are not seen
-        return ((side, side),) * tiles
-    width = newlines[0] - side * side + 1
-    return (side, side), (rest // width, width)

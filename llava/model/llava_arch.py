@@ -10,14 +10,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from libra import Compression, Context
 from libra.engine.tokens import Seen
-from libra.engine.tower import Left, Look, Wants, compress_pictures, context_of, left_of_rows
+from libra.engine.tower import Left, Look, Wants, compress_pictures, context_of, grids_of, left_of_rows
 from libra.engine.trace import RowTrace
 from libra.engine.transformers_api import cache_argument, check_guesses, one_cache
 from libra.places import BEFORE, TOWER
 from libra.rows import compression_from
 
 from ..constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from .anyres import MERGE_TYPES, arrange_tiles, grids_of
+from .anyres import MERGE_TYPES, arrange_tiles
 from .multimodal_encoder.builder import build_vision_tower
 from .multimodal_projector.builder import build_vision_projector
 
