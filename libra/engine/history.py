@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..utils.numbers import size
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -41,12 +43,8 @@ class Summary:
         if self.cache_bytes is None:
             return text
         return (
-            f"{text}; KV cache {_mebibytes(self.cache_bytes)} instead of {_mebibytes(self.cache_bytes_plain)}"
+            f"{text}; KV cache {size(self.cache_bytes)} instead of {size(self.cache_bytes_plain)}"
         )
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:.3g} MiB"
 
 
 def summed(history: Sequence[dict]) -> Summary:
