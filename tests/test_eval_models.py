@@ -6,20 +6,12 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import families
 import lmms_fixtures as fixtures
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-)
+from qwen_folder import write_qwen
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 import libra
 from libra.lmms.lmms_libra import LibraModel
@@ -35,12 +27,6 @@ CONFIGS = ROOT / "configs" / "mini"
 GOLDEN = Path(__file__).parent / "golden"
 ASKED = fixtures.questions(5, seed=4)
 OPTIONS = {"max_new_tokens": 5, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}
-TEMPLATE = (
-    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
-    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %} {{ c.text }}{% endif %}{% endfor %}{% endif %}{% endfor %} answer"
-)
 
 
 def row(folder: Path, model: str, attention: str = "sdpa", **compression) -> Path:
@@ -140,35 +126,8 @@ def test_rows_follow_each_other_on_one_loaded_model(converted, tmp_path):
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    """A folder as the hub has it, with a model of random weights."""
     folder = tmp_path_factory.mktemp("qwen")
-    made = families.own_model("Qwen2VLForConditionalGeneration")
-    made.generation_config.eos_token_id, made.generation_config.suppress_tokens = 2, [0, 1, 90, 91, 92, 93]
-    made.save_pretrained(folder)
-    marks = {
-        "<|image_pad|>": families.IMAGE,
-        "<|video_pad|>": families.VIDEO,
-        "<|vision_start|>": families.START,
-        "<|vision_end|>": families.END,
-    }
-    words = {"<pad>": 0, "<unk>": 1, "<end>": 2, "what": 3, "is": 4, "this": 5, "answer": 6}
-    words |= {f"w{i}": i for i in range(7, 90)} | marks | {f"w{i}": i for i in range(94, families.VOCABULARY)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        eos_token="<end>",
-        unk_token="<unk>",
-        additional_special_tokens=list(marks),
-        clean_up_tokenization_spaces=False,
-    )
-    sizes = dict(
-        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 32768}
-    )
-    Qwen2VLProcessor(
-        Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes), chat_template=TEMPLATE
-    ).save_pretrained(folder)
+    write_qwen(folder)
     return folder
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from qwen_folder import TEMPLATE, write_qwen
 from transformers import AutoProcessor
 
 from libra.mini.benchmark import scene_sample
@@ -66,6 +67,21 @@ def test_labels_are_the_answers_and_nothing_else(folder):
         assert said.replace(" ", "") == f"{sample['answer']}{processor.tokenizer.eos_token}".replace(" ", "")
         assert (labels[~batch["attention_mask"][row].bool()] == -100).all()
     assert not batch["attention_mask"].all()
+
+
+@pytest.mark.slow
+def test_a_family_that_llava_train_does_not_know(folder, tmp_path):
+    write_qwen(tmp_path / "model", TEMPLATE + "{{ ' ' }}")
+    samples = json.loads((folder / "samples.json").read_text())
+    for number, sample in enumerate(samples):
+        sample.update(
+            question="what is this",
+            answer="w7 w8" if number % 2 else "w9",
+            image=str(folder / sample["image"]),
+        )
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    losses, said = train(tmp_path, "out", "--per_device_train_batch_size", "4", "--compression", "fastv")
+    assert len(losses) == 3 and losses[-1] < losses[0] and "3 prefills of 12 rows" in said
 
 
 @pytest.mark.slow

@@ -42,9 +42,7 @@ class Summary:
             text = f"{text}, {self.flops_ratio:.0%} of their FLOPs"
         if self.cache_bytes is None:
             return text
-        return (
-            f"{text}; KV cache {size(self.cache_bytes)} instead of {size(self.cache_bytes_plain)}"
-        )
+        return f"{text}; KV cache {size(self.cache_bytes)} instead of {size(self.cache_bytes_plain)}"
 
 
 def summed(history: Sequence[dict]) -> Summary:
