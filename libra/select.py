@@ -75,21 +75,29 @@ class Candidates:
         return first * tokens + self.layout.index
 
     @cached_property
-    def grid_width(self) -> "torch.Tensor":
-        """(B, N): the width of the grid of a token's span.
+    def grids(self) -> "list[list[tuple[tuple[int, ...], ...]]]":
+        """For each row, for each span, the grids of its parts.
 
-        Raises ValueError where a grid does not have as many places as its span has tokens.
+        Raises ValueError where they do not have as many places as their span has tokens.
         """
-        widths = []
+        found = []
         for spans, grids in zip(self.layout.spans, self.context.grid, strict=True):
-            widths.append([])
+            found.append([])
             for n, grid in zip(spans, grids, strict=True):
-                parts = [grid] if isinstance(grid[0], int) else grid
+                parts = (tuple(grid),) if isinstance(grid[0], int) else tuple(map(tuple, grid))
                 if sum(map(math.prod, parts)) != n:
                     places = sum(map(math.prod, parts))
                     raise ValueError(f"grid: {tuple(grid)} has {places} places and its span {n} tokens")
-                for part in parts:
-                    widths[-1] += [int(part[-1])] * math.prod(part)
+                found[-1].append(parts)
+        return found
+
+    @cached_property
+    def grid_width(self) -> "torch.Tensor":
+        """(B, N): the width of the grid of a token's span, or of its part of the span."""
+        widths = [
+            [int(part[-1]) for parts in row for part in parts for _ in range(math.prod(part))]
+            for row in self.grids
+        ]
         padded = [row + [1] * (self.layout.tokens - len(row)) for row in widths]
         return self.layout.index.new_tensor(padded)
 

@@ -284,3 +284,26 @@ def test_a_budget_through_a_decoder(keys):
     with tiny.watched() as steps:
         model(**tiny.collate([tiny.row("t3 v16 t4", 1), tiny.row("t2 v16 t1", 2)]))
     assert [step.outcome.layout.target_counts for step in steps] == [[8, 8], [4, 4]]
+
+
+@pytest.mark.parametrize("count", [16, 64, 144])
+def test_pool(count):
+    """Where the windows divide the grid they are those of adaptive average pooling."""
+    data = golden("pool")
+    c = Compression(method="pool", keep=count)
+    out = compress(data["n576.features"], None, c, context=Context(grid=[[(24, 24)]]))
+    torch.testing.assert_close(out.tokens[0], data[f"n576_avg{count}.tokens"], atol=1e-5, rtol=0)
+
+
+def test_pool_of_parts_and_of_numbers_without_factors():
+    hidden = torch.arange(32.0)[None, :, None].repeat(1, 1, 2)
+    parts = ((4, 4), (2, 8))
+    for count in (1, 2, 7, 8, 13, 31, 32):
+        out = compress(hidden, None, Compression(method="pool", keep=count), context=Context(grid=[[parts]]))
+        sizes = torch.bincount(out.groups[0], minlength=count)
+        assert out.tokens.shape[1] == count and (sizes > 0).all() and sizes.max() <= 2 * 32 // count + 2
+        for slot in range(count):
+            torch.testing.assert_close(out.tokens[0, slot], hidden[0, out.groups[0] == slot].mean(0))
+            assert out.groups[0, out.targets[0, slot]] == slot
+    quarters = compress(hidden, None, Compression(method="pool", keep=8), context=Context(grid=[[parts]]))
+    assert quarters.groups[0, :8].tolist() == [0, 0, 1, 1, 0, 0, 1, 1]

@@ -13,6 +13,7 @@ from . import (
     hiprune,
     libra,
     libra_input,
+    pool,
     pyramiddrop,
     random,
     tome,
@@ -53,7 +54,7 @@ DEFAULTS = {
 
 FILES = (
     vanilla, libra, fastv, turbo, windowed_fastv, random, pyramiddrop,
-    libra_input, fastervlm, divprune, cdpruner, vispruner, hiprune, visionzip, tome,
+    libra_input, fastervlm, divprune, cdpruner, vispruner, hiprune, visionzip, tome, pool,
 )  # fmt: skip
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in FILES}
 
