@@ -251,20 +251,21 @@ class CompressedForward:
         return hidden
 
     def _compress(self, step: Step, hidden: torch.Tensor) -> torch.Tensor:
-        if self.tokens is not None:
-            if step.part.score_layer == "next" and step.scores:
-                self._score_with(step.layer + 1, hidden)
-            spans, columns = self.tokens.span_lengths, hidden.shape[1]
-            # The probe read the attention on all keys of the stage; those of this call come last.
-            attention = self._probe.attention[:, :, -columns:] if step.scores else None
-            hidden, shortened, outcome = self.tokens.compress(hidden, attention)
-            if self.recorder is not None:
-                self.recorder.add(step.layer, outcome, spans)
-            if step.layer == BEFORE and self.cache is not None:
-                self.cache.lag += columns - hidden.shape[1]
-            with record_function("libra.gather"):
-                self._follow(shortened)
+        if self.tokens is None:
+            self._enter(self._number + 1, hidden)
+            return hidden
+        if step.part.score_layer == "next" and step.scores:
+            self._score_with(step.layer + 1, hidden)
+        spans, columns = self.tokens.span_lengths, hidden.shape[1]
+        # The probe read the attention on all keys of the stage; those of this call come last.
+        attention = self._probe.attention[:, :, -columns:] if step.scores else None
+        hidden, shortened, outcome = self.tokens.compress(hidden, attention)
+        if self.recorder is not None:
+            self.recorder.add(step.layer, outcome, spans)
+        if step.layer == BEFORE and self.cache is not None:
+            self.cache.lag += columns - hidden.shape[1]
         with record_function("libra.gather"):
+            self._follow(shortened)
             self._enter(self._number + 1, hidden)
         return hidden
 

@@ -69,14 +69,17 @@ def joined(
     """
     if past is None and new is None:
         return None
-    whole = [torch.ones(len(like), n, dtype=torch.bool, device=like.device) for n in lengths]
-    return torch.cat([ones if mask is None else mask for ones, mask in zip(whole, (past, new))], 1)
+
+    def whole(mask, columns: int) -> torch.Tensor:
+        return like.new_ones(len(like), columns, dtype=torch.bool) if mask is None else mask
+
+    return torch.cat([whole(mask, columns) for mask, columns in zip((past, new), lengths)], 1)
 
 
 def step_mask(key_mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The mask (B, 1, 1, K) of one new token, which sees every valid key, of the kind of ``like``: bool, or 0 and
     minus infinity."""
-    mask = key_mask[:, None, None]
+    mask = key_mask.view(len(key_mask), 1, 1, -1)
     return mask if like.dtype == torch.bool else mask.to(like.dtype).log_()
 
 
