@@ -28,7 +28,7 @@ def test_two_references_agree(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in zoo.NAMES if name not in zoo.REFUSED])
+@pytest.mark.parametrize("name", [name for name in zoo.NAMES if name not in zoo.REASONS])
 @torch.no_grad()
 def test_without_compression_it_is_the_models_own_run(name):
     """Layer by layer, windows and masks included."""

@@ -8,6 +8,7 @@ from itertools import cycle, product
 
 import pytest
 import torch
+import transformers
 import zoo
 from by_hand import by_hand, flat, watched
 from families import SAID, Talk
@@ -138,6 +139,22 @@ def test_a_class(name, method, check):
     check(name, method)
 
 
+@pytest.mark.parametrize("name", [name for name in zoo.REASONS if hasattr(transformers, name)])
+def test_what_cannot_work_is_refused_with_the_reason(name):
+    with pytest.raises(ValueError) as refusal:
+        libra.attach(zoo.hollow(name), Compression(method="libra", layers=(1, 3), ratio=0.5))
+    assert str(refusal.value) == f"libra.attach does not support {name}: {zoo.REASONS[name]}"
+
+
+def test_features_that_come_late_are_not_compressed_early():
+    name = "Granite4VisionForConditionalGeneration"
+    model, c = zoo.model(name), Compression(method="libra", layers=(2,), ratio=0.5)
+    with pytest.raises(ValueError, match="layers: 2 is too early: .* compress after layer 3 at the earliest"):
+        libra.attach(model, c)
+    with libra.attach(model, Compression(method="libra", layers=(3,), ratio=0.5)):
+        pass
+
+
 def test_the_tested_classes_are_those_of_this_matrix():
-    assert set(TESTED) <= set(zoo.KINDS) - set(zoo.REFUSED)
+    assert sorted(TESTED) == sorted(set(zoo.KINDS) - set(zoo.REASONS))
     assert len(TESTED) >= 48

@@ -14,7 +14,7 @@ from ..config import Compression, Step
 from .families import IMAGE_IDS, LAYER_ARGUMENTS, TESTED, VIDEO_IDS
 from .forward import fitted, position_axes
 from .masks import MASKS, POINTWISE, RECURRENT, attends, attention_kind
-from .transformers_api import PreTrainedModel
+from .transformers_api import GenerationMixin, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,23 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def placeholder_ids(config, names: tuple[str, ...] = IMAGE_IDS + VIDEO_IDS) -> list[int]:
-    """The ids by which a configuration marks the places of visual tokens."""
-    return sorted({token for name in names if isinstance(token := getattr(config, name, None), int)})
+    """The ids by which a configuration marks the places of visual tokens; some keep them with the tower's."""
+    for part in (config, getattr(config, "vision_config", None)):
+        ids = {token for name in names if isinstance(token := getattr(part, name, None), int)}
+        if ids:
+            return sorted(ids)
+    return []
+
+
+def earliest_place(config) -> int:
+    """The first layer after which a model's decoder adds no more features of the picture; -1 where it adds
+    none."""
+    vision = getattr(config, "vision_config", None)
+    after = len(getattr(vision, "deepstack_visual_indexes", None) or ()) - 1
+    # Granite 4 Vision adds them before these layers.
+    before = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]
+    before += getattr(config, "spatial_target_layers", None) or ()
+    return max(after, max(before, default=0) - 1)
 
 
 def layers_of(decoder) -> list[torch.nn.Module]:
@@ -72,7 +87,8 @@ def is_dense(config) -> bool:
         "num_experts_per_tok",
     )
     return (
-        all(attends(config, layer) for layer in range(config.num_hidden_layers))
+        not getattr(config, "is_heterogeneous", False)
+        and all(attends(config, layer) for layer in range(config.num_hidden_layers))
         and isinstance(getattr(config, "intermediate_size", None), int)
         and isinstance(getattr(config, "num_key_value_heads", None), int)
         and not any(getattr(config, name, None) for name in experts)
@@ -156,7 +172,16 @@ def examined(model: PreTrainedModel, compression: Compression) -> tuple[Structur
 
 
 def _check_layers(found: Structure) -> None:
-    config, layers = found.decoder.config, layers_of(found.decoder)
+    config = found.decoder.config
+    if not isinstance(getattr(config, "num_hidden_layers", None), int):
+        raise _unsupported(
+            found.base, "the configuration of its decoder does not tell how many layers it has"
+        )
+    layers = layers_of(found.decoder)
+    if "generate" in vars(type(found.base)) and _speaks_within(found):
+        raise _unsupported(
+            found.base, "its generate hands embeddings to its language model, which knows of no placeholders"
+        )
     if any("cross" in name for layer in layers for name, _ in layer.named_children()):
         raise _unsupported(
             found.base,
@@ -170,6 +195,15 @@ def _check_layers(found: Structure) -> None:
     kinds = {attention_kind(config, layer) for layer in range(len(layers))}
     if unknown := sorted(kinds - {*MASKS, *RECURRENT, *POINTWISE}):
         raise _unsupported(found.base, f"its decoder has layers of type {', '.join(unknown)}")
+
+
+def _speaks_within(found: Structure) -> bool:
+    """True where a module of the model can generate by itself, with the model's decoder in it."""
+    within = (module for module in found.base.modules() if module is not found.base)
+    return any(
+        isinstance(module, GenerationMixin) and any(part is found.decoder for part in module.modules())
+        for module in within
+    )
 
 
 def _check_forward(decoder) -> None:
@@ -194,12 +228,11 @@ def _check_places(found: Structure, compression: Compression) -> None:
                 f"layers: {scoring_layer(step)} of {found.name} has no attention whose scores could be read; choose"
                 f" from {able}"
             )
-    vision = getattr(found.base.config, "vision_config", None)
-    deep = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    if schedule and schedule[0].layer < deep - 1:
+    earliest = earliest_place(found.base.config)
+    if schedule and schedule[0].layer < earliest:
         raise ValueError(
             f"layers: {schedule[0].layer} is too early: {type(decoder).__name__} adds visual features after its"
-            f" layers 0 to {deep - 1}; compress after layer {deep - 1} at the earliest"
+            f" layers 0 to {earliest}; compress after layer {earliest} at the earliest"
         )
     shared = getattr(config, "num_kv_shared_layers", 0) or 0
     if shared and schedule:

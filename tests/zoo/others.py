@@ -4,7 +4,7 @@ import torch
 import transformers
 from families import END, IMAGE, START, VIDEO, Kind, Picture, modalities, noise
 
-from .parts import LINEAR, MOLMO, QFORMER, SLIDING, TINY_TOWER, kind, nothing
+from .parts import LINEAR, MOLMO, OPT, QFORMER, SLIDING, TINY_TOWER, kind, nothing
 from .sizes import AUDIO, INTERLEAVED, TEXT, WIDTH, has, recipe
 
 
@@ -144,6 +144,18 @@ def granite4(draw):
     )
 
 
+def queried(draw):
+    """The eight queries of one image."""
+    return Picture([IMAGE] * 8, {"pixel_values": noise(draw, 1, 3, 28, 28)})
+
+
+def instructed(draw):
+    """The same, which read an instruction too."""
+    words = torch.randint(3, IMAGE, (1, 3), generator=draw)
+    told = {"qformer_input_ids": words, "qformer_attention_mask": torch.ones_like(words)}
+    return Picture(queried(draw).ids, {**queried(draw).given, **told})
+
+
 def llava_next_video_image(draw):
     return Picture(
         [IMAGE] * (16 + 4 * 9),
@@ -257,6 +269,13 @@ KINDS = {
             image_grid_pinpoints=[[28, 28]],
         ),
         granite4,
+    ),
+    "Blip2ForConditionalGeneration": kind(
+        recipe("Blip2ForConditionalGeneration", OPT, qformer_config=QFORMER, num_query_tokens=8), queried
+    ),
+    "InstructBlipForConditionalGeneration": kind(
+        recipe("InstructBlipForConditionalGeneration", OPT, qformer_config=QFORMER, num_query_tokens=8),
+        instructed,
     ),
     "FuyuForCausalLM": kind(recipe("FuyuForCausalLM", patch_size=4), fuyu),
 }

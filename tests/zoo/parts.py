@@ -85,7 +85,9 @@ MUSE_AUDIO = dict(out_hidden_size=WIDTH, hidden_sizes=[16] * 4, depths=[1] * 4)
 GEMMA_AUDIO = dict(
     hidden_size=16, conf_num_attention_heads=2, conf_num_hidden_layers=1, sscp_conv_channel_size=[8, 8]
 )
+OPT = dict(ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH)
 QFORMER = dict(
+    vocab_size=100,
     cross_attention_frequency=1,
     hidden_size=16,
     num_hidden_layers=1,
