@@ -180,7 +180,7 @@ class Compression:
                 f"positions: the steps have {' and '.join(sorted(found))}; write one of them next to steps"
             )
         positions = found.pop() if self.positions is None else choice("positions", self.positions)
-        steps = tuple(
+        steps = tuple(  # type: ignore[assignment]  # the list is not needed any more
             part if part.positions == positions else replace(part, positions=positions) for part in steps
         )
         object.__setattr__(self, "positions", positions)
@@ -216,7 +216,7 @@ class Compression:
         else:
             value = _number(key, value, lambda v: 0 < v < 1, "a share of the plain model's FLOPs in (0, 1)")
         if key == "tokens" and self.at is not None:
-            key, value = "keep", _keep(round(value))  # every layer has what is kept
+            key, value = "keep", _keep(round(value))  # type: ignore[arg-type]  # every layer has what is kept
         return dict.fromkeys(BUDGETS) | {key: value}
 
     @classmethod
@@ -281,7 +281,7 @@ class Compression:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
         values = {key: value for key, value in values.items() if key not in BUDGETS or value is not None}
         if isinstance(values.get("ratio"), tuple):
-            values["ratio"] = list(self.ratio)
+            values["ratio"] = list(values["ratio"])
         if values.get("layers") is not None and self.at is None:
             values["layers"] = list(self.layers)
         else:

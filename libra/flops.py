@@ -58,7 +58,7 @@ def cost(
             f"{spec.name} has as many visual tokens as its image asks for; give a number with --visual-tokens"
         )
     if whole:
-        counts = [budget.actual(c, spec.layers, [n]) for n in sequences]
+        counts: list = [budget.actual(c, spec.layers, [n]) for n in sequences]
     else:
         counts = [budget.nominal(c, spec.layers, n) for n in sequences]
     layers = list(zip(*counts, strict=True))
@@ -76,7 +76,7 @@ def report(row: Row, visual_tokens: int | None = None) -> dict:
     sequences = spec.visual_tokens if visual_tokens is None else (visual_tokens,)
     c.check_layers(spec.layers, row.path)
     vanilla = cost(spec, Compression(method="vanilla"), sequences)
-    views = {}
+    views: dict[str, dict] = {}
     for view, whole in (("nominal", False), ("actual", True)):
         counted = cost(spec, c, sequences, whole)
         views[view] = {

@@ -80,7 +80,7 @@ class Candidates:
 
         Raises ValueError where they do not have as many places as their span has tokens.
         """
-        found = []
+        found: list[list] = []
         for spans, grids in zip(self.layout.spans, self.context.grid, strict=True):
             found.append([])
             for n, grid in zip(spans, grids, strict=True):

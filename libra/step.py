@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -93,7 +94,7 @@ def compress_spans(
         if not select.trusted:
             is_target = check_targets(c.select, is_target, spans)
         targets = ordinals(is_target, spans.targets)
-    matches = Matches(candidates, None if c.eta == "mean" else c.eta, is_target, targets)
+    matches = Matches(candidates, None if isinstance(c.eta, str) else c.eta, is_target, targets)
     with record_function("libra.similarity"):
         returned = merge.function(matches, c)
         slot, logits = returned if merge.trusted else check_slots(c.merge, returned, matches)
@@ -175,7 +176,7 @@ def _padded(step: Compressed, count: int) -> Compressed:
     """What is returned per token is as long as what came in: ``count`` columns longer."""
     groups = torch.nn.functional.pad(step.groups, (0, count), value=NOWHERE)
     names = ("token_weights", "importance", "similarity")
-    padded = {
+    padded: dict[str, Any] = {
         name: torch.nn.functional.pad(value, (0, count))
         for name in names
         if (value := getattr(step, name)) is not None
@@ -221,7 +222,7 @@ def _spans(hidden: torch.Tensor, lengths, spans) -> list[list[int]]:
         raise ValueError(
             f"lengths and spans must describe {batch} rows and agree, but they are {lengths} and {spans}"
         )
-    whole = all(isinstance(n, Integral) and n >= 1 for row in spans for n in row)
+    whole = all(isinstance(n, Integral) and int(n) >= 1 for row in spans for n in row)
     if not whole or min(lengths) < 1 or max(lengths) > count:
         raise ValueError(
             f"every row needs 1 to {count} visual tokens and no empty span, but the spans are {spans}"

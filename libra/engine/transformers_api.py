@@ -9,6 +9,7 @@ Importing this module raises :class:`WrongTransformers` where transformers is mi
 """
 
 import inspect
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -94,7 +95,7 @@ ASSISTED_GENERATION = GenerationMixin._assisted_decoding.__code__  # what its fr
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else FORMER
 
 
-def cache_argument(cache: Cache | None) -> dict[str, Cache | None]:
+def cache_argument(cache: Cache | None) -> dict[str, Any]:
     """The keyword argument by which transformers' models, layers, ``generate``, masks and outputs take a
     cache."""
     return {CACHE: cache}

@@ -79,7 +79,8 @@ def _record(args: argparse.Namespace) -> "Record":
     image = open_image(args.image, COMMAND)
     from . import prefill
 
-    return prefill.trace_image(*prefill.load(args.model), compression, image, args.prompt)
+    model, processor = prefill.load(args.model)
+    return prefill.trace_image(model, processor, compression, image, args.prompt)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -309,13 +309,14 @@ def _fill(panel: "Axes", canvas: Canvas, which: torch.Tensor, **style) -> None:
 
     corners = canvas.corners[which].float()
     square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-    panel.add_collection(PolyCollection((corners[:, None] + square).numpy(), **{"linewidths": 0, **style}))
+    cells = list((corners[:, None] + square).numpy())
+    panel.add_collection(PolyCollection(cells, **{"linewidths": 0, **style}))
 
 
 def _lines(panel: "Axes", edges: torch.Tensor, **style) -> None:
     from matplotlib.collections import LineCollection
 
-    panel.add_collection(LineCollection(edges.numpy(), **style))
+    panel.add_collection(LineCollection(list(edges.numpy()), **style))
 
 
 def _frame(panel: "Axes", canvas: Canvas, which: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """One model on one prompt: a prefill, plain or compressed, timed or counted."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -203,7 +204,7 @@ class Bench:
             display=False, custom_mapping={_CPU_ATTENTION: _attention_flops} if _CPU_ATTENTION else {}
         )
         meter, decoder = LiveBytes(self.device), self.model.get_decoder()
-        watch = watch_compression if compressed else watch_layer
+        watch: Callable = watch_compression if compressed else watch_layer
         # Not in inference mode, where torch hands composite operations over whole, with all that they
         # allocate inside.
         with (

@@ -6,6 +6,8 @@ nearly that of their operations and hardly depends on the processor. Absolute ti
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,13 +70,17 @@ def count(made: dict[str, Bench]) -> dict[str, dict[str, int]]:
     return figures
 
 
+def _cpu_seconds(bench: Bench) -> float:
+    return bench.run(True).prefill.cpu
+
+
 def time_ratios(made: dict[str, Bench], pairs: int = PAIRS, progress: bool = True) -> dict[str, float]:
     """The median, over runs in turns, of each method's CPU time over the plain model's, on the threads that
     are set."""
     plain = next(iter(made.values()))
-    ways = {
+    ways: dict[str, Callable[[], float]] = {
         "vanilla": lambda: plain.run(False).prefill.cpu,
-        **{name: lambda bench=bench: bench.run(True).prefill.cpu for name, bench in made.items()},
+        **{name: partial(_cpu_seconds, bench) for name, bench in made.items()},
     }
     total = (pairs + 1) * len(ways)
     with tqdm(total=total, desc="timing", unit=" prefills", disable=not progress) as bar:

@@ -53,7 +53,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.device, self._open, self._known, self._ranges = device, [], set(), []
+        self.device = device
+        self._open: list = []
+        self._known: set = set()
+        self._ranges: list = []
         self.on_range: Callable[[str], tuple[Region, ...]] = lambda name: ()
 
     def open(self, *regions: Region) -> None:
@@ -101,7 +104,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def _hooked(pairs: list[tuple[torch.nn.Module, bool, Callable[[], None]]]) -> Iterator[None]:
+def _hooked(pairs: list[tuple[torch.nn.Module, bool, Callable]]) -> Iterator[None]:
     """Calls each function before its module runs (True) or behind it (False)."""
     hooks = [
         module.register_forward_pre_hook(lambda *_, do=do: do())

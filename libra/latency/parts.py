@@ -24,7 +24,9 @@ def seconds_by_part(events, on_device: bool) -> dict[str, float]:
     On a GPU a part's time is from its first kernel to its last one there; where the profiler has no such
     span, its kernels' own time.
     """
-    host, spans, kernels = {}, {}, {}
+    host: dict = {}
+    spans: dict = {}
+    kernels: dict = {}
     for event in events:
         part = event.name.removeprefix("libra.")
         if part == event.name or part not in PARTS:

@@ -121,7 +121,8 @@ class Peer:
         c, prompt = self.bench.compression, self.bench.prompt
         first, count = prompt.text // 2, prompt.visual
         scores = attention.mean(1)[:, -1]  # (B, S)
-        best = first + scores[:, first : first + count].topk(kept(count, c.ratio, c.rounding)).indices
+        left = kept(count, c.ratio, c.rounding)  # type: ignore[arg-type]  # check_peer wants one number
+        best = first + scores[:, first : first + count].topk(left).indices
         columns = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
         return torch.cat([columns[:, :first], best, columns[:, first + count :]], 1).sort(1).values
 

@@ -112,7 +112,8 @@ def _write_shards(
     folder: Path, tensors: dict[str, torch.Tensor], weights: RandomWeights, limit: int, bar
 ) -> None:
     """Fill and write tensors of at most ``limit`` bytes a file, then the index."""
-    shards, used = [[]], 0
+    shards: list[list] = [[]]
+    used = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * DTYPE.itemsize
         if shards[-1] and used + size > limit:

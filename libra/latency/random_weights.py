@@ -100,7 +100,7 @@ def random_model(
     config = LlavaConfig(
         text_config=text,
         vision_config=CLIPVisionConfig(**(tower or NO_TOWER)),
-        image_token_id=VOCABULARY - 1,
+        image_token_id=VOCABULARY - 1,  # type: ignore[call-arg]  # an attribute map takes it
         image_seq_length=1,
     )
     try:

@@ -54,8 +54,8 @@ def evaluate(words: Sequence[str]) -> int:
         return 2
     finally:
         harness.cli_evaluate_single = plain
-    for error in failures:
-        print(f"error: {error}", file=sys.stderr)
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 

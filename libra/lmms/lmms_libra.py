@@ -123,7 +123,7 @@ class LibraModel(lmms):
         self.device, self.batch_size = torch.device(device), int(batch_size)
         spec = get_model(row.model, row.path) if row.model else None
         path = find_checkpoint(pretrained or spec.checkpoint)
-        self.engine = load_engine(path, spec and spec.conversation, device, getattr(torch, dtype))
+        self.engine = load_engine(path, spec.conversation if spec else None, device, getattr(torch, dtype))
         if frames:
             self.engine.frames = int(frames)
         self.sample_log: SampleLog | None = None

@@ -99,7 +99,7 @@ class HuggingFace(Engine):
         prompts = [self._prompt(sample.text, own) for sample, own in zip(samples, shown, strict=True)]
         images = [[one for one in own if isinstance(one, Image.Image)] for own in shown]
         videos = [one for own in shown for one in own if isinstance(one, list)]
-        given = {"images": images} if any(images) else {}
+        given: dict = {"images": images} if any(images) else {}
         if videos:
             given |= {"videos": videos, "do_sample_frames": False}
         inputs = self.processor(text=prompts, **given, padding=True, return_tensors="pt")

@@ -3,9 +3,10 @@
 import torch
 from PIL import Image
 
+from libra.config import Compression
 from libra.rows import Row
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import conv_templates
+from llava.conversation import Conversation, conv_templates
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.memory import FeatureMemory
@@ -39,6 +40,8 @@ class Llava(Engine):
             torch_dtype=dtype,
         )
         self.model.eval()
+        self.conversation: Conversation | ChatConversation
+        self.compression: Compression | None = None
         if self.model.takes_videos:
             self.conversation = ChatConversation(self.tokenizer)
             self.frames = self.model.config.num_frames
@@ -50,7 +53,7 @@ class Llava(Engine):
                 f"{path} has no conversation template of llava.conversation: name one in the registry of"
                 " models"
             )
-        self.stop, self.compression, self.trace = self.conversation.stop, None, False
+        self.stop, self.trace = self.conversation.stop, False
 
     @property
     def limit(self) -> int:
@@ -104,11 +107,16 @@ class Llava(Engine):
         mask = torch.zeros(len(samples), length, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             ids[row, length - len(prompt) :], mask[row, length - len(prompt) :] = torch.tensor(prompt), True
-        shown = {} if images is None else {"images": images, "image_sizes": sizes}
+        pictures = {} if images is None else {"images": images, "image_sizes": sizes}
         # It refuses what has nothing to compress.
         self.model.set_compression(None if images is None else self.compression, trace=self.trace)
         device = self.model.device
-        return {"inputs": ids.to(device), "attention_mask": mask.to(device), "pad_token_id": padding, **shown}
+        return {
+            "inputs": ids.to(device),
+            "attention_mask": mask.to(device),
+            "pad_token_id": padding,
+            **pictures,
+        }
 
     def _prompt(self, sample: Sample) -> list[int]:
         """Token ids, with a placeholder for each image or video."""
@@ -116,16 +124,17 @@ class Llava(Engine):
             marks = [
                 DEFAULT_VIDEO_TOKEN if isinstance(one, list) else DEFAULT_IMAGE_TOKEN for one in sample.shown
             ]
-            text, encode = "\n".join([*marks, sample.text]), prompt_ids
+            text = "\n".join([*marks, sample.text])
         else:
-            marks, encode = " ".join([DEFAULT_IMAGE_TOKEN] * len(sample.images)), tokenizer_image_token
-            text = (
-                f"{marks}\n{sample.text}" if marks and DEFAULT_IMAGE_TOKEN not in sample.text else sample.text
-            )
+            places = " ".join([DEFAULT_IMAGE_TOKEN] * len(sample.images))
+            text = sample.text
+            if places and DEFAULT_IMAGE_TOKEN not in text:
+                text = f"{places}\n{text}"
+        encode = prompt_ids if self.model.takes_videos else tokenizer_image_token
         conversation = self.conversation.copy()
         conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], None)
-        return encode(conversation.get_prompt(), self.tokenizer)
+        return list(encode(conversation.get_prompt(), self.tokenizer))
 
     def _pixels(self, images: list[Image.Image]):
         """The model's ``images`` and ``image_sizes``; None twice where there are none."""

@@ -115,7 +115,9 @@ class _Guard:
 
     def admit(self, host: str, port: int) -> None:
         """Called with each name before it is connected to. Raises OSError for one of the private network."""
-        if self.public_only and not all(is_public(info[4][0]) for info in socket.getaddrinfo(host, port)):
+        if self.public_only and not all(
+            is_public(str(info[4][0])) for info in socket.getaddrinfo(host, port)
+        ):
             self.refusal = _PRIVATE
             raise OSError(self.refusal)
 
@@ -148,8 +150,7 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 6 and ip in _NAT64:
         ip = ipaddress.IPv4Address(ip.packed[-4:])
-    if getattr(ip, "ipv4_mapped", None):
-        ip = ip.ipv4_mapped
+    ip = getattr(ip, "ipv4_mapped", None) or ip
     return ip.is_global and not ip.is_multicast
 
 
@@ -173,9 +174,12 @@ class _GuardedAdapter(HTTPAdapter):
 
 def _pools(guard: _Guard) -> dict[str, type]:
     class Guarded:
+        host: str
+        port: int
+
         def _new_conn(self):
             guard.admit(self.host, self.port)
-            return guard.watch(super()._new_conn())
+            return guard.watch(super()._new_conn())  # type: ignore[misc]  # of the class next to it
 
     class Plain(Guarded, HTTPConnection):
         pass

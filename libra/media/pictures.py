@@ -108,7 +108,7 @@ def to_rgb(image: Image.Image, what: str = "the image", say: Say = note) -> Imag
         image = image.convert("RGBA") if image.mode == "RGBa" else Image.merge("LA", image.split())
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if image.getchannel("A").getextrema()[0] < 255:  # type: ignore[operator]  # one band
             say(what, "is transparent in places; the colours stored there are taken, without a background")
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -187,7 +187,9 @@ def _decode(data: bytes, what: str, limits: Limits, say: Say) -> Image.Image:
     """The first picture of a file's bytes."""
     Image.init()
     try:
-        image = Image.open(BytesIO(data), formats=[kind for kind in FORMATS if kind in Image.OPEN])
+        image: Image.Image = Image.open(
+            BytesIO(data), formats=[kind for kind in FORMATS if kind in Image.OPEN]
+        )
         several = (
             getattr(image, "is_animated", False) and image.format != "MPO"
         )  # an MPO's others are previews

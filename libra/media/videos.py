@@ -100,7 +100,7 @@ class Video:
                 break
         if frame is None:
             raise EOFError("it ends too early")
-        turn = _TURNS.get(_axes(frame))
+        turn = _TURNS.get(_axes(frame))  # type: ignore[arg-type]  # of any length
         return frame.to_image() if turn is None else frame.to_image().transpose(turn)
 
 

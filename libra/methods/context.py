@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class Context:
     def _changed(self, change: Callable[[str, "torch.Tensor", int, int], "torch.Tensor"]) -> "Context":
         """With ``change(name, tensor, rows' axis, tokens' axis)`` of every field that has one number or more a
         token."""
-        changed = {}
+        changed: dict[str, Any] = {}
         for name in PER_TOKEN:
             value = getattr(self, name)
             if value is not None:

@@ -173,7 +173,9 @@ def write_benchmark(folder: Path, count: int = QUESTIONS) -> dict:
                 "majority_answer": majority,
                 "majority_share": times / count,
             }
-        sha256 = hashlib.sha256("".join(types[kind]["content_sha256"] for kind in TYPES).encode()).hexdigest()
+        sha256 = hashlib.sha256(
+            "".join(str(types[kind]["content_sha256"]) for kind in TYPES).encode()
+        ).hexdigest()
         manifest = {"format": FORMAT, "seed": SEED, "questions": count, "sha256": sha256, "types": types}
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest

@@ -67,7 +67,11 @@ def _glyphs() -> tuple[dict[int, np.ndarray], dict[str, list[np.ndarray]]]:
         size: np.stack(
             [
                 np.clip(
-                    np.asarray(Image.fromarray(glyph.astype(np.float32)).resize((size, size), Image.BICUBIC))
+                    np.asarray(
+                        Image.fromarray(glyph.astype(np.float32)).resize(
+                            (size, size), Image.Resampling.BICUBIC
+                        )
+                    )
                     / 16
                     * 1.15,
                     0,
@@ -84,7 +88,7 @@ def _glyphs() -> tuple[dict[int, np.ndarray], dict[str, list[np.ndarray]]]:
 def _clouds(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     coarse = rng.standard_normal((6, 6, 3), np.float32) * rng.uniform(8, 25)
     cloud = [
-        np.asarray(Image.fromarray(coarse[..., c]).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC))
+        np.asarray(Image.fromarray(coarse[..., c]).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
         for c in range(3)
     ]
     return canvas + np.stack(cloud, -1) + rng.standard_normal(canvas.shape, np.float32) * 8
@@ -159,7 +163,8 @@ def draw_scene(
     count = int(rng.integers(FEWEST_DIGITS, most + 1))
     cells = np.sort(rng.permutation(BOARD * BOARD)[:count])
     canvas = _background(rng, difficulty)
-    digits, opacity = [], np.zeros((count, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    digits: list[Digit] = []
+    opacity = np.zeros((count, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     for i, cell in enumerate(cells):
         while True:  # no two digits of a scene share both value and colour
             value, color = int(rng.integers(10)), COLOR_NAMES[rng.integers(len(COLORS))]

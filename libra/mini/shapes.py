@@ -72,7 +72,7 @@ def see_shape(path: str, grid: int) -> Shape:
     color = min(COLORS, key=lambda key: np.abs(paint - COLORS[key]).sum())
     side = SIZE // grid
     covered = mask.reshape(grid, side, grid, side).mean((1, 3)).flatten() > 0.12
-    larger = np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC))
+    larger = np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
     return Shape(larger, name, color, np.where(covered, 0, NOTHING))
 
 

@@ -31,7 +31,7 @@ class Metrics:
         self._times = {name: [0] * (len(EDGES) + 1) for name in _SECONDS}
         self._sums = dict.fromkeys(_SECONDS, 0.0)
 
-    def add(self, name: str, amount: float = 1, labels: str = "") -> None:
+    def add(self, name: str, amount: int = 1, labels: str = "") -> None:
         """Count one of ``_COUNTERS``, or move one of ``_GAUGES``; ``labels`` as in ``status="200"``."""
         with self._lock:
             self._counts[name, labels] += amount

@@ -5,6 +5,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
@@ -35,7 +36,7 @@ class Model:
     name: str
     manager: "PinnedManager"
     model: torch.nn.Module
-    processor: object
+    processor: Any
     context: int
 
 

@@ -11,6 +11,7 @@ from transformers import StoppingCriteria
 from transformers.cli.serving.utils import GenerateManager, InferenceThread, _GenerationCancelled
 
 import libra
+from libra.engine.attach import Attachment
 
 from ..config import Compression
 from .metrics import Metrics
@@ -35,7 +36,8 @@ class Worker:
         self.thread = InferenceThread()
         self.layers = model.config.get_text_config().num_hidden_layers
         self._most, self._places, self._lock = most_waiting, 0, threading.Lock()
-        self._handle, self._attached = None, NOTHING
+        self._handle: Attachment | None = None
+        self._attached = NOTHING
         self._fitting: OrderedDict[Compression, None] = OrderedDict()
 
     def take_place(self) -> None:

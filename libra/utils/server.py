@@ -97,7 +97,7 @@ def guarded(
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     origins = tuple(origin.lower().rstrip("/") for origin in origins)
-    gate = _Gate(app, _Rate(per_minute), body_bytes, larger or {}, origins)
+    gate: Callable = _Gate(app, _Rate(per_minute), body_bytes, larger or {}, origins)
     if origins:
         gate = CORSMiddleware(gate, origins, allow_methods=("GET", "POST"), allow_headers=("*",))
     return TrustedHostMiddleware(gate, list(hosts), www_redirect=False)
