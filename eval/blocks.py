@@ -1,4 +1,4 @@
-"""A report's grids: the embedded model's rows as measured, the paper's models with the paper's figures beside
+"""A report's grids: the embedded model's rows as measured, the paper's models with the paper's figures next to
 ours."""
 
 from collections import Counter
@@ -212,7 +212,7 @@ def paper_columns(measured: Measured) -> list[tuple[str, str]]:
 
 
 def paper_grid(measured: Measured, notes: list[str]) -> Grid:
-    """Each row's printed figures, ours, and ours minus the paper's; FLOPs computed beside printed."""
+    """Each row's printed figures, ours, and ours minus the paper's; FLOPs computed next to printed."""
     keys = paper_columns(measured)
     with_flops = any("flops" in row.paper for row in measured.rows.values())
     header = [

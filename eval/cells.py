@@ -118,7 +118,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def read_cell(path: Path) -> dict | None:
-    """A stored cell; None where there is none, or what is there is no whole cell, which means computing it
+    """A stored cell; None where there is none, or what is there is not a whole cell, which means computing it
     again."""
     stored = read_json(path)
     return stored if stored is not None and _is_whole(stored) else None
@@ -129,7 +129,7 @@ def read_cells(output: Path) -> dict[str, dict | None]:
     return {path.stem: read_cell(path) for path in sorted((output / "cells").glob("*.json"))}
 
 
-def finished_beside(output: Path) -> dict[str, tuple[str, dict]]:
+def finished_elsewhere(output: Path) -> dict[str, tuple[str, dict]]:
     """Finished cells of the other results folders next to ``output``: config_hash → (folder/name, the cell).
 
     Timings are left out: they belong to their table's rows and hour.

@@ -109,7 +109,7 @@ def fetch(task: Task) -> None:
 
 
 def cause(error: BaseException) -> str:
-    """One line on what went wrong, from behind the harness's retries."""
+    """One line on what went wrong, from under the harness's retries."""
     from tenacity import RetryError
 
     if isinstance(error, RetryError) and error.last_attempt.failed:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from libra.utils.files import remove_unfinished, write_text
 from libra.utils.provenance import commit, machine, versions
 
-from .cells import PACKAGES, Cell, finished_beside
+from .cells import PACKAGES, Cell, finished_elsewhere
 from .harness import Harness, Settings
 from .plan import samples
 from .pool import run_cells
@@ -36,7 +36,7 @@ def fill(
     """
     for folder in (output, output / "cells"):
         remove_unfinished(folder)  # of a run that was killed
-    left, elsewhere = [cell for cell in cells if not cell.is_finished(output)], finished_beside(output)
+    left, elsewhere = [cell for cell in cells if not cell.is_finished(output)], finished_elsewhere(output)
     again = {cell.name: elsewhere[cell.config_hash] for cell in left if cell.config_hash in elsewhere}
     counts = {cell.name: samples(cell, manifest) or 0 for cell in left if cell.name not in again}
     total = sum(counts.values()) or None

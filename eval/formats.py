@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-Line = list[str] | str  # the cells of a row, or a heading that stands over the rows behind it
+Line = list[str] | str  # the cells of a row, or a heading that stands over the rows after it
 
 _LATEX = {
     "\\": r"\textbackslash{}",

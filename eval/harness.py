@@ -166,7 +166,7 @@ def summary(
 
 
 def _correct(value, task: Task) -> float | None:
-    """A sample's score in [0, 1]; None where the metric is no mean of such scores."""
+    """A sample's score in [0, 1]; None where the metric is not a mean of such scores."""
     if task.groups and isinstance(value, dict):
         value = value.get("score")
     return float(value) if isinstance(value, (int, float)) else None

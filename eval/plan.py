@@ -16,7 +16,7 @@ from libra.rows import Row, get_model
 from libra.utils import provenance
 from libra.utils.names import spelled
 
-from .cells import TURNS, Cell, code, finished_beside, read_cells
+from .cells import TURNS, Cell, code, finished_elsewhere, read_cells
 from .checkpoints import CheckpointError, require_checkpoint
 from .data import DATA
 from .formats import text_table
@@ -276,8 +276,8 @@ def estimate(left: Iterable[Cell], earlier: Iterable[Timed], manifest: dict | No
 def describe(plan: Plan, output: Path, processes: int) -> str:
     """What a run would do: the rows with their FLOPs, the cells by state, the time as far as earlier cells
     tell."""
-    beside = finished_beside(output)
-    states = {cell.name: _state(cell, output, beside) for cell in plan.cells}
+    elsewhere = finished_elsewhere(output)
+    states = {cell.name: _state(cell, output, elsewhere) for cell in plan.cells}
     lines = []
     for name in plan.chosen:
         row = plan.rows[name]
@@ -300,7 +300,7 @@ def describe(plan: Plan, output: Path, processes: int) -> str:
         lines.append([TURNS, "all rows in turns, timed", "", "", "", *counts])
     header = ["row", "title", "after layers", "removed", "FLOPs", "finished", "reusable", "begun", "to do"]
     left = [cell for cell in plan.cells if states[cell.name] in ("begun", "to do")]
-    stored = [cell for _, cell in beside.values()] + [
+    stored = [cell for _, cell in elsewhere.values()] + [
         cell for cell in read_cells(output).values() if cell is not None
     ]
     title = f"{plan.table.title} · {SUITES[plan.suite]} · {len(plan.cells)} cells"
@@ -333,9 +333,9 @@ def _time(plan: Plan, left: list[Cell], stored: list[dict], processes: int) -> s
     if seconds is None:
         return "How long this takes cannot be told: no earlier cell of this model has been timed."
     # The turns are timed one after another, everything else by all workers.
-    alone = estimate([cell for cell in left if cell.turns], told, plan.manifest) or 0.0
+    by_itself = estimate([cell for cell in left if cell.turns], told, plan.manifest) or 0.0
     workers = f"{processes} worker{'s' if processes > 1 else ''}"
-    duration = _duration((seconds - alone) / processes + alone)
+    duration = _duration((seconds - by_itself) / processes + by_itself)
     return f"About {duration} with {workers} for {len(left)} cells, judging by {where} and FLOPs."
 
 
@@ -345,9 +345,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"
 
 
-def _state(cell: Cell, output: Path, beside: dict) -> str:
+def _state(cell: Cell, output: Path, elsewhere: dict) -> str:
     if cell.is_finished(output):
         return "finished"
-    if cell.config_hash in beside:
+    if cell.config_hash in elsewhere:
         return "reusable"
     return "begun" if cell.is_begun(output) else "to do"

@@ -53,7 +53,7 @@ def mini_block(measured: Measured, grids: list[Grid]) -> list[str]:
 
 
 def paper_block(table: Table, suites: Sequence[Measured], grids: list[Grid]) -> list[str]:
-    """Markdown of the paper's models: FLOPs computed here beside the printed, figures printed and
+    """Markdown of the paper's models: FLOPs computed here next to the printed, figures printed and
     measured."""
     if not suites:
         return []

@@ -8,13 +8,13 @@ import numpy as np
 
 LEARNED_AT, LEARNED_AT_SMALL = 80.0, 65.0  # percent; of half-size digits, which the tower reads less well
 LEARNED_ABOVE = 25.0  # points above the better of majority and blind
-FEWEST = 30  # answers from which the normal approximation behind ± is usual
+FEWEST = 30  # answers from which the normal approximation of ± is usual
 
 
 @dataclass(frozen=True)
 class Figure:
     """A measured value with its standard error, which is None where it cannot be had, and the number of
-    answers behind it."""
+    answers that it is made of."""
 
     value: float
     stderr: float | None = None

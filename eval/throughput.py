@@ -66,14 +66,14 @@ def table(found: dict[str, dict[int, list[float]]]) -> str:
     rows = []
     for name, by_size in found.items():
         for size, rates in by_size.items():
-            rate, alone = median(rates), median(by_size[min(by_size)])
+            rate, least = median(rates), median(by_size[min(by_size)])
             rows.append(
                 [
                     name,
                     str(size),
                     f"{rate:.2f}",
                     f"{min(rates):.2f} to {max(rates):.2f}",
-                    f"{rate / alone:.2f} ×",
+                    f"{rate / least:.2f} ×",
                     f"{rate / median(first[size]):.2f} ×",
                 ]
             )

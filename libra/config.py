@@ -484,7 +484,7 @@ def check_keys(what: str, mapping: Mapping[Any, Any], known: tuple[str, ...]) ->
         if key in _NAMES:
             raise ConfigError(f"{key}: is a key of the compression; move it into the block `compression:`")
         hint = did_you_mean(key, known) if isinstance(key, str) else ""
-        raise ConfigError(f"{show(key)}: is no key of {what};{hint} the keys are {', '.join(known)}")
+        raise ConfigError(f"{show(key)}: is not a key of {what};{hint} the keys are {', '.join(known)}")
 
 
 def choice(key: str, value: Any) -> str:

@@ -321,7 +321,7 @@ def _models() -> dict[str, ModelSpec]:
     models = {}
     for name, keys in table.items():
         for key in (keys.keys() - known) | (needed - keys.keys()):
-            problem = "is missing" if key in needed else "is no key of a model"
+            problem = "is missing" if key in needed else "is not a key of a model"
             raise ConfigError(
                 f"{_FILE.name}: {name}: {key} {problem}; the keys are {', '.join(sorted(known))}"
             )

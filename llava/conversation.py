@@ -140,7 +140,7 @@ _SEES = (
     "and assist the user with a variety of tasks using natural language."
 )
 _VISION = f"You are a helpful language and vision assistant. You are {_SEES}"
-# The missing space behind the full stop is the published prompt's.
+# The missing space after the full stop is the published prompt's.
 _MMTAG = (
     f"A chat between a curious user and an artificial intelligence assistant. The assistant is {_SEES}"
     "The visual content will be provided with the following format: <Image>visual content</Image>."

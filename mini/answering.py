@@ -26,7 +26,7 @@ JITTERED = 0.3  # share of the images whose positions are not consecutive
 
 
 def position_steps(rng: np.random.Generator) -> torch.Tensor:
-    """(VISUAL,): how far each visual token's position lies behind the one before, 1, or in some images 0 or 1
+    """(VISUAL,): how far each visual token's position comes after the one before, 1, or in some images 0 or 1
     by chance.
 
     So a model meets positions as methods leave them that number the kept tokens anew; no token is ever
@@ -94,7 +94,7 @@ class Answerer(nn.Module):
         embed = self.llava.get_input_embeddings()
         visual = self.llava.encode_images(images)
         head = embed(self.prefix).expand(len(images), -1, -1)
-        first, behind = head.shape[1], head.shape[1] + VISUAL
+        first, after = head.shape[1], head.shape[1] + VISUAL
         seen = first - 1 + steps.cumsum(1)
         positions = torch.cat(
             [torch.arange(first).expand(len(images), -1), seen, seen[:, -1:] + 1 + places.flatten(1)], 1
@@ -104,10 +104,10 @@ class Answerer(nn.Module):
             position_ids=positions,
             use_cache=False,
             text_length=SLOT,
-            prefix_length=behind,
+            prefix_length=after,
             text_ids=text_ids,
         ).last_hidden_state
-        return self.llava.lm_head(hidden[:, behind:][where.flatten(1)]).float(), visual
+        return self.llava.lm_head(hidden[:, after:][where.flatten(1)]).float(), visual
 
     def forward(
         self, images, input_ids, labels, text_ids, places, weights, steps, things, paints, patch_weights, part

@@ -1,4 +1,4 @@
-"""Put the training's curves and log beside the model card: ``python -m mini.card mini/run/work
+"""Put the training's curves and log next to the model card: ``python -m mini.card mini/run/work
 --output mini``."""
 
 import json

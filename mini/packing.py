@@ -1,4 +1,4 @@
-"""Many short texts of one image, packed into slots of one length behind it."""
+"""Many short texts of one image, packed into slots of one length after it."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,7 +14,7 @@ EMPTY = -1
 
 
 class Encoder:
-    """A question with its answer as tokens: those behind the image in LLaVA's prompt, and how many are the
+    """A question with its answer as tokens: those after the image in LLaVA's prompt, and how many are the
     question's."""
 
     def __init__(self, tokenizer):
@@ -32,7 +32,7 @@ class Encoder:
 
 @dataclass
 class Slot:
-    """The texts of one slot, one behind the other, a list entry a token."""
+    """The texts of one slot, one after the other, a list entry a token."""
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 A row is ``[prefix | slot 1 | slot 2 | …]`` with slots of one fixed length, each of one text or of several.
 The prefix is causal; a text attends to the whole prefix and, causally, to itself, exactly as if it stood
-alone behind the prefix. Cheaper than the equal block mask over the whole row, because scores between two
+by itself after the prefix. Cheaper than the equal block mask over the whole row, because scores between two
 slots are never computed.
 """
 

@@ -47,7 +47,7 @@ if [ -z "$new" ] && [ "$active" != "$venv/bin/python" ] && "$active" -c 'import 
         exit 0
     fi
     refused="$answer"
-    # A bare python on PATH is no news; an environment that was activated, or has everything and fails, is.
+    # A bare python on PATH is not news; an environment that was activated, or has everything and fails, is.
     if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || [[ "$refused" != *" lacks "* ]]; then
         printf '%s: using .venv instead.\n' "$refused" >&2
     fi

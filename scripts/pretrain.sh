@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash scripts/pretrain.sh [llava.train.train flags]: LLaVA-1.5's first stage, the projector alone on 558,000 captions.
+# bash scripts/pretrain.sh [llava.train.train flags]: LLaVA-1.5's first stage, only the projector on 558,000 captions.
 # MODEL, DATA, IMAGES, OUTPUT, BATCH and what scripts/train_common.sh names override; later flags win.
 # 8 × A100: bash scripts/pretrain.sh      with compression: COMPRESSION=configs/llava7b_r50.yaml bash scripts/pretrain.sh
 set -euo pipefail

@@ -63,7 +63,7 @@ launch() {
     python -m llava.train.train --check_only --model_name_or_path "$model" "${more[@]}" "$@" || exit
     local where=(--standalone)
     if [ -n "${HOSTFILE:-}" ]; then
-        if [ ! -f "$HOSTFILE" ]; then # DeepSpeed would take this machine alone
+        if [ ! -f "$HOSTFILE" ]; then # DeepSpeed would take only this machine
             echo "error: there is no file $HOSTFILE; HOSTFILE has a line like 'machine slots=8' for each machine" >&2
             exit 2
         fi

@@ -198,7 +198,7 @@ def test_names_on_the_hub_come_from_its_cache(home, golden, case):
     model = load("open/llava", cache_dir=cache)
     assert_golden(model, case)
     assert model.config.mm_vision_tower == "open/clip"
-    with pytest.raises(ValueError, match="open/other is no folder here, and the hub does not give it"):
+    with pytest.raises(ValueError, match="open/other is not a folder here, and the hub does not give it"):
         load("open/other", cache_dir=cache)
 
 
@@ -380,7 +380,7 @@ WHOLE = {
         lambda f: rewrite(f / "model.safetensors.index.json", weight_map=None),
         "has no weight_map",
     ),
-    "broken index": (lambda f: cut(f / "model.safetensors.index.json"), "index.json is no valid JSON"),
+    "broken index": (lambda f: cut(f / "model.safetensors.index.json"), "index.json is not valid JSON"),
     "no weights": (lambda f: [file.unlink() for file in f.glob("model*")], "holds no weights"),
     "another shape": (
         lambda f: reshape(f / "model-00003-of-00003.safetensors", "model.norm.weight", 65),
@@ -395,7 +395,7 @@ WHOLE = {
         "lacks 1 weights, 'model.norm.weight' among",
     ),
     "no configuration": (lambda f: (f / "config.json").unlink(), "config.json cannot be read: No such file"),
-    "broken configuration": (lambda f: cut(f / "config.json"), "config.json is no valid JSON"),
+    "broken configuration": (lambda f: cut(f / "config.json"), "config.json is not valid JSON"),
     "list as configuration": (
         lambda f: (f / "config.json").write_text("[1]"),
         "config.json holds no JSON object",
@@ -647,7 +647,7 @@ def test_an_adapter_that_lacks_a_factor_is_refused(home, golden):
 
 def test_a_projector_without_its_base_is_refused(home, golden):
     torch.save(projector(golden), put(home / "projector", settings()) / "mm_projector.bin")
-    with pytest.raises(ValueError, match="holds a projector alone: give its language model as model_base"):
+    with pytest.raises(ValueError, match="holds only a projector: give its language model as model_base"):
         load(home / "projector")
 
 

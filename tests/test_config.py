@@ -420,7 +420,7 @@ def test_steps_are_compressions_one_after_another():
         ({"steps": [{"method": "vanilla"}]}, "steps: method vanilla compresses nothing; remove it"),
         ({"steps": [Compression(steps=STEPS)]}, "steps: a step has steps of its own"),
         ({"steps": [{"method": "pyramiddrop"}, STEPS[0]]}, "positions: the steps have compact and original"),
-        ({"steps": [{"method": "libra", "kep": 3}]}, "kep: is no key of compression; did you mean keep"),
+        ({"steps": [{"method": "libra", "kep": 3}]}, "kep: is not a key of compression; did you mean keep"),
         ({"at": "input"}, "importance: last is the decoder's attention, .* write importance: tower"),
         ({"at": "tower", "importance": "tower"}, "at: merge igm makes a compensation token"),
         ({"at": "tower", "method": "cdpruner"}, "at: method cdpruner compares with the question"),

@@ -488,7 +488,7 @@ def refused(source: Path, destination: Path, match: str, **options) -> None:
         ),
         ({"model_type": "llava_mpt"}, "is a 'llava_mpt' checkpoint; the types that convert"),
         ({"model_type": "gpt2", "mm_vision_tower": None}, "is a 'gpt2' checkpoint"),
-        ({"mm_projector_type": "linear"}, "projector 'linear'; transformers' classes have mlp2x_gelu alone"),
+        ({"mm_projector_type": "linear"}, "projector 'linear'; transformers' classes have only mlp2x_gelu"),
         ({"mm_projector_type": "mlp3x_gelu"}, "projector 'mlp3x_gelu'"),
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature 'cls'"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres' with mm_patch_merge_type 'flat'"),
@@ -591,7 +591,7 @@ def test_damaged_sources(checkpoint, tmp_path):
     (checkpoint / "pytorch_model.bin").rename(checkpoint / "mm_projector.bin")
     refused(checkpoint, hf, "is a part of a model")
     (checkpoint / "config.json").write_text("{")
-    refused(checkpoint, hf, "config.json is no valid JSON")
+    refused(checkpoint, hf, "config.json is not valid JSON")
 
 
 def test_damaged_llava_hf(converted, tmp_path):

@@ -30,7 +30,7 @@ def refused(error) -> str:
 
 KEY = "|".join(hostile.KEYS)
 TOLD = re.compile(
-    rf"({KEY}|compression): |is not valid YAML: .*(line \d+)?|.{{1,99}}: is no key of |holds no keys|is not a plain text file|"
+    rf"({KEY}|compression): |is not valid YAML: .*(line \d+)?|.{{1,99}}: is not a key of |holds no keys|is not a plain text file|"
     r"is larger than|is nested too deeply"
 )
 
@@ -133,7 +133,7 @@ def test_d1_numbers_names_and_seeds(tmp_path):
             r"name: 'a\\nb' is not a name; write a text of one line",
         ),
         ('model: "x\\ny"\ncompression: {method: libra}', r"model: 'x\\ny' is not a name"),
-        ('"me\\nthod": libra', r"'me\\nthod': is no key of compression; did you mean method\?"),
+        ('"me\\nthod": libra', r"'me\\nthod': is not a key of compression; did you mean method\?"),
         ("method: libra\n# " + "x" * 70_000, "is larger than 64 KB"),
     ):
         path.write_text(text)

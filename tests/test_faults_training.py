@@ -446,7 +446,7 @@ def test_b5_d3_a_training_that_would_learn_nothing_is_refused(few, tmp_path, cap
     flags, sentence = {
         "length": (
             ["--model_max_length", 200],
-            "in 4 every answer lies behind --model_max_length 200; raise it",
+            "in 4 every answer comes after --model_max_length 200; raise it",
         ),
         "images": ([], "in 4 the image .*png is in no known format"),
         "template": (

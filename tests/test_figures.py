@@ -309,7 +309,7 @@ def test_a_damaged_trace_file_is_refused_by_name(trace, tmp_path, capsys, change
     change(data)
     path.write_text(json.dumps(data))
     error = refused(capsys, "--from-trace", path, "--output", output)
-    assert error.startswith(f"error: {path} is no trace file of --save-trace") and sentence in error
+    assert error.startswith(f"error: {path} is not a trace file of --save-trace") and sentence in error
     assert not output.exists()
 
 

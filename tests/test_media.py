@@ -147,8 +147,8 @@ def test_arrays_and_tensors_of_any_layout():
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (None, "given as NoneType is no picture"),
-        ({"bytes": b""}, "given as dict is no picture"),
+        (None, "given as NoneType is not a picture"),
+        ({"bytes": b""}, "given as dict is not a picture"),
         (7, r"has the shape \(\)"),
         (np.zeros((2, 8, 8, 3)), r"has the shape \(2, 8, 8, 3\); give \(height, width\)"),
         (np.zeros((8, 8, 5)), "has the shape"),
@@ -157,7 +157,7 @@ def test_arrays_and_tensors_of_any_layout():
         (np.full((8, 8), 1.5), "has values from 1.5 to 1.5"),
         (np.full((8, 8), np.inf), "has values from inf"),
         (np.full((8, 8), 70000), "has values from 70000"),
-        (np.full((8, 8), 1j), "is no picture"),
+        (np.full((8, 8), 1j), "is not a picture"),
         (np.zeros((1, 300, 3)), r"is too narrow \(300 × 1 pixels"),
         (Image.new("L", (1, 20000)), "is too narrow"),
         (Image.new("RGB", (0, 4)), "has no pixels"),

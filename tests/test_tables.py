@@ -19,7 +19,7 @@ from walk import walked
 
 from eval import filling, report, run
 from eval import plan as planning
-from eval.cells import TURNS, check_unchanged, finished_beside, read_cells, read_json
+from eval.cells import TURNS, check_unchanged, finished_elsewhere, read_cells, read_json
 from eval.formats import Grid, escape, latex, markdown
 from eval.harness import Settings, trace_summary
 from eval.measured import Measured
@@ -394,7 +394,7 @@ def test_equal_cells_of_other_tables_are_reused(tmp_path):
         read_json(tmp_path / "table4/cells/mini.flash.mini_attribute.json")["reused_from"]
         == "table1/mini.vanilla.mini_attribute"
     )
-    assert all(cell["row"] != TURNS for _, cell in finished_beside(output).values())
+    assert all(cell["row"] != TURNS for _, cell in finished_elsewhere(output).values())
 
 
 def test_a_full_disk_costs_only_the_cells_it_hits(tmp_path, monkeypatch, capfd):

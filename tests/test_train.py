@@ -721,7 +721,7 @@ WRONG = {
     "flag": (["--lora_enabled", "True"], "the flag --lora_enabled is unknown; did you mean --lora_enable"),
     "value": (["--lora_r", "many"], "invalid int value: 'many'"),
     "bits": (["--bits", "4", "--lora_enable", "True"], "--bits 4 needs a CUDA GPU"),
-    "model": (["--model_name_or_path", "no-such-folder"], "no-such-folder is no folder here"),
+    "model": (["--model_name_or_path", "no-such-folder"], "no-such-folder is not a folder here"),
     "layer": ("{method: libra, layers: [40]}", "layers: 40 is out of range: the model has layers 0 to 11"),
     "method": ("{method: fastw, layers: [1]}", "fastv"),
     "tower": (["--vision_tower", str(GOLDEN / "llava15" / "vision_tower")], "has a vision tower already"),
@@ -748,7 +748,7 @@ WRONG = {
     "fsdp's file": (["--fsdp", "--fsdp_config", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
     "output": (
         ["--output_dir", str(MINI / "config.json")],
-        "config.json is no folder that can be written to",
+        "config.json is not a folder that can be written to",
     ),
     "nothing": (
         ["--tune_mm_mlp_adapter", "True", "--freeze_mm_mlp_adapter", "True"],

@@ -28,7 +28,7 @@ STRIP = 32  # tokens in a line, where nothing is known of their places
 PANEL = 3.5  # inches
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; vermilion, the compensation token's
-# alone, would be taken for their orange, which is left out.
+# by themselves, would be taken for their orange, which is left out.
 GROUP_COLORS = ("#0072B2", "#F0E442", "#009E73", "#CC79A7", "#56B4E9")
 COMPENSATION_COLOR = "#D55E00"
 VEIL_COLOR, VEIL = (
@@ -46,9 +46,9 @@ class Block:
     Attributes:
         tokens: their number.
         columns: tokens of a row, without its newline token; the last row may be shorter.
-        picture: what the model saw there; without one the cells are drawn alone, with the numbers of the
+        picture: what the model saw there; without one only the cells are drawn, with the numbers of the
             tokens.
-        newline: whether each row ends in a newline token, which stands beside the picture (LLaVA-NeXT).
+        newline: whether each row ends in a newline token, which stands next to the picture (LLaVA-NeXT).
     """
 
     tokens: int
@@ -137,7 +137,7 @@ class Record:
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{path} is no trace file of --save-trace ({reason}); trace the image again"
+                f"{path} is not a trace file of --save-trace ({reason}); trace the image again"
             ) from None
 
 

@@ -20,7 +20,7 @@ def scale_layers(c: Compression, of: int, layers: int) -> Compression:
     """A compression of a model of ``of`` layers for a slice of ``layers``, each step at the same fraction of
     the depth.
 
-    A step behind layer L leaves (L+1)/of of the depth on the longer sequence: 7, 15, 23 of 32 become 1, 3, 5
+    A step after layer L leaves (L+1)/of of the depth on the longer sequence: 7, 15, 23 of 32 become 1, 3, 5
     of 8.
 
     Raises:
@@ -89,7 +89,7 @@ class Prompt:
 
 
 class Run(NamedTuple):
-    """Seconds of one prefill, of a decoding step behind it, and of the vision tower before it; None for what
+    """Seconds of one prefill, of a decoding step after it, and of the vision tower before it; None for what
     was not run."""
 
     prefill: Moment

@@ -85,7 +85,7 @@ def _load(path: str, dtype, device, attention: str):
     path = find_checkpoint(path)
     if not Path(path).is_dir():
         raise ValueError(
-            f"the checkpoint {path} is no folder; give a model's folder in Hugging Face's format"
+            f"the checkpoint {path} is not a folder; give a model's folder in Hugging Face's format"
         )
     model = (
         huggingface.load(AutoModelForImageTextToText, path, dtype=dtype, attn_implementation=attention)

@@ -93,7 +93,7 @@ class Growth:
     ) -> None:
         """Measure what is missing, cell by cell, and write the table after each.
 
-        ``finish`` gives what is written into a cell beside its figures: versions, commit, date. A cell that
+        ``finish`` gives what is written into a cell next to its figures: versions, commit, date. A cell that
         the device has no memory for is a failed cell, tried again the next time.
         """
         cells = {prompt: self.stored(prompt) for prompt in self.grid}  # earlier limits may have been higher
@@ -124,7 +124,7 @@ class Growth:
         yield "# How the prefill grows\n"
         yield from (f"    {line}" for line in heading(self.described))
         yield (
-            f"    prompt         {self.prompts[0].text} text tokens beside the visual ones\n\n"
+            f"    prompt         {self.prompts[0].text} text tokens next to the visual ones\n\n"
             "Measured over promised: the median of the paired ratios of compressed and plain prefill, over"
             " the ratio of the"
             " FLOPs of all tokens. Shares are of the compressed prefill. Extra memory: compression's peak"

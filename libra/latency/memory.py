@@ -36,7 +36,7 @@ class Step:
     """One compression step: the score row inside its layer and all that comes between this layer and the next
     one.
 
-    ``parts`` are the ranges of the step by name, each alone.
+    ``parts`` are the ranges of the step by name, each by itself.
     """
 
     whole: Region = field(default_factory=Region)
@@ -71,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
         if operation is torch.ops.profiler._record_function_exit._RecordFunction and self._ranges:
             self.close(*self._ranges.pop())
         for tensor in self._tensors((args, kwargs)):
-            self._enter(tensor, ())  # a view of what was there before is no new storage
+            self._enter(tensor, ())  # a view of what was there before is not new storage
         result = operation(*args, **kwargs)
         for tensor in self._tensors(result):
             self._enter(tensor, self._open)
@@ -105,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def _hooked(pairs: list[tuple[torch.nn.Module, bool, Callable]]) -> Iterator[None]:
-    """Calls each function before its module runs (True) or behind it (False)."""
+    """Calls each function before its module runs (True) or after it (False)."""
     hooks = [
         module.register_forward_pre_hook(lambda *_, do=do: do())
         if before

@@ -37,7 +37,7 @@ def measure(
         bar: counts the prefills, :func:`prefills` of them; None for one of its own.
 
     Raises:
-        ConfigError: with ``peer``, where it is no match for the bench's compression or model.
+        ConfigError: with ``peer``, where it does not match the bench's compression or model.
     """
     ways = {
         "vanilla": lambda: bench.run(False, steps),
@@ -164,7 +164,7 @@ def _peer(runs: list[dict[str, Run]], variant: str, memory: dict[str, int]) -> d
 
 
 def _flops(bench: Bench, spec: ModelSpec, counted: dict[str, Counted], tokens: list[list[int]]) -> dict:
-    """Operations by the formula, over all tokens and over the visual ones alone, and counted. ``tokens``:
+    """Operations by the formula, over all tokens and over the visual ones only, and counted. ``tokens``:
     [row][layer]."""
     prompt, sizes = bench.prompt, replace(spec, layers=bench.text.num_hidden_layers)
     visual = {"vanilla": [row[:1] * len(row) for row in tokens], "compressed": tokens}

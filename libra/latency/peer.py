@@ -23,7 +23,7 @@ from .bench import Bench, Prompt, Run
 EAGER, MIXED = (
     "eager",
     "mixed",
-)  # eager attention in every layer, as FastV's repository; in the scoring layer alone
+)  # eager attention in every layer, as FastV's repository; in the scoring layer only
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def attending(config, name: str) -> Iterator[None]:
 
 @contextmanager
 def output_attentions(layer) -> Iterator[list[torch.Tensor]]:
-    """What a layer's attention hands out beside its output, (B, H, S, S), as transformers records it."""
+    """What a layer's attention hands out next to its output, (B, H, S, S), as transformers records it."""
     found = []
     hook = layer.self_attn.register_forward_hook(lambda module, args, output: found.append(output[1]))
     try:
@@ -48,7 +48,7 @@ def output_attentions(layer) -> Iterator[list[torch.Tensor]]:
 
 
 def check_peer(decoder, c: Compression, prompt: Prompt) -> None:
-    """Raises ConfigError where FastV is no match: several layers or pictures, or a decoder that is no plain
+    """Raises ConfigError where FastV does not match: several layers or pictures, or a decoder that is not a plain
     loop."""
     if len(c.layers) != 1:
         raise ConfigError(

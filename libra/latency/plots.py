@@ -1,4 +1,4 @@
-"""Pictures of what was measured beside what was promised."""
+"""Pictures of what was measured next to what was promised."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,7 +136,7 @@ def growth_picture(cells: Mapping[tuple[int, int], dict], path: Path) -> None:
         right.plot(tokens, similarity, linestyle=":", linewidth=1, **style)
     left.axhline(1, color="0.7", linewidth=1, linestyle="--", zorder=0)
     left.set(ylabel="prefill ratio, measured over promised", title="What the FLOPs of all tokens promise")
-    right.plot([], [], ":", color="0.4", label="similarity alone")
+    right.plot([], [], ":", color="0.4", label="similarity only")
     right.set(ylabel="% of the compressed prefill", title="Compression's own time", ylim=(0, None))
     for axes in (left, right):
         axes.set_xscale("log", base=2)

@@ -1,4 +1,4 @@
-"""Models of true size without a checkpoint: random weights, made in seconds, behind which activations stay
+"""Models of true size without a checkpoint: random weights, made in seconds, after which activations stay
 finite."""
 
 import math
@@ -79,7 +79,7 @@ def random_model(
     """A Hugging Face LLaVA with the first ``layers`` layers of a model's true sizes, in evaluation mode.
 
     The vocabulary has :data:`VOCABULARY` tokens. ``tower``: the sizes of a CLIP vision tower; without them
-    the model is the decoder alone, and vision tower and projector are empty.
+    the model is only the decoder, and vision tower and projector are empty.
 
     Raises:
         ValueError: if the attention implementation is not there.

@@ -21,8 +21,9 @@ def class_of(path: str) -> str | None:
     """The class of transformers that a checkpoint (a folder or hub name) is for; None for LLaVA's own format,
     and where there is no config.json to read.
 
-    Both formats know the type ``llava``; the settings of the vision tower stand in config.json in
-    transformers' own alone.
+    Both formats know the type ``llava``; only in transformers' own does config.json hold the settings of the
+    vision tower.
+
     Raises ValueError for a class that :func:`libra.attach` does not support.
     """
     try:

@@ -35,7 +35,7 @@ def fetch(url: str, limit: int, seconds: float, public_only: bool = False) -> by
         ValueError: why there is no body, in a few words that go on from "cannot be fetched: ".
     """
     if urlsplit(url).scheme.lower() not in ("http", "https"):
-        raise ValueError("it is no http or https address")
+        raise ValueError("it is not an http or https address")
     guard = _Guard(seconds, public_only)
     session = requests.Session()
     session.max_redirects, session.trust_env = REDIRECTS, not public_only

@@ -53,7 +53,7 @@ def open_image(source, limits: Limits = FILES, *, name: str | None = None, say: 
         An RGB image; a PIL image that is already one is returned itself.
 
     Raises:
-        ValueError: in one sentence, for what cannot be read, is no picture, or passes a limit.
+        ValueError: in one sentence, for what cannot be read, is not a picture, or passes a limit.
     """
     what = f"the image {short_name(name) if name else _name_of(source)}"
     if isinstance(source, (str, os.PathLike)):
@@ -152,7 +152,7 @@ def _from_numbers(source, what: str, limits: Limits) -> Image.Image:
         array = np.asarray(None)
     if array.dtype.kind not in "biuf":
         raise ValueError(
-            f"{what} is no picture; give a file, an address, a PIL image, or an array of numbers"
+            f"{what} is not a picture; give a file, an address, a PIL image, or an array of numbers"
         )
     shape = array.shape
     while array.ndim > 3 and array.shape[0] == 1:

@@ -38,7 +38,7 @@ class Video:
         rate: frames a second, on average.
 
     Raises:
-        ValueError: for what is no video file, and where PyAV is missing.
+        ValueError: for what is not a video file, and where PyAV is missing.
     """
 
     def __init__(self, path: str | os.PathLike, limits: Limits = FILES):

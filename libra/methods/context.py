@@ -71,7 +71,7 @@ class Context:
         return replace(again, grid=grid)
 
     def at(self, tokens: "torch.Tensor") -> "Context":
-        """What is known of ``tokens`` (B, T) alone; they are a grid no longer."""
+        """What is known of only ``tokens`` (B, T); they are a grid no longer."""
 
         def gathered(name, value, row, axis):
             index = tokens if value.ndim == 2 else tokens[None] if row else tokens[:, :, None]

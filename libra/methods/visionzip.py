@@ -68,7 +68,7 @@ def merge_into_contextual(matches, c):
     slot = own.gather(1, nearest.indices).masked_fill(nearest.values == float("-inf"), -1)
     slot = own.where(matches.is_target, slot).masked_fill(~spans.valid, -1)
     outside = candidates.context.outside
-    if outside is not None:  # a newline is no part of the picture that others could be merged with
+    if outside is not None:  # a newline is not a part of the picture that others could be merged with
         slot = slot.masked_fill(outside & ~matches.is_target, -1)
     # A target counts fully, the tokens that joined it count together as one.
     joined = (slot >= 0) & ~matches.is_target

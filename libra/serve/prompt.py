@@ -37,7 +37,7 @@ class Prompter:
 
         Args:
             messages: as in :class:`libra.serve.request.Request`.
-            shown: a picture or a list of frames for each part that is no text, in order.
+            shown: a picture or a list of frames for each part that is not text, in order.
 
         Raises:
             ValueError: for a text that hides a place for a picture, and what the model's template or

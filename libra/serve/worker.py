@@ -24,7 +24,7 @@ _REMEMBERED = 256  # compressions that are known to fit
 
 
 class Worker:
-    """A model and the thread on which alone it runs.
+    """A model and the only thread that it runs on.
 
     Args:
         default: the compression of requests that name none.

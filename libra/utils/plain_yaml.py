@@ -47,7 +47,7 @@ class _Refused(yaml.MarkedYAMLError):
 def load(path: str | Path) -> dict[Any, Any]:
     """A YAML file's top mapping, made of dict, list, str, int, float, bool and None.
 
-    Raises ConfigError for a missing or unreadable file, for one that is no regular file, no YAML or larger
+    Raises ConfigError for a missing or unreadable file, for one that is not a regular file, not YAML or larger
     than `LARGEST`, for tags, aliases, merge keys and keys that are written twice; the sentence names the
     file, and the line or the key.
     """
@@ -56,9 +56,9 @@ def load(path: str | Path) -> dict[Any, Any]:
         regular = stat.S_ISREG(path.stat().st_mode)  # a pipe would keep us waiting, a device has no end
         content = _content(path) if regular else b""
     except FileNotFoundError:
-        beside = [other.name for other in path.parent.glob("*.yaml")]
+        others = [other.name for other in path.parent.glob("*.yaml")]
         raise ConfigError(
-            f"{path}: there is no such file;{did_you_mean(path.name, beside) or ' check the path'}"
+            f"{path}: there is no such file;{did_you_mean(path.name, others) or ' check the path'}"
         ) from None
     except (OSError, ValueError) as error:  # a ValueError for a zero byte in the name
         raise ConfigError(
@@ -140,7 +140,7 @@ def _number(loader: _Loader, node: yaml.ScalarNode, kind: str, key: str) -> int 
     if len(node.value) <= LONGEST_NUMBER:
         try:
             return loader.construct_yaml_int(node) if kind == "int" else loader.construct_yaml_float(node)
-        except (ValueError, IndexError, OverflowError):  # a tag on what is no number, such as !!int ""
+        except (ValueError, IndexError, OverflowError):  # a tag on what is not a number, such as !!int ""
             pass
     raise _Refused(f"{_of(key)}{show(node.value)} is not a number that can be read", node.start_mark)
 

@@ -64,7 +64,7 @@ def require_clean() -> None:
         changed = changes()
     except (OSError, subprocess.CalledProcessError):
         raise ValueError(
-            "what is published names its commit, and this is no git checkout: publish from one"
+            "what is published names its commit, and this is not a git checkout: publish from one"
         ) from None
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

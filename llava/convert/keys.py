@@ -65,7 +65,7 @@ def original_from_held(name: str) -> str:
 
 
 def held_from_tower(name: str) -> str | None:
-    """None for what is no part of CLIP's vision model, such as its text model."""
+    """None for what is not a part of CLIP's vision model, such as its text model."""
     held = _renamed(name, _TOWER_TO_HELD)
     return held if held.startswith(TOWER) else None
 

@@ -35,7 +35,7 @@ def with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     if backend.token_to_id(DEFAULT_IMAGE_TOKEN) is None:
         if starts:
             # SentencePiece puts a space in front of each text, this one only in front of the prompt: a
-            # normaliser, which sees <image> where the token is a normalised one, puts it behind the last
+            # normaliser, which sees <image> where the token is a normalised one, puts it after the last
             # image.
             space = normalizers.Replace(
                 Regex(rf"{DEFAULT_IMAGE_TOKEN}(?!{DEFAULT_IMAGE_TOKEN}|\z)"), DEFAULT_IMAGE_TOKEN + "▁"
@@ -73,7 +73,7 @@ _CHAT = Template("""\
 {%- elif message.role == "assistant" -%}
 {{- $assistant -}}
 {%- else -%}
-{{- raise_exception("this template takes messages of user and assistant alone: its system text is its own") -}}
+{{- raise_exception("this template takes messages of user and assistant only: its system text is its own") -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%} {{- $prompt -}} {%- endif -%}

@@ -80,7 +80,7 @@ def _config_class(source: Path, settings: dict) -> type:
     projector = settings.get("mm_projector_type", "linear")
     if projector != "mlp2x_gelu":
         raise ValueError(
-            f"{source} has the projector {projector!r}; transformers' classes have mlp2x_gelu alone"
+            f"{source} has the projector {projector!r}; transformers' classes have only mlp2x_gelu"
         )
     feature = settings.get("mm_vision_select_feature", "patch")
     if feature not in _STRATEGIES:

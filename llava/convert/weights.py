@@ -74,7 +74,7 @@ class Stored:
         return replace(self, shape=(self.shape[0] + rows, width), pieces=pieces)
 
     def cut(self, rows: int) -> "Stored":
-        """The first rows alone."""
+        """Only the first rows."""
         first = replace(self, shape=(rows, *self.shape[1:]))
 
         def pieces():

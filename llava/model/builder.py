@@ -46,7 +46,7 @@ def load_pretrained_model(
         device: "cuda" or "cpu"; a device other than "cuda" takes the whole model.
         compression: applied from the first prompt on; ``model.set_compression`` changes it.
         merge_lora: add an adapter to the weights, as the original does; False returns a ``PeftModel`` with
-            the adapter beside them, which generates and compresses alike.
+            the adapter next to them, which generates and compresses alike.
         kwargs: more arguments for ``from_pretrained``, such as ``torch_dtype`` (float16 on a GPU, float32 on
             a CPU by default) and, for names on the hub, ``cache_dir, force_download, local_files_only,
             revision, token``.

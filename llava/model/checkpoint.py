@@ -110,7 +110,7 @@ def _find_addition(folder: Path, model_base: str | None) -> Path | None:
                 f" {own})"
             )
         if projector and not weights.has_weights(folder):
-            raise ValueError(f"{folder} holds a projector alone: give its language model as model_base")
+            raise ValueError(f"{folder} holds only a projector: give its language model as model_base")
         return None
     if not adapted and not projector:
         raise ValueError(
@@ -144,7 +144,7 @@ def _read_config(folder: Path, base: Path) -> tuple[type, PreTrainedConfig]:
         )
     lacking = [name for name in _REQUIRED if values.get(name) is None]
     if lacking:
-        raise ValueError(f"{path} names no {lacking[0]}, so this is no LLaVA checkpoint")
+        raise ValueError(f"{path} names no {lacking[0]}, so this is not a LLaVA checkpoint")
     settings.check_vision(path, values)
     settings.check_sizes(path, values)
     model_class = MODELS[kind]
@@ -184,7 +184,7 @@ def _find_tower(
     """The vision tower's folder, which ``config`` then names, the name to keep, and the tower's
     configuration.
 
-    A relative ``mm_vision_tower`` lies in the checkpoint's folder or beside it; otherwise it is a path or a
+    A relative ``mm_vision_tower`` lies in the checkpoint's folder or next to it; otherwise it is a path or a
     hub name.
     """
     name = config.mm_vision_tower
@@ -195,7 +195,7 @@ def _find_tower(
         raise ValueError(
             f"the vision tower {name}, which {folder / 'config.json'} names as mm_vision_tower, is neither"
             " in this folder nor"
-            f" beside it nor on the hub; download it and name its folder there ({error})"
+            f" next to it nor on the hub; download it and name its folder there ({error})"
         ) from error
     vision = read_tower(tower, stored)
     if vision.hidden_size != config.mm_hidden_size:

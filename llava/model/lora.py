@@ -1,4 +1,4 @@
-"""LoRA adapters in the original's layout: ``adapter_config.json`` and ``adapter_model`` beside
+"""LoRA adapters in the original's layout: ``adapter_config.json`` and ``adapter_model`` next to
 ``non_lora_trainables.bin``."""
 
 import re
@@ -65,7 +65,7 @@ def check_adapter(folder: Path, expected: Mapping[str, torch.Tensor]) -> dict[st
 
 
 def add_adapter(model, folder: Path, adapter: Mapping[str, Stored], merge: bool):
-    """``model`` with the adapter in ``folder``: W + (α/r)·B·A in its weights, or beside them in peft's
+    """``model`` with the adapter in ``folder``: W + (α/r)·B·A in its weights, or next to them in peft's
     wrapper.
 
     Args:
@@ -82,7 +82,7 @@ def add_adapter(model, folder: Path, adapter: Mapping[str, Stored], merge: bool)
         settings = peft.PeftConfig.from_pretrained(str(folder))
         has_tower = any("vision_tower" in name for name, _ in model.named_parameters())
         if has_tower and not any("vision_tower" in name for name in adapter):
-            # Its layers are named like the decoder's, which alone are meant.
+            # Its layers are named like the decoder's, and only those are meant.
             settings.exclude_modules = r".*\bvision_tower\b.*"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on what is missing, which is an error here

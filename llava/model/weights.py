@@ -25,8 +25,8 @@ WEIGHTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-PROJECTOR = "mm_projector.bin"  # beside a base model: what its multimodal pre-training made
-NON_LORA = "non_lora_trainables.bin"  # beside an adapter: what was trained in full
+PROJECTOR = "mm_projector.bin"  # next to a base model: what its multimodal pre-training made
+NON_LORA = "non_lora_trainables.bin"  # next to an adapter: what was trained in full
 _LARGEST_JSON = 64 << 20  # bytes; an index of a very large model has one
 _DEEPEST_JSON = 32  # levels of lists and objects; a configuration has four
 _FLOAT = re.compile(
@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict:
     except RecursionError as error:
         raise _nested(path) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid JSON ({first_line(error)}); download it again") from error
+        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); download it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object; download it again")
     level = [values]
@@ -144,7 +144,7 @@ def local_folder(name: str, **hub) -> Path:
         raise ValueError(f"there is no folder {name}") from error
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name} is no folder here, and the hub does not give it: {first_line(error)}"
+            f"{name} is not a folder here, and the hub does not give it: {first_line(error)}"
         ) from error
     return folder
 
@@ -214,7 +214,7 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
     )
     if not tensors:
         raise ValueError(
-            f"{path} holds something other than tensors under their names, so it is no file of weights"
+            f"{path} holds something other than tensors under their names, so it is not a file of weights"
         )
     return values
 

@@ -40,7 +40,7 @@ def obey(session: "Session", line: str) -> None:
     elif command == "/help":
         print(COMMANDS)
     else:
-        raise ValueError(f"{line} is no command; they are /image FILE, /video FILE, /new and /help")
+        raise ValueError(f"{line} is not a command; they are /image FILE, /video FILE, /new and /help")
 
 
 def converse(session: "Session", **generation) -> None:

@@ -68,7 +68,7 @@ def draw_stage(image: Image.Image, boxes: list[torch.Tensor], stage: StageTrace)
     count = sum(map(len, boxes))
     if len(stage.fate) != count:
         raise ValueError(
-            f"the image has {count} visual tokens and the record {len(stage.fate)}; record the image alone"
+            f"the image has {count} visual tokens and the record {len(stage.fate)}; record only the image"
         )
     scale = LONG_SIDE / max(image.size)
     size = [max(1, round(edge * scale)) for edge in image.size]

@@ -40,7 +40,7 @@ PLACES = (DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, IMAGE_PLACEHOLDER)
 
 @dataclass
 class Loaded:
-    """A model with what a conversation needs beside it; ``conversation`` None stands for the tokenizer's chat
+    """A model with what a conversation needs next to it; ``conversation`` None stands for the tokenizer's chat
     template."""
 
     tokenizer: object
@@ -156,7 +156,7 @@ class Answer:
 
 class Session:
     """A loaded model in a conversation, which stays in its KV cache: a turn runs the new text and the new
-    images alone.
+    images only.
 
     With compression the visual tokens of a turn's images are compressed by that turn's question, and stay so
     in later turns.

@@ -160,7 +160,7 @@ def _check(model: ModelArguments, data: DataArguments, training: TrainingArgumen
         )
     if training.lora_enable and model.tune_mm_mlp_adapter:
         raise ValueError(
-            "--lora_enable trains the decoder and --tune_mm_mlp_adapter the projector alone; choose one"
+            "--lora_enable trains the decoder and --tune_mm_mlp_adapter only the projector; choose one"
         )
     if training.lora_enable and model.unfreeze_mm_vision_tower:
         raise ValueError("--unfreeze_mm_vision_tower does not go with --lora_enable; leave one out")
@@ -223,4 +223,6 @@ def _check_of_transformers(model: ModelArguments, training: TrainingArguments) -
     output = Path(training.output_dir)
     near = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not near.is_dir() or not os.access(near, os.W_OK):
-        raise ValueError(f"--output_dir {output}: {near} is no folder that can be written to; name another")
+        raise ValueError(
+            f"--output_dir {output}: {near} is not a folder that can be written to; name another"
+        )

@@ -139,7 +139,7 @@ class LazySupervisedDataset(Dataset):
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """How many visual tokens an image becomes, from numbers alone (``patches`` a picture, ``edge`` its
+    """How many visual tokens an image becomes, from numbers only (``patches`` a picture, ``edge`` its
     pixels)."""
 
     patches: int

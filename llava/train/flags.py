@@ -33,7 +33,7 @@ class ModelArguments:
     compression: str | None = flag("method, row or YAML file that is on while training, such as llava7b_r50")
     vision_tower: str | None = flag("CLIP folder or hub name, for a plain language model")
     pretrain_mm_mlp_adapter: str | None = flag("mm_projector.bin of the first stage")
-    tune_mm_mlp_adapter: bool = flag("train the projector alone (first stage)", False)
+    tune_mm_mlp_adapter: bool = flag("train only the projector (first stage)", False)
     freeze_backbone: bool = flag("do not train the decoder", False)
     mm_projector_type: str | None = flag("linear, mlp2x_gelu …; a checkpoint's own, else linear")
     mm_vision_select_layer: int | None = flag("the tower's layer; a checkpoint's own, else -1")
@@ -72,7 +72,7 @@ class OwnTrainingArguments:
     remove_unused_columns: bool = flag("has to stay False: the images would be gone", False)
     freeze_mm_mlp_adapter: bool = flag("do not train the projector", False)
     model_max_length: int | None = flag(
-        "text and visual tokens of a sample; what is behind is cut; the model's own limit"
+        "text and visual tokens of a sample; what comes after is cut; the model's own limit"
     )
     group_by_modality_length: bool = flag(
         "fill batches with samples of like length, with or without images", False

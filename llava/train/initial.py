@@ -350,7 +350,7 @@ def _add_adapters(llava, training: TrainingArguments):
 
     decoder = llava.get_model()
     tower = decoder.vision_tower
-    del decoder.vision_tower  # its layers are named like the decoder's, which alone are meant
+    del decoder.vision_tower  # its layers are named like the decoder's, and only those are meant
     layers = [
         name
         for name, module in llava.named_modules()
@@ -389,7 +389,7 @@ def _choose_trainable(llava, model: ModelArguments, training: TrainingArguments)
 
 
 def _train_tower(tower) -> None:
-    """All that stands before the selected layer: what is behind gets no gradient, and DDP would wait for
+    """All that stands before the selected layer: what comes after gets no gradient, and DDP would wait for
     one."""
     layers = tower.config.num_hidden_layers
     used = tower.select_layer if tower.select_layer >= 0 else layers + 1 + tower.select_layer

@@ -76,7 +76,7 @@ def encode(
         has_image: whether ``<image>`` stands for an image; otherwise it is text.
         limit: the tokenizer's ``model_max_length``; text without images is cut there.
 
-    The published code finds the answers by tokenizing each round alone, and gives up a sample whose rounds do
+    The published code finds the answers by tokenizing each round by itself, and gives up a sample whose rounds do
     not add up to the whole. So does this, token for token.
     """
     if turns[0][0] != "human":
@@ -109,7 +109,7 @@ def _labelled(ids: list[int], answers: list[tuple[int, int]], cut: bool = False)
 def _answers(
     prompt: str, template: Conversation, tokenizer, length_of: Callable[[str], int]
 ) -> tuple[list[tuple[int, int]], int]:
-    """The columns (from, to) of each answer, and the column behind the last round, counted round by round."""
+    """The columns (from, to) of each answer, and the column after the last round, counted round by round."""
     legacy = getattr(tokenizer, "legacy", None)
     if template.sep_style is SeparatorStyle.MPT:
         return _sum_up(
@@ -124,8 +124,8 @@ def _answers(
         )
     two = template.sep_style is SeparatorStyle.TWO
     mark = f"{template.sep}{template.roles[1]}: " if two else "[/INST] "
-    # A later round stands behind </s>, where some tokenizers put no space in front of it, as they do when it
-    # stands alone.
+    # A later round stands after </s>, where some tokenizers put no space in front of it, as they do when it
+    # stands by itself.
     later = -1 if two and legacy is False else 0
     # The bos that each round gets stands for the </s> that it lost; the mark's space belongs to the answer.
     return _sum_up(

@@ -24,14 +24,14 @@ class Outcome(IntEnum):
     UNSEEN = 0
     UNREADABLE = 1  # an image or a video of it
     MISMATCHED = 2  # its rounds' tokens do not add up to the whole's
-    BEHIND = 3  # its answers lie behind the limit, where it is cut
+    BEHIND = 3  # its answers lie after the limit, where it is cut
     CUT = 4  # it was learned from, up to the limit
     USED = 5
 
 
 REASONS = {
     Outcome.MISMATCHED: "its tokens do not add up to the template's: no answer could be told apart",
-    Outcome.BEHIND: "its answers lie behind the limit of tokens",
+    Outcome.BEHIND: "its answers lie after the limit of tokens",
 }
 
 

@@ -184,7 +184,7 @@ def _plain(value) -> object:
 def make_collator(start: Start) -> Collator:
     """The collator that cuts where the model would."""
     counts = None
-    if not start.takes_videos:  # whose length counts text alone
+    if not start.takes_videos:  # whose length counts only text
         config, tower = start.config, start.tower
         patches = (tower.image_size // tower.patch_size) ** 2 + (
             config.mm_vision_select_feature == "cls_patch"
@@ -215,7 +215,7 @@ def check_labels(dataset: LazySupervisedDataset, collator: Collator, path: str, 
         found[outcome] += 1
         unreadable = unreadable or sample["unreadable"]
     sentences = {
-        Outcome.BEHIND: f"in {found[Outcome.BEHIND]} every answer lies behind --model_max_length {collator.limit}; raise it",
+        Outcome.BEHIND: f"in {found[Outcome.BEHIND]} every answer comes after --model_max_length {collator.limit}; raise it",
         Outcome.MISMATCHED: f"in {found[Outcome.MISMATCHED]} the tokens do not add up with --version {version}; take another",
         Outcome.UNREADABLE: f"in {found[Outcome.UNREADABLE]} {unreadable}",
     }

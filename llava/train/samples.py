@@ -357,7 +357,7 @@ def _turn(turn) -> tuple[str, str]:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise Fault(
-            "text", "its text has half of a surrogate pair, which is no character; correct it"
+            "text", "its text has half of a surrogate pair, which is not a character; correct it"
         ) from error
     return SPEAKERS[speaker], text
 
@@ -369,7 +369,7 @@ def _rounds_of(turns: list[tuple[str, str]], plain: bool) -> list[tuple[str, str
     texts = [text for _, text in turns]
     rounds = list(zip(texts[::2], [*texts[1::2], ""]))
     if not any(answer.strip() for _, answer in rounds):
-        raise Fault("no answer", "the conversation has no answer (a turn from gpt behind one from human)")
+        raise Fault("no answer", "the conversation has no answer (a turn from gpt after one from human)")
     return rounds
 
 

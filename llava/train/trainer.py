@@ -15,7 +15,7 @@ TOWER_KEY = "model.vision_tower."
 
 
 class LlavaTrainer(Trainer):
-    """Trains a LLaVA model, whole, its projector alone, or LoRA adapters, and saves it in the published
+    """Trains a LLaVA model, whole, only its projector, or LoRA adapters, and saves it in the published
     layouts.
 
     Args:

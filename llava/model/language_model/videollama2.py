@@ -42,7 +42,7 @@ class Videollama2MistralForCausalLM(LlavaMistralForCausalLM):
     placeholders = (IMAGE_TOKEN_INDEX, VIDEO_TOKEN_INDEX)
     takes_videos = True
     tells_of_tokens = False
-    length_limit = None  # a checkpoint's tokenizer_model_max_length counts its text alone
+    length_limit = None  # a checkpoint's tokenizer_model_max_length counts only its text
 
     def pictures(self, images, image_sizes=None) -> list[Picture]:
         return [Picture(tokens) for tokens in self.image_features(images, image_sizes)]
@@ -52,7 +52,7 @@ class Videollama2MistralForCausalLM(LlavaMistralForCausalLM):
         equal frames.
 
         Raises:
-            ValueError: for an entry that is no such pair.
+            ValueError: for an entry that is not such a pair.
         """
         videos, copies = self._videos(images)
         features = self.get_vision_tower()(torch.cat(videos)).split([len(frames) for frames in videos])

@@ -119,7 +119,7 @@ class CLIPVisionTower(nn.Module):
             used = self.select_layer % len(states) - 1
             if used < 0:
                 raise ValueError(
-                    "mm_vision_select_layer 0 is no layer's output: there is no attention to read"
+                    "mm_vision_select_layer 0 is not a layer's output: there is no attention to read"
                 )
             tower = getattr(self.vision_tower, "vision_model", self.vision_tower)  # around it until 5.19
             found = look(tower.encoder.layers, states, used, wants, has_cls=True)
