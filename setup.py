@@ -85,7 +85,8 @@ if __name__ == "__main__":
     setup(
         name="libra-merging",
         version=version(),
-        description="Libra-Merging: fewer visual tokens for large vision-language models, with LLaVA and Hugging Face models",
+        description="Libra-Merging: fewer visual tokens for large vision-language models, with LLaVA and "
+        "Hugging Face models",
         long_description=readme(),
         long_description_content_type="text/markdown",
         author="The Libra-Merging contributors",

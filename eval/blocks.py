@@ -1,5 +1,5 @@
-"""A report's grids: the embedded model's rows as measured, the paper's models with the paper's figures next to
-ours."""
+"""A report's grids: the embedded model's rows as measured, the paper's models with the paper's figures next
+to ours."""
 
 from collections import Counter
 from collections.abc import Callable

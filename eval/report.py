@@ -89,7 +89,10 @@ def footer(cells: list[dict], left_out: Sequence[str], benchmark: dict | None) -
     def computer(cell: dict) -> str:
         m = cell["machine"]
         device = "" if m["device"] == "cpu" else f", device {m['device']}"
-        return f"{m['cpu']}, {m['cores']} cores, {m['processes']} processes{device}, batches of {m['batch_size']}"
+        return (
+            f"{m['cpu']}, {m['cores']} cores, {m['processes']} processes{device}, batches of "
+            f"{m['batch_size']}"
+        )
 
     missing = [f"- left out: {line}" for line in left_out]
     if not cells:

@@ -113,7 +113,8 @@ TABLES = {
             "table2",
             ("videollama2",),
             {"": ("vanilla", "fastv", "turbo", "libra")},
-            note="The embedded model sees single images: this is the setting of the paper's video table, 75% removed after one "
+            note="The embedded model sees single images: this is the setting of the paper's video table, "
+            "75% removed after one "
             "early layer, on its question types; there are no subtitles and no durations.",
         ),
         Table(
@@ -129,7 +130,8 @@ TABLES = {
             },
             above=True,
             extras=("sim", "share"),
-            note="Merging is Turbo after one layer, Hierarchical is Turbo after three. PTI exchanges its targets for "
+            note="Merging is Turbo after one layer, Hierarchical is Turbo after three. PTI exchanges its "
+            "targets for "
             "intervals, IGM its average for the importance-informed merging and the compensation token.",
         ),
         Table(
@@ -144,7 +146,8 @@ TABLES = {
             },
             above=True,
             extras=("sim", "share"),
-            note="Targets are the most important tokens (top-k) in every row, 80% are removed. Pruning asks for no similarity; "
+            note="Targets are the most important tokens (top-k) in every row, 80% are removed. Pruning asks "
+            "for no similarity; "
             "its Sim is that of the rows below, for the targets are the same.",
         ),
         Table(
@@ -164,7 +167,8 @@ TABLES = {
             ("llava7b",),
             {"": ("vanilla", "fastv_r50", "libra_r50", "fastv_r80", "libra_r80")},
             timed=20,
-            note="Ratios to vanilla on the same questions, which all rows answer in turns, one question at a time.",
+            note="Ratios to vanilla on the same questions, which all rows answer in turns, one question at "
+            "a time.",
         ),
         Table(
             "7",
@@ -173,7 +177,8 @@ TABLES = {
             ("qwen2vl7b", "llava7b"),
             {"": ("vanilla", "flash", "sdpa", "fastv", "fastv_hybrid", "libra_hybrid")},
             timed=20,
-            note="Ratios to vanilla on the same questions, which all rows answer in turns, one question at a time. SDPA stands "
+            note="Ratios to vanilla on the same questions, which all rows answer in turns, one question at "
+            "a time. SDPA stands "
             "where the paper has flash-attention 2, which a CPU does not have. FastV without hybrid runs"
             " eager attention, as a "
             "method that reads the whole attention map must.",
@@ -203,7 +208,8 @@ TABLES = {
             },
             blind=True,
             extras=("sim", "share"),
-            note="Within a section of one place and rate all rows compress after the same layers to the same number of tokens, "
+            note="Within a section of one place and rate all rows compress after the same layers to the "
+            "same number of tokens, "
             "so they cost the same FLOPs. Random pruning is drawn three times.",
         ),
         Table(
@@ -216,7 +222,8 @@ TABLES = {
                 "fine-tuned with all visual tokens": ("whole_vanilla", "whole_r50"),
                 "fine-tuned with Libra-Merging, 50%": ("compressed_vanilla", "compressed_r50"),
             },
-            note="The paper's training table is in a supplement that was not at hand. Each difference to vanilla is what "
+            note="The paper's training table is in a supplement that was not at hand. Each difference to "
+            "vanilla is what "
             "compressing costs the same checkpoint.",
             trained=("whole", "compressed"),
         ),

@@ -29,7 +29,8 @@ from .suites import SUITES, get_table
 
 EXAMPLES = """examples:
   python -m eval.throughput --batch-sizes 1,8,32 --limit 64
-  python -m eval.throughput --suite llava7b --rows vanilla,r50,fastv --tasks gqa --limit 200 --dtype bfloat16"""
+  python -m eval.throughput --suite llava7b --rows vanilla,r50,fastv --tasks gqa \\
+      --limit 200 --dtype bfloat16"""
 
 
 def measure(

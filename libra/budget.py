@@ -98,7 +98,8 @@ def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
 
 
 def _share(n: float, c: Compression, left: int) -> float:
-    """What one compression leaves of `n` tokens, `left` of them still to come: equal ratios lead to `keep`."""
+    """What one compression leaves of `n` tokens, `left` of them still to come: equal ratios lead to
+    `keep`."""
     if c.keep is not None:
         return min(1, c.keep / n) ** (1 / left)
     return 1 - (c.ratio[-left] if isinstance(c.ratio, tuple) else c.ratio)

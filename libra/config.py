@@ -146,7 +146,8 @@ class Compression:
             if self.importance != "tower":
                 raise ConfigError(
                     f"importance: {self.importance} is the decoder's attention, and {self.name} reads it"
-                    f" {IN_WORDS[self.place if self.at else INPUT]}, where there is none yet; write importance:"
+                    f" {IN_WORDS[self.place if self.at else INPUT]}, where there is none yet; write "
+                    "importance:"
                     " tower, or compress after a layer"
                 )
         if self.at != TOWER:

@@ -146,8 +146,8 @@ def row_identity(row: Row) -> dict:
 
 
 def _own_code(c: Compression) -> dict[str, str]:
-    """Module → digest of its file, of the modules outside of this package that the row's select and merge come
-    from. What they import in their turn is not looked at."""
+    """Module → digest of its file, of the modules outside of this package that the row's select and merge
+    come from. What they import in their turn is not looked at."""
     entries = [entry for part in c.parts for entry in (SELECTORS[part.select], MERGERS[part.merge])]
     modules = {entry.function.__module__ for entry in entries} if c.compresses else set()
     files = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}

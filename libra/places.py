@@ -1,4 +1,5 @@
-"""Where a compression happens: in the vision tower, at the language model's input, or after decoder layers."""
+"""Where a compression happens: in the vision tower, at the language model's input, or after decoder
+layers."""
 
 from typing import Any
 

@@ -188,7 +188,8 @@ def _no_file(name: str) -> str:
     if spelled(name, shipped_rows()) is None:
         hint = did_you_mean(name, (*METHODS, *shipped_rows())) or f" the methods are {', '.join(METHODS)}"
         raise ConfigError(
-            f"compression: {show(name)} is neither a method nor a row such as {next(iter(shipped_rows()))};{hint}"
+            f"compression: {show(name)} is neither a method nor a row such as "
+            f"{next(iter(shipped_rows()))};{hint}"
         )
     return str(shipped_row(name))
 
@@ -228,7 +229,8 @@ def _tasks(tasks: Any) -> list[str]:
 def _plugins(names: Any) -> list[str]:
     if not isinstance(names, list) or not all(map(_is_name, names)):
         raise ConfigError(
-            f"plugins: {show(names)} is not a list of modules; write for example [my_package.mine] or [mine.py]"
+            f"plugins: {show(names)} is not a list of modules; write for example [my_package.mine] or "
+            "[mine.py]"
         )
     return names
 

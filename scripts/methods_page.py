@@ -13,15 +13,21 @@ from libra.methods import FILES, Method  # noqa: E402
 PAGE = ROOT / "docs/methods.md"
 HEAD = """# The methods
 
-Written by `python scripts/methods_page.py` from the files of [libra/methods](../libra/methods); change those, not this page.
+Written by `python scripts/methods_page.py` from the files of [libra/methods](../libra/methods); change \
+those, not this page.
 
-A method is a way to choose target tokens (`select`), a way to treat the rest (`merge`) and a place: after decoder layers, at the input
-of the language model, or in the vision tower before the model's own projector. `at: input`, `at: tower` or `layers` moves a method away
-from its own place, wherever what it needs is to be had; `steps` is a list of compressions, one after another. LLaVA's door
-(`llava`) runs all of them, attached models as far as their vision tower tells what is needed ([plugin.md](plugin.md)).
+A method is a way to choose target tokens (`select`), a way to treat the rest (`merge`) and a place: after \
+decoder layers, at the input
+of the language model, or in the vision tower before the model's own projector. `at: input`, `at: tower` or \
+`layers` moves a method away
+from its own place, wherever what it needs is to be had; `steps` is a list of compressions, one after \
+another. LLaVA's door
+(`llava`) runs all of them, attached models as far as their vision tower tells what is needed \
+([plugin.md](plugin.md)).
 `libra.compress(hidden, None, c, context=libra.Context(…))` runs any of them on tensors.
 
-[docs/method.md](method.md) has the equations of Libra-Merging and what its paper leaves open, [docs/contributing.md](contributing.md)
+[docs/method.md](method.md) has the equations of Libra-Merging and what its paper leaves open, \
+[docs/contributing.md](contributing.md)
 says how a method is added.
 
 | method | place | select × merge | needs | source |

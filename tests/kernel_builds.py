@@ -25,7 +25,8 @@ from libra.ops import kernels  # noqa: E402
 from libra.ops.spans import Spans  # noqa: E402
 
 TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
+    torch.int32: "i32",
     torch.uint8: "u8",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")

@@ -12,7 +12,8 @@ STARTS_WITHIN = 540  # seconds
 
 
 class ServerProcess:
-    """``with ServerProcess(folder, module, line, options) as server``; its log and what it keeps lie in the folder.
+    """``with ServerProcess(folder, module, line, options) as server``; its log and what it keeps lie in the
+    folder.
 
     Args:
         module: the command, which takes ``--port`` and ``--device``.

@@ -384,7 +384,8 @@ WHOLE = {
     "no weights": (lambda f: [file.unlink() for file in f.glob("model*")], "holds no weights"),
     "another shape": (
         lambda f: reshape(f / "model-00003-of-00003.safetensors", "model.norm.weight", 65),
-        r"00003-of-00003.safetensors holds 'model.norm.weight' in the shape \(65,\), and config.json asks for \(64,\)",
+        r"00003-of-00003.safetensors holds 'model.norm.weight' in the shape \(65,\), and config.json asks "
+        r"for \(64,\)",
     ),
     "a shape of the configuration's": (
         lambda f: rewrite(f / "config.json", vocab_size=400),
@@ -599,7 +600,8 @@ ADDED = {
     ),
     "another vocabulary": (
         lambda f, b: rewrite(f / "config.json", vocab_size=321),
-        r"vicuna/.*.bin holds '(lm_head|model.embed_tokens).weight' in the shape \(320, 64\), .* asks for \(321, 64\)",
+        r"vicuna/.*.bin holds '(lm_head|model.embed_tokens).weight' in the shape \(320, 64\), .* asks for "
+        r"\(321, 64\)",
     ),
     "another family": (
         lambda f, b: rewrite(b / "config.json", model_type="qwen2"),

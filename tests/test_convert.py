@@ -138,7 +138,7 @@ def shard(folder: Path, count: int, kind: str = "safetensors", metadata: dict | 
     (folder / f"{single}.index.json").write_text(json.dumps(index))
 
 
-# --- the same model -----------------------------------------------------------------------------------------------------------
+# --- the same model ---
 
 
 def test_transformers_finds_every_weight_and_no_other(pair):
@@ -259,7 +259,7 @@ def test_same_logits_with_the_plug_in_before_the_language_model(converted, name,
     torch.testing.assert_close(got[..., : pair.vocabulary], want, **CLOSE)
 
 
-# --- prompts ------------------------------------------------------------------------------------------------------------------
+# --- prompts ---
 
 
 @pytest.mark.parametrize("name", [name for name in conv_templates if chat_template(name)])
@@ -316,7 +316,7 @@ def test_end_of_turn_ends_generation(tmp_path):
     assert json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"] == [2, stop]
 
 
-# --- there and back -----------------------------------------------------------------------------------------------------------
+# --- there and back ---
 
 
 def test_back_again_is_byte_identical(pair, tmp_path):
@@ -468,7 +468,7 @@ def test_llava_hf_to_original_and_back(foreign, tmp_path):
     assert again.config.text_config.to_dict() == theirs.config.text_config.to_dict()
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------------
+# --- refusals ---
 
 
 def refused(source: Path, destination: Path, match: str, **options) -> None:

@@ -460,7 +460,8 @@ def test_harness_command_line_from_a_plain_checkout(checkpoint, tmp_path):
     from libra.mini.benchmark import write_benchmark
 
     write_benchmark(tmp_path / "results" / "benchmark", 6)
-    arguments = f"config={REPOSITORY}/configs/mini/r50.yaml,pretrained={checkpoint},blind=true,sample_log={tmp_path}/log.jsonl"
+    arguments = f"config={REPOSITORY}/configs/mini/r50.yaml,pretrained={checkpoint},blind=true"
+    arguments += f",sample_log={tmp_path}/log.jsonl"
     subprocess.run(
         [
             sys.executable,

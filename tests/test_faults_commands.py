@@ -30,7 +30,8 @@ def refused(error) -> str:
 
 KEY = "|".join(hostile.KEYS)
 TOLD = re.compile(
-    rf"({KEY}|compression): |is not valid YAML: .*(line \d+)?|.{{1,99}}: is not a key of |holds no keys|is not a plain text file|"
+    rf"({KEY}|compression): |is not valid YAML: .*(line \d+)?|.{{1,99}}: is not a key of |holds no keys|is "
+    rf"not a plain text file|"
     r"is larger than|is nested too deeply"
 )
 

@@ -189,7 +189,8 @@ def test_b2_a_hub_name_counts_with_its_revision(tmp_path, monkeypatch):
 
 def test_b2_code_counts_by_what_it_says_wherever_it_stands(tmp_path):
     texts = {
-        "merge.py": 'import torch\n\n\ndef weights(n):\n    """Shares."""\n    return torch.ones(n) / n  # equal\n',
+        "merge.py": 'import torch\n\n\ndef weights(n):\n    """Shares."""\n    return torch.ones(n) / n  # '
+        "equal\n",
         "step.py": "from .merge import weights\n\n\ndef step(n):\n    return weights(n)\n",
     }
 
@@ -201,7 +202,10 @@ def test_b2_code_counts_by_what_it_says_wherever_it_stands(tmp_path):
         return code_digests({"pack": sorted(folder.rglob("*.py"))})
 
     before = digest_of(texts)
-    joined = '"""Both."""\nimport torch\ndef step(n): return weights(n)\n\ndef weights(n):\n  return (torch.ones(n)\n / n)\n'
+    joined = (
+        '"""Both."""\nimport torch\ndef step(n): return weights(n)\n\ndef weights(n):\n  return '
+        "(torch.ones(n)\n / n)\n"
+    )
     moved = {
         "ops/merge.py": texts["merge.py"],
         "step.py": texts["step.py"].replace(".merge", "pack.ops.merge"),

@@ -303,7 +303,8 @@ def test_the_same_bits_every_time():
 
 
 @pytest.mark.parametrize("select, merge", [
-    ("intervals", "igm"), ("intervals", "igm-neg"), ("topk", "drop"), ("information", "average"), ("random", "igm-pos"),
+    ("intervals", "igm"), ("intervals", "igm-neg"), ("topk", "drop"), ("information", "average"),
+    ("random", "igm-pos"),
 ])  # fmt: skip
 def test_a_step_of_kernels_is_the_torch_step(device, select, merge, launched, monkeypatch):
     normal, _ = drawn(5, device)
@@ -395,7 +396,10 @@ def test_a_kernel_that_fails_is_named_once_and_torch_goes_on(monkeypatch):
     monkeypatch.setattr(dispatch, "_failed", set())
     monkeypatch.setattr(kernels, "ordinals", broken)
     chosen = torch.tensor([[False, True, True]])
-    said = r"kernel ordinals failed .*\(RuntimeError: PTX was compiled with an unsupported toolchain\).*LIBRA_KERNELS=torch"
+    said = (
+        r"kernel ordinals failed .*\(RuntimeError: PTX was compiled with an unsupported "
+        r"toolchain\).*LIBRA_KERNELS=torch"
+    )
     with pytest.warns(UserWarning, match=said):
         assert ordinals(chosen, 2).tolist() == [[1, 2]]
     with warnings.catch_warnings():

@@ -1,4 +1,5 @@
-"""One's own select in one's own file: --import, a row's `plugins`, an installed entry point; never by a request."""
+"""One's own select in one's own file: --import, a row's `plugins`, an installed entry point; never by a
+request."""
 
 import os
 import subprocess

@@ -26,7 +26,8 @@ for command in sys.argv[1:]:
             runpy.run_module(command, run_name="__main__", alter_sys=True)
         except SystemExit as stop:
             assert not stop.code, (command, stop.code)
-    found[command] = text.getvalue(), time.process_time() - start, [name for name in LARGE if name in sys.modules]
+    large = [name for name in LARGE if name in sys.modules]
+    found[command] = text.getvalue(), time.process_time() - start, large
 print(json.dumps(found))
 """
 
@@ -70,7 +71,10 @@ def test_flops_need_neither_torch_nor_transformers_and_a_second(tmp_path):
 
 
 def test_importing_libra_imports_nothing_large_and_offers_every_name():
-    code = f"import sys, libra; print(sorted(set({LARGE!r}) & set(sys.modules)), set(libra.__all__) <= set(dir(libra)))"
+    code = (
+        f"import sys, libra; print(sorted(set({LARGE!r}) & set(sys.modules)), set(libra.__all__) <= "
+        "set(dir(libra)))"
+    )
     assert run("-c", code).stdout == "[] True\n"
     assert all(getattr(libra, name) is not None for name in libra.__all__)
     with pytest.raises(AttributeError, match="module 'libra' has no attribute 'atach'"):

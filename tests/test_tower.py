@@ -1,5 +1,5 @@
-"""What methods read in a vision tower, against eager attention and the original codes (tests/golden/tower), and
-the places `tower` and `input` in llava's door, on pictures."""
+"""What methods read in a vision tower, against eager attention and the original codes (tests/golden/tower),
+and the places `tower` and `input` in llava's door, on pictures."""
 
 from pathlib import Path
 
@@ -225,7 +225,8 @@ def test_a_batch_is_its_rows_alone_and_the_counts_are_exact(request, kind, numbe
 @pytest.mark.parametrize("kind", ["llava15", "next"])
 @pytest.mark.parametrize("number", BY_PICTURES)
 def test_cached_answers_are_those_without_a_cache(request, kind, number):
-    """What is chosen before layer 0 by the pictures does not change when the prompt goes on with the answer."""
+    """What is chosen before layer 0 by the pictures does not change when the prompt goes on with the
+    answer."""
     name, at = ALL[number]
     model = request.getfixturevalue({"llava15": "llava15", "next": "llava_next"}[kind])[1]
     model.set_compression(small(name, at, positions=("centre", "original", "compact")[number % 3]))

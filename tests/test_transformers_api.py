@@ -188,7 +188,8 @@ import importlib, os, sys
 for version in ("4.57.1", "5.16.4", "5.25.0.dev0", "5.25.0"):
     os.environ["STUB_VERSION"] = version
     for name in ("libra.engine.attach", "llava.model.builder"):
-        for loaded in [loaded for loaded in sys.modules if loaded.split(".")[0] in ("libra", "llava", "transformers")]:
+        ours = ("libra", "llava", "transformers")
+        for loaded in [loaded for loaded in sys.modules if loaded.split(".")[0] in ours]:
             del sys.modules[loaded]
         try:
             importlib.import_module(name)

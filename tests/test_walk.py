@@ -3,7 +3,8 @@
 import pytest
 import walk
 
-# Measured; of them a compressed answer alone enters 19. A new file on the way is a reason to look, not a fault.
+# Measured; of them a compressed answer alone enters 19. A new file on the way is a reason to look, not a
+# fault.
 CELL_FILES = 46
 
 

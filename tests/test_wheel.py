@@ -173,7 +173,10 @@ def test_the_wheel_holds_two_packages_with_their_data(wheel, installed):
 
 @pytest.mark.slow
 def test_the_package_works_from_any_folder(installed):
-    place = "import libra, llava, libra.rows; print(libra.__file__, llava.__file__, *libra.rows.shipped_rows().values())"
+    place = (
+        "import libra, llava, libra.rows; print(libra.__file__, llava.__file__, "
+        "*libra.rows.shipped_rows().values())"
+    )
     assert all(path.startswith(str(installed.packages)) for path in installed.run("-c", place).split())
     surroundings = installed.elsewhere.parent  # somebody's own checkout, with an environment in it
     for words in (

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from .drawing import Record
 
 EXAMPLES = """examples:
-  python -m libra.figures --model llava-hf/llava-1.5-7b-hf --image street.jpg --prompt "How many cars are there?" \\
-      --config configs/llava7b_r50.yaml --output tokens.png --save-trace trace.json
+  python -m libra.figures --model llava-hf/llava-1.5-7b-hf --image street.jpg \\
+      --prompt "How many cars are there?" --config configs/llava7b_r50.yaml \\
+      --output tokens.png --save-trace trace.json
   python -m libra.figures --from-trace trace.json --output tokens.svg
 
 A checkpoint in LLaVA's own format is converted first: python -m llava.convert mini/checkpoint mini-hf"""
@@ -26,7 +27,8 @@ def parser() -> Parser:
         takes_plugins=True,
         prog="python -m libra.figures",
         epilog=EXAMPLES,
-        description="Draw on an image which of its visual tokens each compression layer kept and where the others went.",
+        description="Draw on an image which of its visual tokens each compression layer kept and where the "
+        "others went.",
     )
     parser.add_argument(
         "--model", metavar="PATH_OR_HUB", help="a model in Hugging Face's format that libra.attach supports"

@@ -9,8 +9,8 @@ Conventions. Operations are multiply-accumulates, as in the paper: torch's FlopC
 each, so its figure is halved. Attention counts as 2n²d for its scores and its sum over the values, without
 the causal mask's saving, in both. The formula (§4.1) is taken over all tokens of a layer, visual and text;
 "all tokens" leaves out compensation tokens and padding, which the counted operations contain. Seconds are the
-wall clock's; on a machine that others use too, the process's own CPU time next to them says more. Bytes are of
-the KV cache of the whole batch after the prefill.
+wall clock's; on a machine that others use too, the process's own CPU time next to them says more. Bytes are
+of the KV cache of the whole batch after the prefill.
 """
 
 from ..utils.lazy import lazily

@@ -8,9 +8,11 @@ from ..utils.plotting import figure_class
 
 EXAMPLES = """examples:
   python -m libra.latency --config configs/llava7b_r50.yaml --random-weights --layers 8
-  python -m libra.latency --config configs/llava7b_fastv.yaml --random-weights --layers 8 --peer --plot fastv.png
+  python -m libra.latency --config configs/llava7b_fastv.yaml --random-weights --layers 8 --peer \\
+      --plot fastv.png
   python -m libra.latency --config configs/llava7b_r50.yaml --random-weights --layers 8 --vision --decode 16
-  python -m libra.latency --config configs/llava7b_r67.yaml --checkpoint path/to/llava-1.5-7b-hf --json latency.json
+  python -m libra.latency --config configs/llava7b_r67.yaml --checkpoint path/to/llava-1.5-7b-hf \\
+      --json latency.json
   python -m libra.latency --config configs/llava7b_r50.yaml --random-weights --layers 8 --grow --output growth
   python -m libra.latency --true-size
   python -m libra.latency --true-size --layers 4 --keep slice --json slice.json
@@ -35,7 +37,8 @@ def parser() -> Parser:
         takes_plugins=True,
         prog="python -m libra.latency",
         epilog=EXAMPLES,
-        description="Prefill of the decoder, compressed against plain, in turns, next to what the FLOPs promise.",
+        description="Prefill of the decoder, compressed against plain, in turns, next to what the FLOPs "
+        "promise.",
     )
     add = parser.add_argument
     add("--config", metavar="ROW", help="a row: its name, such as llava7b_r50, or its YAML file")
@@ -58,7 +61,8 @@ def parser() -> Parser:
     add(
         "--peer",
         action="store_true",
-        help="also time FastV as plain transformers runs it, with output_attentions, at the row's one layer and ratio",
+        help="also time FastV as plain transformers runs it, with output_attentions, at the row's one layer "
+        "and ratio",
     )
     add("--dtype", choices=DTYPES, default="bfloat16", help="(default %(default)s)")
     add("--attn", default="sdpa", help="attention: sdpa, eager, flash_attention_2 (default %(default)s)")
@@ -89,7 +93,8 @@ def _add_model(parser: Parser) -> None:
         "--layers",
         type=whole_from(1),
         metavar="N",
-        help="with random weights: only N layers; the row's compression layers move to the same fraction of the depth",
+        help="with random weights: only N layers; the row's compression layers move to the same fraction of "
+        "the depth",
     )
     parser.add_argument(
         "--compression-layers",
@@ -155,7 +160,8 @@ def _add_true_size(group) -> None:
         "--keep",
         type=Path,
         metavar="DIR",
-        help="with --true-size: keep the checkpoint (7B: 14 GB) in this new folder; by default it is temporary",
+        help="with --true-size: keep the checkpoint (7B: 14 GB) in this new folder; by default it is "
+        "temporary",
     )
 
 
@@ -163,7 +169,8 @@ def _add_guard(group) -> None:
     group.add_argument(
         "--check",
         action="store_true",
-        help="compare a small slice's operations, bytes and time ratios with the committed ones; exit status 1"
+        help="compare a small slice's operations, bytes and time ratios with the committed ones; exit "
+        "status 1"
         " if they deviate",
     )
     group.add_argument(

@@ -48,8 +48,8 @@ def output_attentions(layer) -> Iterator[list[torch.Tensor]]:
 
 
 def check_peer(decoder, c: Compression, prompt: Prompt) -> None:
-    """Raises ConfigError where FastV does not match: several layers or pictures, or a decoder that is not a plain
-    loop."""
+    """Raises ConfigError where FastV does not match: several layers or pictures, or a decoder that is not a
+    plain loop."""
     if len(c.layers) != 1:
         raise ConfigError(
             f"--peer: FastV prunes at one layer and this compression has {len(c.layers)};"

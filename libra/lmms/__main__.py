@@ -15,8 +15,8 @@ EXAMPLES = """examples:
   python -m libra.lmms --model_args config=llava7b_r50,batch_size=8 --tasks gqa --output_path results/gqa
   python -m lmms_eval --model libra --include_path "$(python -m libra.lmms --task-folder)" …
 
-All flags are lmms-eval's own: python -m lmms_eval --help lists them. --model libra and the folder of these tasks are filled in
-where they are not given."""
+All flags are lmms-eval's own: python -m lmms_eval --help lists them. --model libra and the folder of these
+tasks are filled in where they are not given."""
 
 
 def filled_in(words: Sequence[str]) -> list[str]:

@@ -46,8 +46,8 @@ class Engine(ABC):
 
     @abstractmethod
     def remember_pictures(self, limit: int) -> None:
-        """Keep at most ``limit`` bytes of the vision tower's features for batches of pictures that come again;
-        0 forgets them."""
+        """Keep at most ``limit`` bytes of the vision tower's features for batches of pictures that come
+        again; 0 forgets them."""
 
     @abstractmethod
     def _inputs(self, samples: list[Sample]) -> dict:

@@ -12,8 +12,8 @@ from libra.utils.files import flush_folder, make_folder
 class SampleLog:
     """An append-only JSONL of records keyed by (task, doc_id); one process at a time holds a file.
 
-    Opening reads what is there. A line that is not such a record, torn or edited, is passed over, and its answer
-    is computed again; a torn last line is cut off. Of two records of one key the later counts.
+    Opening reads what is there. A line that is not such a record, torn or edited, is passed over, and its
+    answer is computed again; a torn last line is cut off. Of two records of one key the later counts.
 
     Args:
         settings: the digest of all that the answers depend on. Records carry it; those that carry another are

@@ -12,7 +12,10 @@ from .pictures import check_size
 from .sources import FILES, Limits, open_file, short_name
 
 # FFmpeg's names. Left out are playlists (HLS, concat), which name other files and addresses.
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,flv,ogg,asf,gif,mxf,nut,dv,rm"
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,flv,ogg,asf,gif,mxf,"
+    "nut,dv,rm"
+)
 _ROUNDING = 0.001  # seconds, to which some formats round a frame's time
 # Where FFmpeg's display matrix puts the picture's axes (a, b, c, d) to what turns the picture so; without an
 # entry it stays.

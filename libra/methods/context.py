@@ -45,8 +45,8 @@ class Context:
     outside: "torch.Tensor | None" = None
 
     def _changed(self, change: Callable[[str, "torch.Tensor", int, int], "torch.Tensor"]) -> "Context":
-        """With ``change(name, tensor, rows' axis, tokens' axis)`` of every field that has one number or more a
-        token."""
+        """With ``change(name, tensor, rows' axis, tokens' axis)`` of every field that has one number or more
+        a token."""
         changed: dict[str, Any] = {}
         for name in PER_TOKEN:
             value = getattr(self, name)

@@ -56,7 +56,8 @@ def _score_blocks(
     query, key, rows, key_mask, scores, tops, totals, scaling,
     query_batch, query_head, query_row, key_batch, key_head, key_row, mask_batch, mask_column,
     kv_heads, heads_shared, rows_count, length, keys, width, mask_first, window, blocks,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, PICKED: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, PICKED: tl.constexpr, KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Scores of the picked queries of one key head on a block of its keys, and the block's part of their
     softmax."""
@@ -147,7 +148,9 @@ def score_row(
     queries = heads // kv_heads * picked
     if (
         query.dtype not in FLOATS or key.dtype not in FLOATS or rows.dtype != torch.int64 or width > 512
-        or not 0 < keys <= LONGEST_ROW or not 0 < batch * picked <= MOST_BLOCKS or batch * kv_heads > MOST_BLOCKS
+        or not 0 < keys <= LONGEST_ROW
+        or not 0 < batch * picked <= MOST_BLOCKS
+        or batch * kv_heads > MOST_BLOCKS
         or batch * picked * heads * keys >= 1 << 33
     ):  # fmt: skip
         return NotImplemented
@@ -160,8 +163,10 @@ def score_row(
     _score_blocks[(blocks, batch * kv_heads, triton.cdiv(queries, queries_block))](
         query, key, rows, mask, scores, tops, totals, float(scaling),
         *query.stride()[:3], *key.stride()[:3], *mask.stride()[:2],
-        kv_heads, heads // kv_heads, picked, length, keys, width, mask.shape[1] - keys, sliding_window or 0, blocks,
-        MASKED=key_mask is not None, WINDOWED=sliding_window is not None, PICKED=queries_block, KEYS=key_block,
+        kv_heads, heads // kv_heads, picked, length, keys, width, mask.shape[1] - keys,
+        sliding_window or 0, blocks,
+        MASKED=key_mask is not None, WINDOWED=sliding_window is not None, PICKED=queries_block,
+        KEYS=key_block,
         WIDTH=triton.next_power_of_2(width),
     )  # fmt: skip
     parts = triton.next_power_of_2(blocks)

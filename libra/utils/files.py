@@ -105,8 +105,8 @@ def _flush(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder although threads that cannot be stopped still write to it: a file that comes while it is
-    being emptied would keep it. Nothing is raised where it cannot be deleted."""
+    """Delete a folder although threads that cannot be stopped still write to it: a file that comes while it
+    is being emptied would keep it. Nothing is raised where it cannot be deleted."""
     end = time.monotonic() + BUSY_FOR
     shutil.rmtree(folder, ignore_errors=True)
     while folder.exists() and time.monotonic() < end:

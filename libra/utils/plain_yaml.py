@@ -47,9 +47,9 @@ class _Refused(yaml.MarkedYAMLError):
 def load(path: str | Path) -> dict[Any, Any]:
     """A YAML file's top mapping, made of dict, list, str, int, float, bool and None.
 
-    Raises ConfigError for a missing or unreadable file, for one that is not a regular file, not YAML or larger
-    than `LARGEST`, for tags, aliases, merge keys and keys that are written twice; the sentence names the
-    file, and the line or the key.
+    Raises ConfigError for a missing or unreadable file, for one that is not a regular file, not YAML or
+    larger than `LARGEST`, for tags, aliases, merge keys and keys that are written twice; the sentence names
+    the file, and the line or the key.
     """
     path = Path(path)
     try:

@@ -1,8 +1,8 @@
 """Python modules of the user's own that register a select or a merge.
 
-They come in by three ways: `--import MODULE` of every command, a row's key `plugins` where `--allow-plugins` was
-said, and packages that name one under the entry point group `libra.methods`. Nothing that a server or a page is
-asked leads here.
+They come in by three ways: `--import MODULE` of every command, a row's key `plugins` where `--allow-plugins`
+was said, and packages that name one under the entry point group `libra.methods`. Nothing that a server or a
+page is asked leads here.
 """
 
 import importlib
@@ -45,7 +45,8 @@ def load(name: str) -> ModuleType:
         except (Exception, SystemExit) as error:
             kind = type(error).__name__
             raise ConfigError(
-                f"the module {show(name)} cannot be imported ({kind}: {one_line(str(error))}); give a module's"
+                f"the module {show(name)} cannot be imported ({kind}: {one_line(str(error))}); give a "
+                "module's"
                 " name that Python finds from here, or the path of its .py file"
             ) from error
     return _loaded[name]

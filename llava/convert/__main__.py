@@ -9,7 +9,7 @@ from libra.utils.cli import Parser
 from ..conversation import conv_templates
 
 EXAMPLES = """example:
-  python -m llava.convert liuhaotian/llava-v1.5-7b llava-1.5-7b-hf        # to transformers' LlavaForConditionalGeneration
+  python -m llava.convert liuhaotian/llava-v1.5-7b llava-1.5-7b-hf   # to transformers' class
   python -m llava.convert llava-1.5-7b-hf llava-v1.5-7b                   # and back
   python -m llava.convert mini/checkpoint mini-hf --max-shard-size 2MB"""
 
@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="python -m llava.convert",
         epilog=EXAMPLES,
-        description="Convert a checkpoint from LLaVA's own format to a llava-hf folder for transformers, or back.",
+        description="Convert a checkpoint from LLaVA's own format to a llava-hf folder for transformers, or "
+        "back.",
     )
     parser.add_argument("source", help="folder or hub name of the checkpoint")
     parser.add_argument("destination", help="folder to make; it must not exist")
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         "--conversation",
         choices=tuple(conv_templates),
         metavar="NAME",
-        help="prompt template to note down; by default the checkpoint's own or, where it names none, by its name",
+        help="prompt template to note down; by default the checkpoint's own or, where it names none, by its "
+        "name",
     )
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore", FutureWarning)  # transformers' own, of settings in old configurations

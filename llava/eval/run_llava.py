@@ -5,7 +5,8 @@ from libra.utils.cli import Parser
 from ..serve.options import add_options, whole_number
 
 EXAMPLES = """example:
-  python -m llava.eval.run_llava --model-path mini/checkpoint --image-file photo.png --query "how many digits are there ?"
+  python -m llava.eval.run_llava --model-path mini/checkpoint --image-file photo.png \\
+      --query "how many digits are there ?"
   python -m llava.eval.run_llava --model-path liuhaotian/llava-v1.5-7b --image-file a.png,b.png \\
       --query "What differs?" --compression configs/llava7b_r50.yaml"""
 

@@ -52,8 +52,9 @@ class Spliced:
 
 @dataclass
 class Picture:
-    """The visual tokens (N, D) of one picture; ``look``: what the vision tower says about them, where a method
-    asks; ``left``: what a compression in the tower left of them, where ``tokens`` are 0 at the others."""
+    """The visual tokens (N, D) of one picture; ``look``: what the vision tower says about them, where a
+    method asks; ``left``: what a compression in the tower left of them, where ``tokens`` are 0 at the
+    others."""
 
     tokens: torch.Tensor
     look: Look | None = None
@@ -219,8 +220,9 @@ class LlavaMetaForCausalLM:
         return [len(arrange(number, part, newline)) for number, part in enumerate(tokens)]
 
     def _tiles(self, images, image_sizes) -> tuple[torch.Tensor, list[int], Callable]:
-        """The tower's inputs (T, 3, H, W), how many each image has, and the way from something about an image's
-        tiles (n, P, W) to its visual tokens (N, W): ``arrange(image's number, tiles, newline (W,))``."""
+        """The tower's inputs (T, 3, H, W), how many each image has, and the way from something about an
+        image's tiles (n, P, W) to its visual tokens (N, W): ``arrange(image's number, tiles, newline
+        (W,))``."""
         if isinstance(images, torch.Tensor) and images.ndim == 4:
             return images, [1] * len(images), lambda number, tiles, newline: tiles[0]
         merge = getattr(self.config, "mm_patch_merge_type", "flat")
@@ -339,8 +341,8 @@ class LlavaMetaForCausalLM:
         )
 
     def _seen(self, rows: list[list[Picture]]) -> Seen | None:
-        """What the vision tower says about the visual tokens of each row, and which pictures they are of; None
-        where no method asks and nothing is compressed before the language model."""
+        """What the vision tower says about the visual tokens of each row, and which pictures they are of;
+        None where no method asks and nothing is compressed before the language model."""
         shown = [one for row in rows for one in row]
         looked = any(one.look is not None for one in shown)
         layers = () if self.compression is None else self.compression.layers

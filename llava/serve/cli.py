@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """example:
   python -m llava.serve.cli --model-path mini/checkpoint --image-file photo.png
-  python -m llava.serve.cli --model-path liuhaotian/llava-v1.5-7b --image-file photo.png --compression configs/llava7b_r50.yaml
+  python -m llava.serve.cli --model-path liuhaotian/llava-v1.5-7b --image-file photo.png \\
+      --compression configs/llava7b_r50.yaml
 
 An empty line or the end of input ends the conversation; /help lists what else can be typed."""
 
@@ -85,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--reprefill",
         action="store_true",
-        help="run the whole conversation again for every question, so that compression follows the newest one",
+        help="run the whole conversation again for every question, so that compression follows the newest "
+        "one",
     )
     args = parser.parse_args(argv)
     from .session import Session

@@ -9,7 +9,10 @@ from ..mm_utils import get_anyres_image_grid_shape
 from ..model.anyres import arrange_tiles
 
 LONG_SIDE = 480  # pixels of a drawing
-LEGEND = "yellow frame: target · blue: merged into one · orange: in the compensation token · dark: dropped · black: gone before"
+LEGEND = (
+    "yellow frame: target · blue: merged into one · orange: in the compensation token · dark: dropped "
+    "· black: gone before"
+)
 _FRAME = (255, 214, 0)
 # What lies over a token: red, green, blue and opacity.
 _SHADES = {

@@ -249,8 +249,8 @@ def build_page(loaded: Loaded, name: str, tokens: int, uploads: Uploads, shown: 
 
 
 def _question(loaded: Loaded, rows: dict, shown: list[list[str]]):
-    """The page's left side: the inputs of :class:`Asker` in order, the places for remarks on picture, question
-    and compression, and the button."""
+    """The page's left side: the inputs of :class:`Asker` in order, the places for remarks on picture,
+    question and compression, and the button."""
     import gradio as gr
 
     layers = loaded.model.config.num_hidden_layers
@@ -294,7 +294,8 @@ def _answer() -> list:
     gr.Markdown(f"What each compression layer does to the visual tokens: {overlay.LEGEND}")
     gallery = gr.Gallery(show_label=False, columns=3, height=310, object_fit="contain")
     gr.Markdown(
-        "Times are of one run each, vanilla first, vision tower included. A first call is slower (warm-up); it was"
+        "Times are of one run each, vanilla first, vision tower included. A first call is slower (warm-up); "
+        "it was"
         " made when the page started."
     )
     return [vanilla, compressed, figures, gallery]

@@ -40,8 +40,8 @@ PLACES = (DEFAULT_IMAGE_TOKEN, DEFAULT_VIDEO_TOKEN, IMAGE_PLACEHOLDER)
 
 @dataclass
 class Loaded:
-    """A model with what a conversation needs next to it; ``conversation`` None stands for the tokenizer's chat
-    template."""
+    """A model with what a conversation needs next to it; ``conversation`` None stands for the tokenizer's
+    chat template."""
 
     tokenizer: object
     model: torch.nn.Module
@@ -417,4 +417,7 @@ class Session:
         if len(stages) < 2:
             return f"visual tokens {stages[0]}" if stages else None
         average = sum(counts) / len(counts)
-        return f"visual tokens {' → '.join(map(str, stages))}, {average:.0f} on average over {len(counts)} layers"
+        return (
+            f"visual tokens {' → '.join(map(str, stages))}, {average:.0f} on average over {len(counts)} "
+            "layers"
+        )

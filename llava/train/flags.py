@@ -7,14 +7,15 @@ from libra.config import ATTENTIONS
 from libra.utils.cli import Parser
 
 EXAMPLES = """examples:
-  python -m llava.train.train --model_name_or_path mini/checkpoint --version mini --data_path data.json --image_folder images \\
-      --compression configs/mini/r50.yaml --output_dir runs/try --max_steps 20
+  python -m llava.train.train --model_name_or_path mini/checkpoint --version mini --data_path data.json \\
+      --image_folder images --compression configs/mini/r50.yaml --output_dir runs/try --max_steps 20
   deepspeed llava/train/train.py --deepspeed scripts/zero3.json --model_name_or_path lmsys/vicuna-7b-v1.5 \\
-      --vision_tower openai/clip-vit-large-patch14-336 --data_path llava_v1_5_mix665k.json --image_folder playground/data …
+      --vision_tower openai/clip-vit-large-patch14-336 --data_path llava_v1_5_mix665k.json \\
+      --image_folder playground/data …
 scripts/pretrain.sh, finetune.sh and finetune_lora.sh hold the published settings."""
 
-OTHERS = """The flags of transformers' TrainingArguments are taken as well: --num_train_epochs, --learning_rate, --bf16,
---per_device_train_batch_size, --deepspeed …; --help-all lists them too."""
+OTHERS = """The flags of transformers' TrainingArguments are taken as well: --num_train_epochs,
+--learning_rate, --bf16, --per_device_train_batch_size, --deepspeed …; --help-all lists them too."""
 
 
 def flag(help: str, default=None, choices: tuple | None = None):

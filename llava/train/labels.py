@@ -76,8 +76,8 @@ def encode(
         has_image: whether ``<image>`` stands for an image; otherwise it is text.
         limit: the tokenizer's ``model_max_length``; text without images is cut there.
 
-    The published code finds the answers by tokenizing each round by itself, and gives up a sample whose rounds do
-    not add up to the whole. So does this, token for token.
+    The published code finds the answers by tokenizing each round by itself, and gives up a sample whose
+    rounds do not add up to the whole. So does this, token for token.
     """
     if turns[0][0] != "human":
         turns = turns[1:]

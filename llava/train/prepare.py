@@ -215,8 +215,10 @@ def check_labels(dataset: LazySupervisedDataset, collator: Collator, path: str, 
         found[outcome] += 1
         unreadable = unreadable or sample["unreadable"]
     sentences = {
-        Outcome.BEHIND: f"in {found[Outcome.BEHIND]} every answer comes after --model_max_length {collator.limit}; raise it",
-        Outcome.MISMATCHED: f"in {found[Outcome.MISMATCHED]} the tokens do not add up with --version {version}; take another",
+        Outcome.BEHIND: f"in {found[Outcome.BEHIND]} every answer comes after --model_max_length "
+        f"{collator.limit}; raise it",
+        Outcome.MISMATCHED: f"in {found[Outcome.MISMATCHED]} the tokens do not add up with --version "
+        f"{version}; take another",
         Outcome.UNREADABLE: f"in {found[Outcome.UNREADABLE]} {unreadable}",
     }
     told = ", ".join(sentences[outcome] for outcome, _ in found.most_common())

@@ -103,7 +103,8 @@ class Data:
             raise ValueError(
                 f"{self.path}, {first}"
                 if self.total == 1
-                else f"{self.path} has nothing to learn from: each of its {self.total} samples is left out; {first}"
+                else f"{self.path} has nothing to learn from: each of its {self.total} samples is left out; "
+                f"{first}"
             )
 
 

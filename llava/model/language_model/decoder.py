@@ -124,7 +124,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             inputs_embeds: (B, S, D) instead of both; ``visual_mask`` (B, S) bool then says which columns are
                 visual tokens.
             labels: (B, S), -100 where nothing is supervised. They shorten with the sequence.
-            seen: what the vision tower says about the visual tokens, where a method of the compression reads it.
+            seen: what the vision tower says about the visual tokens, where a method of the compression reads
+                it.
             score_columns: (B,), the column whose attention scores the visual tokens, if not the row's last
                 prompt token.
 

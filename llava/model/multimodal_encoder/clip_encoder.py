@@ -33,8 +33,8 @@ class CLIPVisionTower(nn.Module):
     With ``delay_load`` only the configuration is read; :meth:`load_model` brings the weights. Where the
     configuration says that the tower was tuned (``unfreeze_mm_vision_tower``), its parameters are there at
     once and the model's checkpoint fills them. :meth:`load_model` freezes them;
-    ``vision_tower.requires_grad_(True)`` makes them trainable. ``memory``, None unless somebody sets it, keeps the
-    features of batches that come again.
+    ``vision_tower.requires_grad_(True)`` makes them trainable. ``memory``, None unless somebody sets it,
+    keeps the features of batches that come again.
     """
 
     memory: FeatureMemory | None = None
@@ -102,15 +102,16 @@ class CLIPVisionTower(nn.Module):
         return self._features(images) if self.memory is None else self.memory.get(images, self._features)
 
     def view(self, images: torch.Tensor, wants: Wants) -> View:
-        """What the tower says about (B, 3, H, W) pixels; ``hidden`` (B, N, mm_hidden_size) are :meth:`forward`'s
-        features.
+        """What the tower says about (B, 3, H, W) pixels; ``hidden`` (B, N, mm_hidden_size) are
+        :meth:`forward`'s features.
 
         Raises:
             ValueError: where the [CLS] token is a visual token, or the features are not a layer's.
         """
         if self.select_feature != "patch":
             raise ValueError(
-                "mm_vision_select_feature 'cls_patch' makes the [CLS] token a visual token, which methods that"
+                "mm_vision_select_feature 'cls_patch' makes the [CLS] token a visual token, which methods "
+                "that"
                 " read the vision tower do not expect; choose one that reads the embeddings only"
             )
 

@@ -1,4 +1,5 @@
-"""Features of pictures that a vision tower has seen before, for a table whose rows all show the same pictures."""
+"""Features of pictures that a vision tower has seen before, for a table whose rows all show the same
+pictures."""
 
 import hashlib
 from collections import OrderedDict
@@ -22,7 +23,8 @@ class FeatureMemory:
     def get(self, pixels: torch.Tensor, compute: Callable[[torch.Tensor], Any], what: Hashable = None) -> Any:
         """``compute(pixels)``, or what it gave for the same pixels before: something with ``nbytes``.
 
-        pixels: (B, 3, H, W); what: of several things that are computed from pixels, which one. Called with gradients on, it computes and remembers nothing.
+        pixels: (B, 3, H, W); what: of several things that are computed from pixels, which one. Called with
+            gradients on, it computes and remembers nothing.
         """
         if torch.is_grad_enabled():
             return compute(pixels)
