@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from libra import merge, select
+from libra.engine.families import TESTED
 from libra.methods import METHODS
 from libra.rows import shipped_rows
 
@@ -176,6 +177,13 @@ def test_every_key_of_a_compression_is_explained():
 
     text = METHOD.read_text(encoding="utf-8")
     assert not [field.name for field in fields(Compression) if f"`{field.name}" not in text]
+
+
+def test_the_readme_counts_what_there_is():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    compressing = [method for method in METHODS.values() if method.compresses]
+    assert f"<!-- models -->{len(TESTED)}<!-- /models -->" in text
+    assert f"<!-- methods -->{len(compressing)}<!-- /methods -->" in text
 
 
 def test_the_readme_shows_the_published_table():

@@ -34,8 +34,10 @@ class Summary:
     def __str__(self) -> str:
         if not self.prefills:
             return "no prefill with visual tokens yet"
+        calls = f"{self.prefills} prefill{'s' if self.prefills > 1 else ''}"
+        rows = f"{self.rows} row{'s' if self.rows > 1 else ''}"
         text = (
-            f"{self.prefills} prefills of {self.rows} rows: {self.visual_tokens} visual tokens became"
+            f"{calls} of {rows}: {self.visual_tokens} visual tokens became"
             f" {self.left} ({self.average_tokens:.0f} in an average layer)"
         )
         if self.flops_ratio is not None:
