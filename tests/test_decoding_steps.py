@@ -122,3 +122,18 @@ def test_one_thread_decodes_while_another_prefills():
 @pytest.mark.slow
 def test_one_thread_decodes_while_another_prefills_two_hundred_times():
     assert rounds_of_two_threads(200) == []
+
+
+@torch.no_grad()
+def test_a_decoder_that_is_called_by_itself():
+    """It brings no visual tokens: a step after a compressed prefill counts on, and nothing is left behind."""
+    model = families.model(LLAVA)
+    given = collate(LLAVA, [talk(LLAVA, "t2 i t3", 1)])
+    step = torch.tensor([[5]])
+    with libra.attach(model, LIBRA):
+        want = model(step, **cache_argument(cache_of(model(**given, use_cache=True)))).logits
+        cache = cache_of(model(**given, use_cache=True))
+        decoder = model.model.language_model
+        hidden = decoder(step, **cache_argument(cache), use_cache=True).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), want)
+        assert model(**given).logits.shape[1] < given["input_ids"].shape[1]

@@ -25,7 +25,8 @@ class Call:
         decoder: whose call it is.
         frame: runs as long as the call.
         outer: the call in which this one was made.
-        whole: False where the model's body, or its decoder, was called by itself.
+        whole: False where the model's body was called by itself.
+        bare: True where its decoder was.
         labels: which the model does not see.
         score_offset: how far before the last column the scoring token stands.
         marked: what the user said of this call's visual tokens.
@@ -42,6 +43,7 @@ class Call:
     frame: FrameType
     outer: "Call | None" = None
     whole: bool = True
+    bare: bool = False
     labels: torch.Tensor | None = None
     score_offset: int = 0
     marked: torch.Tensor | None = None

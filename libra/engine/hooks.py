@@ -19,6 +19,7 @@ import torch
 from ..config import Compression
 from . import calls, score
 from .calls import Call
+from .checkpointing import Outside, checkpoints_call
 from .families import VIDEO_IDS
 from .layers import Given, HookedForward
 from .pictures import Eyes
@@ -122,8 +123,10 @@ class Hooks:
         for i, layer in enumerate(layers if schedule else ()):
             self._names.append(arguments_of(layer))
             self._before(layer, partial(self._before_layer, i))
-        if any(step.layer == len(layers) - 1 for step in schedule):
+        behind = any(step.layer == len(layers) - 1 for step in schedule)
+        if behind:
             self._hooks.append(layers[-1].register_forward_hook(self._after_last_layer))
+        self._outside = Outside(self._change, self._shorten_output if behind else None)
 
     def __deepcopy__(self, memo) -> "Hooks":
         other = memo[id(self)] = object.__new__(type(self))
@@ -151,6 +154,7 @@ class Hooks:
         del vars(self.decoder)[OWNER]
         for module in self.decoder.modules():
             vars(module).pop(score.MARK, None)
+        self._outside.leave(layers_of(self.decoder))
         score.disable(self.decoder.config)
         forget_compiled_code()
 
@@ -238,12 +242,10 @@ class Hooks:
     def _begin_decoder(self, decoder, args, kwargs):
         """A new pass through the layers: nothing of an earlier one is left."""
         score.forget()
-        call = calls.running(decoder)
-        if call is None:
-            return
+        call = calls.running(decoder) or self._start(whole=False, bare=True)
         given = named(decoder, args, kwargs)
         mask, ready = given.get("attention_mask"), False
-        if isinstance(mask, dict) or mask is not None and mask.ndim == 4:
+        if not call.bare and (isinstance(mask, dict) or mask is not None and mask.ndim == 4):
             # The body made the masks of what it was given itself: that shortens, and the layers' masks are ready.
             mask, ready = call.padding_mask, True
         if call.prefill is not None and call.pictures:
@@ -253,6 +255,7 @@ class Hooks:
         call.given, call.forward = Given(mask, ready, given.get("position_ids"), shape), None
         if self._compresses:
             score.enable(decoder.config)
+            self._outside.enter(layers_of(decoder))
 
     @torch.compiler.disable
     def _end_decoder(self, decoder, args, output):
@@ -260,6 +263,8 @@ class Hooks:
         call = calls.running(decoder)
         if call is None:
             return
+        if call.bare:
+            calls.end(call)
         forward, call.forward = call.forward, None
         if output is not None and forward is not None and forward.tokens is not None:
             call.stats, call.recorder, call.labels = forward.stats(), forward.recorder, forward.labels
@@ -267,6 +272,10 @@ class Hooks:
     @torch.compiler.disable
     def _before_layer(self, i: int, layer, args, kwargs):
         """Shorten the hidden states after a compression layer, and every argument of the layers that follow."""
+        return None if checkpoints_call(layer) else self._change(i, layer, args, kwargs)
+
+    def _change(self, i: int, layer, args, kwargs) -> tuple[tuple, dict] | None:
+        """The arguments of layer ``i`` where some change."""
         call = calls.at_layers(self.decoder)
         if call is None:
             return None
@@ -289,6 +298,10 @@ class Hooks:
 
     @torch.compiler.disable
     def _after_last_layer(self, layer, args, output):
+        return None if checkpoints_call(layer) else self._shorten_output(layer, args, output)
+
+    def _shorten_output(self, layer, args, output):
+        """What leaves the last layer, where a compression comes after it."""
         call = calls.at_layers(self.decoder)
         if call is None:
             return None

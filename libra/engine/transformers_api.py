@@ -54,6 +54,7 @@ from transformers.masking_utils import (  # noqa: E402
 from transformers.masking_utils import (  # noqa: E402
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING as MASKS_OF_LAYER_TYPES,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from transformers.utils import ModelOutput  # noqa: E402
@@ -68,6 +69,7 @@ __all__ = [
     "AttentionMaskInterface",
     "BaseModelOutputWithPast",
     "CACHE",
+    "CHECKPOINTS_CALLS",
     "Cache",
     "CausalLMOutputWithPast",
     "DynamicCache",
@@ -92,6 +94,8 @@ __all__ = [
 
 FORMER = "past_key_values"
 ASSISTED_GENERATION = GenerationMixin._assisted_decoding.__code__  # what its frame runs
+# Before 5.23 gradient checkpointing recomputes a layer's call with its hooks, since then its forward only.
+CHECKPOINTS_CALLS = "__call__" in vars(GradientCheckpointingLayer)
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else FORMER
 
 
