@@ -41,6 +41,7 @@ DATA = {  # task of a row's file → what it reads
     "mme": DataSet("lmms-lab-encoder/MME"),
     "mmbench_en_static": DataSet(_MMBENCH, ("en",)),
     "mmbench_cn_static": DataSet(_MMBENCH, ("cn",)),
+    "pope": DataSet("lmms-lab-encoder/POPE"),
     "textvqa_ocr": DataSet("lmms-lab-encoder/textvqa", (), "CC BY 4.0"),
     "textvqa": DataSet("lmms-lab-encoder/textvqa", (), "CC BY 4.0"),
     "videomme": DataSet("lmms-eval/Video-MME", (), "academic research only, no commercial use"),

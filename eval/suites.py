@@ -94,6 +94,23 @@ def _arena(prefix: str, *more: str) -> tuple[str, ...]:
     return tuple(f"{prefix}_{name}" for name in names)
 
 
+_LATE = ("libra", "fastv", "turbo", "windowed_fastv", "random_layer")
+_EARLY = (
+    "random", "pool", "divprune", "cdpruner", "fastervlm", "vispruner", "hiprune", "visionzip", "tome",
+    "libra_input",
+)  # fmt: skip
+
+
+def _field(cut: str, *more: str) -> dict[str, tuple[str, ...]]:
+    """Sections of one budget: after an early layer, and before the language model with each kind of positions."""
+    share = {"c33": "1/3", "c22": "2/9", "c11": "1/9", "c06": "1/18"}[cut]
+    sections = {f"{share}, between decoder layers": tuple(f"{cut}_{name}" for name in (*_LATE, *more))}
+    for positions in ("original", "compact"):
+        names = tuple(f"{cut}_{name}_{positions}" for name in _EARLY)
+        sections[f"{share}, before the language model, {positions} positions"] = names
+    return sections
+
+
 _MAIN = ("vanilla", "fastv", "turbo", "r50", "r67", "random", "windowed_fastv", BLIND)
 
 TABLES = {
@@ -213,6 +230,25 @@ TABLES = {
             "so they cost the same FLOPs. Random pruning is drawn three times.",
         ),
         Table(
+            "field",
+            "The field at equal average tokens",
+            "field",
+            ("llava7b", "next8b"),
+            {
+                "": ("vanilla", BLIND),
+                **_field("c33", "libra_quarters", "pyramiddrop_quarters"),
+                **_field("c22"),
+                **_field("c11"),
+                **_field("c06"),
+            },
+            blind=True,
+            note="A small model's order of methods is not the field's: this table shows what runs, at which cost, and"
+            " what each choice does to this model. Shares are visual tokens of an average layer. The methods before"
+            " the language model renumber positions as published; compare methods within one kind of positions. Random"
+            " and pooling are controls. Figures of LLaVA-1.5-7B next to ours, where there are any, are those of RESTORE"
+            " (ICML 2026), Table 1, whose authors ran the official codes in one environment.",
+        ),
+        Table(
             "E",
             "Table E: training with compression",
             "tableE",
@@ -259,6 +295,7 @@ PAPER_TASKS = {
         Task("mmbench_en_static", "mmbench_en_dev_static", "gpt_eval_score", 1, "MMBench-EN"),
         Task("mmbench_cn_static", "mmbench_cn_static", "gpt_eval_score", 1, "MMBench-CN"),
         Task("textvqa_ocr", "textvqa_ocr", "exact_match", 100, "TextVQA"),
+        Task("pope", "pope", "pope_f1_score", 100, "POPE"),
         Task("textvqa", "textvqa_val", "exact_match", 100, "TextVQA without OCR tokens"),
         Task("videomme", "videomme", "videomme_perception_score", 1, "w/o subs", _DURATIONS, "duration"),
         Task(

@@ -123,6 +123,23 @@ def mme(root: Path, asked: list[Question], answers: list[str], categories: list[
     return write(root, "lmms-lab-encoder/MME", "test", features, rows)
 
 
+def pope(root: Path, asked: list[Question], answers: list[str]) -> None:
+    rows = [
+        {
+            "id": str(i),
+            "question_id": str(i + 1),
+            "question": q.text,
+            "answer": answer,
+            "image_source": f"COCO_val2014_{i:012d}",
+            "image": q.image,
+            "category": ("adversarial", "popular", "random")[i % 3],
+        }
+        for i, (q, answer) in enumerate(zip(asked, answers, strict=True))
+    ]
+    texts = ("id", "question_id", "question", "answer", "image_source", "category")
+    write(root, "lmms-lab-encoder/POPE", "test", {**dict.fromkeys(texts, TEXT), "image": IMAGE}, rows)
+
+
 def mmbench(root: Path, asked: list[Question], letters: list[str], hints: list[str], language: str) -> None:
     """Absent hints and options are the text "nan", as there; the last row has three options."""
     rows = [

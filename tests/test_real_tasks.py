@@ -190,6 +190,22 @@ def test_mme(place, by_hand, measure):
     assert cell["stderr"] is None and cell["correct"] is None
 
 
+def test_pope(place, by_hand, measure):
+    """F1 of "yes" over all questions; an answer that goes on is neither yes nor no to the harness."""
+    texts = [question.text + SHORT for question in ASKED]
+    answers = [by_hand["words"](text, [question.image]) for text, question in zip(texts, ASKED)]
+    right = [True, True, False, True, True, False, True, True]
+    truth = marked(first_words(answers), right)
+    fixtures.pope(place, ASKED, truth)
+    cell, asked, said = measure("pope", "words")
+    assert asked == texts and said == answers and set(truth) == {"yes", "no"}
+    pairs = list(zip(answers, truth))
+    precision = pairs.count(("yes", "yes")) / answers.count("yes")
+    recall = pairs.count(("yes", "yes")) / (pairs.count(("yes", "yes")) + pairs.count(("no", "yes")))
+    expected = 100 * 2 * precision * recall / (precision + recall)
+    assert cell["score"] == pytest.approx(expected) and 0 < expected < 100
+
+
 @pytest.mark.parametrize("language", ["en", "cn"])
 def test_mmbench(place, by_hand, measure, language):
     """Exact matching; what the data set calls "nan" is not in the prompt."""
@@ -417,7 +433,7 @@ def test_downloading_lays_the_data_where_a_run_reads_it(place, harness, hub, mon
 
 def test_every_task_of_the_rows_is_known_to_the_harness_and_to_eval_data(harness):
     named = {table: data.tasks_of([table]) for table in suites.TABLES if suites.TABLES[table].suites}
-    assert set(named) == set("1234567") and all(named.values())
+    assert set(named) == {*"1234567", "field"} and all(named.values())
     for task in {task for tasks in named.values() for task in tasks}:
         assert suites.get_task(task).harness in harness.tasks.all_tasks and task in data.DATA
     assert named["2"] == ["videomme", "videomme_w_subtitle"]
