@@ -243,7 +243,8 @@ EARLY = [("visionzip", "tower"), ("hiprune", "input"), ("cdpruner", "input"), ("
 @pytest.mark.parametrize("method, at", EARLY)
 @torch.no_grad()
 def test_same_logits_with_the_plug_in_before_the_language_model(converted, name, method, at):
-    """The vision tower is read by two codes: llava's own tower, and listeners at an attached model's attention."""
+    """The vision tower is read by two codes: llava's own tower, and listeners at an attached model's
+    attention."""
     pair = converted(name)
     compression = libra.Compression(method=method, at=at, ratio=0.6, positions="centre")
     ours, theirs = pair.same_inputs()

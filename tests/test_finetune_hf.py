@@ -1,4 +1,5 @@
-"""The example that trains a Hugging Face model with transformers' Trainer: labels, LoRA, two processes with ZeRO-2."""
+"""The example that trains a Hugging Face model with transformers' Trainer: labels, LoRA, two processes with
+ZeRO-2."""
 
 import importlib.util
 import json

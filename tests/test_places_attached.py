@@ -1,4 +1,5 @@
-"""The places `input` and `tower` in attached models: every method on six classes whose towers and projectors differ."""
+"""The places `input` and `tower` in attached models: every method on six classes whose towers and projectors
+differ."""
 
 import copy
 
@@ -158,7 +159,8 @@ def test_joined_patches_are_the_neighbours_of_a_square():
 
 @torch.no_grad()
 def test_the_order_of_windows_is_that_of_the_visual_tokens():
-    """Qwen2.5-VL's merger runs in the order of the windows; its rows are found again in what the tower returns."""
+    """Qwen2.5-VL's merger runs in the order of the windows; its rows are found again in what the tower
+    returns."""
     name = CLASSES["qwen"]
     model = zoo.own_model(name)
     visual, given = model.model.visual, one_of(name, talks(name)[1])
@@ -178,7 +180,8 @@ def test_the_order_of_windows_is_that_of_the_visual_tokens():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", [name for name in CLASSES if name != "qwen"])
 def test_what_is_read_is_the_attention_of_the_tower(name, attention):
-    """The received attention of the layer whose features are used, against the eager weights that it returns."""
+    """The received attention of the layer whose features are used, against the eager weights that it
+    returns."""
     name = CLASSES[name]
     model = zoo.own_model(name, attention)
     given = one_of(name, talks(name)[0])

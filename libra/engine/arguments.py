@@ -1,7 +1,7 @@
 """The arguments of a decoder layer that have one entry for each token: found by their shape and shortened.
 
-Rotary tables, position ids, type ids, inputs of single layers: decoders hand their layers more than a mask, and
-each under names of its own. What is as long as the call's columns where columns belong is gathered.
+Rotary tables, position ids, type ids, inputs of single layers: decoders hand their layers more than a mask,
+and each under names of its own. What is as long as the call's columns where columns belong is gathered.
 """
 
 import torch
@@ -13,8 +13,8 @@ def gathered(value: torch.Tensor, source: torch.Tensor, length: int) -> torch.Te
     """``value`` for fewer columns, or itself where it has none.
 
     Args:
-        value: whole numbers (…, S), with all dimensions before the last two kept, or others (B or 1, S, …) and
-            (axes, B or 1, S, …).
+        value: whole numbers (…, S), with all dimensions before the last two kept, or others (B or 1, S, …)
+            and (axes, B or 1, S, …).
         source: (B, S'), the column of the call that each column left comes from.
         length: S, the call's columns.
     """

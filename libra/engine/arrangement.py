@@ -1,7 +1,7 @@
 """From the patches of a vision tower to the visual tokens of an attached model, by the model's own functions.
 
-What is known about patches (scores, keys, features) is arranged as the model arranges its features, so that each
-visual token has its own.
+What is known about patches (scores, keys, features) is arranged as the model arranges its features, so that
+each visual token has its own.
 """
 
 import inspect
@@ -16,8 +16,8 @@ from .tower import grids_of
 class Plain:
     """One picture, one input of the tower, one visual token a patch (LLaVA).
 
-    Called with a picture's number and something about the patches of its inputs (n, P, W), it returns that of its
-    visual tokens (N, W).
+    Called with a picture's number and something about the patches of its inputs (n, P, W), it returns that of
+    its visual tokens (N, W).
     """
 
     def __init__(self, body, name: str, given: dict, features: Sequence[torch.Tensor]):
@@ -116,7 +116,8 @@ class Joined(Plain):
 
 
 class Windows(Plain):
-    """One sequence for all pictures, four patches a token; Qwen2.5-VL's tower has it in the order of its windows."""
+    """One sequence for all pictures, four patches a token; Qwen2.5-VL's tower has it in the order of its
+    windows."""
 
     @property
     def thw(self) -> torch.Tensor:

@@ -123,9 +123,9 @@ def attach(
     ...     ids = model.generate(**processor(images=images, text=prompts, padding=True, return_tensors="pt"))
     >>> print(handle.summary())
 
-    compression, keys: Libra-Merging at its natural places where nothing is named; otherwise a method's name, a
-    shipped row's, a YAML file, a dictionary or a :class:`libra.Compression`, and keys of it next to that, such as
-    ``attach(model, "fastv", layers=(2,), ratio=0.75)`` (:func:`libra.rows.compression_from`).
+    compression, keys: Libra-Merging at its natural places where nothing is named; otherwise a method's name,
+    a shipped row's, a YAML file, a dictionary or a :class:`libra.Compression`, and keys of it next to that,
+    such as ``attach(model, "fastv", layers=(2,), ratio=0.75)`` (:func:`libra.rows.compression_from`).
 
     Batches may be padded on the left (for ``generate``) or on the right (for a forward pass and the loss).
     The model keeps its attention implementation. With ``trace`` the handle tells what became of each visual

@@ -29,7 +29,8 @@ class Stage:
 
 
 def holds_keys(layer) -> bool:
-    """True for a cache's layer with keys, which has columns; others hold the state of a recurrence, or nothing."""
+    """True for a cache's layer with keys, which has columns; others hold the state of a recurrence, or
+    nothing."""
     return hasattr(layer, "get_seq_length")
 
 

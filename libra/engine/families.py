@@ -92,8 +92,9 @@ LAYER_ARGUMENTS = (
     "use_cache",
 )
 
-# How a model puts the features of its vision tower together: one visual token a patch ("plain"), tiles with newlines
-# ("tiles"), groups of neighbours that are one token ("joined"), or one sequence for all pictures ("windows").
+# How a model puts the features of its vision tower together: one visual token a patch ("plain"), tiles with
+# newlines ("tiles"), groups of neighbours that are one token ("joined"), or one sequence for all pictures
+# ("windows").
 TOWERS = {
     "Idefics3ForConditionalGeneration": "joined",
     "InternVLForConditionalGeneration": "joined",

@@ -36,7 +36,8 @@ def fitted(decoder, compression: Compression) -> Compression:
     compression = compression.at_depth(decoder.config.num_hidden_layers)
     if compression.positions != "original" and position_axes(decoder) > 1:
         raise ValueError(
-            f"positions: {compression.positions} cannot renumber the multi-axis positions of {type(decoder).__name__};"
+            f"positions: {compression.positions} cannot renumber the multi-axis positions of "
+            f"{type(decoder).__name__};"
             " add `positions: original`"
         )
     return compression

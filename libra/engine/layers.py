@@ -1,8 +1,8 @@
 """One call of an unmodified decoder, as the hooks on its layers see it.
 
-Before the first layer after a compression layer the hidden states become shorter; so what the decoder does between
-two layers is done at full length. Every argument of the later layers follows: masks by kind of attention, the
-others by shape.
+Before the first layer after a compression layer the hidden states become shorter; so what the decoder does
+between two layers is done at full length. Every argument of the later layers follows: masks by kind of
+attention, the others by shape.
 """
 
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class HookedForward(CompressedForward):
     """The stages of one call of a decoder whose own forward runs.
 
     Args:
-        hidden: what the first layer gets, (B, S, D), or with several streams (B, S, streams, D) or (streams, B, S,
-            D).
+        hidden: what the first layer gets, (B, S, D), or with several streams (B, S, streams, D) or (streams,
+            B, S, D).
         given: what the decoder was given.
         marks: of each layer that can be asked for its attention.
         cache, prefill: as for :class:`~libra.engine.forward.CompressedForward`.
@@ -49,6 +49,8 @@ class HookedForward(CompressedForward):
         self, decoder, compression, hidden, given: Given, marks: dict[int, score.Mark], cache, prefill
     ):
         self._given, self._marks = given, marks
+        self._batch: int
+        self._columns: int
         self._batch, self._columns = hidden.shape[:2] if hidden.ndim == 3 else given.shape
         flat, _ = self._flat(hidden)
         self._arguments = Arguments(flat.shape[1])
@@ -96,7 +98,8 @@ class HookedForward(CompressedForward):
     # --- a layer ---
 
     def before(self, layer: int, given: dict) -> dict:
-        """The arguments of decoder layer ``layer`` that change, by name; ``given``: all, the hidden states first."""
+        """The arguments of decoder layer ``layer`` that change, by name; ``given``: all, the hidden states
+        first."""
         changed, first = {}, next(iter(given))
         if any(step.layer == layer - 1 for step in self._schedule):
             self._full = given
@@ -142,7 +145,8 @@ class HookedForward(CompressedForward):
     # --- masks ---
 
     def _mask(self, layer: int, handed, columns: torch.Tensor):
-        """The mask of a layer that gets the hidden states ``columns`` and that the decoder hands ``handed``."""
+        """The mask of a layer that gets the hidden states ``columns`` and that the decoder hands
+        ``handed``."""
         kind, stage = attention_kind(self.decoder.config, layer), self._stages[self._number]
         if kind in POINTWISE:
             return handed

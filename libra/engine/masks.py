@@ -44,7 +44,7 @@ def attention_masks(config, layers: range, hidden, key_mask, position_ids, cache
     """
     if isinstance(key_mask, dict):
         return key_mask
-    first = {}
+    first: dict[str, int] = {}
     for layer in layers:
         first.setdefault(attention_kind(config, layer), layer)
     return {
@@ -77,8 +77,8 @@ def joined(
 
 
 def step_mask(key_mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The mask (B, 1, 1, K) of one new token, which sees every valid key, of the kind of ``like``: bool, or 0 and
-    minus infinity."""
+    """The mask (B, 1, 1, K) of one new token, which sees every valid key, of the kind of ``like``: bool, or 0
+    and minus infinity."""
     mask = key_mask.view(len(key_mask), 1, 1, -1)
     return mask if like.dtype == torch.bool else mask.to(like.dtype).log_()
 
@@ -99,8 +99,8 @@ def shortened_mask(
         valid: (B, S') bool, False for padding; None without.
         key_mask: (B, past + S') bool, or None; which keys of earlier calls are valid.
         past: how many keys of earlier calls there are: all columns see the valid ones.
-        window: how many of the columns left a column sees back, itself included; None for all. Columns that see
-            ahead, as images do, also see as far back.
+        window: how many of the columns left a column sees back, itself included; None for all. Columns that
+            see ahead, as images do, also see as far back.
 
     Returns:
         (B or 1, 1, S', past + S') of the dtype of ``whole``.
@@ -135,8 +135,8 @@ def _gathered_block(seen: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     batch, length = len(source), seen.shape[3]
     rows = seen.gather(2, source[:, None, :, None].expand(-1, 1, -1, length))
     block = rows.gather(3, source[:, None, None].expand(-1, 1, source.shape[1], -1))
-    # A compensation token and the last visual token come from the same column. The earlier of the two sees the
-    # later one only where the column before that one does.
+    # A compensation token and the last visual token come from the same column. The earlier of the two sees
+    # the later one only where the column before that one does.
     same = (source[:, :, None] == source[:, None]).triu(1)[:, None]
     row = torch.arange(batch, device=source.device)[:, None]
     before = seen[row, 0, (source - 1).clamp(min=0), source]

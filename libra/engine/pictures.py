@@ -1,8 +1,8 @@
 """What the vision tower of an attached model says about its pictures.
 
-The attention modules of the tower's layers bear a mark, as those of the decoder do, and hand their queries and keys
-to whoever listens in this thread. What is read there is brought into the order of the visual tokens by the model's
-own functions, which put its features together.
+The attention modules of the tower's layers bear a mark, as those of the decoder do, and hand their queries
+and keys to whoever listens in this thread. What is read there is brought into the order of the visual tokens
+by the model's own functions, which put its features together.
 """
 
 import inspect
@@ -36,7 +36,8 @@ _LISTENER: ContextVar["Listener | None"] = ContextVar("libra_listener", default=
 
 @dataclass
 class Listener:
-    """Collects the scores of one run of a tower: ``cls``, ``received`` and ``keys`` of each layer, in pieces."""
+    """Collects the scores of one run of a tower: ``cls``, ``received`` and ``keys`` of each layer, in
+    pieces."""
 
     wants: Wants
     has_cls: bool
@@ -82,8 +83,8 @@ class TowerMark(score.Mark):
 
 
 class Features:
-    """In place of a model body's ``get_image_features`` or ``get_video_features`` while it is attached: the same,
-    with :class:`Look` of each picture next to what it returns."""
+    """In place of a model body's ``get_image_features`` or ``get_video_features`` while it is attached: the
+    same, with :class:`Look` of each picture next to what it returns."""
 
     def __init__(self, eyes: "Eyes", name: str):
         self.eyes, self.name = eyes, name
@@ -140,7 +141,8 @@ class Eyes:
 
     def _layers(self) -> list[torch.nn.Module]:
         lists = [module for module in self.tower.modules() if isinstance(module, torch.nn.ModuleList)]
-        return list(max((one for one in lists if attention_modules(one)), key=len))
+        layers = [list(one) for one in lists if attention_modules(one)]
+        return max(layers, key=len)
 
     def open(self) -> None:
         """Look from now on."""
@@ -193,10 +195,10 @@ class Eyes:
             hidden = hidden[None]
         view = View(
             hidden[:, first:],
-            *(None if x is None else x[..., first:] for x in (found["cls"], found["received"])),
-            None if keys is None else keys[:, first:],
-            hidden[:, 0] if first else pad,
-            keys[:, 0] if first and keys is not None else pad,
+            **{kind: None if score is None else score[..., first:] for kind, score in found.items()},
+            keys=None if keys is None else keys[:, first:],
+            cls_hidden=hidden[:, 0] if first else pad,
+            cls_keys=keys[:, 0] if first and keys is not None else pad,
         )
         if self.kind == "windows":  # one sequence stands for all pictures
             pictures, received, keys = len(arranger.lengths), view.received, view.keys
@@ -222,8 +224,8 @@ class Eyes:
     def seen(self, prefill: Prefill, ids: torch.Tensor | None, videos: list[int], outputs: dict) -> Prefill:
         """A call's prefill with what the tower said.
 
-        ids: the call's (B, S); videos: the placeholder ids of videos; outputs: what the two functions returned for
-        this call, by modality.
+        ids: the call's (B, S); videos: the placeholder ids of videos; outputs: what the two functions
+        returned for this call, by modality.
         """
         looked = {
             kind: getattr(output, LOOKS, None) for kind, output in outputs.items() if output is not None
@@ -299,8 +301,8 @@ class Looked:
 
 
 def _placed(rows, tokens: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each row the numbers, among its visual tokens, of those that a compression in the tower changed, and
-    what they are now."""
+    """For each row the numbers, among its visual tokens, of those that a compression in the tower changed,
+    and what they are now."""
     queue, found = iter(tokens), []
     like = tokens[0]
     for row in rows:

@@ -2,9 +2,9 @@
 beside it.
 
 transformers hands every attention function the finished queries and keys. A :class:`Probe` reaches it in one
-of two ways: as a keyword argument ``score_probe`` that a decoder layer of llava passes down, or, in a model with
-hooks, by :func:`ask`, which only the attention modules of one layer answer. Without a probe the wrappers do
-nothing.
+of two ways: as a keyword argument ``score_probe`` that a decoder layer of llava passes down, or, in a model
+with hooks, by :func:`ask`, which only the attention modules of one layer answer. Without a probe the wrappers
+do nothing.
 """
 
 import sys
@@ -39,8 +39,8 @@ class Probe:
     already shorter. With ``only`` the attention module is left as soon as the probe is answered;
     ``past_keys`` (B, H_kv, P, head_dim) then come
     before the keys of this call. No dataclass: FSDP copies those on their way into a layer, and the copy
-    would get the answer. With ``by_mask`` the layer's own attention mask says which keys a token sees, instead
-    of ``key_mask`` and the layer's window.
+    would get the answer. With ``by_mask`` the layer's own attention mask says which keys a token sees,
+    instead of ``key_mask`` and the layer's window.
     """
 
     def __init__(self, rows: torch.Tensor, key_mask: torch.Tensor | None):
@@ -70,8 +70,8 @@ class Probe:
 def visible(mask, rows: torch.Tensor, batch: int, keys: int, queries: int) -> torch.Tensor:
     """(B, H or 1, R, K) bool: which keys the chosen queries ``rows`` (B, R) see by an attention mask.
 
-    ``mask``: (B or 1, H or 1, S, K) bool or 0 and a large negative number, flex attention's block mask, or None
-    for causal attention.
+    ``mask``: (B or 1, H or 1, S, K) bool or 0 and a large negative number, flex attention's block mask, or
+    None for causal attention.
     """
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
         seen = mask if mask.dtype == torch.bool else mask == 0
@@ -88,8 +88,8 @@ def visible(mask, rows: torch.Tensor, batch: int, keys: int, queries: int) -> to
 def masked_row(query, key, rows, scaling: float, seen, cap: float | None, bias) -> torch.Tensor:
     """(B, R, K) float32: :func:`~libra.ops.reference.score_row` for attention that is not just causal.
 
-    ``seen`` (B, H or 1, R, K) bool; ``cap``: the scores are squeezed between -cap and cap; ``bias`` (B or 1, H, S,
-    K) is added to them.
+    ``seen`` (B, H or 1, R, K) bool; ``cap``: the scores are squeezed between -cap and cap; ``bias`` (B or 1,
+    H, S, K) is added to them.
     """
     batch, heads, _, width = query.shape
     chosen = rows[:, None, :, None]

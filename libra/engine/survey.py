@@ -1,4 +1,5 @@
-"""What a call brings: which of its columns are visual tokens, who scores them, and what seeds a random choice."""
+"""What a call brings: which of its columns are visual tokens, who scores them, and what seeds a random
+choice."""
 
 import torch
 
@@ -17,8 +18,8 @@ def surveyed(given: dict, token_ids: list[int], table: torch.nn.Module, call, tr
         trace: whether to record what becomes of each visual token.
 
     Raises:
-        ValueError: where nothing tells which columns are visual tokens, for prompts that are padded on the right
-            with a cache, and for several samples packed into one row.
+        ValueError: where nothing tells which columns are visual tokens, for prompts that are padded on the
+            right with a cache, and for several samples packed into one row.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     cache, mask = cache_given(given), given.get("attention_mask")

@@ -49,9 +49,9 @@ class TowerLeft:
     visual tokens, padded on the right.
 
     kept: bool, where the embeddings hold a token that is left. groups: the number, among the row's kept ones,
-    of the token that each went into; -1 where it was dropped. weights: its weight there; importance: the score
-    it was chosen by; these three are for traces only. tokens: for each row the numbers of the visual tokens whose
-    embeddings are others now, and those (T, D); None where the embeddings have them already.
+    of the token that each went into; -1 where it was dropped. weights: its weight there; importance: the
+    score it was chosen by; these three are for traces only. tokens: for each row the numbers of the visual
+    tokens whose embeddings are others now, and those (T, D); None where the embeddings have them already.
     """
 
     kept: torch.Tensor
@@ -65,9 +65,9 @@ class TowerLeft:
 class Seen:
     """What the vision tower says about the visual tokens of B rows.
 
-    context: per visual token of a row, padded on the right; pictures: for each row the visual tokens of each of
-    its pictures, which are spans of their own even where they touch; left: what a compression in the tower has
-    left, where there was one.
+    context: per visual token of a row, padded on the right; pictures: for each row the visual tokens of each
+    of its pictures, which are spans of their own even where they touch; left: what a compression in the tower
+    has left, where there was one.
     """
 
     context: Context
@@ -522,7 +522,8 @@ class VisualTokens:
 
     def centred(self, positions: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """``positions`` (B or 1, S) of the columns that are left, where the i-th of a span's T tokens stands
-        at the centre of the i-th of T even intervals of the positions that the span had from ``starts`` on."""
+        at the centre of the i-th of T even intervals of the positions that the span had from ``starts``
+        on."""
         members = self._members()
         number = (members.cumsum(2) - 1).float()  # (B, M, S)
         interval = self._places[1] / members.sum(2).clamp(min=1)

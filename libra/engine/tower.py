@@ -1,4 +1,5 @@
-"""What a vision tower says about a picture's tokens, and the compression of its features before the projector.
+"""What a vision tower says about a picture's tokens, and the compression of its features before the
+projector.
 
 The tower runs as it is, with its own attention implementation; only the queries and keys of the layers that a
 method looks at are computed once more, from the hidden states that went into them.
@@ -7,6 +8,7 @@ method looks at are computed once more, from the hidden states that went into th
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -56,8 +58,8 @@ class Wants:
         return cls(frozenset(fields), tuple(sorted(earlier))) if fields else None
 
     def layers(self, used: int, depth: int) -> list[int]:
-        """The numbers of the layers whose attention is looked at, of ``depth``; ``used`` is the one whose output
-        the model takes, and comes last."""
+        """The numbers of the layers whose attention is looked at, of ``depth``; ``used`` is the one whose
+        output the model takes, and comes last."""
         return [max(0, round(share * depth) - 1) for share in self.earlier] + [used]
 
 
@@ -85,8 +87,8 @@ class View:
 
         arrange: takes the number of a picture and a tensor (n, P, W) of something about its patches, and
             returns (N, W) of its visual tokens; a token that no patch made gets zeros.
-        grid: takes the number of a picture and its ``outside``, and returns the grids of its parts; None where
-            nobody asks.
+        grid: takes the number of a picture and its ``outside``, and returns the grids of its parts; None
+            where nobody asks.
         """
         per_token = {
             "hidden": self.hidden,
@@ -162,8 +164,8 @@ def scores(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Attention of a tower's layer that a method reads, without ever building all of it.
 
-    queries, keys: (I, H, P, D), where the first of P is the [CLS] token if there is ``cls``. mask: (I, 1, P, P) or
-    (I, 1, 1, P), bool or added, of towers that leave patches out.
+    queries, keys: (I, H, P, D), where the first of P is the [CLS] token if there is ``cls``. mask: (I, 1, P,
+    P) or (I, 1, 1, P), bool or added, of towers that leave patches out.
 
     Returns:
         the row of [CLS] (I, P), averaged over the heads, or None without ``cls``; and the attention received
@@ -193,7 +195,7 @@ def scores(
 
 
 @torch.no_grad()
-def heads_of(attention: torch.nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+def heads_of(attention: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Queries and keys (I, H, P, D) of an attention module of CLIP's or SigLIP's kind, from its own input
     (I, P, C), and its scaling."""
     shape = (*hidden.shape[:2], -1, attention.head_dim)
@@ -210,7 +212,8 @@ def look(
     used: the number of the layer whose output are the features; has_cls: whether the first token is [CLS].
     """
     first = int(has_cls)
-    fields, found = wants.fields, {"cls": [], "received": []}
+    fields = wants.fields
+    found: dict[str, list[torch.Tensor]] = {"cls": [], "received": []}
     keys = cls_keys = None
     for number in (
         wants.layers(used, len(layers)) if fields & {"tower_cls", "tower_received", "tower_keys"} else ()
@@ -231,10 +234,10 @@ def look(
     features = states[used + 1]
     return View(
         features[:, first:],
-        *(torch.stack(found[name]) if found[name] else None for name in ("cls", "received")),
-        keys,
-        features[:, 0] if has_cls else None,
-        cls_keys,
+        **{name: torch.stack(layers) if layers else None for name, layers in found.items()},
+        keys=keys,
+        cls_hidden=features[:, 0] if has_cls else None,
+        cls_keys=cls_keys,
     )
 
 
@@ -273,8 +276,8 @@ def context_of(rows: Sequence[Sequence[Look]], cls_first: bool = False) -> Conte
 class Left:
     """What a compression in the tower left of one picture of N visual tokens.
 
-    tokens: (T, C) features for the projector; columns: (T,), where among the N they stand, ascending; outside:
-    (T,) bool, those that no patch made. groups, weights, importance: (N,), as in :class:`TowerLeft`.
+    tokens: (T, C) features for the projector; columns: (T,), where among the N they stand, ascending;
+    outside: (T,) bool, those that no patch made. groups, weights, importance: (N,), as in :class:`TowerLeft`.
     """
 
     tokens: torch.Tensor
@@ -347,11 +350,13 @@ def left_of_rows(rows: Sequence[Sequence[tuple[int, Left | None]]], device) -> T
         for name, some in parts.items():
             dtype = {"kept": torch.bool, "groups": torch.long}.get(name, torch.float32)
             columns[name].append(torch.cat(some) if some else torch.zeros(0, dtype=dtype, device=device))
-    return TowerLeft(**{name: pad_sequence(some, batch_first=True) for name, some in columns.items()})
+    padded: dict[str, Any] = {name: pad_sequence(some, batch_first=True) for name, some in columns.items()}
+    return TowerLeft(**padded)
 
 
 def grids_of(outside: torch.Tensor, tiles: int, side: int) -> tuple[tuple[int, int], ...]:
-    """The grids of one image in tiles: the whole image, then its tiles' one map with a newline after each row.
+    """The grids of one image in tiles: the whole image, then its tiles' one map with a newline after each
+    row.
 
     Args:
         outside: (N,) bool, the tokens that are newlines.

@@ -1,8 +1,8 @@
 """A control: average pooling over even windows of the picture, which benchmark papers found hard to beat.
 
-A picture of h × w tokens is cut into h' × w' = T windows as square as they can be, and each window becomes its mean,
-at the place of its middle token. Where T has no such factors (a prime number, or one that would make windows more
-than four times as long as wide) the windows are T even runs of tokens in raster order.
+A picture of h × w tokens is cut into h' × w' = T windows as square as they can be, and each window becomes
+its mean, at the place of its middle token. Where T has no such factors (a prime number, or one that would
+make windows more than four times as long as wide) the windows are T even runs of tokens in raster order.
 """
 
 import math
@@ -24,8 +24,8 @@ METHOD = Method(
     places=(),
     place="input",
     cost="one mean over the tokens",
-    deviation="windows do not overlap, so that each token counts once; adaptive pooling, which benchmark papers"
-    " use, lets them overlap where T does not divide the grid",
+    deviation="windows do not overlap, so that each token counts once; adaptive pooling, which benchmark "
+    "papers use, lets them overlap where T does not divide the grid",
 )
 
 

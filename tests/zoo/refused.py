@@ -13,7 +13,8 @@ INDICES = "its decoder layers take prev_topk_indices, which nobody can shorten"
 REASONS = {
     "Blip2ForConditionalGeneration": WITHIN,
     "BlipForConditionalGeneration": PLACEHOLDER,
-    "DiffusionGemmaForBlockDiffusion": "the configuration of its decoder does not tell how many layers it has",
+    "DiffusionGemmaForBlockDiffusion": "the configuration of its decoder does not tell how many layers it"
+    " has",
     "Dots3NoteForConditionalGeneration": "its decoder has layers of type indexed_attention",
     "EvollaForProteinText2Text": PLACEHOLDER,
     "Florence2ForConditionalGeneration": ENCODER,
