@@ -664,6 +664,21 @@ def test_gradient_checkpointing(family):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)
 
 
+def test_reentrant_gradient_checkpointing():
+    """Whose recomputation runs a layer a second time with gradients."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = families.own_model(LLAVA).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+        with libra.attach(model, Compression(method="libra", layers=(1, 5), tau=0.6)):
+            model(**answered(LLAVA), use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4)
+
+
 # --- other people's code, unchanged ---
 
 TEMPLATE = (

@@ -1,6 +1,7 @@
 """Faults of the engine and the plug-in, one test an entry: what is right, or the sentence that refuses."""
 
 import copy
+import gc
 import itertools
 import pickle
 import re
@@ -21,6 +22,7 @@ import libra
 from libra import Compression
 from libra.budget import actual, kept, nominal
 from libra.config import ConfigError
+from libra.engine.layers import HookedForward
 from libra.flops import report
 from libra.merge import MERGERS
 from libra.methods import METHODS
@@ -197,6 +199,24 @@ def test_b11_an_interrupted_call_leaves_nothing_behind(where, error):
             assert torch.equal(model.lm_head(body), plain.logits)
             assert torch.equal(model(**ONE).loss, plain_loss)
             model(input_ids=OTHER["input_ids"], pixel_values=OTHER["pixel_values"])
+
+
+@torch.no_grad()
+def test_b11_detaching_frees_what_an_interrupted_call_held():
+    """Nothing else ends such a call: torch runs no hook after Ctrl-C."""
+
+    def held() -> int:
+        gc.collect()
+        return sum(isinstance(thing, HookedForward) for thing in gc.get_objects())
+
+    model, before = tiny.hf_model(), held()
+    handle = libra.attach(model, LIBRA)
+    with interrupted(model.model.language_model.layers[4].mlp, KeyboardInterrupt()) as kept:
+        model(**ONE)
+    del kept
+    assert held() == before + 1
+    handle.detach()
+    assert held() == before
 
 
 @torch.no_grad()

@@ -50,9 +50,10 @@ def named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
 
 
 def forget_compiled_code() -> None:
-    """Compiled code does not look for hooks that were added later, or that are gone."""
+    """Compiled code does not look for hooks that were added later, or that are gone; it is made anew when it is
+    called next, whatever model it belongs to."""
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
 class Hooks:
@@ -150,6 +151,7 @@ class Hooks:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        calls.running(self.decoder)  # which forgets a call that was interrupted, and what it held
         self._eyes.close()
         del vars(self.decoder)[OWNER]
         for module in self.decoder.modules():
