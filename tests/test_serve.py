@@ -31,7 +31,7 @@ KEY = "a-key-of-the-test"
 METHODS = [
     {"method": "libra", "ratio": 0.5},
     {"method": "fastv", "ratio": 0.75},
-    {"method": "turbo", "layers": [3], "ratio": 0.6},
+    {"method": "divprune", "keep": 64},
     {"method": "pyramiddrop"},
 ]
 
@@ -143,6 +143,9 @@ def test_a_request_without_a_compression_has_the_servers_and_vanilla_has_none(as
     own = ask(message(text, image)).usage.compression
     assert own["settings"] == libra.Compression.named("mini/r50").at_depth(12).to_dict()
     assert ask(message(text, image), compression="mini/r50").usage.compression == own
+    told = ask(message(text, image), compression={"method": "visionzip", "keep": 64}).usage.compression
+    assert told["tokens"] == [{"at": "input", "visual": 64, "compensation": 0}]
+    assert told["average_tokens"] == 64 and told["cache_saved_bytes"] == 192 * 12 * 2 * 128 * 4
     for vanilla in ("vanilla", {"method": "vanilla"}):
         told = ask(message(text, image), compression=vanilla).usage.compression
         assert (told["tokens"], told["average_tokens"], told["flops_saved"]) == ([], 256, 0)

@@ -25,7 +25,7 @@ def figures(compression: Compression, stats: dict | None, visual: int, prompt: i
     """
     seen = [visual] * layers
     added = [0] * layers
-    flops, held_bytes = 0.0, None
+    flops, saved_bytes = 0.0, None
     if stats is not None:
         seen = [int(row[0]) for row in stats["visual_tokens"]]
         new = [sum(map(int, row[:1])) for row in stats["compensation_tokens"]]
@@ -33,7 +33,7 @@ def figures(compression: Compression, stats: dict | None, visual: int, prompt: i
         added = [first + sum(new[:layer]) for layer in range(layers)]
         flops = 1 - float(stats["flops_ratio"][0])
         cache = stats.get("cache")
-        held_bytes = cache["total"] if cache and not cache.get("window") else None
+        saved_bytes = stats["cache_plain"] - cache["total"] if cache else None
     held = [prompt - visual + own + extra for own, extra in zip(seen, added)]
     saved = sum(prompt - one for one in held)
     return {
@@ -43,7 +43,7 @@ def figures(compression: Compression, stats: dict | None, visual: int, prompt: i
         "average_tokens": round(sum(seen) / layers, 2),
         "flops_saved": round(flops, 4),
         "cache_saved": round(saved / (prompt * layers), 4),
-        "cache_saved_bytes": None if held_bytes is None else round(held_bytes * saved / sum(held)),
+        "cache_saved_bytes": saved_bytes,
     }
 
 
