@@ -102,6 +102,10 @@ def launches(dtype: torch.dtype) -> None:
         kernels.most_similar(tokens, tokens)
         kernels.most_similar(tokens, tokens, groups, itself=False)
         kernels.merge_groups(tokens, groups[0], empty(batch, count), count // 2)
+    for tokens in (16, 576, 1024, 2880, 8192):
+        similarity = empty(2, tokens, tokens)
+        kernels.pick_farthest(similarity, empty(2, tokens), 12)
+        kernels.greedy_map(similarity, 12)
     for length in (40, 576, 2880, 16384):
         chosen, one = empty(2, length, dtype=torch.bool), numbers(2, 1)
         kernels.group_softmax(empty(2, length), numbers(2, length), length // 2)

@@ -19,9 +19,10 @@ import tiny
 import torch
 from hypothesis import given, settings
 
-from libra import Compression
+from libra import Compression, Context
 from libra.budget import keeps
 from libra.ops import dispatch
+from libra.ops.greedy import greedy_map, pick_farthest, similarities
 from libra.ops.reference import (
     best_of_intervals,
     group_softmax,
@@ -239,6 +240,33 @@ def test_repack(device, length, pads_left):
         asked = keep, behind, extra, shift, width
         for got, want in zip(kernels.repack(*asked), repack.__wrapped__(*asked)):
             assert torch.equal(got, want) and got.is_contiguous()
+
+
+@pytest.mark.parametrize("spans, tokens, count", [(1, 20, 20), (3, 70, 9), (2, 130, 33)])
+def test_picks_step_by_step(device, spans, tokens, count):
+    """The same tokens in the same order, also past the rank of the kernel, and among equal tokens."""
+    x = drawn(0, device)[0](spans, tokens, 24)
+    x[:, 5] = x[:, 11]
+    similarity = similarities(x)
+    nearest = 1 - similarity.masked_fill(torch.eye(tokens, dtype=torch.bool, device=device), -2).amax(2)
+    wanted = pick_farthest.__wrapped__(similarity, nearest, count)
+    assert torch.equal(kernels.pick_farthest(similarity, nearest, count), wanted)
+    relevance = 0.1 + drawn(1, device)[0](spans, tokens).abs()
+    for kernel in (similarity, relevance[:, :, None] * similarity * relevance[:, None]):
+        wanted = greedy_map.__wrapped__(kernel, min(count, 20))
+        assert torch.equal(kernels.greedy_map(kernel, min(count, 20)), wanted)
+    past = kernels.greedy_map(kernel, count)
+    assert all(len(set(row)) == count for row in past.tolist())
+
+
+def test_a_batch_of_selectors_is_one_launch(launched):
+    """Spans of one size are one launch, whatever rows they are of."""
+    hidden = drawn(0, "cpu")[0](3, 40, 8)
+    context = Context(relevance=hidden[:, :, 0])
+    for method, name in (("divprune", "pick_farthest"), ("cdpruner", "greedy_map")):
+        launched.clear()
+        compress(hidden, None, Compression(method=method, keep=7), context=context)
+        assert launched[name] == 1
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 2 / 3, 0.95])

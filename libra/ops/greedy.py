@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import cat
 
+from .dispatch import fused
+
 __all__ = ["cat", "cosines", "farthest_first", "greedy_map", "similarities", "thin_out"]
 
 
@@ -37,18 +39,26 @@ def farthest_first(x: torch.Tensor, count: int) -> torch.Tensor:
     First the token whose nearest other token is farthest, then always the one whose nearest picked token is
     farthest; distance is 1 - cosine.
     """
-    distance = 1 - similarities(x)
+    similarity = similarities(x)
     itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    nearest = distance.masked_fill(itself, math.inf).amin(2)
+    nearest = 1 - similarity.masked_fill(itself, -math.inf).amax(2)
+    return pick_farthest(similarity, nearest, count)
+
+
+@fused
+def pick_farthest(similarity: torch.Tensor, nearest: torch.Tensor, count: int) -> torch.Tensor:
+    """(S, count): max-min picks by the distance 1 - ``similarity`` (S, n, n), float32; the first one is where
+    ``nearest`` (S, n) is highest."""
     picks = [_first_highest(nearest)]
     nearest = torch.full_like(nearest, math.inf)
     for _ in range(count - 1):
-        to_pick = distance.gather(1, picks[-1][:, :, None].expand(-1, -1, x.shape[1]))[:, 0]
-        nearest = torch.minimum(nearest, to_pick).scatter(1, picks[-1], -math.inf)
+        row = similarity.gather(1, picks[-1][:, :, None].expand(-1, -1, similarity.shape[1]))[:, 0]
+        nearest = torch.minimum(nearest, 1 - row).scatter(1, picks[-1], -math.inf)
         picks.append(_first_highest(nearest))
     return torch.cat(picks, 1)
 
 
+@fused
 def greedy_map(kernel: torch.Tensor, count: int) -> torch.Tensor:
     """(S, count): tokens in the order in which greedy MAP inference of a determinantal point process picks
     them.

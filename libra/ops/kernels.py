@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .greedy_kernels import _farthest, _greedy_map, greedy_map, pick_farthest  # noqa: F401  Found by name.
 from .spans import Spans, on_device
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
