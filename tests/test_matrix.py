@@ -4,7 +4,9 @@ The fast suite takes each class with one check and one method, such that every c
 ``--all`` takes all.
 """
 
+import runpy
 from itertools import cycle, product
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ METHODS = {
     "fastv": dict(method="fastv"),
     "turbo": dict(method="turbo"),
 }
-PATTERNS = ("t4 i i t5", "t2 i t3 i t7")
+PATTERNS = ("t4 i i t5", "t2 i t3 v t7")  # an image where the class takes no videos
 STEPS = 4
 CLASSES = [name for name in zoo.NAMES if name in TESTED]
 
@@ -139,11 +141,11 @@ def test_a_class(name, method, check):
     check(name, method)
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.REASONS if hasattr(transformers, name)])
+@pytest.mark.parametrize("name", filter(zoo.possible, zoo.REASONS))
 def test_what_cannot_work_is_refused_with_the_reason(name):
     with pytest.raises(ValueError) as refusal:
         libra.attach(zoo.hollow(name), Compression(method="libra", layers=(1, 3), ratio=0.5))
-    assert str(refusal.value) == f"libra.attach does not support {name}: {zoo.REASONS[name]}"
+    assert str(refusal.value).startswith(f"libra.attach does not support {name}: {zoo.REASONS[name]}")
 
 
 def test_features_that_come_late_are_not_compressed_early():
@@ -158,3 +160,10 @@ def test_features_that_come_late_are_not_compressed_early():
 def test_the_tested_classes_are_those_of_this_matrix():
     assert sorted(TESTED) == sorted(set(zoo.KINDS) - set(zoo.REASONS))
     assert len(TESTED) >= 48
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="newer ones take other classes")
+def test_the_page_of_models_is_current():
+    root = Path(__file__).resolve().parents[1]
+    page = runpy.run_path(str(root / "scripts/models_page.py"))["page"]
+    assert page() == (root / "docs/models.md").read_text(encoding="utf-8"), "run scripts/models_page.py"

@@ -4,7 +4,7 @@ import torch
 import transformers
 from families import END, IMAGE, START, VIDEO, Kind, Picture, modalities, noise
 
-from .parts import LINEAR, MOLMO, OPT, QFORMER, SLIDING, TINY_TOWER, kind, nothing
+from .parts import GRANITE, LINEAR, MOLMO, OPT, QFORMER, SLIDING, TINY_TOWER, kind, nothing
 from .sizes import AUDIO, INTERLEAVED, TEXT, WIDTH, has, recipe
 
 
@@ -261,6 +261,7 @@ KINDS = {
     "Granite4VisionForConditionalGeneration": kind(
         recipe(
             "Granite4VisionForConditionalGeneration",
+            GRANITE,
             vision=dict(hidden_size=64),
             qformer_config=QFORMER,
             downsample_rate="1/2",

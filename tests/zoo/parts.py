@@ -85,6 +85,10 @@ MUSE_AUDIO = dict(out_hidden_size=WIDTH, hidden_sizes=[16] * 4, depths=[1] * 4)
 GEMMA_AUDIO = dict(
     hidden_size=16, conf_num_attention_heads=2, conf_num_hidden_layers=1, sscp_conv_channel_size=[8, 8]
 )
+# Before transformers 5.23 the default of its text model is a Llama's, which has none of these.
+GRANITE = dict(
+    attention_multiplier=0.35, embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0
+)
 OPT = dict(ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH)
 QFORMER = dict(
     vocab_size=100,

@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from packaging.version import Version
 
 from .sizes import recipe
 
@@ -10,18 +11,18 @@ CROSS = "its text looks at the images through cross-attention, so its layers hav
 PLACEHOLDER = "its configuration names no placeholder of visual tokens"
 WITHIN = "its generate hands embeddings to its language model, which knows of no placeholders"
 INDICES = "its decoder layers take prev_topk_indices, which nobody can shorten"
+NUMBER = "the configuration of its decoder does not tell how many layers it has"
 REASONS = {
     "Blip2ForConditionalGeneration": WITHIN,
     "BlipForConditionalGeneration": PLACEHOLDER,
-    "DiffusionGemmaForBlockDiffusion": "the configuration of its decoder does not tell how many layers it"
-    " has",
+    "DiffusionGemmaForBlockDiffusion": NUMBER,
     "Dots3NoteForConditionalGeneration": "its decoder has layers of type indexed_attention",
     "EvollaForProteinText2Text": PLACEHOLDER,
     "Florence2ForConditionalGeneration": ENCODER,
     "GitForCausalLM": PLACEHOLDER,
     "Glm5NextForConditionalGeneration": INDICES,
     "IdeficsForVisionText2Text": PLACEHOLDER,
-    "Inkling2ForConditionalGeneration": "its decoder layers take block_states, which nobody can shorten",
+    "Inkling2ForConditionalGeneration": "its decoder layers take block_states",
     "InstructBlipForConditionalGeneration": WITHIN,
     "InstructBlipVideoForConditionalGeneration": WITHIN,
     "Kosmos2ForConditionalGeneration": PLACEHOLDER,
@@ -44,6 +45,14 @@ LARGE = (
     "Florence2ForConditionalGeneration",
     "Glm5NextForConditionalGeneration",
 )
+# Whose default configuration cannot be built before transformers 5.23.
+NEWER = ("DiffusionGemmaForBlockDiffusion", "VisionEncoderDecoderModel")
+
+
+def possible(name: str) -> bool:
+    """Whether the installed transformers can build the class."""
+    old = Version(transformers.__version__) < Version("5.23")
+    return hasattr(transformers, name) and not (old and name in NEWER)
 
 
 def hollow(name: str):

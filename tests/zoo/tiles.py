@@ -106,7 +106,7 @@ KINDS = {
         dict(image_size=32, patch_size=2),
         image=tile(16, 32),
     ),
-    **fixed("VipLlavaForConditionalGeneration", 16, vision_feature_layer=[-1, -2]),
+    **fixed("VipLlavaForConditionalGeneration", 16, vision=dict(num_hidden_layers=12)),
     **fixed("FastVlmForConditionalGeneration", 16, dict(layer_types=FULL), FASTVIT, image=tile(16, 32)),
     **fixed(
         "Gemma3nForConditionalGeneration",
