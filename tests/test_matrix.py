@@ -141,7 +141,7 @@ def test_a_class(name, method, check):
     check(name, method)
 
 
-@pytest.mark.parametrize("name", filter(zoo.possible, zoo.REASONS))
+@pytest.mark.parametrize("name", list(filter(zoo.possible, zoo.REASONS)))
 def test_what_cannot_work_is_refused_with_the_reason(name):
     with pytest.raises(ValueError) as refusal:
         libra.attach(zoo.hollow(name), Compression(method="libra", layers=(1, 3), ratio=0.5))
