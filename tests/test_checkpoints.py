@@ -426,7 +426,7 @@ WHOLE = {
     "no tower": (
         lambda f: shutil.rmtree(f.parent / "vision_tower"),
         "the vision tower vision_tower, which .*config.json names as mm_vision_tower, is neither in this"
-        " folder nor beside it",
+        " folder nor next to it",
     ),
     "no image processor": (
         lambda f: (f.parent / "vision_tower" / "preprocessor_config.json").unlink(),

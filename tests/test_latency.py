@@ -264,7 +264,7 @@ def test_command_measures_a_checkpoint(capsys, tmp_path):
         (["--random-weights", "--attn", "nonsense"], "nonsense"),
         (["--random-weights", "--device", "nonsense"], "--device: nonsense is not a device"),
         (["--random-weights", "--json", "{folder}"], "is a folder"),
-        (["--checkpoint", "{folder}/none"], "none is no folder"),
+        (["--checkpoint", "{folder}/none"], "none is not a folder"),
         (["--checkpoint", "{folder}"], "cannot be loaded"),
         (["--checkpoint", "{folder}", "--layers", "3"], "--layers cuts a model of random weights"),
         (

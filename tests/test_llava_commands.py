@@ -224,7 +224,7 @@ def test_images_may_be_shown_later(checkpoint, loaded, once, row, capsys, monkey
     assert "missing.png cannot be opened" in errors[0] and "videos are for VideoLLaMA-2" in errors[1]
     assert (
         "/imag a.png is not a command; they are /image FILE" in errors[2]
-        and "/image is no command" in errors[3]
+        and "/image is not a command" in errors[3]
     )
     assert (
         "[a new conversation]\n" in output.out and output.out.count("[visual tokens ") == 2
