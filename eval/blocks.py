@@ -100,17 +100,14 @@ def mini_text(measured: Measured) -> list[str]:
     if not sizes:
         return []
     said = (
-        f"Exact match in percent over {' or '.join(map(str, sorted(sizes)))} held-out questions a type, ±"
-        f" {ERRORS}. "
-        "FLOPs: the visual tokens' in the decoder, nominal, relative to vanilla. Δ: mean paired difference"
-        " over the types in "
-        f"Avg, in points, with its standard error. {MARKED}"
+        f"Exact match in percent over {' or '.join(map(str, sorted(sizes)))} held-out questions a type, ± "
+        f"{ERRORS}. FLOPs: the visual tokens' in the decoder, nominal, relative to vanilla. Δ: mean paired "
+        f"difference over the types in Avg, in points, with its standard error. {MARKED}"
     )
     if "sim" in measured.table.extras:
         said += (
-            " Sim: mean s^max of the tokens that are no targets, after each compression layer. Into"
-            " compensation: the share of "
-            "those tokens that went into the compensation token."
+            " Sim: mean s^max of the tokens that are no targets, after each compression layer. Into "
+            "compensation: the share of those tokens that went into the compensation token."
         )
     if not measured.table.timed:
         said += " Seconds: generation over all types, one process."
@@ -174,10 +171,9 @@ def turns_text(measured: Measured) -> list[str]:
     if not timed:
         return []
     return [
-        f"Times are medians with quartiles over {timed[0]['n']} questions, from the picture to the answer's"
-        " text, one question "
-        "at a time on one thread; the ratio is taken question by question. KV cache: its bytes at the end of"
-        " an answer."
+        f"Times are medians with quartiles over {timed[0]['n']} questions, from the picture to the answer's "
+        "text, one question at a time on one thread; the ratio is taken question by question. KV cache: its "
+        "bytes at the end of an answer."
     ]
 
 

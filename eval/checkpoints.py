@@ -27,8 +27,8 @@ def require_checkpoint(name: str) -> str:
         hub_file(found, "config.json")
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise CheckpointError(
-            f"checkpoint {found} is not in the local cache and the model hub does not give it"
-            f" ({type(error).__name__}): "
-            "connect to the internet, or give a local copy with --checkpoint FOLDER"
+            f"checkpoint {found} is not in the local cache and the model hub does not give it "
+            f"({type(error).__name__}): connect to the internet, or give a local copy with --checkpoint "
+            "FOLDER"
         ) from None
     return found

@@ -72,9 +72,8 @@ def paper_block(table: Table, suites: Sequence[Measured], grids: list[Grid]) -> 
         said += " MMBench answers are read by rules, not by a judge model."
     if table.timed:
         said += (
-            " Ours: latency is the mean over the samples that all rows answer in turns, one at a time; time"
-            " is latency × the"
-            " benchmark's samples; memory is the device's peak."
+            " Ours: latency is the mean over the samples that all rows answer in turns, one at a time; time "
+            "is latency × the benchmark's samples; memory is the device's peak."
         )
     lines.append(said + f" {blocks.MARKED}")
     return lines + _notes(notes)
@@ -317,9 +316,9 @@ def _require_commits(cells: Sequence[dict]) -> None:
     if others:
         name = "{suite}.{row}.{task}".format_map(others[0])
         raise ValueError(
-            f"{len(others)} of {len(cells)} cells were computed in an edited checkout, {name} at"
-            f" {others[0]['commit']}, and"
-            " their code is not this commit's: run eval.run, which computes them again, then publish"
+            f"{len(others)} of {len(cells)} cells were computed in an edited checkout, {name} at "
+            f"{others[0]['commit']}, and their code is not this commit's: run eval.run, which computes them "
+            "again, then publish"
         )
 
 

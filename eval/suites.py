@@ -102,7 +102,8 @@ _EARLY = (
 
 
 def _field(cut: str, *more: str) -> dict[str, tuple[str, ...]]:
-    """Sections of one budget: after an early layer, and before the language model with each kind of positions."""
+    """Sections of one budget: after an early layer, and before the language model with each kind of
+    positions."""
     share = {"c33": "1/3", "c22": "2/9", "c11": "1/9", "c06": "1/18"}[cut]
     sections = {f"{share}, between decoder layers": tuple(f"{cut}_{name}" for name in (*_LATE, *more))}
     for positions in ("original", "compact"):
@@ -131,8 +132,8 @@ TABLES = {
             ("videollama2",),
             {"": ("vanilla", "fastv", "turbo", "libra")},
             note="The embedded model sees single images: this is the setting of the paper's video table, "
-            "75% removed after one "
-            "early layer, on its question types; there are no subtitles and no durations.",
+            "75% removed after one early layer, on its question types; there are no subtitles and no "
+            "durations.",
         ),
         Table(
             "3",
@@ -148,8 +149,8 @@ TABLES = {
             above=True,
             extras=("sim", "share"),
             note="Merging is Turbo after one layer, Hierarchical is Turbo after three. PTI exchanges its "
-            "targets for "
-            "intervals, IGM its average for the importance-informed merging and the compensation token.",
+            "targets for intervals, IGM its average for the importance-informed merging and the "
+            "compensation token.",
         ),
         Table(
             "4",
@@ -163,9 +164,8 @@ TABLES = {
             },
             above=True,
             extras=("sim", "share"),
-            note="Targets are the most important tokens (top-k) in every row, 80% are removed. Pruning asks "
-            "for no similarity; "
-            "its Sim is that of the rows below, for the targets are the same.",
+            note="Targets are the most important tokens (top-k) in every row, 80% are removed. Pruning "
+            "asks for no similarity; its Sim is that of the rows below, for the targets are the same.",
         ),
         Table(
             "5",
@@ -195,10 +195,8 @@ TABLES = {
             {"": ("vanilla", "flash", "sdpa", "fastv", "fastv_hybrid", "libra_hybrid")},
             timed=20,
             note="Ratios to vanilla on the same questions, which all rows answer in turns, one question at "
-            "a time. SDPA stands "
-            "where the paper has flash-attention 2, which a CPU does not have. FastV without hybrid runs"
-            " eager attention, as a "
-            "method that reads the whole attention map must.",
+            "a time. SDPA stands where the paper has flash-attention 2, which a CPU does not have. FastV "
+            "without hybrid runs eager attention, as a method that reads the whole attention map must.",
         ),
         Table(
             "arena",
@@ -226,8 +224,7 @@ TABLES = {
             blind=True,
             extras=("sim", "share"),
             note="Within a section of one place and rate all rows compress after the same layers to the "
-            "same number of tokens, "
-            "so they cost the same FLOPs. Random pruning is drawn three times.",
+            "same number of tokens, so they cost the same FLOPs. Random pruning is drawn three times.",
         ),
         Table(
             "field",
@@ -242,11 +239,12 @@ TABLES = {
                 **_field("c06"),
             },
             blind=True,
-            note="A small model's order of methods is not the field's: this table shows what runs, at which cost, and"
-            " what each choice does to this model. Shares are visual tokens of an average layer. The methods before"
-            " the language model renumber positions as published; compare methods within one kind of positions. Random"
-            " and pooling are controls. Figures of LLaVA-1.5-7B next to ours, where there are any, are those of RESTORE"
-            " (ICML 2026), Table 1, whose authors ran the official codes in one environment.",
+            note="A small model's order of methods is not the field's: this table shows what runs, at "
+            "which cost, and what each choice does to this model. Shares are visual tokens of an average "
+            "layer. The methods before the language model renumber positions as published; compare methods "
+            "within one kind of positions. Random and pooling are controls. Figures of LLaVA-1.5-7B next "
+            "to ours, where there are any, are those of RESTORE (ICML 2026), Table 1, whose authors ran "
+            "the official codes in one environment.",
         ),
         Table(
             "E",
@@ -259,8 +257,7 @@ TABLES = {
                 "fine-tuned with Libra-Merging, 50%": ("compressed_vanilla", "compressed_r50"),
             },
             note="The paper's training table is in a supplement that was not at hand. Each difference to "
-            "vanilla is what "
-            "compressing costs the same checkpoint.",
+            "vanilla is what compressing costs the same checkpoint.",
             trained=("whole", "compressed"),
         ),
     )

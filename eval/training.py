@@ -22,12 +22,9 @@ def training_block(table: Table, noted: dict, grids: list[Grid]) -> list[str]:
         "## What a step costs",
         "",
         "Forward and backward of the language model, without vision tower and optimizer, with "
-        "Libra-Merging, 50%"
-        " against all visual tokens: in turns in one process of one thread, CPU seconds, the median of the "
-        "pairs'"
-        " ratios and its interval. FLOPs: of all tokens in the layers, the text's too. Memory: the peak "
-        "above the"
-        " weights, gradients included, each in a process of its own.",
+        "Libra-Merging, 50% against all visual tokens: in turns in one process of one thread, CPU seconds, "
+        "the median of the pairs' ratios and its interval. FLOPs: of all tokens in the layers, the text's "
+        "too. Memory: the peak above the weights, gradients included, each in a process of its own.",
         "",
         *markdown(grids[-1]),
         "",
@@ -43,13 +40,10 @@ def _names(table: Table) -> dict[str, str]:
 def _setup(setup: dict) -> str:
     return (
         f"From mini/checkpoint on {setup['samples']:,} fresh images with {setup['turns']} questions each "
-        "(scenes and"
-        f" easy-VQA, in the shares of its own training): {setup['steps']} steps of {setup['rows']} images, "
-        "learning"
-        f" rate {setup['learning_rate']:g} with a cosine, vision tower frozen, bfloat16, seed "
-        f"{setup['seed']}. All"
-        f" runs see the same samples in the same order; {setup['processes']} processes each, one run after "
-        "the other."
+        f"(scenes and easy-VQA, in the shares of its own training): {setup['steps']} steps of "
+        f"{setup['rows']} images, learning rate {setup['learning_rate']:g} with a cosine, vision tower "
+        f"frozen, bfloat16, seed {setup['seed']}. All runs see the same samples in the same order; "
+        f"{setup['processes']} processes each, one run after the other."
     )
 
 

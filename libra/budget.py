@@ -167,9 +167,8 @@ def solve(c: Compression, spec: Sizes, n: int) -> Compression:
             f"{math.ceil(least)} to {math.floor(most)}" if key == "tokens" else f"{least:.3f} to {most:.0f}"
         )
         raise ConfigError(
-            f"{key}: {goal:.4g} is out of range: after layers {show(layers)} of {spec.layers} and with"
-            f" {n} visual"
-            f" tokens it can be {ends}; change the budget or the layers"
+            f"{key}: {goal:.4g} is out of range: after layers {show(layers)} of {spec.layers} and with {n} "
+            f"visual tokens it can be {ends}; change the budget or the layers"
         )
     for _ in range(60):
         middle = (low + high) / 2

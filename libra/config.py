@@ -145,10 +145,9 @@ class Compression:
         if BEFORE in (self.layers or ()) and self.acts and self.reads_importance:
             if self.importance != "tower":
                 raise ConfigError(
-                    f"importance: {self.importance} is the decoder's attention, and {self.name} reads it"
-                    f" {IN_WORDS[self.place if self.at else INPUT]}, where there is none yet; write "
-                    "importance:"
-                    " tower, or compress after a layer"
+                    f"importance: {self.importance} is the decoder's attention, and {self.name} reads it "
+                    f"{IN_WORDS[self.place if self.at else INPUT]}, where there is none yet; write "
+                    "importance: tower, or compress after a layer"
                 )
         if self.at != TOWER:
             return

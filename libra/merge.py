@@ -121,17 +121,15 @@ def check_slots(name: str, returned, matches: Matches) -> tuple["torch.Tensor", 
     if not bool(allowed.all()):
         row, token = (~allowed).nonzero()[0].tolist()
         raise ValueError(
-            f"merge {name} gave token {token} of row {row} slot {int(slots[row, token])}; a target stays"
-            " in its own"
-            " slot, the rest goes to NOWHERE, to a target of its span or to matches.compensation"
+            f"merge {name} gave token {token} of row {row} slot {int(slots[row, token])}; a target stays in "
+            "its own slot, the rest goes to NOWHERE, to a target of its span or to matches.compensation"
         )
     wrong = spans.valid & (slots != NOWHERE) & ~logits.isfinite()
     if bool(wrong.any()):
         row, token = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"merge {name} gave token {token} of row {row} a weight's logit {float(logits[row, token])};"
-            " give finite"
-            " numbers"
+            f"merge {name} gave token {token} of row {row} a weight's logit {float(logits[row, token])}; "
+            "give finite numbers"
         )
     return slots, logits.float()
 

@@ -118,9 +118,8 @@ class Row:
 
 ROW_KEYS = ("model", "compression", "tasks", "paper", "name", "title", "attention", "plugins")
 _NO_LAYERS = (
-    "layers: there are none; write for example layers: [7, 15, 23], remove the key for the method's"
-    " natural places, or write"
-    " method: vanilla to compress nothing"
+    "layers: there are none; write for example layers: [7, 15, 23], remove the key for the method's natural "
+    "places, or write method: vanilla to compress nothing"
 )
 
 
@@ -129,9 +128,8 @@ def _solved(c: Compression, spec: "ModelSpec", source: str) -> Compression:
     try:
         if len(spec.visual_tokens) != 1:
             raise ConfigError(
-                f"{c.amount.replace(' ', ': ', 1)} needs one number of visual tokens, which {spec.name}"
-                " does not have;"
-                " write ratio or keep"
+                f"{c.amount.replace(' ', ': ', 1)} needs one number of visual tokens, which {spec.name} does "
+                "not have; write ratio or keep"
             )
         return solve(c, spec, spec.visual_tokens[0])
     except ConfigError as error:

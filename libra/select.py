@@ -150,9 +150,8 @@ def check_targets(name: str, is_target, spans: "Spans") -> "torch.Tensor":
             continue
         place = f"span {wrong}" if wrong < len(spans.keeps[row]) else "the padding"
         raise ValueError(
-            f"select {name} chose {found[wrong]} targets in {place} of row {row}, which keeps"
-            f" {wanted[wrong]}; choose"
-            " exactly layout.keeps of each span, as libra.select.top_of_span does"
+            f"select {name} chose {found[wrong]} targets in {place} of row {row}, which keeps "
+            f"{wanted[wrong]}; choose exactly layout.keeps of each span, as libra.select.top_of_span does"
         )
     return is_target
 

@@ -194,9 +194,8 @@ def _check_tensors(hidden, importance) -> None:
         )
     if hidden.ndim != 3 or importance.shape != hidden.shape[:2] or not hidden.numel():
         raise ValueError(
-            "hidden must be (B, N, D) and importance (B, N), none of them 0, but they are"
-            f" {tuple(hidden.shape)} and"
-            f" {tuple(importance.shape)}"
+            "hidden must be (B, N, D) and importance (B, N), none of them 0, but they are "
+            f"{tuple(hidden.shape)} and {tuple(importance.shape)}"
         )
     if not hidden.is_floating_point() or importance.is_complex():
         kinds = f"{hidden.dtype} and {importance.dtype}"

@@ -22,14 +22,12 @@ MAX_FRAMES = 32
 _TOKENS = {"image": DEFAULT_IMAGE_TOKEN, "video": DEFAULT_VIDEO_TOKEN}
 _PLACEHOLDERS = {DEFAULT_IMAGE_TOKEN: IMAGE_TOKEN_INDEX, DEFAULT_VIDEO_TOKEN: VIDEO_TOKEN_INDEX}
 _SYSTEM = (
-    "<<SYS>>\nYou are a helpful, respectful and honest assistant. Always answer as helpfully as possible,"
-    " while being safe.  "
-    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal"
-    " content. "
-    "Please ensure that your responses are socially unbiased and positive in nature.\n"
-    "If a question does not make any sense, or is not factually coherent, explain why instead of answering"
-    " something not "
-    "correct. If you don't know the answer to a question, please don't share false information.\n<</SYS>>"
+    "<<SYS>>\nYou are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
+    "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, "
+    "dangerous, or illegal content. Please ensure that your responses are socially unbiased and positive in "
+    "nature.\nIf a question does not make any sense, or is not factually coherent, explain why instead of "
+    "answering something not correct. If you don't know the answer to a question, please don't share false "
+    "information.\n<</SYS>>"
 )
 
 

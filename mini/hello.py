@@ -1,5 +1,5 @@
-"""Draw README's first picture: a scene, the tokens that FastV and Libra-Merging choose at their first compression, and
-the answers.
+"""Draw README's first picture: a scene, the tokens that FastV and Libra-Merging choose at their first
+compression, and the answers.
 
 python -m mini.hello --output docs/images/hello.png
 """

@@ -17,9 +17,8 @@ def main() -> None:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # nobody could speak then
             print(
-                f"error: process {rank} was ended by signal {-failure.exitcode}; if it was 9, there may not"
-                " be enough memory."
-                " The same command goes on from the newest checkpoint",
+                f"error: process {rank} was ended by signal {-failure.exitcode}; if it was 9, there may not "
+                "be enough memory. The same command goes on from the newest checkpoint",
                 file=sys.stderr,
             )
         raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None

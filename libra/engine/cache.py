@@ -76,10 +76,9 @@ class StagedCache(DynamicCache):
             )
         elif [stage.first_layer for stage in cache.stages] != first_layers:
             raise ValueError(
-                f"this KV cache was filled with compression after layers"
-                f" {[s.first_layer - 1 for s in cache.stages[1:]]}, not"
-                f" {[layer - 1 for layer in first_layers[1:]]};"
-                " start with an empty cache"
+                "this KV cache was filled with compression after layers "
+                f"{[s.first_layer - 1 for s in cache.stages[1:]]}, not "
+                f"{[layer - 1 for layer in first_layers[1:]]}; start with an empty cache"
             )
         return cache
 
@@ -104,10 +103,9 @@ class StagedCache(DynamicCache):
             lengths = {layer.get_seq_length() for layer in self.layers if holds_keys(layer)}
             if not self.expects_a_call and (self.lag or len(lengths) > 1):
                 raise ValueError(
-                    f"this KV cache was filled with compression after layers"
-                    f" {[s.first_layer - 1 for s in self.stages[1:]]}, and now the model is called without"
-                    " it;"
-                    " switch that compression on again or start with an empty cache"
+                    "this KV cache was filled with compression after layers "
+                    f"{[s.first_layer - 1 for s in self.stages[1:]]}, and now the model is called without "
+                    "it; switch that compression on again or start with an empty cache"
                 )
             self.expects_a_call = False
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

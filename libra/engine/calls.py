@@ -1,7 +1,7 @@
 """The call that is on its way: one forward of an attached model, from its outside to its decoder and back.
 
-What belongs to a call is kept with it, next to the models' own arguments, which some of them also hand to their
-vision towers. Each thread has its own, and nothing survives a call, whatever ends it.
+What belongs to a call is kept with it, next to the models' own arguments, which some of them also hand to
+their vision towers. Each thread has its own, and nothing survives a call, whatever ends it.
 """
 
 import sys
@@ -72,8 +72,8 @@ def _frames() -> Iterator[FrameType]:
 def running(decoder: torch.nn.Module) -> Call | None:
     """The call of ``decoder``'s model that is on its way, if one is.
 
-    torch runs no hook at the end of a call that Ctrl-C interrupts, nor of a compiled one that fails, so such a
-    call is found here: its frame no longer runs.
+    torch runs no hook at the end of a call that Ctrl-C interrupts, nor of a compiled one that fails, so such
+    a call is found here: its frame no longer runs.
     """
     call = _CALL.get()
     while call is not None and not any(frame is call.frame for frame in _frames()):

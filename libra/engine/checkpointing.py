@@ -1,7 +1,9 @@
-"""Gradient checkpointing before transformers 5.23, which runs the hooks of a layer again where it recomputes it.
+"""Gradient checkpointing before transformers 5.23, which runs the hooks of a layer again where it recomputes
+it.
 
-There the function that checkpoints is called with the layer's call, hooks included. Ours stands before it: it does
-outside what the hooks do elsewhere, so that the recomputation finds short hidden states and short arguments.
+There the function that checkpoints is called with the layer's call, hooks included. Ours stands before it: it
+does outside what the hooks do elsewhere, so that the recomputation finds short hidden states and short
+arguments.
 """
 
 from collections.abc import Callable

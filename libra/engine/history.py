@@ -16,8 +16,8 @@ class Summary:
         visual_tokens: that the prompts brought.
         average_tokens: visual tokens that a layer saw, averaged over the layers.
         left: visual tokens that the last layer saw.
-        flops_ratio: multiply-accumulates of the visual tokens over those of the plain model (§4.1's formula); None
-            for a decoder that the formula does not describe.
+        flops_ratio: multiply-accumulates of the visual tokens over those of the plain model (§4.1's formula);
+            None for a decoder that the formula does not describe.
         cache_bytes: of the KV caches after the prefills; None where no call had one.
         cache_bytes_plain: what they would have held without compression; None likewise.
     """

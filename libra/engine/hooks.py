@@ -1,7 +1,8 @@
 """The hooks on one attached model: they follow a call from the model's outside to its decoder's layers.
 
-They are put on when a compression is attached and taken off when it is detached, never while a call runs; what they
-know of a call is kept with the call. They are methods, without closures, so that a deep copy of the model has its own.
+They are put on when a compression is attached and taken off when it is detached, never while a call runs;
+what they know of a call is kept with the call. They are methods, without closures, so that a deep copy of the
+model has its own.
 """
 
 import copy
@@ -50,8 +51,8 @@ def named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
 
 
 def forget_compiled_code() -> None:
-    """Compiled code does not look for hooks that were added later, or that are gone; it is made anew when it is
-    called next, whatever model it belongs to."""
+    """Compiled code does not look for hooks that were added later, or that are gone; it is made anew when it
+    is called next, whatever model it belongs to."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
@@ -86,7 +87,7 @@ class Hooks:
         self._videos = placeholder_ids(found.base.config, VIDEO_IDS)
         self.handle: weakref.ref | None = None
         self.stats: dict | None = None
-        self.recorder = None
+        self.recorder: object = None
         self.history: deque[dict] = deque(maxlen=REMEMBERED)
         self._marks: dict[int, score.Mark] = {}
         self._names: list[list[str]] = []
@@ -248,7 +249,8 @@ class Hooks:
         given = named(decoder, args, kwargs)
         mask, ready = given.get("attention_mask"), False
         if not call.bare and (isinstance(mask, dict) or mask is not None and mask.ndim == 4):
-            # The body made the masks of what it was given itself: that shortens, and the layers' masks are ready.
+            # The body made the masks of what it was given itself: that shortens, and the layers' masks are
+            # ready.
             mask, ready = call.padding_mask, True
         if call.prefill is not None and call.pictures:
             call.prefill = self._eyes.seen(call.prefill, call.ids, self._videos, call.pictures)
@@ -273,7 +275,8 @@ class Hooks:
 
     @torch.compiler.disable
     def _before_layer(self, i: int, layer, args, kwargs):
-        """Shorten the hidden states after a compression layer, and every argument of the layers that follow."""
+        """Shorten the hidden states after a compression layer, and every argument of the layers that
+        follow."""
         return None if checkpoints_call(layer) else self._change(i, layer, args, kwargs)
 
     def _change(self, i: int, layer, args, kwargs) -> tuple[tuple, dict] | None:
@@ -307,7 +310,7 @@ class Hooks:
         call = calls.at_layers(self.decoder)
         if call is None:
             return None
-        last = self.decoder.config.num_hidden_layers - 1
+        last: int = self.decoder.config.num_hidden_layers - 1  # type: ignore[assignment]
         if isinstance(output, tuple):
             return (call.forward.shorten(last, output[0]), *output[1:])
         return call.forward.shorten(last, output)

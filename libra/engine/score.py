@@ -37,10 +37,9 @@ class Probe:
 
     A fresh object for every layer and pass: gradient checkpointing runs a layer again when later stages are
     already shorter. With ``only`` the attention module is left as soon as the probe is answered;
-    ``past_keys`` (B, H_kv, P, head_dim) then come
-    before the keys of this call. No dataclass: FSDP copies those on their way into a layer, and the copy
-    would get the answer. With ``by_mask`` the layer's own attention mask says which keys a token sees,
-    instead of ``key_mask`` and the layer's window.
+    ``past_keys`` (B, H_kv, P, head_dim) then come before the keys of this call. No dataclass: FSDP copies
+    those on their way into a layer, and the copy would get the answer. With ``by_mask`` the layer's own
+    attention mask says which keys a token sees, instead of ``key_mask`` and the layer's window.
     """
 
     def __init__(self, rows: torch.Tensor, key_mask: torch.Tensor | None):

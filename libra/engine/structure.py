@@ -212,8 +212,7 @@ def _check_forward(decoder) -> None:
     if replaced and "_old_forward" not in own:
         raise ValueError(
             f"the forward of this model's {type(decoder).__name__} was replaced (by torch.compile?); attach "
-            "first,"
-            " then replace it"
+            "first, then replace it"
         )
 
 
@@ -226,16 +225,14 @@ def _check_places(found: Structure, compression: Compression) -> None:
     for step in schedule:
         if step.scores and scoring_layer(step) not in able:
             raise ValueError(
-                f"layers: {scoring_layer(step)} of {found.name} has no attention whose scores could be "
-                "read; choose"
-                f" from {able}"
+                f"layers: {scoring_layer(step)} of {found.name} has no attention whose scores could be read; "
+                f"choose from {able}"
             )
     earliest = earliest_place(found.base.config)
     if schedule and schedule[0].layer < earliest:
         raise ValueError(
             f"layers: {schedule[0].layer} is too early: {type(decoder).__name__} adds visual features after "
-            "its"
-            f" layers 0 to {earliest}; compress after layer {earliest} at the earliest"
+            f"its layers 0 to {earliest}; compress after layer {earliest} at the earliest"
         )
     shared = getattr(config, "num_kv_shared_layers", 0) or 0
     if shared and schedule:
@@ -245,8 +242,7 @@ def _check_places(found: Structure, compression: Compression) -> None:
         if schedule[-1].layer >= min(sources):
             raise ValueError(
                 f"layers: {schedule[-1].layer} is too late: layers {first} and up of {found.name} use the "
-                "keys of"
-                f" layers {sorted(sources)}; compress after layer {min(sources) - 1} at the latest"
+                f"keys of layers {sorted(sources)}; compress after layer {min(sources) - 1} at the latest"
             )
 
 
@@ -258,6 +254,5 @@ def _check_positions(found: Structure, compression: Compression) -> None:
     if len(takes) != 2 or position_axes(found.decoder) > 1:
         raise ValueError(
             f"positions: {compression.positions} needs one rotary embedding for all layers of "
-            f"{type(found.decoder).__name__};"
-            " add `positions: original`"
+            f"{type(found.decoder).__name__}; add `positions: original`"
         )

@@ -170,8 +170,7 @@ def _add_guard(group) -> None:
         "--check",
         action="store_true",
         help="compare a small slice's operations, bytes and time ratios with the committed ones; exit "
-        "status 1"
-        " if they deviate",
+        "status 1 if they deviate",
     )
     group.add_argument(
         "--update", action="store_true", help="with --check: write this machine's figures instead"

@@ -175,9 +175,8 @@ def check(update: bool = False, path: Path = EXPECTED, progress: bool = True) ->
     same = here["torch"] == expected["versions"]["torch"]
     if not same:
         print(
-            "note: peak bytes are not compared, they were counted with torch"
-            f" {expected['versions']['torch']}, this is"
-            f" {here['torch']}"
+            "note: peak bytes are not compared, they were counted with torch "
+            f"{expected['versions']['torch']}, this is {here['torch']}"
         )
     deviations = count_deviations(counts if same else comparable(counts), expected["counts"]) + list(
         slow.values()

@@ -124,12 +124,10 @@ class Growth:
         yield "# How the prefill grows\n"
         yield from (f"    {line}" for line in heading(self.described))
         yield (
-            f"    prompt         {self.prompts[0].text} text tokens next to the visual ones\n\n"
-            "Measured over promised: the median of the paired ratios of compressed and plain prefill, over"
-            " the ratio of the"
-            " FLOPs of all tokens. Shares are of the compressed prefill. Extra memory: compression's peak"
-            " over one plain"
-            " layer's. Empty: not measured, or larger than the run's limit.\n"
+            f"    prompt         {self.prompts[0].text} text tokens next to the visual ones\n\nMeasured over "
+            "promised: the median of the paired ratios of compressed and plain prefill, over the ratio of "
+            "the FLOPs of all tokens. Shares are of the compressed prefill. Extra memory: compression's "
+            "peak over one plain layer's. Empty: not measured, or larger than the run's limit.\n"
         )
         commits = sorted({cell["commit"] for cell in cells.values() if cell})
         yield f"Measured at commit {', '.join(commits) or '–'}.\n"

@@ -40,10 +40,9 @@ def picture(data: dict, path: Path) -> None:
     _draw_parts(right, parts)
     prompt = data["prompt"]
     figure.suptitle(
-        f"{data['row']}: {data['model']}, {data['layers']} of {data['of_layers']} layers, {prompt['visual']}"
-        " visual +"
-        f" {prompt['text']} text tokens, batch {prompt['batch']}, {data['dtype']},"
-        f" {data['machine']['device']}",
+        f"{data['row']}: {data['model']}, {data['layers']} of {data['of_layers']} layers, "
+        f"{prompt['visual']} visual + {prompt['text']} text tokens, batch {prompt['batch']}, "
+        f"{data['dtype']}, {data['machine']['device']}",
         fontsize=10,
     )
     for axes in (left, right):

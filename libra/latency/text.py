@@ -31,10 +31,9 @@ def heading(data: dict) -> list[str]:
     return [
         f"row            {data['row']}  ({data['config']})",
         f"model          {data['model']}, {data['layers']} of {data['of_layers']} layers, {data['weights']}",
-        f"compression    {c.get('method', c['select'] + ' + ' + c['merge'])}, ratio {c['ratio']:.4g}, after"
-        " layers"
-        f" {', '.join(map(str, c['layers']))} (the row's: {', '.join(map(str, data['row_layers']))} of"
-        f" {data['of_layers']})",
+        f"compression    {c.get('method', c['select'] + ' + ' + c['merge'])}, ratio {c['ratio']:.4g}, after "
+        f"layers {', '.join(map(str, c['layers']))} (the row's: {', '.join(map(str, data['row_layers']))} "
+        f"of {data['of_layers']})",
         f"run            {data['dtype']}, {data['attention']}, {device['device']}, {device['threads']}"
         " thread(s)",
     ]
@@ -50,9 +49,8 @@ def table(data: dict) -> str:
     mixed = f" × {', '.join(map(str, prompt['images']))} …" if prompt["images"] != (1,) else ""
     lines = [
         *head,
-        f"prompt         {prompt['visual']}{mixed} visual + {prompt['text']} text tokens, batch"
-        f" {prompt['batch']};"
-        f" visual tokens {' → '.join(map(str, stages))}",
+        f"prompt         {prompt['visual']}{mixed} visual + {prompt['text']} text tokens, batch "
+        f"{prompt['batch']}; visual tokens {' → '.join(map(str, stages))}",
         f"{run}; {len(prefill['pairs'])} pairs in turns",
         "",
         f"{'':28}{'vanilla':>12}{'compressed':>12}{'ratio':>9}",
@@ -83,10 +81,9 @@ def table(data: dict) -> str:
         f"   ({interval['median']:.3f} over {flops['visual']['ratio']:.3f})",
         f"counted over formula             {flops['counted_over_formula']['vanilla']:.4f} vanilla,"
         f" {flops['counted_over_formula']['compressed']:.4f} compressed",
-        f"compressed KV cache              {units.size(cache['compressed'])} = schedule"
-        f" {units.size(cache['schedule'])}"
-        f" + compensation tokens {units.size(cache['compensation'])} + padding"
-        f" {units.size(cache['padding'])}",
+        f"compressed KV cache              {units.size(cache['compressed'])} = schedule "
+        f"{units.size(cache['schedule'])} + compensation tokens {units.size(cache['compensation'])} + "
+        f"padding {units.size(cache['padding'])}",
         f"padding                          {cache['padding_share']['vanilla']:.1%} of vanilla's columns,"
         f" {cache['padding_share']['compressed']:.1%} of the compressed ones",
         f"extra memory of compression      {units.size(data['extra_memory']['compression'])} ="

@@ -162,9 +162,9 @@ def table(data: dict) -> str:
     ]
     place = data["machine"]
     lines = [
-        f"model          {data['model']}, {data['layers']} of {data['of_layers']} layers, random weights,"
-        " bfloat16;"
-        f" {units.size(data['checkpoint_bytes'])} on disk, loaded in {units.seconds(data['load_seconds'])}",
+        f"model          {data['model']}, {data['layers']} of {data['of_layers']} layers, random weights, "
+        f"bfloat16; {units.size(data['checkpoint_bytes'])} on disk, loaded in "
+        f"{units.seconds(data['load_seconds'])}",
         f"compression    {data['row']}, after layers {', '.join(map(str, data['compression']['layers']))};"
         f" visual tokens {' → '.join(map(str, stages))}",
         f"prompt         {data['visual_tokens']} visual + {data['text_tokens']} text tokens,"

@@ -85,10 +85,9 @@ class LibraModel(lmms):
 
     config: a row, its YAML file, or with ``pretrained`` a file with a compression's keys only. pretrained: a
     folder or hub name instead of the registry's checkpoint, of LLaVA, VideoLLaMA-2 or any model that
-    libra.attach supports. blind: grey images of
-    the same size instead of the real ones. sample_log: a JSONL of finished samples; what stands there of the
-    same row,
-    checkpoint and code is not computed again. frames: of a video, where the model's own number is not wanted.
+    libra.attach supports. blind: grey images of the same size instead of the real ones. sample_log: a JSONL
+    of finished samples; what stands there of the same row, checkpoint and code is not computed again. frames:
+    of a video, where the model's own number is not wanted.
     """
 
     is_simple = True

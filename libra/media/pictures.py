@@ -39,8 +39,7 @@ def open_image(source, limits: Limits = FILES, *, name: str | None = None, say: 
     """A picture as every model here sees it: upright by its EXIF orientation, 8 bits a channel, RGB.
 
     Transparency is dropped as ``convert("RGB")`` does, an animation is its first frame; both are said. 16
-    bits are scaled to
-    8 by their high byte, and numbers by :func:`to_bytes`.
+    bits are scaled to 8 by their high byte, and numbers by :func:`to_bytes`.
 
     Args:
         source: a file's name (``~`` is the home folder), an http(s) address, a data URI, the bytes of a file,
@@ -87,9 +86,8 @@ def check_size(size: tuple[int, int], what: str, limits: Limits = FILES) -> None
         )
     if max(size) ** 2 > limits.pixels:
         raise ValueError(
-            f"{what} is too large ({width} × {height} pixels; at most {int(limits.pixels**0.5):,} a side are"
-            " taken);"
-            " scale it down"
+            f"{what} is too large ({width} × {height} pixels; at most {int(limits.pixels**0.5):,} a side are "
+            "taken); scale it down"
         )
 
 

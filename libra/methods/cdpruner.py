@@ -27,11 +27,9 @@ METHOD = Method(
     place="input",
     cost="one N × N similarity a span, then T steps over at most T · N numbers",
     deviation=(
-        "relevance is scaled within a span, not over the whole batch, so that a row does not depend on"
-        " the others"
-        " (as_released: over the batch); past the kernel's rank the released code repeats tokens, ours"
-        " goes on by"
-        " relevance"
+        "relevance is scaled within a span, not over the whole batch, so that a row does not depend on the "
+        "others (as_released: over the batch); past the kernel's rank the released code repeats tokens, "
+        "ours goes on by relevance"
     ),
 )
 

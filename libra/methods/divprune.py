@@ -2,9 +2,8 @@
 
 Distance is 1 - cosine of the embeddings that enter the language model. The first pick is the token whose
 nearest other token is farthest, each next one the token whose nearest picked token is farthest. Nothing is
-merged, and
-neither the question nor any attention is read. Distances are float32: in half precision the original code
-keeps only 61 of its own 64 tokens.
+merged, and neither the question nor any attention is read. Distances are float32: in half precision the
+original code keeps only 61 of its own 64 tokens.
 """
 
 from .. import ops

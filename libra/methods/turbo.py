@@ -2,8 +2,8 @@
 
 A token's information degree is its redundancy (highest cosine similarity to another token) minus λ times its
 relative importance; tokens of low degree stay (:func:`libra.select.information`), each of the rest is
-averaged
-into its most similar target (:func:`libra.merge.average`). Turbo's own code works in the vision tower.
+averaged into its most similar target (:func:`libra.merge.average`). Turbo's own code works in the vision
+tower.
 """
 
 from .registry import Method

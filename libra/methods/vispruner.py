@@ -2,9 +2,9 @@
 diversity.
 
 The T/2 tokens with the highest [CLS] attention stay. The rest, ordered by that attention, is thinned out in
-rounds
-until T/2 are left: even places are compared with odd ones, and the eight most similar are dropped. Both
-halves stay in their original order; the similarities are those of the tower's features before the projector.
+rounds until T/2 are left: even places are compared with odd ones, and the eight most similar are dropped.
+Both halves stay in their original order; the similarities are those of the tower's features before the
+projector.
 """
 
 from .. import ops

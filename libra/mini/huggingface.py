@@ -36,6 +36,6 @@ def question(processor: ProcessorMixin, picture: str | Path | Image.Image, text:
         ValueError: for a picture that cannot be opened.
     """
     image = picture if isinstance(picture, Image.Image) else open_image(str(picture))
-    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+    asked: list[dict] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
     prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
     return processor(images=image, text=prompt, return_tensors="pt")

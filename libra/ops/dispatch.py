@@ -35,9 +35,8 @@ def runs_kernels(tensor: torch.Tensor) -> bool:
 def _say(what: str, error: Exception) -> None:
     reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     warnings.warn(
-        f"{what} failed on this machine ({reason}); torch does the work from now on, and"
-        " LIBRA_KERNELS=torch in the"
-        " environment keeps kernels off",
+        f"{what} failed on this machine ({reason}); torch does the work from now on, and "
+        "LIBRA_KERNELS=torch in the environment keeps kernels off",
         stacklevel=5,
     )
 

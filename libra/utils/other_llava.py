@@ -30,10 +30,9 @@ def warn_if_llava_is_another() -> None:
         else next(iter(spec.submodule_search_locations or []), "an unknown place")
     )
     warnings.warn(
-        f"`import llava` finds the package at {where}, not the one of libra-merging, so compression and the"
-        " embedded model "
-        f"will not work: put {Path(__file__).resolve().parents[2]} first on PYTHONPATH, or uninstall the"
-        " other llava.",
+        f"`import llava` finds the package at {where}, not the one of libra-merging, so compression and the "
+        f"embedded model will not work: put {Path(__file__).resolve().parents[2]} first on PYTHONPATH, or "
+        "uninstall the other llava.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -46,8 +46,7 @@ def load(name: str) -> ModuleType:
             kind = type(error).__name__
             raise ConfigError(
                 f"the module {show(name)} cannot be imported ({kind}: {one_line(str(error))}); give a "
-                "module's"
-                " name that Python finds from here, or the path of its .py file"
+                "module's name that Python finds from here, or the path of its .py file"
             ) from error
     return _loaded[name]
 

@@ -69,9 +69,9 @@ def require_clean() -> None:
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(
-            "what is published names its commit, and this checkout differs from it"
-            f" ({', '.join(changed[:3])}{more}): commit"
-            " the changes or put them aside, then run the same command again"
+            "what is published names its commit, and this checkout differs from it "
+            f"({', '.join(changed[:3])}{more}): commit the changes or put them aside, then run the same "
+            "command again"
         )
 
 

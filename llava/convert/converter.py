@@ -25,9 +25,8 @@ def detect(source: Path) -> str:
     if "mm_vision_tower" in config or str(config.get("model_type")).startswith(("llava_", "videollama2")):
         return "original"
     raise ValueError(
-        f"{source} is of type {config.get('model_type')!r}: neither a LLaVA checkpoint in the original's"
-        " format"
-        " nor a llava-hf folder"
+        f"{source} is of type {config.get('model_type')!r}: neither a LLaVA checkpoint in the original's "
+        "format nor a llava-hf folder"
     )
 
 

@@ -96,9 +96,9 @@ def _config_class(source: Path, settings: dict) -> type:
     if aspect == "anyres" and merge == "spatial_unpad" and feature == "patch":
         return LlavaNextConfig
     raise ValueError(
-        f"{source} has image_aspect_ratio {aspect!r} with mm_patch_merge_type {merge!r} and features"
-        f" {feature!r}; transformers'"
-        " classes have pad or square with flat, and anyres with spatial_unpad and patch"
+        f"{source} has image_aspect_ratio {aspect!r} with mm_patch_merge_type {merge!r} and features "
+        f"{feature!r}; transformers' classes have pad or square with flat, and anyres with spatial_unpad and "
+        "patch"
     )
 
 

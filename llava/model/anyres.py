@@ -43,9 +43,9 @@ def arrange_tiles(
     columns, rows = get_anyres_image_grid_shape(image_size, grid_pinpoints, tile_edge)
     if columns * rows != len(tiles):
         raise ValueError(
-            f"an image of {image_size[0]} x {image_size[1]} pixels has {columns} x {rows} tiles and"
-            f" {len(tiles)} were given;"
-            " pass process_images' pixels and, as image_sizes, each image's (width, height)"
+            f"an image of {image_size[0]} x {image_size[1]} pixels has {columns} x {rows} tiles and "
+            f"{len(tiles)} were given; pass process_images' pixels and, as image_sizes, each image's (width, "
+            "height)"
         )
     side = math.isqrt(tokens.shape[1])
     grid = tiles.unflatten(0, (rows, columns)).unflatten(2, (side, side))  # (rows, columns, y, x, D)
@@ -54,9 +54,8 @@ def arrange_tiles(
         plane = unpad_image(plane, image_size)
         if not plane.numel():
             raise ValueError(
-                f"the image is too narrow ({image_size[0]} x {image_size[1]} pixels): none of its tiles'"
-                " tokens would be left;"
-                " crop it"
+                f"the image is too narrow ({image_size[0]} x {image_size[1]} pixels): none of its tiles' "
+                "tokens would be left; crop it"
             )
         plane = torch.cat([plane, newline[:, None].expand(-1, plane.shape[1], -1)], 2)
     return torch.cat([base, plane.flatten(1).T])

@@ -114,9 +114,8 @@ def _find_addition(folder: Path, model_base: str | None) -> Path | None:
         return None
     if not adapted and not projector:
         raise ValueError(
-            f"{folder} has neither {lora.CONFIG} nor {weights.PROJECTOR}, so nothing in it goes on a base"
-            " model;"
-            " leave model_base out"
+            f"{folder} has neither {lora.CONFIG} nor {weights.PROJECTOR}, so nothing in it goes on a base "
+            "model; leave model_base out"
         )
     addition = folder / (weights.NON_LORA if adapted else weights.PROJECTOR)
     if not addition.is_file():
@@ -193,16 +192,15 @@ def _find_tower(
         tower = near or local_folder(name, **hub)
     except ValueError as error:
         raise ValueError(
-            f"the vision tower {name}, which {folder / 'config.json'} names as mm_vision_tower, is neither"
-            " in this folder nor"
-            f" next to it nor on the hub; download it and name its folder there ({error})"
+            f"the vision tower {name}, which {folder / 'config.json'} names as mm_vision_tower, is neither "
+            f"in this folder nor next to it nor on the hub; download it and name its folder there ({error})"
         ) from error
     vision = read_tower(tower, stored)
     if vision.hidden_size != config.mm_hidden_size:
         raise ValueError(
-            f"the vision tower {tower} has width {vision.hidden_size}, and mm_hidden_size in"
-            f" {folder / 'config.json'} is"
-            f" {config.mm_hidden_size}; name the tower that the checkpoint was trained with"
+            f"the vision tower {tower} has width {vision.hidden_size}, and mm_hidden_size in "
+            f"{folder / 'config.json'} is {config.mm_hidden_size}; name the tower that the checkpoint was "
+            "trained with"
         )
     owner = f"{folder / 'config.json'} cannot be used: mm_vision_select_layer"
     settings.check_select_layer(config.mm_vision_select_layer, vision.num_hidden_layers, owner)
@@ -244,9 +242,8 @@ def _check_processor(folder: Path, edge: int) -> None:
         raise ValueError(f"{path} cannot be used: {first_line(error)}; download it again") from error
     if shape != (edge, edge):
         raise ValueError(
-            f"{path} crops images to {shortened(str(shape), 40)} pixels and the vision tower takes {edge} x"
-            f" {edge}; take both"
-            " from the same checkpoint"
+            f"{path} crops images to {shortened(str(shape), 40)} pixels and the vision tower takes {edge} x "
+            f"{edge}; take both from the same checkpoint"
         )
 
 
@@ -268,9 +265,8 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
         last = max(tokenizer.convert_tokens_to_ids([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]))
         if last >= config.vocab_size:
             raise ValueError(
-                f"mm_use_im_start_end needs an embedding for token {last}, and the vocabulary ends at"
-                f" {config.vocab_size - 1};"
-                " take tokenizer and weights from the same checkpoint"
+                f"mm_use_im_start_end needs an embedding for token {last}, and the vocabulary ends at "
+                f"{config.vocab_size - 1}; take tokenizer and weights from the same checkpoint"
             )
     return tokenizer
 
@@ -288,9 +284,8 @@ def expected_weights(model_class: type, config: PreTrainedConfig, folder: Path) 
         raise ValueError(f"{folder}: {first_line(error)}") from error
     except Exception as error:  # an unknown activation is a KeyError, no heads a division by zero …
         raise ValueError(
-            f"{folder / 'config.json'} describes no model that can be built ({type(error).__name__}:"
-            f" {first_line(error)});"
-            " download it again"
+            f"{folder / 'config.json'} describes no model that can be built ({type(error).__name__}: "
+            f"{first_line(error)}); download it again"
         ) from error
     if getattr(config, "tie_word_embeddings", False):
         expected.pop("lm_head.weight", None)

@@ -284,9 +284,8 @@ class LlavaMetaForCausalLM:
         needed = int(held.sum(1).clamp(min=1).sum())
         if needed != len(features):  # one too many would be shown in the next row's place
             raise ValueError(
-                f"the prompts need {needed} images (one for each image token and one, ignored, for each"
-                " text-only row)"
-                f" but {len(features)} were given; pass as many as there are image tokens"
+                f"the prompts need {needed} images (one for each image token and one, ignored, for each "
+                f"text-only row) but {len(features)} were given; pass as many as there are image tokens"
             )
         embed = self.get_input_embeddings()
         mask = (
@@ -364,9 +363,8 @@ class LlavaMetaForCausalLM:
         labels).
 
         What comes in as None goes out as None; the mask keeps its dtype. Without images, or for a single
-        token of a decoding
-        step, everything is returned as it came. It does not tell which columns are visual tokens:
-        :meth:`splice` does.
+        token of a decoding step, everything is returned as it came. It does not tell which columns are visual
+        tokens: :meth:`splice` does.
         """
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
@@ -465,9 +463,8 @@ class LlavaMetaForCausalLM:
         row = int(lengths.argmax())
         if lengths[row] > self.length_limit:
             raise ValueError(
-                f"row {row} of the prompt has {int(lengths[row])} tokens with its visual tokens and the"
-                " model takes"
-                f" {self.length_limit}; shorten the text or give fewer images"
+                f"row {row} of the prompt has {int(lengths[row])} tokens with its visual tokens and the "
+                f"model takes {self.length_limit}; shorten the text or give fewer images"
             )
 
     def _check_later_turn(self, inputs: torch.Tensor, options: dict) -> None:

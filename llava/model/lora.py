@@ -57,9 +57,8 @@ def check_adapter(folder: Path, expected: Mapping[str, torch.Tensor]) -> dict[st
         )
         if not fits:
             raise ValueError(
-                f"{file} holds {factor[0]!r} in the shape {adapter[factor[0]].shape}, which does not fit a"
-                " weight of"
-                f" {out} x {inner}; give the adapter's own base"
+                f"{file} holds {factor[0]!r} in the shape {adapter[factor[0]].shape}, which does not fit a "
+                f"weight of {out} x {inner}; give the adapter's own base"
             )
     return adapter
 

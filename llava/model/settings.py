@@ -133,9 +133,8 @@ def check_depth(path: Path, settings: dict, names: Iterable[str]) -> None:
     for layers in (part.get("num_hidden_layers") or 0 for part in _parts(settings)):
         if layers > stored:
             raise ValueError(
-                f"{path} cannot be used: num_hidden_layers is {layers} and the weights have {stored} layers;"
-                " take both from the"
-                " same checkpoint"
+                f"{path} cannot be used: num_hidden_layers is {layers} and the weights have {stored} layers; "
+                "take both from the same checkpoint"
             )
 
 
@@ -208,9 +207,8 @@ def check_pinpoints(pinpoints: str | list, tile: int) -> None:
         counts = [edge / tile for edge in resolution]
         if any(count < 1 or count % 1 for count in counts):
             raise ValueError(
-                f"image_grid_pinpoints {show(pinpoints)} are not made of the vision tower's tiles of {tile}"
-                " pixels; give"
-                " multiples of that as --image_grid_pinpoints"
+                f"image_grid_pinpoints {show(pinpoints)} are not made of the vision tower's tiles of {tile} "
+                "pixels; give multiples of that as --image_grid_pinpoints"
             )
         if math.prod(counts) > _MOST_TILES:
             raise ValueError(

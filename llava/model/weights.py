@@ -203,9 +203,8 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
         if wanted is None:
             raise _damaged(path, "no file of weights") from error
         raise ValueError(
-            f"{path} is not opened: it asks for {wanted[1]}, which could run code, and weights need tensors"
-            " only;"
-            " get a copy of the checkpoint that you trust, best as safetensors"
+            f"{path} is not opened: it asks for {wanted[1]}, which could run code, and weights need tensors "
+            "only; get a copy of the checkpoint that you trust, best as safetensors"
         ) from error
     except Exception as error:  # a damaged pickle raises anything
         raise _damaged(path, error) from error
@@ -286,9 +285,8 @@ def check_weights(owner: str, expected: Mapping[str, torch.Tensor], stored: Mapp
     for name, value in expected.items():
         if stored[name].shape != tuple(value.shape):
             raise ValueError(
-                f"{stored[name].file} holds {name!r} in the shape {stored[name].shape}, and config.json asks"
-                " for"
-                f" {tuple(value.shape)}; take both from the same checkpoint"
+                f"{stored[name].file} holds {name!r} in the shape {stored[name].shape}, and config.json asks "
+                f"for {tuple(value.shape)}; take both from the same checkpoint"
             )
         check_dtype(name, stored[name])
     unknown = [name for name in stored if name not in expected and not _IGNORED.search(name)]
@@ -324,7 +322,7 @@ def check_finite(owner: str, model: torch.nn.Module) -> None:
             continue
         if not all(bool(edge.isfinite()) for edge in value.detach().aminmax()):
             raise ValueError(
-                f"{owner} holds values in {name!r} that are not numbers or infinite; get the checkpoint"
-                " again (weights that"
-                " were written in bfloat16 can be too large for float16: load them in bfloat16)"
+                f"{owner} holds values in {name!r} that are not numbers or infinite; get the checkpoint "
+                "again (weights that were written in bfloat16 can be too large for float16: load them in "
+                "bfloat16)"
             )

@@ -32,9 +32,8 @@ def token_boxes(image_size: tuple[int, int], model) -> list[torch.Tensor] | None
 
     Returns:
         One tensor (n, 4) of left, top, right and bottom a view, in the tokens' order: of the whole image and,
-        where it is cut
-        into tiles, of the tiles. A newline token has no place: nan. None for models whose tokens are no parts
-        of an image.
+        where it is cut into tiles, of the tiles. A newline token has no place: nan. None for models whose
+        tokens are no parts of an image.
     """
     if model.takes_videos:  # the connector of videos mixes neighbouring patches of several frames
         return None

@@ -295,8 +295,7 @@ def _answer() -> list:
     gallery = gr.Gallery(show_label=False, columns=3, height=310, object_fit="contain")
     gr.Markdown(
         "Times are of one run each, vanilla first, vision tower included. A first call is slower (warm-up); "
-        "it was"
-        " made when the page started."
+        "it was made when the page started."
     )
     return [vanilla, compressed, figures, gallery]
 

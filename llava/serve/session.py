@@ -286,9 +286,9 @@ class Session:
         places = self._marks(question)
         if places != marks:
             raise ValueError(
-                f"images to show: {' '.join(marks) or 'none'}, places for them in the question:"
-                f" {' '.join(places) or 'none'};"
-                f" write {IMAGE_PLACEHOLDER} once for each of them, or leave it out"
+                f"images to show: {' '.join(marks) or 'none'}, places for them in the question: "
+                f"{' '.join(places) or 'none'}; write {IMAGE_PLACEHOLDER} once for each of them, or leave it "
+                "out"
             )
         return question
 

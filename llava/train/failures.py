@@ -25,10 +25,9 @@ def sentence_of(error: Exception, run: Run, args: TrainingArguments) -> str | No
     traceback."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _is(error, _MEMORY):
         return (
-            f"there is not enough memory for --per_device_train_batch_size {args.per_device_train_batch_size}"
-            f" ({first_line(error)}); take a smaller one with more --gradient_accumulation_steps, or"
-            " --gradient_checkpointing"
-            f" True; {how_to_go_on(run)}"
+            "there is not enough memory for --per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} ({first_line(error)}); take a smaller one with more "
+            f"--gradient_accumulation_steps, or --gradient_checkpointing True; {how_to_go_on(run)}"
         )
     if isinstance(error, (OSError, SafetensorError)) or _is(error, _WRITING):
         full = getattr(error, "errno", None) in _FULL or _is(error, _WRITING)

@@ -152,15 +152,13 @@ def announce(data: Data, most: int = 20) -> list[str]:
     if data.faults:
         kinds = ", ".join(f"{n} {kind}" for kind, n in data.kinds().items())
         lines.append(
-            f"{len(data.faults)} of the {data.total} samples of {data.path} are left out ({kinds}); {REPORT}"
-            " in the"
-            f" output folder names them all"
+            f"{len(data.faults)} of the {data.total} samples of {data.path} are left out ({kinds}); {REPORT} "
+            "in the output folder names them all"
         )
     if data.placed:
         lines.append(
-            f"{data.placed} samples have an image or video without a place for it in the text; it goes to"
-            " the front of"
-            " their first question"
+            f"{data.placed} samples have an image or video without a place for it in the text; it goes to "
+            "the front of their first question"
         )
     if data.lost_rounds:
         lines.append(

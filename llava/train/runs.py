@@ -49,9 +49,8 @@ class Run:
         if not path.is_file():
             if holds_model(self.folder) or any(self.folder.glob("checkpoint-*/trainer_state.json")):
                 raise ValueError(
-                    f"--output_dir {self.folder} holds a model or checkpoints, and no {RECORD} that says of"
-                    " which run; name"
-                    " another one, or empty it"
+                    f"--output_dir {self.folder} holds a model or checkpoints, and no {RECORD} that says of "
+                    "which run; name another one, or empty it"
                 )
             return False
         try:
@@ -66,9 +65,8 @@ class Run:
         if changed:
             told = "; ".join(_change(name, before.get(name), now.get(name)) for name in changed)
             raise ValueError(
-                f"--output_dir {self.folder} holds another run: {told}. Give what it began with to go on, or"
-                " name another"
-                " --output_dir"
+                f"--output_dir {self.folder} holds another run: {told}. Give what it began with to go on, or "
+                "name another --output_dir"
             )
         return bool(record.get("finished")) and holds_model(self.folder)
 

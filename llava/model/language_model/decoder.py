@@ -131,8 +131,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
 
         Returns:
             logits (B, S', vocabulary) of the columns that are left after the last compression layer, padded
-            on the side of the
-            input: with ``images`` that of the configuration's ``tokenizer_padding_side``.
+            on the side of the input: with ``images`` that of the configuration's ``tokenizer_padding_side``.
         """
         padding_side = None
         if inputs_embeds is None and images is not None:

@@ -15,10 +15,9 @@ class LlavaMistralModel(LlavaDecoder, MistralModel):
     def __init__(self, config):
         if config.sliding_window is not None:
             raise ValueError(
-                f"sliding_window is {config.sliding_window}, and this decoder attends to all tokens before;"
-                " set it to null"
-                " in the checkpoint's config.json, which changes nothing while prompt and answer together"
-                " fit into the window"
+                f"sliding_window is {config.sliding_window}, and this decoder attends to all tokens before; "
+                "set it to null in the checkpoint's config.json, which changes nothing while prompt and "
+                "answer together fit into the window"
             )
         super().__init__(config)
 

@@ -82,9 +82,8 @@ class CLIPVisionTower(nn.Module):
                 )
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(
-                    f"the vision tower {self.vision_tower_name} lacks {len(missing)} weights, {missing[0]!r}"
-                    " among them;"
-                    " download it again"
+                    f"the vision tower {self.vision_tower_name} lacks {len(missing)} weights, {missing[0]!r} "
+                    "among them; download it again"
                 )
             self._hold(tower)
         self.vision_tower.requires_grad_(False)
@@ -111,8 +110,7 @@ class CLIPVisionTower(nn.Module):
         if self.select_feature != "patch":
             raise ValueError(
                 "mm_vision_select_feature 'cls_patch' makes the [CLS] token a visual token, which methods "
-                "that"
-                " read the vision tower do not expect; choose one that reads the embeddings only"
+                "that read the vision tower do not expect; choose one that reads the embeddings only"
             )
 
         def compute(pixels):

@@ -10,8 +10,7 @@ from .stc_connector import PADDING, STCConnector
 
 def build_vision_projector(config, **kwargs) -> nn.Module:
     """Build the projector that ``config.mm_projector_type`` names: ``linear``, ``mlp{depth}x_gelu``,
-    ``identity`` or, for
-    videos, an ``stc_connector`` (see :class:`STCConnector`).
+    ``identity`` or, for videos, an ``stc_connector`` (see :class:`STCConnector`).
 
     The first three map (..., mm_hidden_size) to (..., hidden_size). The layers of an MLP are numbered 0, 2, 4
     …, as in the published weights.

@@ -14,8 +14,8 @@ class STCConnector(nn.Module):
     an MLP.
 
     (B, T, P, ``width``) features of T frames with P (a square number) patches each become (B, T'·P',
-    ``hidden_size``), time
-    first and then row by row: an axis of n becomes ⌊n/2⌋ + 1 with padding 1 and ⌊n/2⌋ without.
+    ``hidden_size``), time first and then row by row: an axis of n becomes ⌊n/2⌋ + 1 with padding 1 and ⌊n/2⌋
+    without.
 
     Args:
         width: of the vision tower's features.
