@@ -42,5 +42,14 @@ def __dir__() -> list[str]:
 
 
 only_commands(
-    "libra", "figures", "flops", "latency", "lmms", "mini.benchmark", "mini.page", "serve", "serve.bench"
+    "libra",
+    "figures",
+    "flops",
+    "latency",
+    "latency.selectors",
+    "lmms",
+    "mini.benchmark",
+    "mini.page",
+    "serve",
+    "serve.bench",
 )
