@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from libra.latency.selectors import grid_of, main
+from libra.latency.selector_cost import grid_of
+from libra.latency.selectors import main
 from libra.methods import METHODS
 
 

@@ -1,7 +1,7 @@
-"""Triton kernels of the choices that go step by step: one program a span, one launch for all steps of a batch.
+"""Triton kernels of the choices that go step by step: one program a span, one launch for all of a batch.
 
-The torch definitions in :mod:`libra.ops.greedy` launch a handful of operations a step, which costs more than the
-arithmetic; here a span's scores stay in registers from the first pick to the last.
+The torch definitions in :mod:`libra.ops.greedy` launch a handful of operations a step, which costs more than
+the arithmetic; here a span's scores stay in registers from the first pick to the last.
 """
 
 import torch
@@ -35,7 +35,7 @@ def _farthest(similarity, nearest, picks, tokens, count, BLOCK: tl.constexpr):
 def _greedy_map(
     kernel, columns, picks, tokens, count, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Greedy MAP picks of one span; ``columns`` (S, count, n) holds the Cholesky factor that has been found."""
+    """Greedy MAP picks of one span; ``columns`` (S, count, n) holds the Cholesky factor found so far."""
     span = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     real = lane < tokens
