@@ -290,6 +290,10 @@ class CompressedForward:
                 rotary = self.decoder.rotary_emb(hidden, self._compact_positions(stage, hidden))
         lengths = self._past(stage), hidden.shape[1]
         self._probe.key_mask = joined(stage.key_mask, self._valid, lengths, hidden)
+        self._ask_next(layer, hidden, rotary, past_keys)
+
+    def _ask_next(self, layer: int, hidden: torch.Tensor, rotary, past_keys) -> None:
+        """Make queries and keys of ``hidden`` with the next layer's projections."""
         score.next_layer_attention(self.decoder.layers[layer], hidden, rotary, self._probe, past_keys)
 
     def stats(self) -> dict:

@@ -14,7 +14,7 @@ from .arguments import Arguments
 from .forward import CompressedForward
 from .masks import MASKS, POINTWISE, RECURRENT, attention_kind, shortened_mask, step_mask
 from .tokens import Shortened
-from .transformers_api import cache_argument
+from .transformers_api import CACHES, cache_argument
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,24 @@ class HookedForward(CompressedForward):
         else:
             super()._score_with(layer, hidden)
 
+    def _ask_next(self, layer: int, hidden: torch.Tensor, rotary, past_keys) -> None:
+        """The layer runs up to its attention, whatever comes before that in it; nothing is added to the cache."""
+        self._probe.only, self._probe.past_keys = True, past_keys
+        first, *others = self._full
+        given = dict.fromkeys(others)
+        for name in given.keys() - {"attention_mask", *CACHES}:
+            value = self._full[name]
+            given[name] = self._recurrent_mask(value) if name == "conv_mask" else self._arguments.fit(value)
+        given["position_embeddings"] = rotary
+        score.ask(self._marks[layer - 1], self._probe)
+        try:
+            with torch.no_grad():
+                self.decoder.layers[layer].forward(self._full[first], **given)
+        except score.Answered:
+            pass
+        finally:
+            score.forget()
+
     # --- masks ---
 
     def _mask(self, layer: int, handed, columns: torch.Tensor):
@@ -170,6 +188,11 @@ class HookedForward(CompressedForward):
                 return None  # one token sees every key there is
             if kind == "full_attention" and isinstance(handed, torch.Tensor) and handed.ndim == 4:
                 return step_mask(stage.key_mask, handed)
+        elif self._given.ready and handed is not None and not isinstance(handed, torch.Tensor):
+            raise ValueError(
+                "flex attention's masks cannot be shortened where a model makes them itself, say for images that"
+                " see all of themselves; choose attn_implementation sdpa or eager"
+            )
         elif self._given.ready and isinstance(handed, torch.Tensor) and handed.ndim == 4:
             window = config.sliding_window if kind == "sliding_attention" else None
             keys = None if self.cache is None else self.cache.get_mask_sizes(hidden.shape[1], layer)[0]

@@ -57,31 +57,48 @@ class Probe:
         with record_function("libra.score"):
             if self.past_keys is not None:
                 key = torch.cat([self.past_keys, key], 2)
-            if cap is None and bias is None and not (self.by_mask and attention_mask is not None):
+            own = self.by_mask and attention_mask is not None and not _is_padding(attention_mask)
+            if cap is None and bias is None and not own:
                 self.attention = score_row(query, key, self.rows, scaling, self.key_mask, window)
             else:
-                seen = visible(attention_mask, self.rows, len(query), key.shape[2], query.shape[2])
+                keys, ahead = key.shape[2], key.shape[2] - query.shape[2]
+                if own:
+                    seen = visible(attention_mask, self.rows, len(query), keys)
+                else:
+                    seen = causally_visible(self.rows + ahead, keys, self.key_mask, window)
                 self.attention = masked_row(query, key, self.rows, scaling, seen, cap, bias)
         if self.only:
             raise Answered
 
 
-def visible(mask, rows: torch.Tensor, batch: int, keys: int, queries: int) -> torch.Tensor:
+def _is_padding(mask) -> bool:
+    """True for the (B, K) mask of flash attention, which tells of padding only."""
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2
+
+
+def visible(mask, rows: torch.Tensor, batch: int, keys: int) -> torch.Tensor:
     """(B, H or 1, R, K) bool: which keys the chosen queries ``rows`` (B, R) see by an attention mask.
 
-    ``mask``: (B or 1, H or 1, S, K) bool or 0 and a large negative number, flex attention's block mask, or
-    None for causal attention.
+    ``mask``: (B or 1, H or 1, S, K) bool, or 0 and a large negative number; or flex attention's block mask.
     """
-    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+    if isinstance(mask, torch.Tensor):
         seen = mask if mask.dtype == torch.bool else mask == 0
         seen = seen[..., -keys:].expand(batch, -1, -1, -1)
         return seen.gather(2, rows[:, None, :, None].expand(-1, seen.shape[1], -1, seen.shape[3]))
+    row = torch.arange(batch, device=rows.device)[:, None, None]
     place = torch.arange(keys, device=rows.device)
-    if mask is not None and not isinstance(mask, torch.Tensor):
-        row = torch.arange(batch, device=rows.device)[:, None, None]
-        return mask.mask_mod(row, torch.zeros_like(row), rows[:, :, None], place)[:, None]
-    seen = (place <= (rows + keys - queries)[:, :, None])[:, None]
-    return seen if mask is None else seen & mask.bool()[:, None, None, -keys:]
+    return mask.mask_mod(row, torch.zeros_like(row), rows[:, :, None], place)[:, None]
+
+
+def causally_visible(at: torch.Tensor, keys: int, key_mask, window: int | None) -> torch.Tensor:
+    """(B, 1, R, K) bool: the keys up to those at ``at`` (B, R), at most ``window`` back, that are valid."""
+    place = torch.arange(keys, device=at.device)
+    seen = place <= at[:, :, None]
+    if window is not None:
+        seen = seen & (place > at[:, :, None] - window)
+    if key_mask is not None:
+        seen = seen & key_mask.bool()[:, None, -keys:]
+    return seen[:, None]
 
 
 def masked_row(query, key, rows, scaling: float, seen, cap: float | None, bias) -> torch.Tensor:

@@ -228,6 +228,14 @@ def _check_places(found: Structure, compression: Compression) -> None:
                 f"layers: {scoring_layer(step)} of {found.name} has no attention whose scores could be read; "
                 f"choose from {able}"
             )
+        if (
+            step.part.score_layer == "next"
+            and attention_kind(config, scoring_layer(step)) == "chunked_attention"
+        ):
+            raise ValueError(
+                f"score_layer: next cannot read layer {scoring_layer(step)} of {found.name}, which attends by chunks;"
+                " write score_layer: same"
+            )
     earliest = earliest_place(found.base.config)
     if schedule and schedule[0].layer < earliest:
         raise ValueError(

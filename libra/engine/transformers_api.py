@@ -69,6 +69,7 @@ __all__ = [
     "AttentionMaskInterface",
     "BaseModelOutputWithPast",
     "CACHE",
+    "CACHES",
     "CHECKPOINTS_CALLS",
     "Cache",
     "CausalLMOutputWithPast",
@@ -97,6 +98,7 @@ ASSISTED_GENERATION = GenerationMixin._assisted_decoding.__code__  # what its fr
 # Before 5.23 gradient checkpointing recomputes a layer's call with its hooks, since then its forward only.
 CHECKPOINTS_CALLS = "__call__" in vars(GradientCheckpointingLayer)
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else FORMER
+CACHES = (FORMER, CACHE)
 
 
 def cache_argument(cache: Cache | None) -> dict[str, Any]:
