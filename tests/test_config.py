@@ -333,12 +333,13 @@ def test_every_row_of_configs_loads_and_fits_its_model(path):
     row = Row.from_yaml(path)
     row.compression.check_layers(rows.get_model(row.model).layers)
     assert row.tasks
-    assert path.read_text(encoding="utf-8").startswith("# Table ")
+    assert path.read_text(encoding="utf-8").startswith(("# Table ", "# The field "))
     accuracies = [row.paper[task] for task in row.tasks if task in row.paper]
     if "avg" in row.paper:  # the paper's Avg leaves MME out
         others = [row.paper[task] for task in row.tasks if task != "mme"]
         assert row.paper["avg"] == pytest.approx(sum(others) / len(others), abs=0.051)
-    assert row.model == "mini" or len(accuracies) == len(row.tasks)
+    of_the_paper = row.model != "mini" and path.parent.name != "field"
+    assert len(accuracies) == len(row.tasks) or not of_the_paper
 
 
 def test_table_1_and_the_mini_rows_are_complete():
