@@ -1,6 +1,8 @@
 """The score row beside the model's own attention: it equals eager attention's row, and nothing else
 changes."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -129,3 +131,48 @@ def test_a_later_turn_is_scored_on_all_keys_and_reads_its_own_columns():
     attentions = twin(**tiny.alone(joined), output_attentions=True).attentions[LAYER].mean(1)
     torch.testing.assert_close(steps[0].attention[0, 0], attentions[0, -1, len(first) :], atol=1e-5, rtol=0)
     assert steps[0].attention.sum() < 0.99
+
+
+def attention_by_hand(query, key, mask, scaling: float, cap=None, bias=None) -> torch.Tensor:
+    """(B, S, K): the mean over the heads of softmax attention, mask (B, 1, S, K) bool."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
+    scores = scores if bias is None else scores + bias
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(1)
+
+
+@pytest.mark.parametrize("form", ["bool", "float", "flash", "none", "flex"])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 1.5}, {"position_bias": True}, {"sliding_window": 3}], ids=str
+)
+@torch.no_grad()
+def test_the_score_row_is_that_of_the_layers_own_mask(form, options):
+    """Attention that is not just causal: chunks where the mask tells them, caps, biases, windows, padding."""
+    draw = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(2, heads, n, 8, generator=draw) for heads, n in ((4, 6), (2, 9)))
+    options, rows = dict(options, scaling=0.3), torch.tensor([[5, 2], [4, 5]])
+    if "position_bias" in options:
+        options["position_bias"] = torch.randn(2, 4, 6, 9, generator=draw)
+    place, at = torch.arange(9), torch.arange(6)[:, None] + 3
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    if form != "none":
+        valid[1, :2] = False
+    mask = (place <= at)[None, None] & valid[:, None, None]
+    if (window := options.get("sliding_window")) is not None:
+        mask = mask & (place > at - window)
+    if form in ("bool", "float", "flex"):
+        mask = mask & (place // 4 == at // 4)
+    handed = {
+        "bool": mask,
+        "float": torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min),
+        "flash": valid,
+        "none": None,
+        "flex": SimpleNamespace(mask_mod=lambda b, h, q, kv: mask[b, h, q, kv]),
+    }[form]
+    probe = score.Probe(rows, None if form == "none" else valid)
+    probe.by_mask = True
+    probe.read(query, key, handed, options)
+    whole = attention_by_hand(query, key, mask, 0.3, options.get("softcap"), options.get("position_bias"))
+    want = whole.gather(1, rows[:, :, None].expand(-1, -1, 9))
+    torch.testing.assert_close(probe.attention, want, atol=1e-6, rtol=1e-5)
