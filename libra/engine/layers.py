@@ -143,7 +143,8 @@ class HookedForward(CompressedForward):
             super()._score_with(layer, hidden)
 
     def _ask_next(self, layer: int, hidden: torch.Tensor, rotary, past_keys) -> None:
-        """The layer runs up to its attention, whatever comes before that in it; nothing is added to the cache."""
+        """The layer runs up to its attention, whatever comes before that in it; nothing is added to the
+        cache."""
         self._probe.only, self._probe.past_keys = True, past_keys
         first, *others = self._full
         given = dict.fromkeys(others)
@@ -190,7 +191,8 @@ class HookedForward(CompressedForward):
                 return step_mask(stage.key_mask, handed)
         elif self._given.ready and handed is not None and not isinstance(handed, torch.Tensor):
             raise ValueError(
-                "flex attention's masks cannot be shortened where a model makes them itself, say for images that"
+                "flex attention's masks cannot be shortened where a model makes them itself, say for images "
+                "that"
                 " see all of themselves; choose attn_implementation sdpa or eager"
             )
         elif self._given.ready and isinstance(handed, torch.Tensor) and handed.ndim == 4:

@@ -233,7 +233,8 @@ def _check_places(found: Structure, compression: Compression) -> None:
             and attention_kind(config, scoring_layer(step)) == "chunked_attention"
         ):
             raise ValueError(
-                f"score_layer: next cannot read layer {scoring_layer(step)} of {found.name}, which attends by chunks;"
+                f"score_layer: next cannot read layer {scoring_layer(step)} of {found.name}, which attends "
+                "by chunks;"
                 " write score_layer: same"
             )
     earliest = earliest_place(found.base.config)
