@@ -130,11 +130,13 @@ class Eyes:
         self.wants = Wants.of(compression, self.has_cls)
         if self.kind in JOINING and any(part.at == TOWER for part in compression.parts):
             self.compression = _at_input(compression)
+        if self.wants is None:
+            return
         layers = self._layers()
         chosen = getattr(body.config, "vision_feature_layer", -1)
         chosen = chosen if isinstance(chosen, int) else chosen[-1]
         self.used = chosen % (len(layers) + 1) - 1
-        if self.wants is not None and self.wants.fields - {"tower_hidden", "grid"}:
+        if self.wants.fields - {"tower_hidden", "grid"}:
             for number in self.wants.layers(self.used, len(layers)):
                 for module in attention_modules(layers[number]):
                     setattr(module, score.MARK, TowerMark(number))
@@ -142,6 +144,11 @@ class Eyes:
     def _layers(self) -> list[torch.nn.Module]:
         lists = [module for module in self.tower.modules() if isinstance(module, torch.nn.ModuleList)]
         layers = [list(one) for one in lists if attention_modules(one)]
+        if not layers:
+            raise ValueError(
+                f"{self.compression.name} needs what the vision tower says, and this {self.name} has none with"
+                " layers of attention; choose a method that reads embeddings"
+            )
         return max(layers, key=len)
 
     def open(self) -> None:
