@@ -27,12 +27,12 @@ Written by `python scripts/models_page.py` from [families.py](../libra/engine/fa
 of [tests/zoo](../tests/zoo), with transformers {version}; change those, not this page.
 
 [libra.attach](plugin.md) takes the vision-language classes of transformers. What *tested* means: on a model
-with random weights, a few layers and a real vision tower, for Libra-Merging, FastV and Turbo, in float32 on a
-CPU ([test_matrix.py](../tests/test_matrix.py)): without compression and after `detach` no bit differs; at
-ratio 0 no bit differs; a batch padded on the left gives what its samples give; decoding with the cache gives
-what a pass without one gives; and what enters each layer is what a reference computes layer by layer from the
-model's own eager run ([by_hand.py](../tests/by_hand.py)). No real checkpoint of these classes was run for
-this page.
+with random weights, a few layers and a real vision tower, for Libra-Merging, FastV, Turbo and PyramidDrop, in
+float32 on a CPU ([test_matrix.py](../tests/test_matrix.py)): without compression and after `detach` no bit
+differs; at ratio 0 no bit differs; a batch padded on the left gives what its samples give; decoding with the
+cache gives what a pass without one gives; and what enters each layer is what a reference computes layer by
+layer from the model's own eager run ([by_hand.py](../tests/by_hand.py)). No real checkpoint of these classes
+was run for this page.
 
 ## Tested: {tested}
 

@@ -136,7 +136,7 @@ class HookedForward(CompressedForward):
 
     def _score_with(self, layer: int, hidden: torch.Tensor) -> None:
         if self._rotary is None:
-            self._rotary = self._arguments.fit(self._full["position_embeddings"])
+            self._rotary = self._arguments.fit(self._full.get("position_embeddings"))
             super()._score_with(layer, hidden)
             self._rotary = None
         else:
@@ -151,7 +151,8 @@ class HookedForward(CompressedForward):
         for name in given.keys() - {"attention_mask", *CACHES}:
             value = self._full[name]
             given[name] = self._recurrent_mask(value) if name == "conv_mask" else self._arguments.fit(value)
-        given["position_embeddings"] = rotary
+        if "position_embeddings" in given:  # Inkling's layers have none
+            given["position_embeddings"] = rotary
         score.ask(self._marks[layer - 1], self._probe)
         try:
             with torch.no_grad():

@@ -29,6 +29,18 @@ PLACES = {
 }
 # What the differences of two sound ways may be, over the largest number; 1e-4 elsewhere.
 BOUNDS = {"MuseSparkForConditionalGeneration": 1e-3}  # its scores are five times as large
+# Whose layer after the places has no scores for score_layer: next, and what is said of it.
+RECURRENT = "no attention whose scores could be read"
+NO_NEXT = {
+    "Lfm2VlForConditionalGeneration": RECURRENT,
+    "Llama4ForConditionalGeneration": "score_layer: next cannot read layer 4 .* which attends by chunks",
+    "MiniCPMOcrForConditionalGeneration": RECURRENT,
+    "MiniCPMV4_6ForConditionalGeneration": RECURRENT,
+    "MiniCPMV4_7ForConditionalGeneration": RECURRENT,
+    "NemotronH_Omni_Reasoning_V3": "is the last layer and score_layer: next needs one after it",
+    "Qwen3_5ForConditionalGeneration": RECURRENT,
+    "Qwen3_5MoeForConditionalGeneration": RECURRENT,
+}
 
 
 def places(name: str) -> tuple[int, ...]:
