@@ -56,12 +56,20 @@ def compares(row: str) -> bool:
     return row != BLIND and row.rpartition("_")[2] != "vanilla"
 
 
+# Above every table of the embedded model.
+SMALL = (
+    "One small model and synthetic pictures. It uses tokens of every part of a picture, also where nothing is,"
+    " which favours methods that spread their choice; whether a 7B model does is not known. No method is"
+    " recommended by it, and its order of methods is not that of large models (docs/results/README.md)."
+)
+
+
 def mini_grid(measured: Measured, notes: list[str]) -> Grid:
     """Scores of the embedded model's rows; reasons of failed cells are appended to ``notes``."""
     table = measured.table
     header = ["", "FLOPs", *map(measured.title, measured.columns), "Avg", "Δ to vanilla"]
     header += ["Δ to the row above"] * table.above + ["Sim"] * ("sim" in table.extras)
-    header += ["into compensation"] * ("share" in table.extras) + ["seconds"]
+    header += ["into compensation"] * ("share" in table.extras)
 
     def cell(row: str, task: str) -> str:
         reason = measured.failed(row, task)
@@ -71,7 +79,6 @@ def mini_grid(measured: Measured, notes: list[str]) -> Grid:
         return f"failed ({len(notes)})"
 
     def make(row: str) -> list[list[str]]:
-        seconds = measured.seconds(row)
         line = [measured.rows[row].title, _percent(measured.flops_ratio(row))]
         line += [cell(row, column.task) for column in measured.columns] + [_show(measured.average(row))]
         line.append(_difference(measured.difference(row)) if compares(row) else "")
@@ -81,7 +88,7 @@ def mini_grid(measured: Measured, notes: list[str]) -> Grid:
             line.append(
                 " / ".join(_percent(figure.value) for figure in measured.stages(row, "share").values())
             )
-        return [[*line, "" if seconds is None else f"{seconds:.0f}"]]
+        return [line]
 
     grid = Grid(header, under_headings(measured, make), caption(measured))
     if measured.majority and table.blind:
@@ -109,9 +116,7 @@ def mini_text(measured: Measured) -> list[str]:
             " Sim: mean s^max of the tokens that are no targets, after each compression layer. Into "
             "compensation: the share of those tokens that went into the compensation token."
         )
-    if not measured.table.timed:
-        said += " Seconds: generation over all types, one process."
-    lines = [said]
+    lines = [SMALL, said]
     if False in measured.decided.values():
         lines.append(
             f"† not learned, and so outside Avg: the vanilla model is below {LEARNED_AT:.0f}%"

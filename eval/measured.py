@@ -126,11 +126,6 @@ class Measured:
                 return there[there.index(row) - 1] if there.index(row) else None
         return None
 
-    def seconds(self, row: str) -> float | None:
-        """Seconds of generation over all tasks; None while a cell is missing."""
-        cells = [self._ok(row, task) for task in self.tasks]
-        return sum(cell["seconds"] for cell in cells) if all(cells) else None
-
     def flops(self, row: str) -> float | None:
         """Nominal FLOPs of the visual tokens (§4.1)."""
         try:
