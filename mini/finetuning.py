@@ -139,7 +139,9 @@ def _costs(path: Path, pairs: int) -> list[dict]:
 
 def table_words(options, trained: Path) -> list[str]:
     """The arguments of :mod:`eval.run` that fill Table E."""
-    words = ["--table", "E", *options.rows, "--trained", str(trained), "--output", str(options.output)]
+    # Relative paths: the page names the command, and no folder of this machine.
+    here, output = os.path.relpath(trained), os.path.relpath(options.output)
+    words = ["--table", "E", *options.rows, "--trained", here, "--output", output]
     words += ["--benchmark", str(options.benchmark), "--processes", str(options.processes)]
     words += ["--limit", str(options.limit)] if options.limit else []
     return words + ["--publish"] * options.publish
