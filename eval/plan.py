@@ -282,7 +282,7 @@ def describe(plan: Plan, output: Path, processes: int) -> str:
     for name in plan.chosen:
         row = plan.rows[name]
         c = row.compression
-        layers = ", ".join(map(str, c.layers)) if c.layers else "none"
+        layers = ", ".join("input" if one < 0 else str(one) for one in c.layers) if c.layers else "none"
         ratio = flops_ratio(row.model, c)
         own = [states[cell.name] for cell in plan.cells if cell.row == name]
         lines.append(

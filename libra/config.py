@@ -380,6 +380,16 @@ class Compression:
         return f"{key} {', '.join(f'{number:.3g}' for number in values)}"
 
     @property
+    def where(self) -> str:
+        """The places in words: "after layers 7, 15, 23" or "before the language model"."""
+        if self.steps is not None:
+            return ", then ".join(part.where for part in self.steps)
+        if self.at is not None or self.layers is None:
+            return IN_WORDS[self.place]
+        named = ", ".join("input" if layer == BEFORE else str(layer) for layer in self.layers)
+        return f"after layer{'s' if len(self.layers) > 1 else ''} {named}"
+
+    @property
     def reads_importance(self) -> bool:
         """Whether α makes a difference, as far as is known."""
         if self.steps is not None:

@@ -394,6 +394,7 @@ STEPS = [{"at": "input", "method": "visionzip", "keep": 192}, {"at": 15, "method
 
 def test_steps_are_compressions_one_after_another():
     c = Compression(steps=STEPS)
+    assert c.where == "before the language model, then after layer 15"
     assert c.layers == (-1, 15) and c.positions == "original" and c.acts and c.place == "layers"
     assert c.needs == ("tower_cls|tower_received", "tower_keys") and c.amount == "keep 192, then ratio 0.5"
     assert Compression.from_dict(c.to_dict()) == c and hash(c) == hash(Compression(steps=STEPS))

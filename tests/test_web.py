@@ -55,7 +55,7 @@ def test_only_rows_of_the_models_sizes_are_offered(loaded):
     rows = the_page.fitting_rows(SimpleNamespace(config=SimpleNamespace(**sizes)))
     assert {f"llava7b_{row}.yaml" for row in ("fastv", "turbo", "r50", "r67")} <= set(rows)
     assert "llava7b_vanilla.yaml" not in rows and not fitting.keys() & rows.keys()
-    assert the_page.in_words(rows["llava7b_r67.yaml"]) == "libra, 67% after 7, 15, 23"
+    assert the_page.in_words(rows["llava7b_r67.yaml"]) == "libra, 67% after layers 7, 15, 23"
 
 
 def test_own_compression():

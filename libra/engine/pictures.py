@@ -146,8 +146,8 @@ class Eyes:
         layers = [list(one) for one in lists if attention_modules(one)]
         if not layers:
             raise ValueError(
-                f"{self.compression.name} needs what the vision tower says, and this {self.name} has none with"
-                " layers of attention; choose a method that reads embeddings"
+                f"{self.compression.name} needs what the vision tower says, and this {self.name} has none"
+                " with layers of attention; choose a method that reads embeddings"
             )
         return max(layers, key=len)
 

@@ -76,6 +76,8 @@ def _record(args: argparse.Namespace) -> "Record":
     compression = compression_from(args.config)
     if not compression.compresses:
         raise ValueError(f"{args.config} compresses nothing; give a configuration with compression layers")
+    if compression.steps is not None:
+        raise ValueError(f"{args.config} is a list of steps; a figure shows one method, so give it alone")
     from ..media import COMMAND, open_image
 
     image = open_image(args.image, COMMAND)

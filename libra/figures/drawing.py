@@ -251,16 +251,19 @@ def draw(record: Record) -> "Figure":
     return figure
 
 
+def _place(stage: StageTrace) -> str:
+    """Where a step was."""
+    return "input" if stage.layer < 0 else f"layer {stage.layer}"
+
+
 def _has_intervals(record: Record) -> bool:
     return SELECTORS[record.compression.select].per_interval
 
 
 def _describe(record: Record) -> str:
     c, tokens = record.compression, sum(record.trace.spans)
-    layers = ", ".join(str(stage.layer) for stage in record.trace.stages)
-    layers = f"layer{'s' if len(record.trace.stages) > 1 else ''} {layers}"
     name = f"{c.method}: " if c.method else ""
-    return f"{name}select {c.select}, merge {c.merge}, {c.amount} after {layers}; {tokens} visual tokens"
+    return f"{name}select {c.select}, merge {c.merge}, {c.amount} {c.where}; {tokens} visual tokens"
 
 
 def _titles(record: Record, number: int) -> tuple[str, str, str]:
@@ -281,8 +284,8 @@ def _titles(record: Record, number: int) -> tuple[str, str, str]:
     ]
     return (
         f"FastV: top-k by the importance at layer {trace.stages[0].layer}\n{kept}",
-        f"layer {stage.layer}: {how}\n{kept}",
-        f"layer {stage.layer}: the other {before - after} of {before} tokens:\n{', '.join(gone) or 'none'}",
+        f"{_place(stage)}: {how}\n{kept}",
+        f"{_place(stage)}: the other {before - after} of {before} tokens:\n{', '.join(gone) or 'none'}",
     )
 
 

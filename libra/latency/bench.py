@@ -26,6 +26,10 @@ def scale_layers(c: Compression, of: int, layers: int) -> Compression:
     Raises:
         ConfigError: where two steps would fall on one layer, or one before the first.
     """
+    if c.at is not None:
+        return c  # before the first layer, whatever the depth
+    if c.steps is not None:
+        raise ConfigError("steps: a list of steps has no one scale; measure it on a whole model")
     scaled = [round((layer + 1) * layers / of) - 1 for layer in c.layers]
     if len(set(scaled)) < len(scaled) or min(scaled, default=0) < 0:
         raise ConfigError(

@@ -66,9 +66,9 @@ def fitting_rows(model, folder: Path = CONFIGS) -> dict[str, Compression]:
 
 def in_words(c: Compression) -> str:
     """A compression in a few words."""
-    layers = ", ".join(map(str, c.layers))
     amount = c.amount if not isinstance(c.ratio, float) else f"{c.ratio:.0%}"
-    return f"{c.method or f'{c.select} + {c.merge}'}, {amount} after {layers}"
+    name = c.method or (c.name if c.steps else f"{c.select} + {c.merge}")
+    return f"{name}, {amount} {c.where}"
 
 
 def own_compression(method: str, layers: str, ratio: float) -> Compression:
