@@ -32,7 +32,7 @@ class Wanted:
     rows, tasks: names to keep, all where there are none; tasks may be written without ``mini_``. limit:
     samples of a task; checkpoint: weights instead of the registry's; benchmark: folder of the embedded one,
     which is written or reused there; trained: folder of the checkpoints that a table of fine-tuned ones
-    names; dry: nothing is going to be computed.
+    names; dry: nothing is going to be computed; configs: a folder with more rows.
     """
 
     rows: Sequence[str] = ()
@@ -43,6 +43,7 @@ class Wanted:
     dtype: str = "float32"
     dry: bool = False
     trained: Path | None = None
+    configs: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def plan(table: Table, suite: str, wanted: Wanted) -> Plan:
     Raises ValueError for unknown names and for a checkpoint that cannot be had; a dry plan says the latter in
     ``amiss``.
     """
-    known = SuiteRows(table, suite)
+    known = SuiteRows(table, suite, wanted.configs)
     chosen = {name: known[name] for name in _chosen(table, suite, known, wanted.rows)}
     tasks = _wanted(wanted.tasks, [task for row in chosen.values() for task in row.tasks])
     for row in chosen.values():

@@ -59,6 +59,7 @@ def parser() -> Parser:
         "--batch-size", type=whole, metavar="N", help="samples a forward call (default: 32 mini, 8 others)"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="results folder (default results/tableN)")
+    parser.add_argument("--configs", type=Path, metavar="DIR", help="also the rows of your own folder")
     add_benchmark(parser)
     parser.add_argument(
         "--processes",
@@ -100,7 +101,7 @@ def command(args) -> str:
     for name in ("rows", "tasks"):
         if getattr(args, name):
             words += [f"--{name}", ",".join(getattr(args, name))]
-    for name in ("limit", "checkpoint", "trained", "batch_size"):
+    for name in ("limit", "checkpoint", "trained", "batch_size", "configs"):
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     if args.dtype != "float32":
@@ -119,6 +120,7 @@ def wanted(args) -> Wanted:
         dtype=args.dtype,
         dry=args.dry_run,
         trained=args.trained,
+        configs=args.configs,
     )
 
 

@@ -3,7 +3,7 @@ here."""
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -369,12 +369,24 @@ def row_files(table: Table, suite: str) -> dict[str, Path]:
     return dict(sorted(files.items(), key=lambda item: (place.get(item[0], len(place)), item[0])))
 
 
-class SuiteRows(Mapping[str, Row]):
-    """The rows of :func:`row_files` by name, with the blind run of the embedded model at its place. A file is
-    read when its row is first asked for, and only then."""
+def own_files(folder: Path, taken: Iterable[str]) -> dict[str, Path]:
+    """The rows of a user's folder by name. Raises ValueError where it has none, or one whose name is ``taken``."""
+    files = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if not files:
+        raise ValueError(f"--configs {folder}: there is no .yaml file in it")
+    if both := sorted({*files} & {*taken}):
+        raise ValueError(f"--configs {folder}: the table has a row {both[0]} already; rename {both[0]}.yaml")
+    return files
 
-    def __init__(self, table: Table, suite: str):
+
+class SuiteRows(Mapping[str, Row]):
+    """The rows of :func:`row_files` by name, with the blind run of the embedded model at its place, and those of
+    the folder ``own`` at the end. A file is read when its row is first asked for, and only then."""
+
+    def __init__(self, table: Table, suite: str, own: Path | None = None):
         self._files, self._read = row_files(table, suite), {}
+        if own is not None:
+            self._files |= own_files(own, [*self._files, BLIND])
         names = list(self._files)
         if suite == "mini" and table.blind and "vanilla" in names:
             place = {name: number for number, name in enumerate(table.order)}

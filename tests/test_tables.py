@@ -195,6 +195,33 @@ def test_rows_that_say_the_same_share_their_cells_between_tables(make_plan):
     assert len(set(arena.values())) == len(arena)
 
 
+def test_rows_of_ones_own_folder_come_last(make_plan, tmp_path, capsys):
+    with pytest.raises(ValueError, match="there is no .yaml file in it"):
+        make_plan("1", configs=tmp_path)
+    (tmp_path / "half.yaml").write_text(
+        "model: mini\ncompression: {method: fastv, layers: [5], ratio: 0.5}\ntasks: [mini_reading, mini_find]\n"
+    )
+    cells = make_plan("1", rows=["vanilla", "half"], tasks=["reading"], configs=tmp_path).cells
+    assert [cell.name for cell in cells] == ["mini.vanilla.mini_reading", "mini.half.mini_reading"]
+    assert list(make_plan("1", configs=tmp_path).rows)[-1] == "half"
+    arguments = [
+        "--table",
+        "1",
+        "--configs",
+        str(tmp_path),
+        "--rows",
+        "half",
+        "--output",
+        str(tmp_path / "results"),
+    ]
+    assert run.main([*arguments, "--dry-run"]) == 0
+    assert re.search(r"^half +half +5 +50%", capsys.readouterr().out, re.MULTILINE)
+    assert f"--configs {tmp_path}" in run.command(run.parser().parse_args(arguments))
+    (tmp_path / "r50.yaml").write_text((tmp_path / "half.yaml").read_text())
+    with pytest.raises(ValueError, match="the table has a row r50 already; rename r50.yaml"):
+        make_plan("1", configs=tmp_path)
+
+
 def test_table_e_asks_every_checkpoint_and_shows_what_compressing_costs_each(make_plan, tmp_path):
     with pytest.raises(ValueError, match="python -m mini.finetune"):
         make_plan("E", rows=["whole_r50"])
