@@ -1,8 +1,10 @@
 """Classes with a way of their own to take pictures."""
 
+import families
 import torch
 import transformers
 from families import END, IMAGE, START, VIDEO, Kind, Picture, modalities, noise
+from packaging.version import Version
 
 from .parts import GRANITE, LINEAR, MOLMO, OPT, QFORMER, SLIDING, TINY_TOWER, kind, nothing
 from .sizes import AUDIO, INTERLEAVED, TEXT, WIDTH, has, recipe
@@ -58,6 +60,12 @@ def placed_video(side: int, values: int, tokens: int):
         )
 
     return video
+
+
+def video_of_gemma(side: int, values: int, tokens: int):
+    """None before transformers 5.23, whose forward leaves out the numbers of frames that it then asks for."""
+    old = Version(transformers.__version__) < Version("5.23")
+    return None if old else placed_video(side, values, tokens)
 
 
 def packed(tokens: int):
@@ -182,7 +190,7 @@ KINDS = {
             vision_config=transformers.Gemma4VisionConfig(**TINY_TOWER, **IMAGE_AND_POSITIONS),
         ),
         placed(4, 48, 4),
-        placed_video(4, 48, 4),
+        video_of_gemma(4, 48, 4),
         modalities,
     ),
     "Gemma4UnifiedForConditionalGeneration": kind(
@@ -198,7 +206,7 @@ KINDS = {
             ),
         ),
         placed(3, 48, 9),
-        placed_video(3, 48, 9),
+        video_of_gemma(3, 48, 9),
         modalities,
     ),
     "InklingForConditionalGeneration": kind(
@@ -262,8 +270,8 @@ KINDS = {
         recipe(
             "Granite4VisionForConditionalGeneration",
             GRANITE,
-            vision=dict(hidden_size=64),
-            qformer_config=QFORMER,
+            vision_config=transformers.CLIPVisionConfig(**{**families.CLIP, "hidden_size": 64}),
+            qformer_config={**QFORMER, "hidden_size": 64, "encoder_hidden_size": 64},
             downsample_rate="1/2",
             deepstack_layer_map=[[-2, 0]],
             spatial_target_layers=[1, 2, 3, 4],
