@@ -58,8 +58,8 @@ def compares(row: str) -> bool:
 
 # Above every table of the embedded model.
 SMALL = (
-    "One small model and synthetic pictures. It uses tokens of every part of a picture, also where nothing is,"
-    " which favours methods that spread their choice; whether a 7B model does is not known. No method is"
+    "One small model and synthetic pictures. It uses tokens of every part of a picture, also where nothing"
+    " is, which favours methods that spread their choice; whether a 7B model does is not known. No method is"
     " recommended by it, and its order of methods is not that of large models (docs/results/README.md)."
 )
 

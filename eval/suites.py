@@ -370,7 +370,8 @@ def row_files(table: Table, suite: str) -> dict[str, Path]:
 
 
 def own_files(folder: Path, taken: Iterable[str]) -> dict[str, Path]:
-    """The rows of a user's folder by name. Raises ValueError where it has none, or one whose name is ``taken``."""
+    """The rows of a user's folder by name. Raises ValueError where it has none, or one whose name
+    is ``taken``."""
     files = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if not files:
         raise ValueError(f"--configs {folder}: there is no .yaml file in it")
@@ -380,8 +381,8 @@ def own_files(folder: Path, taken: Iterable[str]) -> dict[str, Path]:
 
 
 class SuiteRows(Mapping[str, Row]):
-    """The rows of :func:`row_files` by name, with the blind run of the embedded model at its place, and those of
-    the folder ``own`` at the end. A file is read when its row is first asked for, and only then."""
+    """The rows of :func:`row_files` by name, with the blind run of the embedded model at its place, and
+    those of the folder ``own`` at the end. A file is read when its row is first asked for, and only then."""
 
     def __init__(self, table: Table, suite: str, own: Path | None = None):
         self._files, self._read = row_files(table, suite), {}

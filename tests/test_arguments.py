@@ -1,4 +1,5 @@
-"""What decoder layers get for fewer columns: arguments found by their shape, and masks that a model made itself."""
+"""What decoder layers get for fewer columns: arguments found by their shape, and masks that a model made
+itself."""
 
 import pytest
 import torch
@@ -71,8 +72,8 @@ def given(mask: torch.Tensor, as_float: bool) -> torch.Tensor:
     (IMAGE, "x.... xxxx. xxxx. xxxx. xxxxx"),
 ], ids=["causal", "image"])  # fmt: skip
 def test_a_ready_made_mask_for_fewer_columns(whole, want, as_float):
-    """The columns 0, 2, 3, a compensation token of 3 and 5: it sees the token before it, which sees it only where
-    pictures see all of themselves."""
+    """The columns 0, 2, 3, a compensation token of 3 and 5: it sees the token before it, which sees it
+    only where pictures see all of themselves."""
     got = shortened_mask(given(whole, as_float), SOURCE[:1], None, None, 0, None)
     assert torch.equal(got, given(seen(want), as_float))
 

@@ -199,7 +199,8 @@ def test_rows_of_ones_own_folder_come_last(make_plan, tmp_path, capsys):
     with pytest.raises(ValueError, match="there is no .yaml file in it"):
         make_plan("1", configs=tmp_path)
     (tmp_path / "half.yaml").write_text(
-        "model: mini\ncompression: {method: fastv, layers: [5], ratio: 0.5}\ntasks: [mini_reading, mini_find]\n"
+        "model: mini\ncompression: {method: fastv, layers: [5], ratio: 0.5}\n"
+        "tasks: [mini_reading, mini_find]\n"
     )
     cells = make_plan("1", rows=["vanilla", "half"], tasks=["reading"], configs=tmp_path).cells
     assert [cell.name for cell in cells] == ["mini.vanilla.mini_reading", "mini.half.mini_reading"]
