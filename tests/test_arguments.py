@@ -36,7 +36,9 @@ def test_arguments_with_an_entry_for_each_column():
 
 
 @pytest.mark.parametrize(
-    "value", [None, True, 3, "words", torch.tensor(2), torch.randn(2, 5, 4), torch.arange(4)], ids=str
+    "value",
+    [None, True, 3, "words", torch.tensor(2), torch.ones(2, 5, 4), torch.arange(4)],
+    ids=["none", "flag", "number", "words", "scalar", "longer", "shorter"],
 )
 def test_other_arguments_stay(value):
     assert shortened(value) is value
