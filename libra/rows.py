@@ -34,6 +34,9 @@ CONFIGS = _folder("configs", "configs")
 EMBEDDED = _folder("mini/checkpoint", "mini/checkpoint")
 
 
+_EXAMPLE = "llava7b_r50"  # of a shipped row's name
+
+
 @cache
 def shipped_rows() -> dict[str, Path]:
     """Name → file of every shipped row. The name is the path below configs/, without .yaml."""
@@ -46,9 +49,10 @@ def shipped_row(name: str) -> Path:
     """The file of a shipped row. Raises ConfigError for another name."""
     found = spelled(name, shipped_rows())
     if found is None:
+        examples = [name for name in shipped_rows() if "/" not in name][:3]
         hint = (
             did_you_mean(str(name), shipped_rows())
-            or f" the names are {', '.join(list(shipped_rows())[:3])} …, the files of configs/"
+            or f" the names are {', '.join(examples)} …, the files of configs/"
         )
         raise ConfigError(f"{show(name)} is not the name of a row;{hint}")
     return shipped_rows()[found]
@@ -186,8 +190,7 @@ def _no_file(name: str) -> str:
     if spelled(name, shipped_rows()) is None:
         hint = did_you_mean(name, (*METHODS, *shipped_rows())) or f" the methods are {', '.join(METHODS)}"
         raise ConfigError(
-            f"compression: {show(name)} is neither a method nor a row such as "
-            f"{next(iter(shipped_rows()))};{hint}"
+            f"compression: {show(name)} is neither a method nor a row such as {_EXAMPLE};{hint}"
         )
     return str(shipped_row(name))
 

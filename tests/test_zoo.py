@@ -8,6 +8,7 @@ from families import SAID
 PATTERN = "t4 i t5"
 
 
+@pytest.mark.slow  # the matrix builds and runs the same classes
 @pytest.mark.parametrize("name", zoo.NAMES)
 @torch.no_grad()
 def test_a_class_is_built_and_runs(name):
