@@ -21,7 +21,9 @@ def test_a_class_is_built_and_runs(name):
     together = model(**batch).logits[0, -len(one.ids) :]
     torch.testing.assert_close(together, logits[0], atol=1e-3, rtol=1e-3)
     assert model.generate(**batch, max_new_tokens=2, **SAID).shape[1] == batch["input_ids"].shape[1] + 2
-    pixels = next(given_name for given_name in given if "pixel_values" in given_name)
+    pixels = next(
+        given_name for given_name in given if "pixel_values" in given_name or given_name == "image_patches"
+    )
     given[pixels] = given[pixels].flip(-1) + 1
     assert not torch.equal(model(**given).logits, logits)
 

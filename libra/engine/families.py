@@ -72,6 +72,8 @@ TESTED = (
 )
 # The names under which configurations keep the placeholder ids of visual tokens.
 IMAGE_IDS = ("image_token_id", "image_token_index", "image_patch_id")
+# Names under which models take pictures besides those with pixel_values in them.
+PICTURES = ("image_patches",)
 VIDEO_IDS = ("video_token_id", "video_token_index", "frame_patch_id")
 # The arguments of decoder layers that can be shortened, or have no columns; a layer that takes another one is
 # refused, because nobody has looked at it.

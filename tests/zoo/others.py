@@ -141,7 +141,9 @@ def docling(draw):
 
 
 def fuyu(draw):
-    return Picture([IMAGE] * 16, {"pixel_values": noise(draw, 1, 16, 48)})
+    """By its old name before transformers 5.23, which still takes it."""
+    name = "image_patches" if Version(transformers.__version__) < Version("5.24") else "pixel_values"
+    return Picture([IMAGE] * 16, {name: noise(draw, 1, 16, 48)})
 
 
 def granite4(draw):
