@@ -50,9 +50,10 @@ class Wanted:
 class Plan:
     """What a run is to do.
 
-    cells: row by row; rows: all of the suite's, each read once; chosen: the names of those to be computed;
-    run: the settings that the cells share; manifest: of the embedded benchmark, None for other suites; amiss:
-    why it cannot run, or an empty string.
+    cells: task by task, so that rows which show the same pictures follow each other; rows: all of the
+    suite's, each read once; chosen: the names of those to be computed; run: the settings that the cells
+    share; manifest: of the embedded benchmark, None for other suites; amiss: why it cannot run, or an empty
+    string.
     """
 
     table: Table
@@ -86,9 +87,9 @@ def plan(table: Table, suite: str, wanted: Wanted) -> Plan:
     maker = _Maker(table, suite, found, _other(chosen, wanted.checkpoint), run, manifest, wanted.benchmark)
     cells = [
         maker.cell(name, row, task, {**row_identity(row), "blind": name == BLIND})
+        for task in dict.fromkeys(task for row in chosen.values() for task in row.tasks)
         for name, row in chosen.items()
-        for task in row.tasks
-        if not tasks or task in tasks
+        if task in row.tasks and (not tasks or task in tasks)
     ]
     if table.timed:
         first = next(iter(chosen.values()))

@@ -195,6 +195,11 @@ def test_rows_that_say_the_same_share_their_cells_between_tables(make_plan):
     assert len(set(arena.values())) == len(arena)
 
 
+def test_cells_go_task_by_task_so_that_a_worker_still_has_the_pictures_features(make_plan):
+    tasks = [cell.task for cell in make_plan("1").cells]
+    assert tasks == [task for task in dict.fromkeys(tasks) for _ in range(tasks.count(task))]
+
+
 def test_rows_of_ones_own_folder_come_last(make_plan, tmp_path, capsys):
     with pytest.raises(ValueError, match="there is no .yaml file in it"):
         make_plan("1", configs=tmp_path)
