@@ -21,6 +21,7 @@ from serve_client import Reference, Served, ask_at_once, data_uri, endless, mess
 
 import libra  # noqa: E402
 from libra.serve import command  # noqa: E402
+from libra.serve.usage import figures  # noqa: E402
 
 try:
     command.check_packages()
@@ -136,6 +137,18 @@ def test_usage_tells_what_became_of_the_tokens(ask, reference):
     per_column = 2 * 128 * 4  # keys and values of a layer in float32
     assert told["cache_saved_bytes"] == whole * per_column - stats["cache"]["total"]
     assert told["cache_saved"] == pytest.approx(told["cache_saved_bytes"] / whole / per_column, abs=1e-4)
+
+
+def test_usage_of_a_decoder_whose_flops_are_not_known():
+    """The formula does not describe experts, for example."""
+    stats = {
+        "visual_tokens": [[8], [4]],
+        "compensation_tokens": [[0], [0]],
+        "flops_ratio": None,
+        "cache": None,
+    }
+    told = figures(libra.Compression(method="fastv", layers=(0,), ratio=0.5), stats, 8, 12, 2)
+    assert told["flops_saved"] is None and told["average_tokens"] == 6
 
 
 def test_a_request_without_a_compression_has_the_servers_and_vanilla_has_none(ask):

@@ -38,7 +38,7 @@ class Answer:
     first: float
     seconds: float
     tokens: int = 0
-    flops_saved: float = 0.0
+    flops_saved: float | None = 0.0
     error: str = ""
 
 

@@ -80,7 +80,8 @@ def _answers(measured: Measured) -> dict:
                 failed.append(answer.error)
             else:
                 said[server, answer.question].add(answer.text)
-                saved += [answer.flops_saved] if server == "compressed" else []
+                known = server == "compressed" and answer.flops_saved is not None
+                saved += [answer.flops_saved] if known else []
     both = [number for server, number in said if server == "vanilla" and ("compressed", number) in said]
     return {
         "answers": {

@@ -20,18 +20,19 @@ def figures(compression: Compression, stats: dict | None, visual: int, prompt: i
         ``settings`` (the compression's keys), ``visual_tokens``, ``tokens`` (a list of ``at``, "input" or the
         layer after which the number changed, ``visual`` and ``compensation`` tokens from there on),
         ``average_tokens`` of a layer, ``flops_saved`` (share of the visual tokens' multiply-accumulates,
-        §4.1's formula), ``cache_saved`` (share of the prompt's columns in the KV cache) and
-        ``cache_saved_bytes`` (None where it is not known).
+        §4.1's formula; None for a decoder that it does not describe), ``cache_saved`` (share of the prompt's
+        columns in the KV cache) and ``cache_saved_bytes`` (None where it is not known).
     """
     seen = [visual] * layers
     added = [0] * layers
-    flops, saved_bytes = 0.0, None
+    flops_saved, saved_bytes = 0.0, None
     if stats is not None:
         seen = [int(row[0]) for row in stats["visual_tokens"]]
         new = [sum(map(int, row[:1])) for row in stats["compensation_tokens"]]
         first = sum(stats.get("compensation_at_input", [])[:1])
         added = [first + sum(new[:layer]) for layer in range(layers)]
-        flops = 1 - float(stats["flops_ratio"][0])
+        ratio = stats["flops_ratio"]
+        flops_saved = None if ratio is None else round(1 - float(ratio[0]), 4)
         cache = stats.get("cache")
         saved_bytes = stats["cache_plain"] - cache["total"] if cache else None
     held = [prompt - visual + own + extra for own, extra in zip(seen, added)]
@@ -41,7 +42,7 @@ def figures(compression: Compression, stats: dict | None, visual: int, prompt: i
         "visual_tokens": visual,
         "tokens": _places(visual, seen, added),
         "average_tokens": round(sum(seen) / layers, 2),
-        "flops_saved": round(flops, 4),
+        "flops_saved": flops_saved,
         "cache_saved": round(saved / (prompt * layers), 4),
         "cache_saved_bytes": saved_bytes,
     }
