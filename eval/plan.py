@@ -12,6 +12,7 @@ from libra.checkpoints import find_checkpoint
 from libra.config import Compression, ConfigError
 from libra.flops import cost
 from libra.identity import checkpoint_identity, hub_revision, row_identity
+from libra.places import place_name
 from libra.rows import Row, get_model
 from libra.utils import provenance
 from libra.utils.names import spelled
@@ -74,7 +75,8 @@ def plan(table: Table, suite: str, wanted: Wanted) -> Plan:
     """
     known = SuiteRows(table, suite, wanted.configs)
     chosen = {name: known[name] for name in _chosen(table, suite, known, wanted.rows)}
-    tasks = _wanted(wanted.tasks, [task for row in chosen.values() for task in row.tasks])
+    offered = list(dict.fromkeys(task for row in chosen.values() for task in row.tasks))
+    tasks = _wanted(wanted.tasks, offered) or offered
     for row in chosen.values():
         row.compression.check_layers(get_model(row.model, row.path).layers, row.path)
     found, amiss = _checkpoints(table, chosen, wanted)
@@ -87,18 +89,16 @@ def plan(table: Table, suite: str, wanted: Wanted) -> Plan:
     maker = _Maker(table, suite, found, _other(chosen, wanted.checkpoint), run, manifest, wanted.benchmark)
     cells = [
         maker.cell(name, row, task, {**row_identity(row), "blind": name == BLIND})
-        for task in dict.fromkeys(task for row in chosen.values() for task in row.tasks)
+        for task in offered
         for name, row in chosen.items()
-        if task in row.tasks and (not tasks or task in tasks)
+        if task in row.tasks and task in tasks
     ]
     if table.timed:
         first = next(iter(chosen.values()))
         rows_in_turns = {name: row_identity(row) for name, row in chosen.items()}
         own = {"turns": rows_in_turns, "limit": min(wanted.limit or table.timed, table.timed)}
         turns = tuple(chosen.items())
-        cells += [
-            maker.cell(TURNS, first, task, own, turns) for task in first.tasks if not tasks or task in tasks
-        ]
+        cells += [maker.cell(TURNS, first, task, own, turns) for task in first.tasks if task in tasks]
     return Plan(table, suite, cells, known, list(chosen), run, manifest, amiss)
 
 
@@ -189,9 +189,7 @@ def _wanted(names: Sequence[str], known: list[str]) -> list[str]:
     full = {name: spelled(name, known) or spelled(f"mini_{name}", known) for name in names}
     for name, task in full.items():
         if task is None:
-            raise ValueError(
-                f"task {name} is not a task of these rows; use one of {', '.join(dict.fromkeys(known))}"
-            )
+            raise ValueError(f"task {name} is not a task of these rows; use one of {', '.join(known)}")
     return list(full.values())
 
 
@@ -284,7 +282,7 @@ def describe(plan: Plan, output: Path, processes: int) -> str:
     for name in plan.chosen:
         row = plan.rows[name]
         c = row.compression
-        layers = ", ".join("input" if one < 0 else str(one) for one in c.layers) if c.layers else "none"
+        layers = ", ".join(map(place_name, c.layers)) if c.layers else "none"
         ratio = flops_ratio(row.model, c)
         own = [states[cell.name] for cell in plan.cells if cell.row == name]
         lines.append(

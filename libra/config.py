@@ -11,7 +11,7 @@ from typing import Any
 
 from . import merge, select  # noqa: F401  They register what several methods share.
 from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS, natural_layers
-from .places import BEFORE, IN_WORDS, INPUT, LAYERS, TOWER, place_and_layers
+from .places import BEFORE, IN_WORDS, INPUT, LAYERS, TOWER, place_and_layers, place_name
 from .utils import plugins
 from .utils.names import spelled
 from .utils.numbers import is_whole
@@ -386,8 +386,7 @@ class Compression:
             return ", then ".join(part.where for part in self.steps)
         if self.at is not None or self.layers is None:
             return IN_WORDS[self.place]
-        named = ", ".join("input" if layer == BEFORE else str(layer) for layer in self.layers)
-        return f"after layer{'s' if len(self.layers) > 1 else ''} {named}"
+        return f"after layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(place_name, self.layers))}"
 
     @property
     def reads_importance(self) -> bool:

@@ -15,6 +15,11 @@ IN_WORDS = {
 }
 
 
+def place_name(layer: int) -> str:
+    """A layer of a schedule in a list of them: its number, or "input"."""
+    return "input" if layer == BEFORE else str(layer)
+
+
 def place_and_layers(at: Any, layers: Any) -> tuple[str | None, Any]:
     """The keys `at` and `layers` of a compression as a place before the language model and layers, one of
     which is None; both where neither is given. The layers are not checked.

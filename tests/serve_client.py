@@ -14,7 +14,7 @@ import httpx
 import torch
 from PIL import Image
 from server_process import ServerProcess
-from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 import libra
 from libra.mini.benchmark import scene_sample
@@ -85,14 +85,6 @@ class Reference:
 
     model: LlavaForConditionalGeneration
     processor: object
-
-    @classmethod
-    def load(cls, folder: Path) -> "Reference":
-        convert(str(EMBEDDED), str(folder / "mini-hf"))
-        processor = AutoProcessor.from_pretrained(folder / "mini-hf")
-        processor.image_processor = AutoImageProcessor.from_pretrained(folder / "mini-hf", backend="pil")
-        model = LlavaForConditionalGeneration.from_pretrained(folder / "mini-hf", dtype=torch.float32)
-        return cls(model.eval(), processor)
 
     @torch.inference_mode()
     def answer(self, text: str, images: list, most: int = 12) -> tuple[str, int]:

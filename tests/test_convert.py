@@ -216,13 +216,8 @@ def test_tiles_of_other_images(converted, case):
     torch.testing.assert_close(got[:, columns, : pair.vocabulary], logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llava15", "mini"])
-@pytest.mark.parametrize("method", ["libra", "fastv"])
-@torch.no_grad()
-def test_same_compressed_logits_with_the_plug_in(converted, name, method):
-    pair = converted(name)
-    tau = {"tau": 0.3} if method == "libra" else {}
-    compression = libra.Compression(method=method, layers=(1, 3, 5), ratio=0.5, **tau)
+def check_both_doors(pair: Converted, compression: libra.Compression) -> None:
+    """The same logits and counts from llava's own model and from the attached one."""
     ours, theirs = pair.same_inputs()
     pair.ours.set_compression(compression)
     try:
@@ -234,6 +229,14 @@ def test_same_compressed_logits_with_the_plug_in(converted, name, method):
         got = pair.theirs(**theirs).logits
         assert handle.stats["visual_tokens"] == counts
     torch.testing.assert_close(got[..., : pair.vocabulary], want, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava15", "mini"])
+@pytest.mark.parametrize("method", ["libra", "fastv"])
+@torch.no_grad()
+def test_same_compressed_logits_with_the_plug_in(converted, name, method):
+    tau = {"tau": 0.3} if method == "libra" else {}
+    check_both_doors(converted(name), libra.Compression(method=method, layers=(1, 3, 5), ratio=0.5, **tau))
 
 
 EARLY = [("visionzip", "tower"), ("hiprune", "input"), ("cdpruner", "input"), ("tome", "tower")]
@@ -245,19 +248,7 @@ EARLY = [("visionzip", "tower"), ("hiprune", "input"), ("cdpruner", "input"), ("
 def test_same_logits_with_the_plug_in_before_the_language_model(converted, name, method, at):
     """The vision tower is read by two codes: llava's own tower, and listeners at an attached model's
     attention."""
-    pair = converted(name)
-    compression = libra.Compression(method=method, at=at, ratio=0.6, positions="centre")
-    ours, theirs = pair.same_inputs()
-    pair.ours.set_compression(compression)
-    try:
-        want = pair.ours(**ours).logits
-        counts = pair.ours.compression_stats["visual_tokens"]
-    finally:
-        pair.ours.set_compression(None)
-    with libra.attach(pair.theirs, compression) as handle:
-        got = pair.theirs(**theirs).logits
-        assert handle.stats["visual_tokens"] == counts
-    torch.testing.assert_close(got[..., : pair.vocabulary], want, **CLOSE)
+    check_both_doors(converted(name), libra.Compression(method=method, at=at, ratio=0.6, positions="centre"))
 
 
 # --- prompts ---

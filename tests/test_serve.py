@@ -20,6 +20,7 @@ from PIL import Image  # noqa: E402
 from serve_client import Reference, Served, ask_at_once, data_uri, endless, message, png, questions  # noqa: E402
 
 import libra  # noqa: E402
+from libra.mini.huggingface import load  # noqa: E402
 from libra.serve import command  # noqa: E402
 from libra.serve.usage import figures  # noqa: E402
 
@@ -55,8 +56,8 @@ def long_server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    return Reference.load(tmp_path_factory.mktemp("reference"))
+def reference():
+    return Reference(*load())
 
 
 @pytest.fixture

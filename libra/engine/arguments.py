@@ -6,7 +6,7 @@ and each under names of its own. What is as long as the call's columns where col
 
 import torch
 
-from ..ops.reference import take
+from ..ops.reference import take, take_last
 
 
 def gathered(value: torch.Tensor, source: torch.Tensor, length: int) -> torch.Tensor:
@@ -22,9 +22,7 @@ def gathered(value: torch.Tensor, source: torch.Tensor, length: int) -> torch.Te
     if not (value.is_floating_point() or value.is_complex()):
         if value.ndim == 0 or value.shape[-1] != length:
             return value
-        value = value[None] if value.ndim == 1 else value
-        shape = (*value.shape[:-2], *source.shape)
-        return value.expand(*shape[:-1], length).gather(-1, source.expand(shape))
+        return take_last(value[None] if value.ndim == 1 else value, source)
     for axis in (1, 2):
         if value.ndim >= axis + 2 and value.shape[axis] == length and value.shape[axis - 1] in (1, batch):
             tables = [value] if axis == 1 else list(value)

@@ -12,7 +12,7 @@ import torch
 
 from ..config import Compression, Step
 from .families import IMAGE_IDS, LAYER_ARGUMENTS, TESTED, VIDEO_IDS
-from .forward import fitted, position_axes
+from .forward import fitted
 from .masks import MASKS, POINTWISE, RECURRENT, attends, attention_kind
 from .transformers_api import GenerationMixin, PreTrainedModel
 
@@ -256,11 +256,12 @@ def _check_places(found: Structure, compression: Compression) -> None:
 
 
 def _check_positions(found: Structure, compression: Compression) -> None:
+    """Positions of several axes are :func:`~libra.engine.forward.fitted`'s."""
     if not compression.compresses or compression.positions == "original":
         return
     rotary = getattr(found.decoder, "rotary_emb", None)
     takes = () if rotary is None else list(inspect.signature(type(rotary).forward).parameters)[1:]
-    if len(takes) != 2 or position_axes(found.decoder) > 1:
+    if len(takes) != 2:
         raise ValueError(
             f"positions: {compression.positions} needs one rotary embedding for all layers of "
             f"{type(found.decoder).__name__}; add `positions: original`"

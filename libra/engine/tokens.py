@@ -8,7 +8,7 @@ from torch.profiler import record_function
 from ..budget import keeps
 from ..config import TOWER_SCORE, Compression, Step
 from ..methods import MERGERS, Context
-from ..ops.reference import flat_rows, ordinals, repack, take
+from ..ops.reference import flat_rows, ordinals, repack, take, take_last
 from ..ops.spans import Spans, on_device
 from ..places import TOWER
 from ..select import tower_score
@@ -127,10 +127,7 @@ class Shortened:
 
     def gather(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Take the new columns of ``x`` along ``dim`` 1 (B, S, …) or the last (…, B or 1, S)."""
-        if dim == 1:
-            return take(x, self.source)
-        shape = (*x.shape[:-2], *self.source.shape)
-        return x.expand(*shape[:-1], x.shape[-1]).gather(-1, self.source.expand(shape))
+        return take(x, self.source) if dim == 1 else take_last(x, self.source)
 
 
 class VisualTokens:

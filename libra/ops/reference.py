@@ -193,6 +193,12 @@ def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, *x.shape[2:]).index_select(0, flat).view(*index.shape, *x.shape[2:])
 
 
+def take_last(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Numbers ``index`` (B, K) of the last dimension of ``x`` (…, B or 1, S): (…, B, K)."""
+    shape = (*x.shape[:-2], *index.shape)
+    return x.expand(*shape[:-1], x.shape[-1]).gather(-1, index.expand(shape))
+
+
 @fused
 def repack(
     keep: torch.Tensor, insert_after: torch.Tensor, extra: torch.Tensor, shift: torch.Tensor, width: int

@@ -6,8 +6,8 @@ import transformers
 from families import END, IMAGE, START, VIDEO, Kind, Picture, modalities, noise
 from packaging.version import Version
 
-from .parts import GRANITE, LINEAR, MOLMO, OPT, QFORMER, SLIDING, TINY_TOWER, kind, nothing
-from .sizes import AUDIO, INTERLEAVED, TEXT, WIDTH, has, recipe
+from .parts import GRANITE, LINEAR, MOLMO, OPT, QFORMER, SLIDING, kind, nothing
+from .sizes import AUDIO, INTERLEAVED, TEXT, TINY_TOWER, WIDTH, has, recipe
 
 
 def phi4_config(_):

@@ -10,15 +10,6 @@ SLIDING = ["sliding_attention", "sliding_attention", "full_attention"] * (DEPTH 
 LINEAR = ["linear_attention", "full_attention"] * (DEPTH // 2)
 CHUNKED = ["chunked_attention", "chunked_attention", "full_attention"] * (DEPTH // 3)
 
-
-TINY_TOWER = dict(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=8,
-)
 SAM = dict(
     hidden_size=16,
     output_channels=8,

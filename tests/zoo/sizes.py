@@ -85,13 +85,16 @@ TEXT = dict(
     index_n_heads=2,
     rotary_dim=8,
 )
-VISION = dict(
+TINY_TOWER = dict(
     hidden_size=16,
     intermediate_size=32,
     num_hidden_layers=2,
     num_attention_heads=2,
     num_key_value_heads=2,
     head_dim=8,
+)
+VISION = dict(
+    **TINY_TOWER,
     depth=2,
     num_heads=2,
     embed_dim=16,
