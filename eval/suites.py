@@ -220,11 +220,13 @@ TABLES = {
                     for place in ("q75", "h50")
                     for name in ("windowed_fastv", "libra")
                 ),
+                "compensation: reserved": ("h50_libra_reserved", "h50_libra_mean_reserved"),
             },
             blind=True,
             extras=("sim", "share"),
             note="Within a section of one place and rate all rows compress after the same layers to the "
-            "same number of tokens, so they cost the same FLOPs. Random pruning is drawn three times.",
+            "same number of tokens, so they cost the same FLOPs. Random pruning is drawn three times. A "
+            "reserved compensation token is counted; with the others it depends on the picture.",
         ),
         Table(
             "field",

@@ -5,7 +5,7 @@ shorter one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -82,6 +82,16 @@ def _kept_of_span(n: int, c: Compression, left: int) -> int:
     return max(c.keep, kept(n, 1 - (c.keep / n) ** (1 / left), c.rounding))  # equal ratios at each step
 
 
+def reserved(c: Compression, num_layers: int, spans: Sequence[int]) -> list[int]:
+    """Compensation tokens that each of `num_layers` layers holds next to the visual tokens of :func:`actual`,
+    as far as they are certain: one more after each step with `compensation: reserved` that removes anything.
+
+    spans: lengths of one sample's spans. ConfigError when the compression names a layer that the model does
+    not have.
+    """
+    return [slots for _, slots in _stages(c, num_layers, spans)]
+
+
 def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
     """Visual tokens of each of `num_layers` layers, real-valued: N·(1-R)^k after k compressions (§3.4, as
     Table 1 counts), where `keep` stands for the ratio that leaves so many after the last one.
@@ -110,16 +120,23 @@ def actual(c: Compression, num_layers: int, spans: Sequence[int]) -> list[int]:
     summed.
 
     spans: lengths of one sample's spans. The compensation tokens are not counted (§3.3: their FLOPs are
-    negligible). ConfigError when the compression names a layer that the model does not have.
+    negligible; :func:`reserved` has those that are certain). ConfigError when the compression names a layer
+    that the model does not have.
     """
+    return [tokens for tokens, _ in _stages(c, num_layers, spans)]
+
+
+def _stages(c: Compression, num_layers: int, spans: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """For each layer its visual tokens and the compensation tokens that were reserved before it."""
     schedule = c.schedule(num_layers)
-    lengths, counts = list(spans), []
+    lengths, slots = list(spans), 0
     for layer in range(num_layers):
         for step in schedule:
             if step.layer == layer - 1:
+                before = sum(lengths)
                 [lengths] = keeps([lengths], step.part, step.left)
-        counts.append(sum(lengths))
-    return counts
+                slots += step.part.reserves and sum(lengths) < before
+        yield sum(lengths), slots
 
 
 def average(counts: Sequence[float]) -> float:
@@ -141,10 +158,18 @@ def model_flops(spec: Sizes, counts: Sequence[float]) -> float:
     return sum(layer_flops(n, spec.hidden_size, spec.intermediate_size, spec.kv_size) for n in counts)
 
 
+def counted(c: Compression, num_layers: int, n: int, whole: bool = False) -> list[float]:
+    """What FLOPs are counted of, in each of `num_layers` layers: the visual tokens of a sequence of `n`, as
+    real numbers or `whole` ones, and its reserved compensation tokens. ConfigError as :func:`nominal`."""
+    tokens = actual(c, num_layers, [n]) if whole else nominal(c, num_layers, n)
+    return [sum(pair) for pair in zip(tokens, reserved(c, num_layers, [n]))]
+
+
 def solve(c: Compression, spec: Sizes, n: int) -> Compression:
     """The same with a ratio in place of `tokens` or `flops`, for a model's sizes and `n` visual tokens.
 
-    The ratio is the one, equal at all layers, whose nominal counts meet the budget. ConfigError, which says
+    The ratio is the one, equal at all layers, whose nominal counts, with the reserved compensation tokens,
+    meet the budget. ConfigError, which says
     the range, where none from 0 to 0.99 does. Another budget is returned as it is.
     """
     if c.tokens is None and c.flops is None:
@@ -156,7 +181,7 @@ def solve(c: Compression, spec: Sizes, n: int) -> Compression:
         return replace(c, tokens=None, flops=None, ratio=ratio)
 
     def reached(ratio: float) -> float:
-        counts = nominal(with_ratio(ratio), spec.layers, n)
+        counts = counted(with_ratio(ratio), spec.layers, n)
         return average(counts) if key == "tokens" else model_flops(spec, counts) / whole
 
     low, high = 0.0, LARGEST_RATIO

@@ -21,6 +21,8 @@ IMPORTANCES = ("last", "mean", "tower")
 SCORE_LAYERS = ("same", "next")
 POSITIONS = ("original", "compact", "centre")
 ROUNDINGS = ("round", "floor", "ceil")
+RESERVED = "reserved"
+COMPENSATIONS = ("ragged", RESERVED)
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 MOST_LAYERS = 10_000
 DEFAULT_RATIO = 0.5
@@ -35,6 +37,7 @@ _CHOICES = {
     "score_layer": SCORE_LAYERS,
     "positions": POSITIONS,
     "rounding": ROUNDINGS,
+    "compensation": COMPENSATIONS,
     "attention": ATTENTIONS,
 }
 
@@ -75,6 +78,9 @@ class Compression:
     rounding: of (1-R)·N to whole tokens, round | floor | ceil. information_weight: λ of Turbo's information
         degree.
     seed: of select random, below 2^64.
+    compensation: "ragged", a row gets a compensation token where a token is too dissimilar to merge (the
+        paper's); or "reserved" (ours): every row in which anything is removed gets one, which the least
+        similar token joins in any case, so that all lengths are known beforehand.
 
     as_released: reproduce what the released code does where it is not what its paper says (docs/methods.md).
     steps: compressions of their own, one after another, each a mapping of the keys above (or a Compression).
@@ -105,6 +111,7 @@ class Compression:
     as_released: bool = False
     at: str | None = None
     steps: tuple["Compression", ...] | None = None
+    compensation: str = COMPENSATIONS[0]
 
     def __post_init__(self):
         if self.steps is not None:
@@ -120,7 +127,7 @@ class Compression:
         for key, value in _expand(self.method).items():
             if key not in given:
                 object.__setattr__(self, key, value)
-        for key in ("select", "merge", "importance", "score_layer", "positions", "rounding"):
+        for key in (*DEFAULTS, "compensation"):
             object.__setattr__(self, key, choice(key, getattr(self, key)))
         for key, value in (
             ("layers", () if self.layers is None and not self.acts else _layers(self.layers)),
@@ -289,6 +296,8 @@ class Compression:
         for key in ("method", "at", "steps"):
             if values.get(key) is None:
                 values.pop(key, None)
+        if values.get("compensation") != RESERVED:  # what was written before there was a choice says the same
+            values.pop("compensation", None)
         return values
 
     @property
@@ -396,6 +405,13 @@ class Compression:
         parts = SELECTORS[self.select], MERGERS[self.merge]
         return any(part.reads is None or "importance" in part.reads for part in parts)
 
+    @property
+    def reserves(self) -> bool:
+        """Whether each of its steps gives a compensation token to every row in which anything is removed."""
+        if self.steps is not None:
+            return all(part.reserves for part in self.steps)
+        return self.compensation == RESERVED and MERGERS[self.merge].compensates
+
     def check_layers(self, num_layers: int, source: str = "") -> None:
         """Raises ConfigError when a compression layer is not among a model's `num_layers` layers."""
         if self.steps is not None:
@@ -434,6 +450,8 @@ class Compression:
             if own.reads is not None and key not in own.reads and key not in (other.reads or ()):
                 readers = _readers(what, key)
                 idle[key] = f"it belongs to {what} {', '.join(readers)}, and {what} is {getattr(self, what)}"
+        if not treatment.compensates:
+            idle["compensation"] = f"merge {self.merge} makes no compensation token"
         if not self.reads_importance:
             # Neither the choice nor the merge reads α, so it does not matter how α is made.
             idle["importance"] = idle["score_layer"] = (

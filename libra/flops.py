@@ -28,8 +28,8 @@ EXAMPLES = """examples:
 
 @dataclass(frozen=True)
 class Cost:
-    """tokens: visual tokens of each layer; layers: its multiply-accumulates; both over all sequences of a
-    sample."""
+    """tokens: visual tokens of each layer, with the reserved compensation tokens; layers: its
+    multiply-accumulates; both over all sequences of a sample."""
 
     tokens: list[float]
     layers: list[float]
@@ -57,10 +57,7 @@ def cost(
         raise ConfigError(
             f"{spec.name} has as many visual tokens as its image asks for; give a number with --visual-tokens"
         )
-    if whole:
-        counts: list = [budget.actual(c, spec.layers, [n]) for n in sequences]
-    else:
-        counts = [budget.nominal(c, spec.layers, n) for n in sequences]
+    counts = [budget.counted(c, spec.layers, n, whole) for n in sequences]
     layers = list(zip(*counts, strict=True))
     return Cost([sum(layer) for layer in layers], [model_flops(spec, layer) for layer in layers])
 
@@ -114,9 +111,11 @@ def report(row: Row, visual_tokens: int | None = None) -> dict:
 def _notes(
     spec: ModelSpec, c: Compression, sequences: Sequence[int], ratio: float, paper: dict, own_tokens: bool
 ) -> list[str]:
+    left_out = "vision tower and compensation tokens"
+    if any(part.reserves for part in c.parts):
+        left_out = "vision tower and compensation tokens, but for the reserved ones"
     notes = [
-        "multiply-accumulates of the visual tokens in the decoder (§4.1), without text, vision tower and"
-        " compensation tokens.",
+        f"multiply-accumulates of the visual tokens in the decoder (§4.1), without text, {left_out}.",
         "nominal is N·(1-R)^k as a real number, which gives the paper's figures; actual is whole tokens,"
         " what a run computes.",
     ]

@@ -66,6 +66,13 @@ class Matches:
         return own.masked_fill(~self.is_target, NOWHERE)
 
     @cached_property
+    def least_similar(self) -> "torch.Tensor":
+        """(B, N) bool: True at the first of each row's non-targets with the lowest similarity."""
+        rest = self.layout.valid & ~self.is_target
+        lowest = self.nearest[0].masked_fill(~rest, float("inf")).argmin(1, keepdim=True)
+        return rest & rest.new_zeros(rest.shape).scatter(1, lowest, True)
+
+    @cached_property
     def nearest(self) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Eq. 5: each token's highest cosine similarity to a target of its span, and that target's slot, both
         (B, N).
@@ -152,6 +159,8 @@ def igm(matches: Matches, c: "Compression"):
     the compensation token."""
     similarity, slot = matches.nearest
     positive = matches.is_target | (similarity > c.tau)
+    if c.reserves:
+        positive = positive & ~matches.least_similar
     return slot.masked_fill(~positive, matches.compensation), matches.pull
 
 

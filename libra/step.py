@@ -15,7 +15,7 @@ from .merge import MERGERS, Matches, check_slots
 from .methods import Context
 from .ops import NOWHERE
 from .ops.reference import group_softmax, merge_groups, ordinals, take
-from .ops.spans import Spans
+from .ops.spans import Spans, on_device
 from .select import SELECTORS, Candidates, check_targets, tower_score
 
 
@@ -33,6 +33,7 @@ class Compressed:
         similarity: (B, N) float32, s^max of eq. 5; None where the merge does not ask for it.
         layout: the spans that went in and the targets kept of each.
         has_compensation: (B,) bool, which rows have a compensation token; None where the merge makes none.
+        reserved: the same where it is known beforehand, on the host; otherwise None.
         order: (B, T), the place of each slot among the row's tokens, where a released code that is reproduced
             orders them otherwise; None: as they are.
     """
@@ -47,10 +48,13 @@ class Compressed:
     layout: Spans
     has_compensation: torch.Tensor | None
     order: torch.Tensor | None = None
+    reserved: list[bool] | None = None
 
     @cached_property
     def compensated(self) -> list[bool]:
-        """For each row, whether it has a compensation token; asking waits for the device."""
+        """For each row, whether it has a compensation token; asking waits for the device, unless reserved."""
+        if self.reserved is not None and self.has_compensation is not None:
+            return self.reserved
         return [False] * len(self.tokens) if self.has_compensation is None else self.has_compensation.tolist()
 
     def trimmed(self) -> "Compressed":
@@ -98,22 +102,28 @@ def compress_spans(
     with record_function("libra.similarity"):
         returned = merge.function(matches, c)
         slot, logits = returned if merge.trusted else check_slots(c.merge, returned, matches)
+        if c.reserves and not merge.trusted:
+            slot = slot.masked_fill(matches.least_similar, matches.compensation)
     with record_function("libra.merge"):
         slot = slot.masked_fill(~spans.valid, NOWHERE)
-        mask, slots, has_one = spans.target_valid, spans.targets, None
+        mask, slots, has_one, reserved = spans.target_valid, spans.targets, None, None
         if merge.drops:
             token_weights, tokens = is_target.float(), take(hidden, targets)
         else:
             token_weights = logits if merge.gives_weights else group_softmax(logits, slot, slots + 1)
             if merge.compensates and spans.target_counts != spans.lengths:
-                has_one = (slot == matches.compensation).any(1)
+                if c.reserves:
+                    reserved = [n > kept for n, kept in zip(spans.lengths, spans.target_counts)]
+                    has_one = on_device(reserved, hidden.device)
+                else:
+                    has_one = (slot == matches.compensation).any(1)
                 mask, slots = torch.cat([mask, has_one[:, None]], 1), slots + 1
             tokens = merge_groups(hidden, slot, token_weights, slots)
     # A cached property: it is there if the merger used it.
     similarity = matches.nearest[0] if "nearest" in vars(matches) else None
     order = candidates.memo.get("order")
     return Compressed(
-        tokens, mask, targets, slot, token_weights, importance, similarity, spans, has_one, order
+        tokens, mask, targets, slot, token_weights, importance, similarity, spans, has_one, order, reserved
     )
 
 

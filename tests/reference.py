@@ -176,12 +176,20 @@ def negative_set(s: Matrix, targets: list[int], tau: float) -> list[int]:
     return [j for j in range(len(s[0])) if j not in targets and not highest_similarity(s, j) > tau]
 
 
+def least_similar(s: Matrix, targets: list[int]) -> int | None:
+    """The first non-target of lowest s^max; None where all are targets."""
+    rest = [j for j in range(len(s[0])) if j not in targets]
+    return min(rest, key=lambda j: highest_similarity(s, j), default=None)
+
+
 def slots_of_each(
-    merge: str, s: Matrix, m: list[list[int]], targets: list[int], tau: float
+    merge: str, s: Matrix, m: list[list[int]], targets: list[int], tau: float, reserved: bool = False
 ) -> list[int | None]:
     """Where each token goes: what §3.3, Table 4 (prune, average) and Table 5 (IGM-pos, IGM-neg) do with the
-    non-targets."""
+    non-targets. ``reserved``: the least similar one is in the negative set in any case."""
     negative = negative_set(s, targets, tau)
+    if reserved:
+        negative.append(least_similar(s, targets))
     slots = []
     for j in range(len(s[0])):
         matched = [m[i][j] for i in range(len(targets))].index(1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from libra.budget import actual, average, keeps, kept, model_flops, nominal, solve
+from libra.budget import actual, average, counted, keeps, kept, model_flops, nominal, reserved, solve
 from libra.config import Compression, ConfigError
 from libra.rows import Row, get_model
 
@@ -55,6 +55,20 @@ def test_spans_are_shortened_each_by_itself():
     c = Compression(layers=(0, 1), ratio=2 / 3)
     assert actual(c, 3, [1, 2, 8, 9]) == [20, 1 + 1 + 3 + 3, 1 + 1 + 1 + 1]
     assert actual(c, 3, []) == [0, 0, 0]
+
+
+def test_reserved_compensation_tokens_are_counted():
+    """One for each row and step that removes anything, from the layer after the step on."""
+    keys = {"layers": (0, 2, 3), "ratio": 0.5}
+    c = Compression(compensation="reserved", **keys)
+    assert reserved(c, 6, [8]) == [0, 1, 1, 2, 3, 3] and actual(c, 6, [8]) == [8, 4, 4, 2, 1, 1]
+    assert reserved(c, 6, [4, 4]) == [0, 1, 1, 2, 2, 2]  # nothing is left to remove in the third step
+    assert reserved(c, 6, []) == reserved(Compression(**keys), 6, [8]) == [0] * 6
+    assert counted(c, 6, 8, whole=True) == [8, 5, 5, 4, 4, 4] and counted(c, 6, 8)[0] == 8
+    early = Compression(method="libra-input", keep=3, compensation="reserved")
+    assert reserved(early, 2, [8]) == [1, 1] and reserved(early, 2, [3]) == [0, 0]
+    solved = solve(Compression(compensation="reserved", layers=(0, 2, 3), tokens=100), get_model("mini"), 256)
+    assert average(counted(solved, 12, 256)) == pytest.approx(100)
 
 
 def test_pyramiddrop_keeps_what_its_own_code_keeps():

@@ -162,6 +162,7 @@ def test_constructor_errors_name_key_value_and_mend():
         ({"method": "random", "score_layer": "next"}, "score_layer"),
         ({"method": "divprune", "importance": "mean"}, "importance"),
         ({"method": "divprune", "as_released": True}, "as_released"),
+        ({"method": "turbo", "compensation": "reserved"}, "compensation"),
     ],
 )
 def test_a_key_without_effect_is_refused(keys, key):
@@ -179,6 +180,7 @@ def test_a_key_without_effect_is_refused(keys, key):
         {"method": "random", "seed": 3},
         {"method": "random", "merge": "igm", "importance": "mean", "tau": 0.2},
         {"ratio": 0},
+        {"merge": "igm-neg", "compensation": "reserved"},
     ],
 )
 def test_a_key_with_effect_is_taken(keys):
@@ -193,6 +195,7 @@ def test_in_a_dict_a_key_without_effect_is_refused_even_at_its_default():
         ({"method": "libra", "layers": [3], "seed": 0}, "seed"),
         ({"method": "libra", "layers": [3], "information_weight": 1.0}, "information_weight"),
         ({"method": "vanilla", "ratio": 0.5}, "ratio"),
+        ({"method": "fastv", "layers": [3], "compensation": "ragged"}, "compensation"),
     ):
         with pytest.raises(ConfigError) as error:
             Compression.from_dict(keys, "some/row.yaml")
@@ -221,6 +224,8 @@ def all_compressions():
     yield Compression(method="libra", layers=(1, 5), flops=0.4)
     yield Compression(method="turbo", layers=(1,), information_weight=0.1, ratio=0.1)
     yield Compression(method="pyramiddrop", layers=(1,), rounding="round")
+    yield Compression(method="libra", layers=(1,), compensation="reserved")
+    yield Compression(method="libra-input", compensation="reserved", keep=64)
 
 
 def test_dict_round_trip_is_exact_through_json_and_yaml():
@@ -230,6 +235,17 @@ def test_dict_round_trip_is_exact_through_json_and_yaml():
         assert Compression.from_dict(json.loads(json.dumps(keys))) == c
         assert Compression.from_dict(yaml.safe_load(yaml.safe_dump(keys))) == c
     assert Compression(method="vanilla").to_dict() == {"method": "vanilla"}
+
+
+def test_compensation():
+    """The word; left out of the keys where it is the paper's, as files have it from before."""
+    assert "compensation" not in Compression(layers=(1,)).to_dict()
+    c = Compression(layers=(1,), compensation="reserved")
+    assert c.to_dict()["compensation"] == "reserved" and c.reserves and not Compression(layers=(1,)).reserves
+    mixed = Compression(steps=[{"layers": [1], "compensation": "reserved"}, {"method": "fastv", "at": 3}])
+    assert [part.reserves for part in mixed.parts] == [True, False] and not mixed.reserves
+    with pytest.raises(ConfigError, match="compensation: fixed is unknown; use one of ragged, reserved"):
+        Compression(compensation="fixed")
 
 
 def test_check_layers():

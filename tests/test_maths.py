@@ -60,13 +60,17 @@ class Case:
         return libra.compress(self.hidden, self.importance, self.c, spans=self.spans)
 
 
-def compression(select, merge, ratio, tau=0.7, eta="mean", information_weight=1.0, seed=0):
+def compression(
+    select, merge, ratio, tau=0.7, eta="mean", information_weight=1.0, seed=0, compensation="ragged"
+):
     """A Compression with only the keys that have an effect."""
     keys = dict(select=select, merge=merge, ratio=ratio)
     if merge == "igm":
         keys["tau"] = tau
     if merge.startswith("igm"):
         keys["eta"] = eta
+    if merge in ("igm", "igm-neg"):
+        keys["compensation"] = compensation
     if select == "information":
         keys["information_weight"] = information_weight
     if select == "random":
@@ -164,6 +168,7 @@ def cases(draw, n_max=24, dtypes=(torch.float32,), exact=False, rows_max=3, span
         eta=draw(st.sampled_from(["mean", "mean", "mean", 0.05, 1.0])),
         information_weight=draw(st.sampled_from([1.0, 0.0, 0.25, 5.0])),
         seed=draw(st.integers(0, 3)),
+        compensation=draw(st.sampled_from(["ragged", "reserved"])),
     )
     alpha_dtype = draw(st.sampled_from((torch.float32, dtype)))
     return Case(torch.tensor(hidden).to(dtype), torch.tensor(importance).to(alpha_dtype), spans, c, exact)
@@ -191,12 +196,18 @@ def check_targets(got, tokens, alpha, spans, score_rows, c, exact):
             assert not rest or max(degrees[j] for j in chosen) <= min(degrees[j] for j in rest) + near
 
 
-def near_tie(got, want, j, s, c):
+def near_border(highest, lowest, c):
+    """Whether float32 may take a token of this s^max into the negative set or leave it out; `lowest`: of all
+    non-targets."""
+    return abs(highest - c.tau) <= NEAR or c.reserves and highest - lowest <= NEAR
+
+
+def near_tie(got, want, j, s, c, lowest):
     """Whether float32 may send token j to slot `got` although float64 says `want`."""
     highest, compensation = reference.highest_similarity(s, j), len(s)
     if None in (got, want):
         return False
-    if compensation in (got, want) and not (c.merge == "igm" and abs(highest - c.tau) <= NEAR):
+    if compensation in (got, want) and not (c.merge == "igm" and near_border(highest, lowest, c)):
         return False
     return all(slot == compensation or highest - s[slot][j] <= NEAR for slot in (got, want))
 
@@ -232,9 +243,12 @@ def check(case, out, score_rows=None):
         m = reference.matching(s, targets)
         # Output slots as the reference names them: None is dropped, N_t is the compensation token.
         slots = [{-1: None, t: n_t}.get(slot, slot) for slot in out.groups[b, :n].tolist()]
-        read = reference.slots_of_each(c.merge, s, m, targets, c.tau)
+        read = reference.slots_of_each(c.merge, s, m, targets, c.tau, c.reserves)
+        least = reference.least_similar(s, targets)
+        lowest = 1.0 if least is None else reference.highest_similarity(s, least)
         for j, (got, want) in enumerate(zip(slots, read, strict=True)):
-            assert got == want or (not case.exact and j not in targets and near_tie(got, want, j, s, c)), (
+            near = not case.exact and j not in targets and near_tie(got, want, j, s, c, lowest)
+            assert got == want or near, (
                 b,
                 j,
                 got,
@@ -264,6 +278,9 @@ def check(case, out, score_rows=None):
                 columns[j, slot] = out.token_weights[b, j]
         assert torch.equal(dense[b, :, :n], columns.T)
     assert extra == any(compensated) and list(out.compensated) == compensated
+    if c.reserves:
+        lengths = zip(map(sum, case.spans), map(sum, keeps(case.spans, c)))
+        assert compensated == [n > kept for n, kept in lengths]
 
 
 def check_case(case):

@@ -55,8 +55,9 @@ class Attachment:
 
         ``visual_tokens`` and ``compensation_tokens``: [layer][row]; ``columns``: for each row those of its
         logits, ``padding``: on which side the others are; ``flops``: multiply-accumulates of each row's
-        visual tokens by §4.1's formula for whole tokens; ``flops_ratio``: the same over those of the plain
-        model (``flops_plain``), all None for a decoder that the formula does not describe (experts, linear
+        visual tokens, and of its reserved compensation tokens, by §4.1's formula for whole tokens;
+        ``flops_ratio``: the same over those of the plain model (``flops_plain``), all None for a decoder that
+        the formula does not describe (experts, linear
         attention); ``cache``: bytes of the KV cache after the prefill, ``total`` and what they are for, and
         ``cache_plain`` what it would hold otherwise
         (:meth:`libra.engine.forward.CompressedForward.stats`).
@@ -83,11 +84,23 @@ class Attachment:
         if not is_dense(config):
             return {**stats, "flops": None, "flops_plain": None, "flops_ratio": None}
         spec = spec_of(config, type(hooks.base).__name__)
-        rows = list(zip(*stats["visual_tokens"]))
+        rows = list(zip(*self._layer_tokens(stats)))
         flops = [model_flops(spec, row) for row in rows]
         plain = [model_flops(spec, [n] * len(row)) for n, row in zip(stats["given"], rows)]
         ratios = [part / whole if whole else 1.0 for part, whole in zip(flops, plain)]
         return {**stats, "flops": flops, "flops_plain": plain, "flops_ratio": ratios}
+
+    def _layer_tokens(self, stats: dict) -> list[list[int]]:
+        """[layer][row], what FLOPs are counted of: the visual tokens and the reserved compensation tokens."""
+        layers = len(stats["visual_tokens"])
+        reserving = {step.layer for step in self.compression.schedule(layers) if step.part.reserves}
+        added = [stats["compensation_at_input"], *stats["compensation_tokens"]]
+        held, tokens = [0] * len(stats["given"]), []
+        for layer, visual in enumerate(stats["visual_tokens"]):
+            if layer - 1 in reserving:
+                held = [n + new for n, new in zip(held, added[layer])]
+            tokens.append([n + own for n, own in zip(visual, held)])
+        return tokens
 
     @property
     def trace(self) -> list[RowTrace] | None:
