@@ -96,8 +96,8 @@ def _arena(prefix: str, *more: str) -> tuple[str, ...]:
 
 _LATE = ("libra", "fastv", "turbo", "windowed_fastv", "random_layer")
 _EARLY = (
-    "random", "pool", "divprune", "cdpruner", "fastervlm", "vispruner", "hiprune", "visionzip", "tome",
-    "libra_input",
+    "random", "pool", "downsample", "divprune", "cdpruner", "fastervlm", "vispruner", "hiprune", "visionzip",
+    "tome", "libra_input",
 )  # fmt: skip
 
 
@@ -244,9 +244,9 @@ TABLES = {
             note="A small model's order of methods is not the field's: this table shows what runs, at "
             "which cost, and what each choice does to this model. Shares are visual tokens of an average "
             "layer. The methods before the language model renumber positions as published; compare methods "
-            "within one kind of positions. Random and pooling are controls. Figures of LLaVA-1.5-7B next "
-            "to ours, where there are any, are those of RESTORE (ICML 2026), Table 1, whose authors ran "
-            "the official codes in one environment.",
+            "within one kind of positions. Random, pooling and image downsampling are controls. Figures of "
+            "LLaVA-1.5-7B next to ours, where there are any, are those of RESTORE (ICML 2026), Table 1, "
+            "whose authors ran the official codes in one environment.",
         ),
         Table(
             "E",

@@ -15,11 +15,12 @@ from .utils.lazy import lazily
 if TYPE_CHECKING:
     from .config import Compression
     from .engine.attach import attach, detach
+    from .engine.relevance import ClipRelevance
     from .methods import Context, register_merge, register_select
     from .step import Compressed, compress
 
 __all__ = [
-    "Compressed", "Compression", "Context", "attach", "compress", "detach", "register_merge",
+    "ClipRelevance", "Compressed", "Compression", "Context", "attach", "compress", "detach", "register_merge",
     "register_select",
 ]  # fmt: skip
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "attach": "engine.attach",
     "detach": "engine.attach",
+    "ClipRelevance": "engine.relevance",
     "Compressed": "step",
     "compress": "step",
     "Compression": "config",

@@ -156,6 +156,12 @@ class Compression:
                     f"{IN_WORDS[self.place if self.at else INPUT]}, where there is none yet; write "
                     "importance: tower, or compress after a layer"
                 )
+        layers = (0,) if self.layers is None else self.layers  # at natural places, which are after layers
+        if self.acts and SELECTORS[self.select].shrinks and any(layer != BEFORE for layer in layers):
+            raise ConfigError(
+                f"layers: {self.name} shrinks the picture before the vision tower; write at: tower or"
+                " at: input"
+            )
         if self.at != TOWER:
             return
         if MERGERS[self.merge].compensates:

@@ -210,6 +210,8 @@ def all_compressions():
             not METHODS[method].compresses and (select or layers) or layers and not METHODS[method].places
         ):
             continue
+        if select and SELECTORS[select].shrinks and layers != ():
+            continue  # before the language model only
         early = method and METHODS[method].place != "layers"
         keys = {"at": "input", "importance": "tower"} if early and select else {"layers": layers}
         yield Compression(method=method, select=select, merge=merge, **keys)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import libra
 from libra import Compression, Context, compress, ops
 from libra.methods import METHODS
+from libra.methods.pool import windows
 from libra.methods.tome import halvings, match_chain
 
 GOLDEN = Path(__file__).parent / "golden/selection"
@@ -293,6 +294,18 @@ def test_pool(count):
     c = Compression(method="pool", keep=count)
     out = compress(data["n576.features"], None, c, context=Context(grid=[[(24, 24)]]))
     torch.testing.assert_close(out.tokens[0], data[f"n576_avg{count}.tokens"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("h, w", [(9, 2), (2, 9), (7, 7), (1, 5), (16, 16)])
+def test_pool_s_windows_are_rectangles_around_their_middles(h, w):
+    for count in range(1, h * w + 1):
+        numbers, middles = windows(((h, w),), count)
+        assert set(numbers) == set(range(count)) and middles == sorted(middles)
+        for number, middle in enumerate(middles):
+            places = [place for place in range(h * w) if numbers[place] == number]
+            rows, columns = {place // w for place in places}, {place % w for place in places}
+            assert len(places) == len(rows) * len(columns) and numbers[middle] == number
+            assert middle == sorted(rows)[len(rows) // 2] * w + sorted(columns)[len(columns) // 2]
 
 
 def test_pool_of_parts_and_of_numbers_without_factors():

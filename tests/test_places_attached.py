@@ -33,6 +33,7 @@ MATRIX = [
     for method in EARLY
     for at in ("input", "tower")
     if not (at == "tower" and method in ("cdpruner", "libra-input"))
+    and (name == "llava" or method != "downsample")
 ]
 # Every class and every method with each place at least once; the others are slow.
 FAST = {(n, m, a) for i, (n, m, a) in enumerate(MATRIX) if i % 4 == 0 or m == "visionzip" and a == "tower"}

@@ -36,7 +36,11 @@ class Plain:
     @property
     def side(self) -> int:
         """Patches along an edge of an input."""
-        vision = self.body.config.vision_config
+        return self.side_of(self.body.config.vision_config)
+
+    @staticmethod
+    def side_of(vision) -> int:
+        """The same, by the tower's configuration."""
         size, patch = (x if isinstance(x, int) else x[0] for x in (vision.image_size, vision.patch_size))
         return size // patch
 

@@ -12,6 +12,7 @@ from ..config import Compression
 from ..rows import compression_from, spec_of
 from .history import Summary, summed
 from .hooks import OWNER, Hooks
+from .relevance import ClipRelevance
 from .structure import is_dense, structure_of
 from .trace import RowTrace
 from .transformers_api import PreTrainedModel
@@ -24,12 +25,18 @@ class Attachment:
     :func:`detach` gives it back.
     """
 
-    def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        compression: Compression,
+        trace: bool = False,
+        clip: ClipRelevance | None = None,
+    ):
         if hasattr(model, "_orig_mod"):
             raise ValueError(
                 "this is the wrapper of torch.compile; attach to the model in it first, then compile"
             )
-        self._hold(Hooks(model, compression, trace))
+        self._hold(Hooks(model, compression, trace, clip))
 
     def _hold(self, hooks: Hooks) -> None:
         self._hooks, self.compression = hooks, hooks.compression
@@ -128,6 +135,7 @@ def attach(
     model: PreTrainedModel,
     compression: Compression | Mapping | str | Path | None = None,
     trace: bool = False,
+    clip: ClipRelevance | None = None,
     **keys,
 ) -> Attachment:
     """Compress the visual tokens of a Hugging Face vision-language model between its decoder layers.
@@ -142,13 +150,14 @@ def attach(
 
     Batches may be padded on the left (for ``generate``) or on the right (for a forward pass and the loss).
     The model keeps its attention implementation. With ``trace`` the handle tells what became of each visual
-    token.
+    token. ``clip``, a :class:`libra.ClipRelevance`, tells methods such as cdpruner how relevant visual tokens
+    are for the question; without it they compare text embeddings.
 
     Raises:
         ValueError: for a model that is not supported (the sentence lists those that are) or a layer it does
             not have.
     """
-    return Attachment(model, compression_from(compression, **keys), trace)
+    return Attachment(model, compression_from(compression, **keys), trace, clip)
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -24,6 +24,7 @@ from .checkpointing import Outside, checkpoints_call
 from .families import VIDEO_IDS
 from .layers import Given, HookedForward
 from .pictures import Eyes
+from .relevance import ClipRelevance
 from .structure import (
     arguments_of,
     attention_modules,
@@ -64,12 +65,19 @@ class Hooks:
         model: with or without an adapter around it.
         compression: what to do; :attr:`compression` has its layers in this model.
         trace: whether to record what becomes of each visual token.
+        clip: tells how relevant visual tokens are for the question; None: text embeddings do.
 
     Raises:
         ValueError: for a model or a compression that cannot work, and for a model that has hooks already.
     """
 
-    def __init__(self, model: PreTrainedModel, compression: Compression, trace: bool):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        compression: Compression,
+        trace: bool,
+        clip: ClipRelevance | None = None,
+    ):
         found, self.compression = examined(model, compression)
         if OWNER in vars(found.decoder):
             raise ValueError(
@@ -82,7 +90,7 @@ class Hooks:
             found.token_ids,
             trace,
         )
-        self._eyes = Eyes(found.body, found.decoder, found.name, self.compression)
+        self._eyes = Eyes(found.body, found.decoder, found.name, self.compression, clip)
         self.compression = self._eyes.compression
         self._videos = placeholder_ids(found.base.config, VIDEO_IDS)
         self.handle: weakref.ref | None = None

@@ -13,13 +13,17 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..config import Compression
+from ..methods import SELECTORS
 from ..places import BEFORE, INPUT, TOWER
 from . import calls, score
 from .arrangement import ARRANGERS, Plain
 from .families import JOINING, TOWERS
+from .relevance import Asked, ClipRelevance
+from .shrunk import Shrunk
 from .structure import attention_modules
-from .tokens import Prefill, Seen
+from .tokens import IGNORE_INDEX, Prefill, Seen
 from .tower import (
+    RELEVANCE,
     Left,
     Look,
     View,
@@ -108,10 +112,18 @@ class Eyes:
     Raises ValueError where the model cannot give what a method needs.
     """
 
-    def __init__(self, body: torch.nn.Module, decoder, name: str, compression: Compression):
-        self.body, self.decoder, self.name = body, decoder, name
+    def __init__(
+        self,
+        body: torch.nn.Module,
+        decoder,
+        name: str,
+        compression: Compression,
+        clip: ClipRelevance | None = None,
+    ):
+        self.body, self.decoder, self.name, self.clip = body, decoder, name, clip
         self.kind = TOWERS.get(name)
         self.wants: Wants | None = None
+        self.shrunk: Shrunk | None = None
         self.compression = compression
         asks = Wants.of(compression, has_cls=True)
         if self.kind is None:
@@ -127,7 +139,9 @@ class Eyes:
             if hasattr(body, place)
         )
         self.has_cls = getattr(body.config, "vision_feature_select_strategy", "full") == "default"
-        self.wants = Wants.of(compression, self.has_cls)
+        self._check_clip()
+        self.wants = Wants.of(compression, self.has_cls, clip is not None)
+        self._shrink()
         if self.kind in JOINING and any(part.at == TOWER for part in compression.parts):
             self.compression = _at_input(compression)
         if self.wants is None:
@@ -140,6 +154,31 @@ class Eyes:
             for number in self.wants.layers(self.used, len(layers)):
                 for module in attention_modules(layers[number]):
                     setattr(module, score.MARK, TowerMark(number))
+
+    def _check_clip(self) -> None:
+        if self.clip is None:
+            return
+        width = getattr(self.tower.config, "hidden_size", None)
+        if self.kind in JOINING or width != self.clip.width:
+            raise ValueError(
+                f"clip: its vision tower has features of width {self.clip.width}, and those of this"
+                f" {self.name} are not CLIP's or have width {width}; leave clip out, and text embeddings"
+                " are compared"
+            )
+
+    def _shrink(self) -> None:
+        """Find out whether the tower is to see smaller pictures. Raises ValueError where it cannot."""
+        shrinking = next((part for part in self.compression.parts if SELECTORS[part.select].shrinks), None)
+        if shrinking is None:
+            return
+        if self.kind != "plain":
+            raise ValueError(
+                f"{shrinking.name} shrinks pictures that a vision tower of one size sees as one, and a"
+                f" {self.name} takes them in parts or at their own size; make the picture smaller before the"
+                " processor"
+            )
+        side = Plain.side_of(self.body.config.vision_config)
+        self.shrunk = Shrunk.of(self.compression, self.decoder.config.num_hidden_layers, side)
 
     def _layers(self) -> list[torch.nn.Module]:
         lists = [module for module in self.tower.modules() if isinstance(module, torch.nn.ModuleList)]
@@ -180,11 +219,18 @@ class Eyes:
                 if hasattr(module, score.MARK):
                     score.enable(module.config)
         kwargs = {**dict(zip(inspect.signature(own).parameters, args)), **kwargs, "return_dict": True}
+        if self.shrunk is not None:
+            kwargs |= {
+                "pixel_values": self.shrunk.pixels(kwargs["pixel_values"]),
+                "interpolate_pos_encoding": True,
+            }
         token = _LISTENER.set(listener)
         try:
             output = own(**kwargs)
         finally:
             _LISTENER.reset(token)
+        if self.shrunk is not None:
+            output.pooler_output = list(self.shrunk.spread(torch.stack(list(output.pooler_output))))
         arranger = ARRANGERS[self.kind](self.body, name, kwargs, output.pooler_output)
         looks = None if listener is None else self._looks(arranger, output, listener)
         object.__setattr__(output, LOOKS, Looked(arranger.lengths, looks))
@@ -200,8 +246,9 @@ class Eyes:
         keys = torch.cat(listener.keys, 1) if listener.keys else None
         if hidden.ndim == 2:
             hidden = hidden[None]
+        patches = hidden[:, first:]
         view = View(
-            hidden[:, first:],
+            patches if self.shrunk is None else self.shrunk.spread(patches),
             **{kind: None if score is None else score[..., first:] for kind, score in found.items()},
             keys=None if keys is None else keys[:, first:],
             cls_hidden=hidden[:, 0] if first else pad,
@@ -247,8 +294,17 @@ class Eyes:
         if self.wants is None:
             return replace(prefill, seen=Seen(_NOTHING, lengths))
         looks = [[look for _, look in row] for row in rows]
-        left = self._left(looks, visual.device)
-        return replace(prefill, seen=Seen(context_of(looks), lengths, left))
+        left, context = self._left(looks, visual.device), context_of(looks)
+        if self.clip is not None and ids is not None and RELEVANCE in self.compression.needs:
+            asked = self._asked(prefill, ids, repeats)
+            context = self.clip.add_to(context, asked)
+        return replace(prefill, seen=Seen(context, lengths, left))
+
+    def _asked(self, prefill: Prefill, ids: torch.Tensor, repeats: int) -> list[Asked]:
+        labels = prefill.labels
+        answers = [None] * len(ids) if labels is None else (labels != IGNORE_INDEX).tolist()
+        rows = list(zip(ids.tolist(), prefill.visual.tolist(), answers, strict=True))
+        return [Asked.of(*row) for row in rows[::repeats]]
 
     def _rows(self, visual, ids, videos, looked) -> list[list[tuple[int, Look | None]]]:
         """The pictures of each row, in the order of its columns."""

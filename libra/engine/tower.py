@@ -23,6 +23,7 @@ from ..step import compress_spans
 from .tokens import TowerLeft, context_score
 
 NOTHING = -1  # the group of a token that was dropped
+RELEVANCE = "relevance|text"  # of a question: by CLIP where it is at hand, by text embeddings otherwise
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ class Wants:
     earlier: tuple[Fraction, ...] = ()
 
     @classmethod
-    def of(cls, c: Compression | None, has_cls: bool) -> "Wants | None":
+    def of(cls, c: Compression | None, has_cls: bool, clip: bool = False) -> "Wants | None":
         """Of a compression and a tower with or without a [CLS] token; None where nothing is asked.
+
+        clip: the tower's features are compared with the question (:mod:`libra.engine.relevance`) where a
+        method asks for it.
 
         Raises ValueError for a method that needs what the tower does not have.
         """
@@ -52,9 +56,15 @@ class Wants:
                     )
                 fields.add(names[0])
             earlier |= {*SELECTORS[part.select].tower_layers}
-            if part.at == TOWER:
+            if part.at == TOWER or clip and RELEVANCE in part.needs:
                 fields.add("tower_hidden")
         fields = {name for name in fields if name.startswith("tower_") or name == "grid"}
+        shrinking = next((part for part in c.parts if SELECTORS[part.select].shrinks), None)
+        if shrinking is not None and (earlier or fields - {"tower_hidden", "grid"}):
+            raise ValueError(
+                f"{shrinking.name} gives the vision tower a smaller picture, so no other step can read the"
+                " tower; remove one of them"
+            )
         return cls(frozenset(fields), tuple(sorted(earlier))) if fields else None
 
     def layers(self, used: int, depth: int) -> list[int]:

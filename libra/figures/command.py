@@ -27,8 +27,8 @@ def parser() -> Parser:
         takes_plugins=True,
         prog="python -m libra.figures",
         epilog=EXAMPLES,
-        description="Draw on an image which of its visual tokens each compression layer kept and where the "
-        "others went.",
+        description="Draw on an image which of its visual tokens each compression kept and where the others "
+        "went.",
     )
     parser.add_argument(
         "--model", metavar="PATH_OR_HUB", help="a model in Hugging Face's format that libra.attach supports"
@@ -76,8 +76,6 @@ def _record(args: argparse.Namespace) -> "Record":
     compression = compression_from(args.config)
     if not compression.compresses:
         raise ValueError(f"{args.config} compresses nothing; give a configuration with compression layers")
-    if compression.steps is not None:
-        raise ValueError(f"{args.config} is a list of steps; a figure shows one method, so give it alone")
     from ..media import COMMAND, open_image
 
     image = open_image(args.image, COMMAND)

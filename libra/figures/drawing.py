@@ -17,6 +17,7 @@ from ..config import Compression
 from ..engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace, StageTrace
 from ..media import open_image
 from ..methods import SELECTORS
+from ..places import INPUT, TOWER
 from ..utils.files import write_text
 from ..utils.plotting import new_figure
 
@@ -97,6 +98,11 @@ class Record:
             )
         blocks = tuple(self.blocks) or tuple(map(strip, self.trace.spans))
         object.__setattr__(self, "blocks", blocks)
+        if len(self.parts) != len(self.trace.stages):
+            raise ValueError(
+                f"the trace has {len(self.trace.stages)} stages and its compression {len(self.parts)}; trace"
+                " the image again"
+            )
         drawn, traced = sum(block.tokens for block in blocks), sum(self.trace.spans)
         if drawn != traced:
             raise ValueError(
@@ -117,6 +123,22 @@ class Record:
         ]
         data = {"compression": self.compression.to_dict(), "blocks": blocks, "trace": self.trace.to_json()}
         write_text(Path(path), json.dumps(data) + "\n")
+
+    @property
+    def parts(self) -> list[Compression]:
+        """What was done at each stage."""
+        if self.compression.steps is None:
+            return [self.compression] * len(self.trace.stages)
+        found = [
+            (layer, part.at != TOWER, part) for part in self.compression.parts for layer in part.layers or ()
+        ]
+        return [part for *_, part in sorted(found, key=lambda one: one[:2])]
+
+    @property
+    def scored(self) -> bool:
+        """Whether the first stage knows how important each token is, whatever it went by."""
+        alive = [one[one == one] for one in self.trace.stages[0].importance.split(self.trace.spans)]
+        return any(bool((one != one[:1]).any()) for one in alive)
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
@@ -225,8 +247,8 @@ def groups(stage: StageTrace) -> torch.Tensor:
 
 
 def draw(record: Record) -> "Figure":
-    """A row of panels for each compression layer: FastV's choice, the targets in their intervals and, where
-    there is any, the merging.
+    """A row of panels for each compression: FastV's choice where importance is known, the targets (in their
+    intervals, where it has some) and, where there is any, the merging.
 
     Raises:
         ValueError: if matplotlib is missing.
@@ -235,35 +257,47 @@ def draw(record: Record) -> "Figure":
     merges = any(
         bool((stage.fate == fate).any()) for stage in trace.stages for fate in (MERGED, COMPENSATION)
     )
-    columns = 3 if merges else 2
+    columns = 1 + record.scored + merges
     height = PANEL * min(2.5, max(0.3, canvas.height / canvas.width)) + 0.4
     figure = new_figure(columns * PANEL + 0.2, len(trace.stages) * height + 0.8)
     figure.suptitle(_describe(record), fontsize=11)
     rows = figure.subplots(len(trace.stages), columns, squeeze=False)
     for number, (panels, stage) in enumerate(zip(rows, trace.stages)):
-        _draw_kept(panels[0], canvas, fastv(trace, number))
-        _draw_targets(panels[1], canvas, stage, intervals(trace, number) if _has_intervals(record) else None)
+        by_score, choice, merging = _titles(record, number)
+        panels = iter(panels)
+        if record.scored:
+            panel = next(panels)
+            _draw_kept(panel, canvas, fastv(trace, number))
+            panel.set_title(by_score, fontsize=9)
+        panel = next(panels)
+        of_interval = _has_intervals(record.parts[number])
+        _draw_targets(panel, canvas, stage, intervals(trace, number) if of_interval else None)
+        panel.set_title(choice, fontsize=9)
         if merges:
-            _draw_merging(panels[2], canvas, stage)
-        for panel, title in zip(panels, _titles(record, number)):
-            panel.set_title(title, fontsize=9)
+            panel = next(panels)
+            _draw_merging(panel, canvas, stage)
+            panel.set_title(merging, fontsize=9)
     _add_legend(figure, record)
     return figure
 
 
-def _place(stage: StageTrace) -> str:
+def _place(stage: StageTrace, part: Compression) -> str:
     """Where a step was."""
-    return "input" if stage.layer < 0 else f"layer {stage.layer}"
+    return (part.at or INPUT) if stage.layer < 0 else f"layer {stage.layer}"
 
 
-def _has_intervals(record: Record) -> bool:
-    return SELECTORS[record.compression.select].per_interval
+def _has_intervals(part: Compression) -> bool:
+    return SELECTORS[part.select].per_interval
 
 
 def _describe(record: Record) -> str:
     c, tokens = record.compression, sum(record.trace.spans)
-    name = f"{c.method}: " if c.method else ""
-    return f"{name}select {c.select}, merge {c.merge}, {c.amount} {c.where}; {tokens} visual tokens"
+    what = [
+        f"{f'{part.method}: ' if part.method else ''}select {part.select}, merge {part.merge}, {part.amount}"
+        f" {part.where}"
+        for part in c.parts
+    ]
+    return f"{', then '.join(what)}; {tokens} visual tokens"
 
 
 def _titles(record: Record, number: int) -> tuple[str, str, str]:
@@ -272,7 +306,9 @@ def _titles(record: Record, number: int) -> tuple[str, str, str]:
     before, after, tokens = int((stage.fate != GONE).sum()), len(trace.kept(number)), sum(trace.spans)
     merged, rest, dropped = (int((stage.fate == fate).sum()) for fate in (MERGED, COMPENSATION, DROPPED))
     kept = f"{after} of {tokens} tokens kept ({100 * after / tokens:.3g}%)"
-    how = "the best of each interval" if _has_intervals(record) else f"select {record.compression.select}"
+    part, first = record.parts[number], record.parts[0]
+    how = "the best of each interval" if _has_intervals(part) else f"select {part.select}"
+    scores = "importance at" if first.importance != "tower" else "score of the tower,"
     gone = [
         f"{count} {what}"
         for count, what in (
@@ -283,9 +319,9 @@ def _titles(record: Record, number: int) -> tuple[str, str, str]:
         if count
     ]
     return (
-        f"FastV: top-k by the importance at layer {trace.stages[0].layer}\n{kept}",
-        f"{_place(stage)}: {how}\n{kept}",
-        f"{_place(stage)}: the other {before - after} of {before} tokens:\n{', '.join(gone) or 'none'}",
+        f"FastV: top-k by the {scores} {_place(trace.stages[0], first)}\n{kept}",
+        f"{_place(stage, part)}: {how}\n{kept}",
+        f"{_place(stage, part)}: the other {before - after} of {before} tokens:\n{', '.join(gone) or 'none'}",
     )
 
 
@@ -369,7 +405,7 @@ def _add_legend(figure: "Figure", record: Record) -> None:
     fates = torch.cat([stage.fate for stage in record.trace.stages]).tolist()
     entries = [
         (True, "kept: a target", Patch(facecolor="none", edgecolor="black")),
-        (_has_intervals(record), "border of an interval", Line2D([], [], color=BORDER_COLOR)),
+        (any(map(_has_intervals, record.parts)), "border of an interval", Line2D([], [], color=BORDER_COLOR)),
         (
             MERGED in fates,
             "merged, with a line to its target",

@@ -8,6 +8,7 @@ next to `method` overrides the one that the method sets.
 from . import (
     cdpruner,
     divprune,
+    downsample,
     fastervlm,
     fastv,
     hiprune,
@@ -54,7 +55,7 @@ DEFAULTS = {
 
 FILES = (
     vanilla, libra, fastv, turbo, windowed_fastv, random, pyramiddrop,
-    libra_input, fastervlm, divprune, cdpruner, vispruner, hiprune, visionzip, tome, pool,
+    libra_input, fastervlm, divprune, cdpruner, vispruner, hiprune, visionzip, tome, pool, downsample,
 )  # fmt: skip
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in FILES}
 

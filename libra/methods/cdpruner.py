@@ -4,10 +4,13 @@ diverse.
 A determinantal point process with the kernel L_ij = r_i · cos(v_i, v_j) · r_j, where v are the embeddings
 that enter the language model and r is the relevance scaled to (0, 1] by its minimum and maximum; greedy MAP
 inference picks T tokens. The released code takes as relevance the *negative* mean cosine of CLIP's image
-embedding with the text segments of the question, so that low cosines count as relevant; a variant of OpenVINO
-takes the positive mean cosine with the language model's own text embeddings.
+embedding with the text segments of the question, so that low cosines count as relevant, and so do we where
+the whole CLIP of the vision tower is at hand (llava finds it in the tower's own checkpoint, `libra.attach`
+takes `clip=libra.ClipRelevance.load(…)`); elsewhere, as a variant of OpenVINO, the positive mean cosine with
+the language model's own embeddings of the question.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 from .. import ops
@@ -40,13 +43,20 @@ def cdpruner(candidates, c):
     raw, valid = _relevance(candidates), candidates.layout.valid
     if c.as_released:
         scaled = _scale(raw, raw[valid].min(), raw[valid].max())
+    context = candidates.context
+    unknown = valid.new_zeros(valid.shape)  # to CLIP: a newline is as relevant as the least relevant patch
+    if context.relevance is not None and context.outside is not None:
+        unknown = context.outside
 
-    def of_spans(k, x, r):
+    def of_spans(k, x, r, unknown):
         if not c.as_released:
-            r = _scale(r, r.amin(1, keepdim=True), r.amax(1, keepdim=True))
+            r = r.masked_fill(unknown, math.inf)
+            low = r.amin(1, keepdim=True)
+            r = r.where(~unknown, low)
+            r = _scale(r, low, r.amax(1, keepdim=True))
         return ops.greedy_map(r[:, :, None] * ops.similarities(x) * r[:, None], k)
 
-    return candidates.choose(of_spans, candidates.hidden.detach(), scaled if c.as_released else raw)
+    return candidates.choose(of_spans, candidates.hidden.detach(), scaled if c.as_released else raw, unknown)
 
 
 def _scale(r, low, high):

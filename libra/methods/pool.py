@@ -1,8 +1,8 @@
 """A control: average pooling over even windows of the picture, which benchmark papers found hard to beat.
 
-A picture of h × w tokens is cut into h' × w' = T windows as square as they can be, and each window becomes
-its mean, at the place of its middle token. Where T has no such factors (a prime number, or one that would
-make windows more than four times as long as wide) the windows are T even runs of tokens in raster order.
+A picture of h × w tokens is cut into √(T·h/w) bands, rounded, of as many rows each, and a band into as many
+windows as its share of T, whose numbers differ by one at most; so T windows of any number are nearly square.
+Each becomes its mean, at the place of its middle token.
 """
 
 import math
@@ -13,8 +13,6 @@ from .registry import Method, register_merge, register_select
 
 if TYPE_CHECKING:
     import torch
-
-LONGEST = 4  # how many times as long as wide a window may be
 
 METHOD = Method(
     "pool",
@@ -62,13 +60,16 @@ def windows(parts: tuple[tuple[int, ...], ...], k: int) -> tuple[list[int], list
     parts: the grids that make up the span, one after another; each gets windows by its share of the tokens.
     """
     sizes = [math.prod(part) for part in parts]
-    if k < len(parts):
-        return _middles([i * k // sum(sizes) for i in range(sum(sizes))])
-    numbers, given, first = [], _shares(sizes, k), 0
-    for part, share in zip(parts, given):
-        numbers += [first + number for number in _windows(math.prod(part[:-1]), part[-1], share)]
-        first += share
-    return _middles(numbers)
+    if k < len(parts):  # even runs of tokens
+        n = sum(sizes)
+        return [i * k // n for i in range(n)], [(2 * i + 1) * n // (2 * k) for i in range(k)]
+    numbers: list[int] = []
+    middles: list[int] = []
+    for part, size, share in zip(parts, sizes, _shares(sizes, k)):
+        window, middle = _windows(size // part[-1], part[-1], share)
+        middles += [len(numbers) + place for place in middle]
+        numbers += [len(middles) - share + number for number in window]
+    return numbers, middles
 
 
 def _shares(sizes: list[int], k: int) -> list[int]:
@@ -80,23 +81,17 @@ def _shares(sizes: list[int], k: int) -> list[int]:
     return shares
 
 
-def _windows(h: int, w: int, k: int) -> list[int]:
-    """The window of each token of an h × w map."""
-    fitting = [(k // across, across) for across in range(1, min(k, w) + 1) if k % across == 0]
-    fitting = [(down, across) for down, across in fitting if down <= h]
-
-    def length(pair):
-        return abs(math.log(h * pair[1] / (w * pair[0])))
-
-    best = min(fitting, key=length, default=None)
-    if best is None or length(best) > math.log(LONGEST):
-        return [i * k // (h * w) for i in range(h * w)]
-    down, across = best
-    return [(y * down // h) * across + x * across // w for y in range(h) for x in range(w)]
-
-
-def _middles(numbers: list[int]) -> tuple[list[int], list[int]]:
-    members: dict[int, list[int]] = {}
-    for token, number in enumerate(numbers):
-        members.setdefault(number, []).append(token)
-    return numbers, [members[number][len(members[number]) // 2] for number in range(len(members))]
+def _windows(h: int, w: int, k: int) -> tuple[list[int], list[int]]:
+    """The window of each token of an h × w map, and the middle token of each of its k windows."""
+    nearest = (math.isqrt(4 * k * h // w) + 1) // 2  # the whole number at the root of k · h / w
+    bands = min(h, k, max(nearest, -(-k // w)))
+    numbers: list[int] = []
+    middles = []
+    for band in range(bands):
+        first, end = k * band // bands, k * (band + 1) // bands
+        top, bottom = -(-h * band // bands), -(-h * (band + 1) // bands)
+        numbers += [first + x * (end - first) // w for _ in range(top, bottom) for x in range(w)]
+        for window in range(end - first):
+            left, right = (-(-w * edge // (end - first)) for edge in (window, window + 1))
+            middles.append((top + bottom) // 2 * w + (left + right) // 2)
+    return numbers, middles

@@ -6,6 +6,7 @@ Nothing here needs torch: a configuration is checked, and FLOPs are counted, wit
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from typing import Any
 
 from ..utils.sentences import show
 from .context import Context
@@ -30,7 +31,9 @@ class Select:
     trusted: it is tested to keep to the contract, so that what it returns is not checked at every use;
     tower_layers: further layers of the vision tower that it looks at, as fractions of its depth: their scores
         come before those of the layer whose features the model takes;
-    takes_cls: in the tower its first candidate is the [CLS] token itself, where there is one.
+    takes_cls: in the tower its first candidate is the [CLS] token itself, where there is one;
+    shrinks: where the vision tower is to read a smaller picture: takes the (h, w) patches of one and the
+        tokens that stay, returns the patches (h', w') that the tower gets.
     """
 
     function: Callable
@@ -40,6 +43,7 @@ class Select:
     trusted: bool = False
     tower_layers: tuple[Fraction, ...] = ()
     takes_cls: bool = False
+    shrinks: Callable[[int, int, int], tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,7 @@ def register_select(
     needs: Iterable[str] = (),
     per_interval: bool = False,
     trusted: bool = False,
-    tower_layers: Iterable[Fraction] = (),
-    takes_cls: bool = False,
+    **of_tower: Any,
 ) -> Callable[[Callable], Callable]:
     """Decorator that makes a function usable as ``select: name`` in every configuration.
 
@@ -114,14 +117,14 @@ def register_select(
             depends on. A configuration may then refuse keys without effect. None: any of them.
         needs: fields of :class:`libra.Context` that have to be given; "a|b" asks for one of the two.
         per_interval: it takes one token of each even interval of a span, which figures then show.
-        tower_layers, takes_cls: as of :class:`Select`.
+        of_tower: ``tower_layers``, ``takes_cls`` and ``shrinks`` of :class:`Select`.
 
     Raises:
         ValueError: for a name that is taken or is not a name, and for unknown words in ``reads`` or
             ``needs``.
     """
     traits = {"reads": _known("reads", reads, READABLE), "needs": _known("needs", needs, CONTEXT)}
-    traits |= {"tower_layers": tuple(tower_layers), "takes_cls": takes_cls}
+    traits |= {**of_tower, "tower_layers": tuple(of_tower.get("tower_layers", ()))}
     return _register(
         SELECTORS, "select", name, Select, {**traits, "per_interval": per_interval, "trusted": trusted}
     )

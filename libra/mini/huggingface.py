@@ -15,6 +15,7 @@ from transformers import (
 
 from llava.convert import convert
 
+from ..engine.relevance import ClipRelevance
 from ..media import open_image
 from ..rows import EMBEDDED
 
@@ -27,6 +28,11 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Processor
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
     return model.eval(), processor
+
+
+def relevance(processor: ProcessorMixin) -> ClipRelevance:
+    """The embedded model's own CLIP, for ``libra.attach(model, "cdpruner", clip=relevance(processor))``."""
+    return ClipRelevance.load(EMBEDDED / "vision_tower", processor.tokenizer)
 
 
 def question(processor: ProcessorMixin, picture: str | Path | Image.Image, text: str) -> BatchFeature:

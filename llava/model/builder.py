@@ -68,6 +68,8 @@ def load_pretrained_model(
     if parts.adapter is not None:
         model = lora.add_adapter(model, parts.folder, parts.adapter, merge_lora)
     tower = _tower(model, parts)
+    if not parts.tower_inside:
+        model.name_clip(tower.vision_tower_name, parts.tokenizer)
     check_finite(f"the checkpoint {model_path}", model)
     model.eval()
     if compression is not None:

@@ -1,6 +1,7 @@
 """What every LLaVA model shares, whatever its language model: vision tower, projector, image features among
 text embeddings."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -9,8 +10,19 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from libra import Compression, Context
+from libra.engine.relevance import Asked, ClipRelevance
+from libra.engine.shrunk import Shrunk
 from libra.engine.tokens import Seen
-from libra.engine.tower import Left, Look, Wants, compress_pictures, context_of, grids_of, left_of_rows
+from libra.engine.tower import (
+    RELEVANCE,
+    Left,
+    Look,
+    Wants,
+    compress_pictures,
+    context_of,
+    grids_of,
+    left_of_rows,
+)
 from libra.engine.trace import RowTrace
 from libra.engine.transformers_api import cache_argument, check_guesses, one_cache
 from libra.places import BEFORE, TOWER
@@ -69,6 +81,8 @@ class LlavaMetaForCausalLM:
         True  # whether each visual token is a feature of the tower, which the projector maps alone
     )
     takes_videos = False  # whether one of them stands for a video
+    clip: ClipRelevance | None = None  # tells how relevant visual tokens are for the question
+    _clip_source: tuple[str, object] | None = None
 
     @property
     def length_limit(self) -> int | None:
@@ -112,8 +126,27 @@ class LlavaMetaForCausalLM:
                     f"{compression.name}: this model's projector joins features of the vision tower, so the"
                     " tower says nothing about single visual tokens; choose a method that reads embeddings"
                 )
+            if RELEVANCE in compression.needs:
+                self._find_clip(compression)
         self.model.compression, self.model.trace = compression, trace
         self.model.last_stats = self.model.recorder = None
+
+    def name_clip(self, checkpoint: str, tokenizer) -> None:
+        """Say where the whole CLIP is that the vision tower is a part of (a folder or hub name), and which
+        tokenizer a prompt's ids come from; it is read when a method first asks how relevant tokens are."""
+        self.clip, self._clip_source = None, (checkpoint, tokenizer)
+
+    def _find_clip(self, compression: Compression) -> None:
+        source, self._clip_source = self._clip_source, None
+        if source is None or not self.tells_of_tokens:
+            return
+        try:
+            self.clip = ClipRelevance.load(*source)
+        except ValueError as error:
+            warnings.warn(
+                f"{compression.name} compares with the question's text embeddings instead of CLIP's: {error}",
+                stacklevel=3,
+            )
 
     @property
     def compression(self) -> Compression | None:
@@ -160,20 +193,20 @@ class LlavaMetaForCausalLM:
         Raises:
             ValueError: as :meth:`image_features` does.
         """
-        wants = Wants.of(self.compression, has_cls=True)
+        wants = Wants.of(self.compression, has_cls=True, clip=self.clip is not None)
         if wants is None:
             return [Picture(tokens) for tokens in self.image_features(images, image_sizes)]
         pixels, counts, arrange = self._tiles(images, image_sizes)
-        view = self.get_vision_tower().view(pixels, wants)
+        tower, depth = self.get_vision_tower(), self.config.num_hidden_layers
+        view = tower.view(pixels, wants, Shrunk.of(self.compression, depth, tower.num_patches_per_side))
         grid = None
         if "grid" in wants.fields:
-            side = self.get_vision_tower().num_patches_per_side
 
             def grid(number, outside):
-                return grids_of(outside, counts[number], side)
+                return grids_of(outside, counts[number], tower.num_patches_per_side)
 
         looks = view.looks(counts, lambda i, x: arrange(i, x, torch.zeros_like(x[0, 0])), grid)
-        schedule = self.compression.schedule(self.config.num_hidden_layers)
+        schedule = self.compression.schedule(depth)
         step = next((step for step in schedule if step.part.at == TOWER), None)
         lefts = [None] * len(looks) if step is None else compress_pictures(step, looks)
         plain = [left is None for left in lefts]
@@ -296,7 +329,7 @@ class LlavaMetaForCausalLM:
                 f"input_ids has negative ids other than this model's placeholders {list(self.placeholders)};"
                 " correct the prompt"
             )
-        rows = {"embeds": [], "visual": [], "labels": [], "seeds": [], "pictures": []}
+        rows = {"embeds": [], "visual": [], "labels": [], "seeds": [], "pictures": [], "asked": []}
         queue = iter(features)
         for b in range(len(input_ids)):
             ids = input_ids[b][mask[b]]
@@ -307,6 +340,10 @@ class LlavaMetaForCausalLM:
             shown = [next(queue) for _ in places or [None]]
             pictures = [one.tokens if places else one.tokens[:0] for one in shown]
             rows["pictures"].append(shown if places else [])
+            if self.clip is not None:
+                rows["asked"].append(
+                    Asked.of(ids.tolist(), held[b][mask[b]].tolist(), (targets != IGNORE_INDEX).tolist())
+                )
             text = embed(ids.clamp(min=0))
             cuts = list(zip([0, *(p + 1 for p in places)], [*places, len(ids)]))
             pieces, kinds, goals = [], [], []
@@ -336,10 +373,10 @@ class LlavaMetaForCausalLM:
             labels=None if labels is None else padded(rows["labels"], IGNORE_INDEX),
             visual=padded(rows["visual"], False),
             row_seeds=torch.stack(rows["seeds"]),
-            seen=self._seen(rows["pictures"]),
+            seen=self._seen(rows["pictures"], rows["asked"]),
         )
 
-    def _seen(self, rows: list[list[Picture]]) -> Seen | None:
+    def _seen(self, rows: list[list[Picture]], asked: list[Asked]) -> Seen | None:
         """What the vision tower says about the visual tokens of each row, and which pictures they are of;
         None where no method asks and nothing is compressed before the language model."""
         shown = [one for row in rows for one in row]
@@ -351,6 +388,8 @@ class LlavaMetaForCausalLM:
         left, context = None, Context()
         if looked:
             context = context_of([[one.look for one in row] for row in rows])
+            if self.clip is not None and RELEVANCE in self.compression.needs:
+                context = self.clip.add_to(context, asked)
         if any(part.at == TOWER for part in self.compression.parts):
             pairs = [[(len(one.tokens), one.left) for one in row] for row in rows]
             left = left_of_rows(pairs, shown[0].tokens.device)

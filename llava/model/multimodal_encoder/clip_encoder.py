@@ -10,6 +10,7 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging
 
+from libra.engine.shrunk import Shrunk
 from libra.engine.tower import View, Wants, look
 
 from ..settings import tower_config
@@ -100,9 +101,11 @@ class CLIPVisionTower(nn.Module):
             return [self(image[None]) for image in images]
         return self._features(images) if self.memory is None else self.memory.get(images, self._features)
 
-    def view(self, images: torch.Tensor, wants: Wants) -> View:
+    def view(self, images: torch.Tensor, wants: Wants, shrunk: Shrunk | None = None) -> View:
         """What the tower says about (B, 3, H, W) pixels; ``hidden`` (B, N, mm_hidden_size) are
         :meth:`forward`'s features.
+
+        shrunk: let it see the pictures smaller; ``hidden`` has at each place the feature that covers it.
 
         Raises:
             ValueError: where the [CLS] token is a visual token, or the features are not a layer's.
@@ -114,7 +117,7 @@ class CLIPVisionTower(nn.Module):
             )
 
         def compute(pixels):
-            states = self._states(pixels)
+            states = self._states(pixels, shrunk)
             used = self.select_layer % len(states) - 1
             if used < 0:
                 raise ValueError(
@@ -122,19 +125,23 @@ class CLIPVisionTower(nn.Module):
                 )
             tower = getattr(self.vision_tower, "vision_model", self.vision_tower)  # around it until 5.19
             found = look(tower.encoder.layers, states, used, wants, has_cls=True)
-            return replace(found, hidden=found.hidden.to(pixels.dtype))
+            hidden = found.hidden if shrunk is None else shrunk.spread(found.hidden)
+            return replace(found, hidden=hidden.to(pixels.dtype))
 
-        return compute(images) if self.memory is None else self.memory.get(images, compute, wants)
+        if self.memory is None:
+            return compute(images)
+        return self.memory.get(images, compute, (wants, shrunk))
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         hidden = self._states(images)[self.select_layer]
         return (hidden[:, 1:] if self.select_feature == "patch" else hidden).to(images.dtype)
 
-    def _states(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def _states(self, images: torch.Tensor, shrunk: Shrunk | None = None) -> list[torch.Tensor]:
         """What goes into the first layer, and the output of each layer."""
-        states = self.vision_tower(
-            images.to(self.device, self.dtype), output_hidden_states=True
-        ).hidden_states
+        images, smaller = images.to(self.device, self.dtype), {}
+        if shrunk is not None:
+            images, smaller = shrunk.pixels(images), {"interpolate_pos_encoding": True}
+        states = self.vision_tower(images, output_hidden_states=True, **smaller).hidden_states
         # Once the decoder around it has recorded its hidden states, transformers records each of the tower's
         # twice.
         return [state for state, before in zip(states, (None, *states)) if state is not before]
