@@ -17,7 +17,7 @@ from .utils.names import spelled
 from .utils.numbers import is_whole
 from .utils.sentences import ConfigError, did_you_mean, show
 
-IMPORTANCES = ("last", "mean", "tower")
+IMPORTANCES = ("last", "mean", "tower", "raters", "rater-heads")
 SCORE_LAYERS = ("same", "next")
 POSITIONS = ("original", "compact", "centre")
 ROUNDINGS = ("round", "floor", "ceil")
@@ -71,7 +71,8 @@ class Compression:
     tau: τ, the similarity above which a token merges (igm only). eta: η of eq. 6's softmax, "mean" (of α) or
         a positive number.
     importance: α is the attention row of the last prompt token ("last", eq. 4), or the "mean" over the text
-        after the image, or the score of the vision "tower".
+        after the image, or over those of its tokens that are SparseVLM's "raters" ("rater-heads": only of the
+        heads that look at the picture most), or the score of the vision "tower".
     score_layer: α from the "same" layer's query and keys, or the "next" layer's.
     positions: "original" position ids, "compact" (renumbered), or "centre": the i-th of a span's T tokens
         stands at the centre of the i-th of T even intervals of the span.
@@ -161,6 +162,11 @@ class Compression:
             raise ConfigError(
                 f"layers: {self.name} shrinks the picture before the vision tower; write at: tower or"
                 " at: input"
+            )
+        if BEFORE in (self.layers or ()) and self.compares_keys:
+            raise ConfigError(
+                f"layers: {self.name} compares keys of a decoder layer, and before the language model there"
+                " are none; compress after a layer"
             )
         if self.at != TOWER:
             return
@@ -384,6 +390,11 @@ class Compression:
             return tuple(dict.fromkeys(need for part in self.steps for need in part.needs))
         tower = (TOWER_SCORE,) if self.importance == "tower" else ()
         return tuple(dict.fromkeys((*SELECTORS[self.select].needs, *MERGERS[self.merge].needs, *tower)))
+
+    @property
+    def compares_keys(self) -> bool:
+        """Whether a decoder layer's keys are looked at."""
+        return "layer_keys" in self.needs
 
     @property
     def amount(self) -> str:

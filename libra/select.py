@@ -91,6 +91,14 @@ class Candidates:
                 found[-1].append(parts)
         return found
 
+    @property
+    def frames(self) -> "list[list[list[int]]]":
+        """For each row, for each span, the tokens of its frames; of a picture of several parts, theirs."""
+        return [
+            [[math.prod(part[-2:]) for part in parts for _ in range(math.prod(part[:-2]))] for parts in row]
+            for row in self.grids
+        ]
+
     @cached_property
     def grid_width(self) -> "torch.Tensor":
         """(B, N): the width of the grid of a token's span, or of its part of the span."""
@@ -106,6 +114,13 @@ class Candidates:
         """(B, N) float32: the attention of the vision tower's [CLS] token, or the attention received where
         the tower has none; of the last layer given."""
         return tower_score(self.context)
+
+    @property
+    def tower_scores(self) -> "torch.Tensor":
+        """(L, B, N) float32: :attr:`tower_score` of each layer given, the one whose features the model takes
+        last."""
+        given = self.context.tower_received if self.context.tower_cls is None else self.context.tower_cls
+        return (given if given.ndim == 3 else given[None]).float()
 
     def top(self, scores: "torch.Tensor") -> "torch.Tensor":
         """:func:`top_of_span` of these spans."""

@@ -118,7 +118,10 @@ def compress_spans(
                 else:
                     has_one = (slot == matches.compensation).any(1)
                 mask, slots = torch.cat([mask, has_one[:, None]], 1), slots + 1
-            tokens = merge_groups(hidden, slot, token_weights, slots)
+            if merge.gives_tokens:
+                tokens = candidates.memo["tokens"]
+            else:
+                tokens = merge_groups(hidden, slot, token_weights, slots)
     # A cached property: it is there if the merger used it.
     similarity = matches.nearest[0] if "nearest" in vars(matches) else None
     order = candidates.memo.get("order")

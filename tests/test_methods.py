@@ -172,14 +172,17 @@ def test_tome_as_a_method_merges_everything():
         torch.testing.assert_close(out.tokens[0, slot], hidden[0, out.groups[0] == slot].mean(0))
 
 
-def context_of(batch: int, tokens: int, grid) -> Context:
+def context_of(batch: int, tokens: int, grid, width: int = 8) -> Context:
     draw = torch.Generator().manual_seed(1)
     return Context(
         tower_cls=torch.rand(batch, tokens, generator=draw),
         tower_received=torch.rand(2, batch, tokens, generator=draw),
         tower_keys=torch.randn(batch, tokens, 5, generator=draw),
         tower_hidden=torch.randn(batch, tokens, 7, generator=draw),
+        tower_next=torch.rand(batch, tokens, generator=draw),
+        tower_next_keys=torch.randn(batch, tokens, 6, generator=draw),
         relevance=torch.randn(batch, tokens, generator=draw),
+        text=[torch.randn(2 + row, width, generator=draw) for row in range(batch)],
         grid=grid,
     )
 
@@ -190,7 +193,7 @@ def test_a_row_of_a_ragged_batch_is_that_row_alone(method, keep):
     """Exactly min(T, n) tokens of each span, whatever stands in the padding."""
     spans, grid = [[12, 20], [6], [20, 3, 12]], [[(3, 4), (4, 5)], [(2, 3)], [(4, 5), (1, 3), (2, 6)]]
     hidden = torch.randn(3, 37, 9, generator=torch.Generator().manual_seed(0))
-    context, c = context_of(3, 37, grid), Compression(method=method, keep=keep)
+    context, c = context_of(3, 37, grid, width=9), Compression(method=method, keep=keep)
     out = compress(hidden, None, c, spans=spans, context=context)
     hidden[0, 32:] = hidden[1, 6:] = 1e6
     assert torch.equal(compress(hidden, None, c, spans=spans, context=context).targets, out.targets)
@@ -201,7 +204,10 @@ def test_a_row_of_a_ragged_batch_is_that_row_alone(method, keep):
             tower_received=context.tower_received[:, row : row + 1, :n],
             tower_keys=context.tower_keys[row : row + 1, :n],
             tower_hidden=context.tower_hidden[row : row + 1, :n],
+            tower_next=context.tower_next[row : row + 1, :n],
+            tower_next_keys=context.tower_next_keys[row : row + 1, :n],
             relevance=context.relevance[row : row + 1, :n],
+            text=context.text[row : row + 1],
             grid=grid[row : row + 1],
         )
         alone = compress(hidden[row : row + 1, :n], None, c, spans=[lengths], context=alone_context)
@@ -263,7 +269,7 @@ def test_what_a_method_lacks_is_said(method, context, missing):
 
 def test_needs_and_reads_name_what_exists():
     for register in (libra.register_select, libra.register_merge):
-        with pytest.raises(ValueError, match="needs: tower_clss is unknown; use cls_first, grid, "):
+        with pytest.raises(ValueError, match="needs: tower_clss is unknown; use cls_first, final_hidden, "):
             register("mine", needs=("tower_clss",))
         with pytest.raises(ValueError, match="reads: layers is unknown; use "):
             register("mine", reads=("layers",))

@@ -17,7 +17,7 @@ from ..places import BEFORE
 from . import score
 from .cache import Stage, StagedCache, bytes_of, holds_keys
 from .masks import attention_kind, attention_masks, joined
-from .tokens import Prefill, Shortened, VisualTokens
+from .tokens import Deep, Prefill, Shortened, VisualTokens
 from .trace import Recorder
 from .transformers_api import cache_argument
 
@@ -40,6 +40,12 @@ def fitted(decoder, compression: Compression) -> Compression:
             f"{type(decoder).__name__};"
             " add `positions: original`"
         )
+    for part in compression.parts:
+        if part.compares_keys and not hasattr(decoder, "norm"):
+            raise ValueError(
+                f"{part.name} compares hidden states after the decoder's final norm, and nobody has looked"
+                f" for that of {type(decoder).__name__}; choose another method"
+            )
     return compression
 
 
@@ -101,6 +107,7 @@ class CompressedForward:
         if brings:
             self.tokens = VisualTokens(self._schedule, prefill, self._valid)
             self._valid = self.tokens.valid
+            self.tokens.rate(inputs_embeds)
             if self.compression.positions == "centre":
                 self._starts = self.tokens.starts(self._positions)
             self.recorder = Recorder() if prefill.trace else None
@@ -241,6 +248,7 @@ class CompressedForward:
         if self.tokens is None or step is None or not step.scores:
             return False
         self._probe = score.Probe(self.tokens.queries, self._stages[self._number].key_mask)
+        self._probe.over_heads, self._probe.wants_keys = self.tokens.over_heads, step.part.compares_keys
         return step.part.score_layer == "same"
 
     def compress(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -260,6 +268,9 @@ class CompressedForward:
         spans, columns = self.tokens.span_lengths, hidden.shape[1]
         # The probe read the attention on all keys of the stage; those of this call come last.
         attention = self._probe.attention[:, :, -columns:] if step.scores else None
+        if step.part.compares_keys:
+            with torch.no_grad():
+                self.tokens.deep = Deep(self._probe.keys[:, -columns:], self.decoder.norm(hidden))
         hidden, shortened, outcome = self.tokens.compress(hidden, attention)
         if self.recorder is not None:
             self.recorder.add(step.layer, outcome, spans)

@@ -31,6 +31,7 @@ from .tower import (
     compress_pictures,
     context_of,
     left_of_rows,
+    one_head,
     scores,
 )
 
@@ -41,7 +42,7 @@ _LISTENER: ContextVar["Listener | None"] = ContextVar("libra_listener", default=
 @dataclass
 class Listener:
     """Collects the scores of one run of a tower: ``cls``, ``received`` and ``keys`` of each layer, in
-    pieces."""
+    pieces; ``next`` and ``next_keys`` of the layer ``reader``, which reads the features."""
 
     wants: Wants
     has_cls: bool
@@ -49,6 +50,9 @@ class Listener:
     cls: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     received: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     keys: list[torch.Tensor] = field(default_factory=list)
+    reader: int | None = None
+    next: list[torch.Tensor] = field(default_factory=list)
+    next_keys: list[torch.Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def hear(self, layer: int, query, key, mask, options: dict) -> None:
@@ -65,6 +69,10 @@ class Listener:
                     found.setdefault(layer, []).append(score_)
             if layer == self.used and "tower_keys" in fields:
                 self.keys.append(k.float().mean(1))
+            if layer == self.reader:
+                score_, keys = one_head(q, k, self.has_cls, mask)
+                self.next.append(score_)
+                self.next_keys.append(keys)
 
     def joined(self, found: dict[int, list[torch.Tensor]]) -> torch.Tensor | None:
         """(L, I, P), layer by layer; the one whose features are used comes last."""
@@ -149,9 +157,11 @@ class Eyes:
         layers = self._layers()
         chosen = getattr(body.config, "vision_feature_layer", -1)
         chosen = chosen if isinstance(chosen, int) else chosen[-1]
-        self.used = chosen % (len(layers) + 1) - 1
+        self.used, self.reader = chosen % (len(layers) + 1) - 1, None
         if self.wants.fields - {"tower_hidden", "grid"}:
-            for number in self.wants.layers(self.used, len(layers)):
+            self.reader = self.wants.reader(self.used, len(layers))
+            numbers = {*self.wants.layers(self.used, len(layers)), self.reader} - {None}
+            for number in numbers:
                 for module in attention_modules(layers[number]):
                     setattr(module, score.MARK, TowerMark(number))
 
@@ -214,7 +224,7 @@ class Eyes:
         if self.wants is None:
             listener = None
         else:
-            listener = Listener(self.wants, self.has_cls, self.used)
+            listener = Listener(self.wants, self.has_cls, self.used, reader=self.reader)
             for module in self.tower.modules():
                 if hasattr(module, score.MARK):
                     score.enable(module.config)
@@ -242,17 +252,22 @@ class Eyes:
     def _looks(self, arranger: "Plain", output, listener: Listener) -> list[Look]:
         first = int(self.has_cls)
         hidden, pad = self._hidden(output, arranger.given), None
-        found = {kind: listener.joined(getattr(listener, kind)) for kind in ("cls", "received")}
-        keys = torch.cat(listener.keys, 1) if listener.keys else None
+        by_layer = {kind: listener.joined(getattr(listener, kind)) for kind in ("cls", "received")}
+        keys, following, following_keys = (
+            torch.cat(found, 1) if found else None
+            for found in (listener.keys, listener.next, listener.next_keys)
+        )
         if hidden.ndim == 2:
             hidden = hidden[None]
         patches = hidden[:, first:]
         view = View(
             patches if self.shrunk is None else self.shrunk.spread(patches),
-            **{kind: None if score is None else score[..., first:] for kind, score in found.items()},
+            **{kind: None if score is None else score[..., first:] for kind, score in by_layer.items()},
             keys=None if keys is None else keys[:, first:],
             cls_hidden=hidden[:, 0] if first else pad,
             cls_keys=keys[:, 0] if first and keys is not None else pad,
+            next=None if following is None else following[:, first:],
+            next_keys=None if following_keys is None else following_keys[:, first:],
         )
         if self.kind == "windows":  # one sequence stands for all pictures
             pictures, received, keys = len(arranger.lengths), view.received, view.keys
@@ -260,6 +275,8 @@ class Eyes:
                 view.hidden.expand(pictures, -1, -1),
                 received=None if received is None else received.expand(-1, pictures, -1),
                 keys=None if keys is None else keys.expand(pictures, -1, -1),
+                next=None if following is None else following.expand(pictures, -1),
+                next_keys=None if following_keys is None else following_keys.expand(pictures, -1, -1),
             )
         grid = arranger.grid if "grid" in self.wants.fields else None
         return view.looks(arranger.counts, arranger, grid)

@@ -40,6 +40,8 @@ class Probe:
     ``past_keys`` (B, H_kv, P, head_dim) then come before the keys of this call. No dataclass: FSDP copies
     those on their way into a layer, and the copy would get the answer. With ``by_mask`` the layer's own
     attention mask says which keys a token sees, instead of ``key_mask`` and the layer's window.
+    ``over_heads`` makes (B, R, K) of the attention of each head (B, H, R, K); None for their mean. With
+    ``wants_keys`` it also hears ``keys`` (B, K, H_kv · head_dim), those of all heads side by side.
     """
 
     def __init__(self, rows: torch.Tensor, key_mask: torch.Tensor | None):
@@ -47,6 +49,8 @@ class Probe:
         self.attention: torch.Tensor | None = None
         self.only = self.by_mask = False
         self.past_keys: torch.Tensor | None = None
+        self.over_heads: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.wants_keys, self.keys = False, None
 
     @torch.no_grad()
     def read(self, query, key, attention_mask, options: dict) -> None:
@@ -57,8 +61,10 @@ class Probe:
         with record_function("libra.score"):
             if self.past_keys is not None:
                 key = torch.cat([self.past_keys, key], 2)
+            if self.wants_keys:
+                self.keys = key.transpose(1, 2).flatten(2)
             own = self.by_mask and attention_mask is not None and not _is_padding(attention_mask)
-            if cap is None and bias is None and not own:
+            if cap is None and bias is None and not own and self.over_heads is None:
                 self.attention = score_row(query, key, self.rows, scaling, self.key_mask, window)
             else:
                 keys, ahead = key.shape[2], key.shape[2] - query.shape[2]
@@ -66,7 +72,8 @@ class Probe:
                     seen = visible(attention_mask, self.rows, len(query), keys)
                 else:
                     seen = causally_visible(self.rows + ahead, keys, self.key_mask, window)
-                self.attention = masked_row(query, key, self.rows, scaling, seen, cap, bias)
+                heads = masked_rows(query, key, self.rows, scaling, seen, cap, bias)
+                self.attention = heads.mean(1) if self.over_heads is None else self.over_heads(heads)
         if self.only:
             raise Answered
 
@@ -101,8 +108,9 @@ def causally_visible(at: torch.Tensor, keys: int, key_mask, window: int | None) 
     return seen[:, None]
 
 
-def masked_row(query, key, rows, scaling: float, seen, cap: float | None, bias) -> torch.Tensor:
-    """(B, R, K) float32: :func:`~libra.ops.reference.score_row` for attention that is not just causal.
+def masked_rows(query, key, rows, scaling: float, seen, cap: float | None, bias) -> torch.Tensor:
+    """(B, H, R, K) float32: :func:`~libra.ops.reference.score_row` head by head, also for attention that is
+    not just causal.
 
     ``seen`` (B, H or 1, R, K) bool; ``cap``: the scores are squeezed between -cap and cap; ``bias`` (B or 1,
     H, S, K) is added to them.
@@ -117,7 +125,7 @@ def masked_row(query, key, rows, scaling: float, seen, cap: float | None, bias) 
     if bias is not None:
         bias = bias.expand(batch, *bias.shape[1:]).float()
         scores = scores + bias.gather(2, chosen.expand(-1, bias.shape[1], -1, bias.shape[3]))
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1).mean(1)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
 
 class Mark:

@@ -1,6 +1,7 @@
 """The visual tokens of one prefill, and all that is kept per column and becomes shorter with them."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.profiler import record_function
@@ -8,6 +9,7 @@ from torch.profiler import record_function
 from ..budget import keeps
 from ..config import TOWER_SCORE, Compression, Step
 from ..methods import MERGERS, Context
+from ..methods.sparsevlm import of_strongest_heads, raters
 from ..ops.reference import flat_rows, ordinals, repack, take, take_last
 from ..ops.spans import Spans, on_device
 from ..places import TOWER
@@ -15,6 +17,8 @@ from ..select import tower_score
 from ..step import Compressed, compress_spans
 
 IGNORE_INDEX = -100
+# Kinds of importance that read the rows of all the text after the picture, and those that choose among them.
+OF_THE_TEXT, RATED = ("mean", "raters", "rater-heads"), ("raters", "rater-heads")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,15 @@ class Seen:
     context: Context
     pictures: list[list[int]]
     left: TowerLeft | None = None
+
+
+@dataclass(frozen=True)
+class Deep:
+    """What a decoder layer says about all columns of a call: ``keys`` (B, S, C) of all its heads side by
+    side, and the ``hidden`` states (B, S, D) that leave it, after the decoder's final norm."""
+
+    keys: torch.Tensor
+    hidden: torch.Tensor
 
 
 @dataclass
@@ -164,6 +177,7 @@ class VisualTokens:
             )  # (B, S): 0 for text and padding, k for the row's k-th span
             self._survey(prefill.score_columns)
         self._context = self._repeat(None if prefill.seen is None else prefill.seen.context)
+        self.deep: Deep | None = None  # of the layer after which is compressed next, where a method asks
         if any(step.part.positions == "centre" for step in schedule):
             self._places = self._places_in_spans()
 
@@ -258,7 +272,7 @@ class VisualTokens:
         """The probes' queries for each kind of importance that a step after a layer reads."""
         self._queries = {}
         for kind in {step.part.importance for step in self.schedule}:
-            if kind == "mean":
+            if kind in OF_THE_TEXT:
                 queries = [
                     [list(range(end + 1, column + 1)) or [column] for column, end in zip(*row)]
                     for row in zip(scorers, last_visual)
@@ -266,6 +280,22 @@ class VisualTokens:
             else:
                 queries = [[[column] for column in row] for row in scorers]
             self._queries[kind] = Queries.build(queries, fill, self.spans.device)
+
+    def rate(self, embeds: torch.Tensor) -> None:
+        """Choose the raters of the question (SparseVLM) by the embeddings (B, S, D), where a step asks."""
+        for kind, asked in self._queries.items():
+            if kind in RATED and asked.weights is not None:
+                text = take(embeds, asked.columns)
+                asked.weights = raters(embeds.detach(), text.detach(), self.spans > 0, asked.weights > 0)
+
+    @property
+    def over_heads(self):
+        """What the probe of the next compression makes of the attention of each head; None for the mean."""
+        asked = self._queries[self.step.part.importance]
+        if self.step.part.importance != "rater-heads":
+            return None
+        rates = asked.columns >= 0 if asked.weights is None else (asked.weights > 0).any(1)
+        return partial(of_strongest_heads, rates=rates, visual=self.spans > 0)
 
     @property
     def step(self) -> Step:
@@ -334,7 +364,7 @@ class VisualTokens:
         if part.at == TOWER:
             step = self._left_by_tower(visual, layout)
         else:
-            context = self._context_for(part, hidden, layout)
+            context = self._context_for(part, hidden, layout, columns)
             importance, owner = context_score(part, context, visual), None
             if attention is not None:
                 importance, owner = self._importance(attention, columns, layout)
@@ -345,7 +375,9 @@ class VisualTokens:
             new_hidden, shortened = self._shorten(hidden, columns, step)
         return new_hidden, shortened, step
 
-    def _context_for(self, part: Compression, hidden: torch.Tensor, layout: Spans) -> Context:
+    def _context_for(
+        self, part: Compression, hidden: torch.Tensor, layout: Spans, columns: torch.Tensor
+    ) -> Context:
         """What the step may look at. Raises ValueError where something that it needs is not there."""
         context = self._context
         if context.grid is not None:
@@ -353,6 +385,14 @@ class VisualTokens:
             context = replace(context, grid=grid)
         if any("text" in need.split("|") for need in part.needs) and context.relevance is None:
             context = replace(context, text=self._question(hidden))
+        if part.compares_keys and self.deep is not None:
+            context = replace(
+                context,
+                layer_keys=take(self.deep.keys, columns),
+                text_keys=self._question(self.deep.keys),
+                final_hidden=take(self.deep.hidden, columns),
+                final_text=self._question(self.deep.hidden),
+            )
         if missing := context.missing(part.needs):
             raise ValueError(
                 f"{part.name} needs {missing.replace('|', ' or ')} of the vision tower, which this call does"

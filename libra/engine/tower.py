@@ -24,6 +24,7 @@ from .tokens import TowerLeft, context_score
 
 NOTHING = -1  # the group of a token that was dropped
 RELEVANCE = "relevance|text"  # of a question: by CLIP where it is at hand, by text embeddings otherwise
+OF_THE_READER = {"tower_next", "tower_next_keys"}
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,19 @@ class Wants:
         output the model takes, and comes last."""
         return [max(0, round(share * depth) - 1) for share in self.earlier] + [used]
 
+    def reader(self, used: int, depth: int) -> int | None:
+        """The number of the layer that reads these features, where a method looks at it; the last one reads
+        what goes into it."""
+        return min(used + 1, depth - 1) if self.fields & OF_THE_READER else None
+
 
 @dataclass(frozen=True)
 class View:
     """What a tower says about I pictures of P patches; None what nobody asked for.
 
     hidden: (I, P, C) the features; cls, received: (L, I, P) float32 scores of the layers looked at; keys:
-    (I, P, K) mean over the heads; cls_hidden, cls_keys: (I, C) and (I, K) of the [CLS] token.
+    (I, P, K) mean over the heads; cls_hidden, cls_keys: (I, C) and (I, K) of the [CLS] token; next: (I, P)
+    and next_keys: (I, P, C) of the layer that reads the features, with its heads as one.
     """
 
     hidden: torch.Tensor
@@ -87,6 +94,8 @@ class View:
     keys: torch.Tensor | None = None
     cls_hidden: torch.Tensor | None = None
     cls_keys: torch.Tensor | None = None
+    next: torch.Tensor | None = None
+    next_keys: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +112,8 @@ class View:
         per_token = {
             "hidden": self.hidden,
             "keys": self.keys,
+            "next": None if self.next is None else self.next[..., None],
+            "next_keys": self.next_keys,
             "inside": torch.ones_like(self.hidden[..., :1]),
         }
         for name in ("cls", "received"):
@@ -119,6 +130,8 @@ class View:
             outside = own.pop("inside")[:, 0] == 0
             for name in own.keys() & {"cls", "received"}:
                 own[name] = own[name].transpose(0, 1)
+            if "next" in own:
+                own["next"] = own["next"][:, 0]
             parts = None if grid is None else grid(number, outside)
             found.append(Look(outside=outside, grid=parts, **own, **heads))
             first += count
@@ -140,6 +153,8 @@ class Look:
     keys: torch.Tensor | None = None
     cls_hidden: torch.Tensor | None = None
     cls_keys: torch.Tensor | None = None
+    next: torch.Tensor | None = None
+    next_keys: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -160,6 +175,10 @@ class Look:
             outside=torch.nn.functional.pad(self.outside, (1, 0)),
             cls=zeros(self.cls),
             received=zeros(self.received),
+            next=zeros(self.next),
+            next_keys=None
+            if self.next_keys is None
+            else torch.nn.functional.pad(self.next_keys, (0, 0, 1, 0)),
         )
 
 
@@ -241,6 +260,14 @@ def look(
         if number == used and "tower_keys" in fields:
             mean = of_layer.float().mean(1)
             keys, cls_keys = mean[:, first:], mean[:, 0] if has_cls else None
+    following, following_keys = None, None
+    reader = wants.reader(used, len(layers))
+    if reader is not None:
+        with torch.no_grad():
+            normed = layers[reader].layer_norm1(states[reader])
+        queries, of_layer, _ = heads_of(layers[reader].self_attn, normed)
+        score, following_keys = one_head(queries, of_layer, has_cls)
+        following, following_keys = score[:, first:], following_keys[:, first:]
     features = states[used + 1]
     return View(
         features[:, first:],
@@ -248,7 +275,19 @@ def look(
         keys=keys,
         cls_hidden=features[:, 0] if has_cls else None,
         cls_keys=cls_keys,
+        next=following,
+        next_keys=following_keys,
     )
+
+
+def one_head(
+    queries: torch.Tensor, keys: torch.Tensor, has_cls: bool, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a layer's queries and keys (I, H, P, D), with all heads taken as one: the row of [CLS], the first of
+    P, or without one the attention received, (I, P), and the keys (I, P, H · D)."""
+    queries, keys = (x.transpose(1, 2).flatten(2)[:, None] for x in (queries, keys))
+    row, received = scores(queries, keys, keys.shape[-1] ** -0.5, has_cls, not has_cls, mask=mask)
+    return (row if has_cls else received), keys[:, 0]
 
 
 def context_of(rows: Sequence[Sequence[Look]], cls_first: bool = False) -> Context:
@@ -276,6 +315,8 @@ def context_of(rows: Sequence[Sequence[Look]], cls_first: bool = False) -> Conte
         tower_received=joined("received", layered=True),
         tower_keys=joined("keys"),
         tower_hidden=joined("hidden"),
+        tower_next=joined("next"),
+        tower_next_keys=joined("next_keys"),
         outside=joined("outside"),
         cls_first=cls_first,
         grid=None if any(one.grid is None for row in rows for one in row) else grid,

@@ -17,9 +17,13 @@ from .selectors import TEXT
 KEYS_WIDTH, FEATURES_WIDTH = 64, 1024  # of CLIP ViT-L/14, the tower of the LLaVA models
 
 
-def context_of(tokens: int, side: tuple[int, int], dtype: torch.dtype, device) -> Context:
-    """Random numbers in place of what a tower says about one picture."""
-    draw = torch.Generator().manual_seed(0)
+QUESTION = 16  # text tokens that a method compares the picture with
+
+
+def context_of(hidden: torch.Tensor, side: tuple[int, int]) -> Context:
+    """Random numbers in place of what a tower says about one picture with the embeddings (1, N, D)."""
+    draw, (_, tokens, width) = torch.Generator().manual_seed(0), hidden.shape
+    dtype, device = hidden.dtype, hidden.device
 
     def random(*shape):
         return torch.rand(*shape, generator=draw).to(device)
@@ -29,7 +33,10 @@ def context_of(tokens: int, side: tuple[int, int], dtype: torch.dtype, device) -
         tower_received=random(2, 1, tokens),
         tower_keys=random(1, tokens, KEYS_WIDTH),
         tower_hidden=random(1, tokens, FEATURES_WIDTH).to(dtype),
+        tower_next=random(1, tokens),
+        tower_next_keys=random(1, tokens, FEATURES_WIDTH).to(dtype),
         relevance=random(1, tokens),
+        text=[random(QUESTION, width).to(dtype)],
         grid=[[side]],
     )
 
@@ -51,7 +58,8 @@ def shares(
     slice of ``layers``; a first round is left out.
     """
     hidden = torch.randn(1, tokens, spec.hidden_size, generator=torch.Generator().manual_seed(1))
-    hidden, context = hidden.to(device, dtype), context_of(tokens, grid_of(tokens), dtype, device)
+    hidden = hidden.to(device, dtype)
+    context = context_of(hidden, grid_of(tokens))
     decoder = random_model(spec, layers, dtype, device).model.language_model
     rest = hidden[:, : keep + TEXT] if keep + TEXT <= tokens else hidden
 

@@ -7,21 +7,31 @@ next to `method` overrides the one that the method sets.
 
 from . import (
     cdpruner,
+    dart,
     divprune,
     downsample,
+    evs,
     fastervlm,
     fastv,
     hiprune,
+    holov,
     libra,
     libra_input,
+    mmtok,
     pool,
+    prumerge,
+    prumerge_plus,
     pyramiddrop,
     random,
+    sparsevlm,
+    sparsevlm_v2,
     tome,
     turbo,
     vanilla,
+    vidcom2,
     visionzip,
     vispruner,
+    vscan,
     windowed_fastv,
 )
 from .context import Context
@@ -54,8 +64,9 @@ DEFAULTS = {
 }
 
 FILES = (
-    vanilla, libra, fastv, turbo, windowed_fastv, random, pyramiddrop,
-    libra_input, fastervlm, divprune, cdpruner, vispruner, hiprune, visionzip, tome, pool, downsample,
+    vanilla, libra, fastv, turbo, windowed_fastv, random, pyramiddrop, sparsevlm, sparsevlm_v2, dart,
+    libra_input, fastervlm, divprune, cdpruner, vispruner, hiprune, holov, vscan, mmtok, visionzip,
+    prumerge, prumerge_plus, tome, pool, downsample, evs, vidcom2,
 )  # fmt: skip
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in FILES}
 

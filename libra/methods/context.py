@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 LAYERED = ("tower_cls", "tower_received")  # these may have a layer of the tower as their first axis
-PER_TOKEN = (*LAYERED, "tower_keys", "tower_hidden", "relevance", "outside")
+PER_TOKEN = (
+    *LAYERED, "tower_keys", "tower_hidden", "tower_next", "tower_next_keys", "relevance", "outside",
+    "layer_keys", "final_hidden",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Context:
         queries.
     tower_keys: (B, N, C): attention keys of the tower, averaged over the heads.
     tower_hidden: (B, N, C): hidden states of the tower, before the projector.
+    tower_next, tower_next_keys: (B, N) and (B, N, C): the attention of the [CLS] token (without one, that
+        received) and the keys of the layer that reads these hidden states, its heads taken as one; of the
+        last layer where they are its output.
     cls_first: the first token of every span is the [CLS] token's own feature.
     relevance: (B, N): the mean cosine of CLIP's embedding of a token with those of the question's segments.
     text: for each row (P_i, D): embeddings of the text segments of its question.
@@ -32,17 +38,27 @@ class Context:
         span of several parts (tiles) a tuple of theirs.
     outside: (B, N) bool, tokens that no patch of the picture made, such as the newlines of LLaVA-NeXT; the
         tower says nothing about them, and its merges leave them out.
+    layer_keys: (B, N, C): the keys of the decoder layer after which is compressed, all heads side by side;
+        text_keys: for each row (P_i, C), those of the text after the picture.
+    final_hidden: (B, N, D): hidden states after that layer and the decoder's final norm; final_text: for each
+        row (P_i, D), those of the text after the picture.
     """
 
     tower_cls: "torch.Tensor | None" = None
     tower_received: "torch.Tensor | None" = None
     tower_keys: "torch.Tensor | None" = None
     tower_hidden: "torch.Tensor | None" = None
+    tower_next: "torch.Tensor | None" = None
+    tower_next_keys: "torch.Tensor | None" = None
     cls_first: bool = False
     relevance: "torch.Tensor | None" = None
     text: "Sequence[torch.Tensor] | None" = None
     grid: "Sequence[Sequence[tuple[int, ...] | tuple[tuple[int, ...], ...]]] | None" = None
     outside: "torch.Tensor | None" = None
+    layer_keys: "torch.Tensor | None" = None
+    text_keys: "Sequence[torch.Tensor] | None" = None
+    final_hidden: "torch.Tensor | None" = None
+    final_text: "Sequence[torch.Tensor] | None" = None
 
     def _changed(self, change: Callable[[str, "torch.Tensor", int, int], "torch.Tensor"]) -> "Context":
         """With ``change(name, tensor, rows' axis, tokens' axis)`` of every field that has one number or more

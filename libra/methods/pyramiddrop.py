@@ -3,7 +3,7 @@
 The tokens with the most attention stay (:func:`libra.select.topk`), scored with the query and keys that the
 next layer would make of the compression layer's output; positions are renumbered and counts are rounded down.
 Its code counts every step from the original number of tokens, ours from the step before; at ratio 0.5 the two
-are equal.
+are equal, and a list of ``steps`` with ``keep`` says the counts themselves.
 """
 
 from .registry import QUARTERS, Method

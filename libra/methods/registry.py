@@ -33,7 +33,8 @@ class Select:
         come before those of the layer whose features the model takes;
     takes_cls: in the tower its first candidate is the [CLS] token itself, where there is one;
     shrinks: where the vision tower is to read a smaller picture: takes the (h, w) patches of one and the
-        tokens that stay, returns the patches (h', w') that the tower gets.
+        tokens that stay, returns the patches (h', w') that the tower gets;
+    films: it looks at the frames of a video together.
     """
 
     function: Callable
@@ -44,6 +45,7 @@ class Select:
     tower_layers: tuple[Fraction, ...] = ()
     takes_cls: bool = False
     shrinks: Callable[[int, int, int], tuple[int, int]] | None = None
+    films: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Merge:
     compensates: it may make a compensation token;
     drops: targets stay as they are and nothing else is used, so no weights are computed;
     gives_weights: it returns the weights themselves, not logits of a softmax within each slot;
+    gives_tokens: it leaves the tokens (B, T, D) that become of the targets in ``candidates.memo["tokens"]``,
+        where a token has a part in several of them; weights are then for traces only;
     reads, needs, trusted: as of :class:`Select`.
     """
 
@@ -61,6 +65,7 @@ class Merge:
     compensates: bool = True
     drops: bool = False
     gives_weights: bool = False
+    gives_tokens: bool = False
     reads: frozenset[str] | None = None
     needs: tuple[str, ...] = ()
     trusted: bool = False
@@ -117,7 +122,7 @@ def register_select(
             depends on. A configuration may then refuse keys without effect. None: any of them.
         needs: fields of :class:`libra.Context` that have to be given; "a|b" asks for one of the two.
         per_interval: it takes one token of each even interval of a span, which figures then show.
-        of_tower: ``tower_layers``, ``takes_cls`` and ``shrinks`` of :class:`Select`.
+        of_tower: ``tower_layers``, ``takes_cls``, ``films`` and ``shrinks`` of :class:`Select`.
 
     Raises:
         ValueError: for a name that is taken or is not a name, and for unknown words in ``reads`` or
@@ -135,10 +140,10 @@ def register_merge(
     *,
     compensates: bool = True,
     drops: bool = False,
-    gives_weights: bool = False,
     reads: Iterable[str] | None = None,
     needs: Iterable[str] = (),
     trusted: bool = False,
+    **gives: bool,
 ) -> Callable[[Callable], Callable]:
     """Decorator that makes a function usable as ``merge: name`` in every configuration.
 
@@ -151,16 +156,16 @@ def register_merge(
     Args:
         compensates: whether it may send tokens to ``matches.compensation``.
         drops: targets stay as they are and nothing else is used.
-        gives_weights: the second tensor holds the weights themselves, not logits.
         reads, needs: as for :func:`register_select`.
+        gives: ``gives_weights``, the second tensor holds the weights themselves, not logits; ``gives_tokens``
+            as of :class:`Merge`.
 
     Raises:
         ValueError: for a name that is taken or is not a name, and for unknown words in ``reads`` or
             ``needs``.
     """
     traits = {"reads": _known("reads", reads, READABLE), "needs": _known("needs", needs, CONTEXT)}
-    traits |= {"compensates": compensates and not drops, "drops": drops, "gives_weights": gives_weights}
-    traits |= {"trusted": trusted}
+    traits |= {"compensates": compensates and not drops, "drops": drops, "trusted": trusted, **gives}
     return _register(MERGERS, "merge", name, Merge, traits)
 
 

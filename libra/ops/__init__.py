@@ -1,7 +1,8 @@
 """The tensor operations of a compression step: torch definitions, and Triton kernels of the same names.
 
-``ops.name`` is the function of :mod:`libra.ops.reference` or :mod:`libra.ops.greedy`, imported when it is
-first used: files that only name methods and their traits start without torch.
+``ops.name`` is the function of :mod:`libra.ops.reference`, :mod:`libra.ops.greedy` or
+:mod:`libra.ops.choices`, imported when it is first used: files that only name methods and their traits start
+without torch.
 """
 
 from ..utils.lazy import lazily
@@ -13,4 +14,6 @@ _NAMES = (
     "most_similar", "ordinals", "repack", "score_row", "take",
 )  # fmt: skip
 _GREEDY = ("cat", "cosines", "farthest_first", "greedy_map", "similarities", "thin_out")
-__getattr__ = lazily(__name__, dict.fromkeys(_NAMES, "reference") | dict.fromkeys(_GREEDY, "greedy"))
+_CHOICES = ("cover_most", "density_peaks", "group_mean", "rank_within")
+_FILES = {"reference": _NAMES, "greedy": _GREEDY, "choices": _CHOICES}
+__getattr__ = lazily(__name__, {name: file for file, names in _FILES.items() for name in names})
