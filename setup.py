@@ -116,5 +116,8 @@ if __name__ == "__main__":
             "libra.configs": ["**/*.yaml"],
             "libra.mini.checkpoint": ["**/*"],
         },
-        entry_points={"lmms_eval.models": ["libra = libra.lmms.plugin:manifest"]},
+        entry_points={
+            "lmms_eval.models": ["libra = libra.lmms.plugin:manifest"],
+            "vllm.general_plugins": ["libra = libra.vllm:register"],
+        },
     )

@@ -54,4 +54,5 @@ only_commands(
     "mini.page",
     "serve",
     "serve.bench",
+    "vllm",
 )

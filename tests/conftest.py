@@ -29,6 +29,7 @@ NOTHING_TO_INSTALL = (
     "kernels are compiled",
     "this torch's FSDP needs GPUs",
     "newer ones take",
+    "vLLM has an environment of its own",
 )
 
 

@@ -1,0 +1,5 @@
+"""python -m libra.vllm"""
+
+from .command import main
+
+main()
