@@ -36,7 +36,7 @@ VIDEO = [
     "av>=13.0,<16",
 ]  # VideoLLaMA-2's connector, and the frames of video files; lmms-eval asks for av < 16
 LORA = ["peft>=0.21,<0.22"]  # still 0.x: a minor version may change anything
-WEB = ["gradio>=6.31,<7", "pillow<13"]  # gradio 6 asks for pillow < 13
+WEB = ["starlette>=1.10,<2", "uvicorn>=0.30,<0.55"]
 SERVE = ["fastapi>=0.116,<0.166", "openai>=2.0,<4", "uvicorn>=0.30,<0.55"]
 TRAIN = [
     *MINI,
@@ -113,6 +113,7 @@ if __name__ == "__main__":
             "libra.latency": ["expected.json"],
             "libra.lmms": ["tasks/*"],
             "llava": ["py.typed"],
+            "llava.serve": ["static/*"],
             "libra.configs": ["**/*.yaml"],
             "libra.mini.checkpoint": ["**/*"],
         },

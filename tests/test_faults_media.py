@@ -1,6 +1,7 @@
 """The faults of pictures, sizes and videos that were found by using the product, one test an entry; those of
 the running page stand in test_web.py and every odd file at every entry point in test_media.py."""
 
+import json
 import os
 import resource
 import time
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import odd_files
+import page_client
 import pytest
 from PIL import Image
 from web_server import serving
@@ -20,9 +22,9 @@ from llava.eval import run_llava
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.serve import cli
-from llava.serve.page import Asker, Mistake
+from llava.serve.asked import Mistake, Reader
 from llava.serve.session import Loaded, Session
-from llava.serve.uploads import Uploads
+from llava.serve.speakers import LlavaSpeaker
 from llava.train.data import VisualTokens
 from llava.video import load_frames
 
@@ -61,10 +63,10 @@ def test_a2_a_picture_that_would_fill_memory_is_one_sentence_everywhere(loaded, 
             refused(figures.main, capsys, *drawing, "--image", path),
         }
         assert len(said) == 1 and bad[name] in said.pop()
-        asker = Asker(Loaded(*loaded, "mini"), {}, Uploads(tmp_path), 1)
+        read = Reader(LlavaSpeaker(Loaded(*loaded, "mini")), {}, [], 1)
         with pytest.raises(Mistake, match="is too (narrow|large)") as mistake:
-            asker({"path": str(path)}, "what ?", "", "", "", 0)
-        assert mistake.value.field == "image"
+            read(json.dumps(page_client.fields(Path(path).read_bytes())).encode())
+        assert mistake.value.field == "picture"
     data = odd_files.training_on(loaded, tmp_path, *bad)
     assert all(data[i]["unreadable"] and (data[i]["labels"] == -100).all() for i in range(len(bad)))
 

@@ -1,19 +1,21 @@
 """The one gate for pictures and videos: odd files through every entry point, and what it refuses."""
 
 import base64
+import json
 from pathlib import Path
 
 import numpy as np
 import odd_files
+import page_client
 import pytest
 import torch
 from PIL import Image, ImageFile
 
 from libra import media
 from llava.mm_utils import process_images
-from llava.serve.page import Asker
+from llava.serve.asked import Reader
 from llava.serve.session import Loaded, Session
-from llava.serve.uploads import Uploads
+from llava.serve.speakers import LlavaSpeaker
 from llava.video import process_video
 
 ROOT = Path(__file__).parents[1]
@@ -23,9 +25,9 @@ MINI = str(ROOT / "mini/checkpoint")
 # --- every kind of file, through every entry point ---
 
 
-def as_shown_by_the_page(loaded, folder, path):
-    asker = Asker(Loaded(*loaded, "mini"), {}, Uploads(folder), 1)
-    return asker._image({"path": str(path), "orig_name": path.name})[0]
+def as_shown_by_the_page(loaded, path):
+    read = Reader(LlavaSpeaker(Loaded(*loaded, "mini")), {}, [], 1)
+    return read(json.dumps(page_client.fields(path.read_bytes(), name=path.name)).encode()).questions[0].image
 
 
 def test_every_odd_file_gives_the_right_pixels_at_every_entry_point(odd, loaded, monkeypatch):
@@ -42,7 +44,7 @@ def test_every_odd_file_gives_the_right_pixels_at_every_entry_point(odd, loaded,
     for number, (name, (path, pixels)) in enumerate(odd.items()):
         image = media.open_image(path)
         assert image.mode == "RGB" and np.array_equal(np.asarray(image), pixels), name
-        assert np.array_equal(as_shown_by_the_page(loaded, folder, path), pixels), name
+        assert np.array_equal(as_shown_by_the_page(loaded, path), pixels), name
         if media.is_picture(name):
             assert np.array_equal(open_visual(str(path), 8), pixels), name
         want = process_images([Image.fromarray(pixels)], processor, model.config)[0]

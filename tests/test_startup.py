@@ -14,7 +14,7 @@ import libra
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("libra", "llava", "eval", "mini")
-LARGE = ("torch", "transformers", "lmms_eval", "datasets", "gradio", "sklearn", "matplotlib")
+LARGE = ("torch", "transformers", "lmms_eval", "datasets", "starlette", "sklearn", "matplotlib")
 HELP = """
 import contextlib, io, json, runpy, sys, time
 found = {}

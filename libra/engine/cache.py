@@ -43,6 +43,16 @@ def bytes_of(layer) -> int:
     return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
 
+def bytes_at(cache, columns: int) -> int:
+    """Bytes that a cache without compression occupied when it held ``columns`` columns, before an answer's
+    tokens were appended. Layers that hold fewer, those of a sliding window, count as they are."""
+    total = 0
+    for layer in cache.layers:
+        held = layer.keys.shape[-2] if holds_keys(layer) else 0
+        total += bytes_of(layer) * columns // held if held > columns else bytes_of(layer)
+    return total
+
+
 class StagedCache(DynamicCache):
     """A dynamic cache that carries the stages through everything that is done to its rows and its end.
 

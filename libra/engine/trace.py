@@ -102,6 +102,20 @@ class RowTrace:
         return cls(spans, stages)
 
 
+def intervals(trace: RowTrace, stage: int) -> torch.Tensor:
+    """The interval (§3.2) of each token at a stage, (n,), counted over all spans.
+
+    An interval is a run of the tokens that were left; those between them that were gone bear the number of
+    the one before.
+    """
+    numbers, first = [], 0
+    for fate in trace.stages[stage].fate.split(trace.spans):
+        alive, targets = fate != GONE, int((fate == TARGET).sum())
+        numbers.append(first + (alive.cumsum(0).clamp(min=1) * targets - 1) // int(alive.sum()))
+        first += targets
+    return torch.cat(numbers)
+
+
 _PER_TOKEN = {
     "fate": torch.int8,
     "slot": torch.long,

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from ..config import Compression
-from ..engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace, StageTrace
+from ..engine.places_on_pictures import Block, strip
+from ..engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace, StageTrace, intervals
 from ..media import open_image
 from ..methods import SELECTORS
 from ..places import INPUT, TOWER
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STRIP = 32  # tokens in a line, where nothing is known of their places
 PANEL = 3.5  # inches
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; vermilion, the compensation token's
@@ -38,43 +38,6 @@ VEIL_COLOR, VEIL = (
 )  # over tokens that are not kept; the kept ones stand out on white skies and at night
 GONE_COLOR, GONE_VEIL = "#6e6e6e", 0.86
 BORDER_COLOR = "#0072B2"
-
-
-@dataclass(frozen=True)
-class Block:
-    """Visual tokens on a grid, in raster order.
-
-    Attributes:
-        tokens: their number.
-        columns: tokens of a row, without its newline token; the last row may be shorter.
-        picture: what the model saw there; without one only the cells are drawn, with the numbers of the
-            tokens.
-        newline: whether each row ends in a newline token, which stands next to the picture (LLaVA-NeXT).
-    """
-
-    tokens: int
-    columns: int
-    picture: Image.Image | None = None
-    newline: bool = False
-
-    def __post_init__(self):
-        if self.tokens < 1 or self.columns < 1:
-            raise ValueError(
-                f"a block needs tokens and columns, at least 1 each, not {self.tokens} and {self.columns}"
-            )
-
-    @property
-    def width(self) -> int:
-        return self.columns + self.newline
-
-    @property
-    def rows(self) -> int:
-        return ceil(self.tokens / self.width)
-
-
-def strip(tokens: int) -> Block:
-    """Tokens of unknown places: lines of ``STRIP`` in their order."""
-    return Block(tokens, min(tokens, STRIP))
 
 
 @dataclass(frozen=True)
@@ -206,20 +169,6 @@ class Canvas:
         upright = torch.stack([x, y - 1, x, y], 1)
         y, x = (raster[:-1] != raster[1:]).nonzero().T
         return torch.cat([upright, torch.stack([x - 1, y, x, y], 1)]).view(-1, 2, 2)
-
-
-def intervals(trace: RowTrace, stage: int) -> torch.Tensor:
-    """The interval (§3.2) of each token at a stage, (n,), counted over all spans.
-
-    An interval is a run of the tokens that were left; those between them that were gone bear the number of
-    the one before.
-    """
-    numbers, first = [], 0
-    for fate in trace.stages[stage].fate.split(trace.spans):
-        alive, targets = fate != GONE, int((fate == TARGET).sum())
-        numbers.append(first + (alive.cumsum(0).clamp(min=1) * targets - 1) // int(alive.sum()))
-        first += targets
-    return torch.cat(numbers)
 
 
 def fastv(trace: RowTrace, stage: int) -> torch.Tensor:

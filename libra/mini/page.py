@@ -1,28 +1,23 @@
 """The page of :mod:`llava.serve.web` on the embedded model, with pictures of its benchmark to try:
 ``python -m libra.mini.page``."""
 
-from pathlib import Path
-
 from llava.serve import web
 
-SHOWN = ("counting", "attribute", "reading", "relation")  # question types
+# Question types and numbers of their scenes. The first is README's: bright, and the answers differ.
+SHOWN = (("caption", 3), ("counting", 0), ("attribute", 0), ("reading", 0), ("relation", 0))
 
 
-def examples(folder: Path) -> list[list[str]]:
-    """[picture's file, question] of the benchmark, written to a folder; none where its packages are
-    missing."""
+def examples() -> list:
+    """Pictures of the benchmark with their questions and answers; none where its packages are missing."""
+    from llava.serve.asked import Example
+
     try:
         from .benchmark import scene_sample
 
-        samples = [scene_sample(kind, 0) for kind in SHOWN]
+        samples = [scene_sample(kind, number) for kind, number in SHOWN]
     except ImportError:
         return []
-    rows = []
-    for i, sample in enumerate(samples):
-        path = folder / f"example{i}.png"
-        sample.image.save(path)
-        rows.append([str(path), sample.question])
-    return rows
+    return [Example(sample.image, sample.question, sample.answer) for sample in samples]
 
 
 if __name__ == "__main__":

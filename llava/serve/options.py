@@ -27,6 +27,7 @@ def add_model_options(parser: argparse.ArgumentParser, model_path: str | None = 
     default = f" (default {model_path})" if model_path else ""
     add(
         "--model-path",
+        "--model",
         default=model_path,
         required=not model_path,
         help=f"folder or hub name of a LLaVA checkpoint; mini is the embedded model{default}",

@@ -1,26 +1,26 @@
-"""What became of an image's visual tokens, drawn on the image."""
+"""Where an image's visual tokens lie and what became of them, for the page that draws them.
+
+A *view* is a dictionary that becomes JSON: ``picture``, None for the picture that was asked about, "" for an
+empty ground, else a data URI; and ``boxes``, for each of its tokens [left, top, right, bottom] as fractions
+of that picture, or None for a token without a place. Boxes may lie outside the picture, on its padding.
+"""
+
+import base64
+import io
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from libra.engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, StageTrace
+from libra import Compression
+from libra.engine.places_on_pictures import Block
+from libra.engine.trace import GONE, RowTrace, intervals
+from libra.methods import SELECTORS
+from libra.places import BEFORE
 
 from ..mm_utils import get_anyres_image_grid_shape
 from ..model.anyres import arrange_tiles
 
-LONG_SIDE = 480  # pixels of a drawing
-LEGEND = (
-    "yellow frame: target · blue: merged into one · orange: in the compensation token · dark: dropped "
-    "· black: gone before"
-)
-_FRAME = (255, 214, 0)
-# What lies over a token: red, green, blue and opacity.
-_SHADES = {
-    GONE: (0, 0, 0, 225),
-    DROPPED: (0, 0, 0, 165),
-    MERGED: (0, 114, 178, 130),
-    COMPENSATION: (213, 94, 0, 150),
-}
+LONG_SIDE = 640  # pixels of a view's picture, at most
 
 
 def token_boxes(image_size: tuple[int, int], model) -> list[torch.Tensor] | None:
@@ -60,40 +60,73 @@ def token_boxes(image_size: tuple[int, int], model) -> list[torch.Tensor] | None
     return list(ordered.split([len(unit), len(ordered) - len(unit)]))
 
 
-def draw_stage(image: Image.Image, boxes: list[torch.Tensor], stage: StageTrace) -> Image.Image:
-    """The image, once for each of :func:`token_boxes`' views side by side, with what a compression layer did
-    to its tokens: targets framed, the others shaded (see ``LEGEND``).
-
-    Raises:
-        ValueError: if the record is of another number of tokens.
-    """
-    count = sum(map(len, boxes))
-    if len(stage.fate) != count:
-        raise ValueError(
-            f"the image has {count} visual tokens and the record {len(stage.fate)}; record only the image"
-        )
-    scale = LONG_SIDE / max(image.size)
-    size = [max(1, round(edge * scale)) for edge in image.size]
-    base = image.convert("RGB").resize(size)
+def of_boxes(boxes: list[torch.Tensor], size: tuple[int, int]) -> list[dict]:
+    """The views of :func:`token_boxes` over an image of (width, height) pixels."""
     views = []
-    for view, fates in zip(boxes, stage.fate.split([len(view) for view in boxes])):
-        shade = Image.new("RGBA", base.size)
-        frames, draw = [], ImageDraw.Draw(shade)
-        for box, fate in zip((view * scale).tolist(), fates.tolist()):
-            if box[0] != box[0]:  # a newline's nan
-                continue
-            left, top, right, bottom = (round(edge) for edge in box)
-            place = left, top, max(left, right - 1), max(top, bottom - 1)
-            if fate == TARGET:
-                frames.append(place)
-            else:
-                draw.rectangle(place, fill=_SHADES[fate])
-        picture = Image.alpha_composite(base.convert("RGBA"), shade).convert("RGB")
-        pen = ImageDraw.Draw(picture)
-        for place in frames:
-            pen.rectangle(place, outline=_FRAME)
-        views.append(picture)
-    whole = Image.new("RGB", (len(views) * (base.width + 8) - 8, base.height), "white")
-    for i, view in enumerate(views):
-        whole.paste(view, (i * (base.width + 8), 0))
-    return whole
+    for view in boxes:
+        shares = (view / torch.tensor(size * 2)).tolist()
+        views.append({"picture": None, "boxes": [_rounded(box) for box in shares]})
+    return views
+
+
+def of_blocks(blocks: list[Block]) -> list[dict]:
+    """The views of a Hugging Face processor's blocks, each with the picture that the model saw."""
+    views = []
+    for block in blocks:
+        boxes = []
+        for i in range(block.tokens):
+            y, x = divmod(i, block.width)
+            edges = [
+                x / block.columns,
+                y / block.rows,
+                (x + 1) / block.columns,
+                (y + 1) / block.rows,
+            ]
+            boxes.append(_rounded(edges) if x < block.columns else None)
+        views.append({"picture": _data_uri(block.picture), "boxes": boxes})
+    return views
+
+
+def _rounded(box: list[float]) -> list[float] | None:
+    return None if box[0] != box[0] else [round(edge, 5) for edge in box]
+
+
+def _data_uri(picture: Image.Image | None) -> str:
+    if picture is None:
+        return ""
+    small, file = picture.copy(), io.BytesIO()
+    small.thumbnail((LONG_SIDE, LONG_SIDE))
+    small.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def stages_of(trace: RowTrace, compression: Compression) -> list[dict]:
+    """What each compression did, as JSON values.
+
+    ``where`` in words; ``left``: tokens that are left; for each of the picture's n tokens ``fate`` (a number
+    of :data:`libra.engine.trace.FATES`), ``slot`` (the target that it went into, -1 for none), ``weight``
+    (its share there), ``importance`` (None where it is not known) and ``interval`` (its number; None for a
+    method without intervals and for a list of steps).
+    """
+    stages = []
+    per_interval = compression.steps is None and SELECTORS[compression.select].per_interval
+    for number, stage in enumerate(trace.stages):
+        where = "before the language model" if stage.layer == BEFORE else f"after layer {stage.layer}"
+        runs = intervals(trace, number)
+        runs[stage.fate == GONE] = -1
+        stages.append(
+            {
+                "where": where,
+                "left": len(trace.kept(number)),
+                "fate": stage.fate.tolist(),
+                "slot": stage.slot.tolist(),
+                "weight": _short(stage.weight),
+                "importance": _short(stage.importance),
+                "interval": runs.tolist() if per_interval else None,
+            }
+        )
+    return stages
+
+
+def _short(values: torch.Tensor) -> list[float | None]:
+    return [None if value != value else float(f"{value:.4g}") for value in values.tolist()]

@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import DynamicCache, StoppingCriteriaList, TextStreamer
 
 from libra import Compression
 from libra.checkpoints import find_checkpoint
+from libra.engine.cache import bytes_at
 from libra.media import COMMAND, open_image, split_names
 from libra.rows import compression_from
 from libra.utils.devices import find_device
@@ -90,20 +92,24 @@ def load_model(args, compression: Compression | None = None) -> Loaded:
 
 
 class AnswerStreamer(TextStreamer):
-    """Prints an answer while it is generated, without the text that ends a turn, and notes the time of its
+    """Says an answer while it is generated, without the text that ends a turn, and notes the time of its
     first token.
 
-    A ``quiet`` one only notes the time.
+    Args:
+        say: True prints; a function is given each piece of text, and an empty one before each token, so that
+            it can stop the generation by raising; False only notes the time.
     """
 
-    def __init__(self, tokenizer, stop: str | None, quiet: bool = False):
+    def __init__(self, tokenizer, stop: str | None, say: bool | Callable[[str], object] = True):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stop, self.quiet = stop, quiet
+        self.stop, self.say = stop, say
         self.first_token_at: float | None = None
 
     def put(self, value):
         if not self.next_tokens_are_prompt and self.first_token_at is None:
             self.first_token_at = time.perf_counter()
+        if callable(self.say):
+            self.say("")
         super().put(value)
 
     def end(self):
@@ -113,10 +119,11 @@ class AnswerStreamer(TextStreamer):
         super().end()
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
-        if not self.quiet:
-            super().on_finalized_text(
-                text.removesuffix(self.stop) if stream_end and self.stop else text, stream_end
-            )
+        text = text.removesuffix(self.stop) if stream_end and self.stop else text
+        if callable(self.say):
+            self.say(text)
+        elif self.say:
+            super().on_finalized_text(text, stream_end)
 
 
 @dataclass
@@ -232,6 +239,7 @@ class Session:
     def _forget_cache(self) -> None:
         self._cache: DynamicCache | None = None
         self._held: list[int] = []  # the token ids in the cache
+        self._asked = 0  # columns of the last prompt
         self._counts: list[list[int]] = []  # visual tokens of each layer, of each prefill in the cache
 
     def show(self, picture: str | Path | Image.Image, modal: str = "image") -> Picture:
@@ -323,24 +331,9 @@ class Session:
             self._cache.crop(-len(surplus))
         return same
 
-    def ask(
-        self,
-        question: str,
-        *,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        max_new_tokens: int = 512,
-        num_beams: int = 1,
-        stream: bool = False,
-    ) -> Answer:
-        """Put a question in the light of the conversation so far; ``stream`` prints the answer as it comes
-        (not with beams).
-
-        Raises:
-            ValueError: if the question's places for images do not fit, it hides a special token, or the
-                conversation is too long for the model.
-                The conversation then stays as it was.
-        """
+    def _asking(self, question: str) -> tuple:
+        """The conversation with one more question, its token ids, and how many columns they become. Raises
+        ValueError as :meth:`ask`."""
         turn = self.conversation.copy()
         turn.append_message(turn.roles[0], self._with_places(as_text(question, self.tokenizer, self._typed)))
         turn.append_message(turn.roles[1], None)
@@ -350,7 +343,43 @@ class Session:
             raise ValueError(
                 f"the conversation has {length} tokens and the model takes {self.limit}; start a new one"
             )
+        return turn, ids, length
 
+    def check(self, question: str) -> None:
+        """Whether a question can be asked now. Raises ValueError as :meth:`ask`."""
+        self._asking(question)
+
+    def recall(self, question: str, answer: str) -> None:
+        """Add a turn that took place elsewhere; the next question reads it with the rest.
+
+        Raises:
+            ValueError: as :meth:`ask` for a question.
+        """
+        turn = self.conversation.copy()
+        turn.append_message(turn.roles[0], self._with_places(as_text(question, self.tokenizer, self._typed)))
+        turn.append_message(turn.roles[1], as_text(answer, self.tokenizer, self._spellings))
+        self.conversation, self._shown = turn, len(self.pictures)
+        self._forget_cache()
+
+    def ask(
+        self,
+        question: str,
+        *,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        max_new_tokens: int = 512,
+        num_beams: int = 1,
+        stream: bool | Callable[[str], object] = False,
+    ) -> Answer:
+        """Put a question in the light of the conversation so far; ``stream`` prints the answer as it comes,
+        or gives each piece to a function (not with beams).
+
+        Raises:
+            ValueError: if the question's places for images do not fit, it hides a special token, or the
+                conversation is too long for the model.
+                The conversation then stays as it was.
+        """
+        turn, ids, length = self._asking(question)
         start = time.perf_counter()
         lasting = num_beams == 1  # beams leave a cache of many rows
         go_on = lasting and not self.reprefill and len(self.conversation.messages) > self.conversation.offset
@@ -359,7 +388,7 @@ class Session:
             self._forget_cache()
             self._cache = DynamicCache() if lasting else None
         stop = None if turn.stop == self.tokenizer.eos_token else turn.stop
-        streamer = AnswerStreamer(self.tokenizer, stop, quiet=not stream) if lasting else None
+        streamer = AnswerStreamer(self.tokenizer, stop, stream) if lasting else None
         options: dict = {"do_sample": False}
         if temperature > 0:
             options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -368,6 +397,7 @@ class Session:
         end = time.perf_counter()
         if lasting:
             self._held = ids + new.tolist()[: self._cache.get_seq_length() - length]
+            self._asked = length
         text = self.tokenizer.decode(new, skip_special_tokens=True).strip()
         text = text.removesuffix(stop).strip() if stop else text
         turn.messages[-1][1] = as_text(text, self.tokenizer, self._spellings)
@@ -404,6 +434,11 @@ class Session:
             plain = [sum(picture.tokens for picture in pictures)] * self.model.config.num_hidden_layers
             self._counts.append([row[0] for row in stats["visual_tokens"]] if stats else plain)
         return new[0]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the KV cache after the last question, before its answer; for one row without compression."""
+        return 0 if self._cache is None else bytes_at(self._cache, self._asked)
 
     @property
     def visual_tokens(self) -> list[int]:

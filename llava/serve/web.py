@@ -1,31 +1,28 @@
-"""A page that answers a question about an image with and without compression: ``python -m
+"""The page that compares answers with all visual tokens and with a part of them: ``python -m
 llava.serve.web``."""
 
-import os
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 from libra.utils.cli import Parser, whole_from
-from libra.utils.files import remove_folder
 from libra.utils.server import ends_in_time, is_local, listen, names_of, serve
 
 from .options import add_model_options
 
-SWEEP_SECONDS = 30
 EXAMPLES = """example:
   %(prog)s
-  %(prog)s --model-path liuhaotian/llava-v1.5-7b --port 8000
+  %(prog)s --model liuhaotian/llava-v1.5-7b --port 8000
+  %(prog)s --model Qwen/Qwen2-VL-2B-Instruct
 
-Without --model-path it shows the embedded model, which knows handwritten digits and coloured shapes."""
+Without --model it shows the embedded model, which knows handwritten digits and coloured shapes. A model is in
+LLaVA's own format, or any of transformers' that libra.attach supports."""
 
 
 def _parser(prog: str) -> Parser:
     parser = Parser(
         takes_plugins=True,
         prog=prog,
-        description="Compare answers with and without compression in a browser.",
+        description="Compare answers with all visual tokens and with a part of them in a browser.",
         epilog=EXAMPLES,
     )
     add_model_options(parser, model_path="mini")
@@ -57,35 +54,28 @@ def _parser(prog: str) -> Parser:
 def main(
     argv: list[str] | None = None,
     prog: str = "python -m llava.serve.web",
-    examples: Callable[[Path], list[list[str]]] = lambda folder: [],
+    examples: Callable[[], list] = list,
 ) -> None:
-    """The command line. ``examples`` writes pictures to a folder and returns [file, question] of each."""
+    """The command line. ``examples`` returns a :class:`llava.serve.asked.Example` for each picture to try."""
     parser = _parser(prog)
     args = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp(prefix="libra-web-"))
-    os.environ.update(
-        GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=str(folder)
-    )
-    with ends_in_time(lambda: remove_folder(folder)) as start_clock:
+    with ends_in_time(lambda: None) as start_clock:
         try:
-            import gradio  # noqa: F401
+            import starlette  # noqa: F401
             import uvicorn  # noqa: F401
         except ImportError as error:
-            parser.error(f"the page needs gradio ({error}); install it: pip install gradio")
+            parser.error(
+                f"the page needs starlette and uvicorn ({error}); install them: pip install starlette uvicorn"
+            )
         try:
-            from .page import build_app, build_page, warm_up
-            from .session import load_model
-            from .uploads import Uploads
+            from .page import Desk, build_app
+            from .speakers import load
 
             server = listen(args.host, args.port)
-            loaded = load_model(args)
-            uploads = Uploads(folder)
-            page = build_page(loaded, args.model_path, args.max_new_tokens, uploads, examples(folder))
+            desk = Desk(load(args), args.model_path, args.max_new_tokens, examples())
         except ValueError as error:
             parser.error(str(error))
-        uploads.keep()
-        uploads.sweep_every(SWEEP_SECONDS)
-        warm_up(loaded)
+        shown = desk.warm_up()
         host, port = server.getsockname()[:2]
         if not is_local(args.host):
             print(
@@ -96,7 +86,7 @@ def main(
             f"open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends", flush=True
         )
         hosts = [*names_of(args.host), *args.allow_host]
-        serve(build_app(page, uploads, hosts, args.per_minute), server, start_clock)
+        serve(build_app(desk, shown, hosts, args.per_minute), server, start_clock)
 
 
 if __name__ == "__main__":
