@@ -94,10 +94,13 @@ def _arena(prefix: str, *more: str) -> tuple[str, ...]:
     return tuple(f"{prefix}_{name}" for name in names)
 
 
-_LATE = ("libra", "fastv", "turbo", "windowed_fastv", "random_layer")
+_LATE = (
+    "libra", "fastv", "turbo", "windowed_fastv", "random_layer", "dart", "pyramiddrop", "sparsevlm",
+    "sparsevlm_v2", "sparsevlm_list", "sparsevlm_v2_list", "vscan_two",
+)  # fmt: skip
 _EARLY = (
-    "random", "pool", "downsample", "divprune", "cdpruner", "fastervlm", "vispruner", "hiprune", "visionzip",
-    "tome", "libra_input",
+    "random", "pool", "downsample", "divprune", "cdpruner", "fastervlm", "vispruner", "hiprune", "holov",
+    "vscan", "mmtok", "visionzip", "prumerge", "prumerge_plus", "tome", "libra_input",
 )  # fmt: skip
 
 
