@@ -33,10 +33,11 @@ def _by_layer(figures: dict[int, Figure], digits: int) -> str:
 
 
 def under_headings(measured: Measured, make: Callable[[str], list[list[str]]]) -> list[Line]:
-    """``make(row)``'s lines for every row, under the table's headings; the embedded model's rows only where
-    computed."""
+    """``make(row)``'s lines for every row, under the table's headings; only rows that were computed where the
+    table has no figures of the paper for this model."""
     lines: list[Line] = []
-    left = [row for row in measured.rows if measured.suite != "mini" or measured.has(row)]
+    printed = measured.suite in measured.table.suites
+    left = [row for row in measured.rows if printed or measured.has(row)]
     for heading, names in [*measured.table.sections.items(), ("other rows", tuple(measured.rows))]:
         own = [name for name in names if name in left]
         left = [name for name in left if name not in own]
@@ -106,17 +107,20 @@ def mini_text(measured: Measured) -> list[str]:
     )
     if not sizes:
         return []
+    many = " or ".join(map(str, sorted(sizes)))
+    what = f"Exact match in percent over {many} held-out questions a type"
+    if measured.suite != "mini":
+        what = f"Each task's own metric, in percent where it is a share, over {many} samples a task"
     said = (
-        f"Exact match in percent over {' or '.join(map(str, sorted(sizes)))} held-out questions a type, ± "
-        f"{ERRORS}. FLOPs: the visual tokens' in the decoder, nominal, relative to vanilla. Δ: mean paired "
-        f"difference over the types in Avg, in points, with its standard error. {MARKED}"
+        f"{what}, ± {ERRORS}. FLOPs: the visual tokens' in the decoder, nominal, relative to vanilla. Δ: "
+        f"mean paired difference over the types in Avg, in points, with its standard error. {MARKED}"
     )
     if "sim" in measured.table.extras:
         said += (
             " Sim: mean s^max of the tokens that are no targets, after each compression layer. Into "
             "compensation: the share of those tokens that went into the compensation token."
         )
-    lines = [SMALL, said]
+    lines = [SMALL, said] if measured.suite == "mini" else [said]
     if False in measured.decided.values():
         lines.append(
             f"† not learned, and so outside Avg: the vanilla model is below {LEARNED_AT:.0f}%"

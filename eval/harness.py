@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +13,15 @@ from libra.utils import plugins
 
 from .cells import Cell, check_unchanged, what_is_loaded
 from .checkpoints import CheckpointError
+from .own import Own
 from .suites import Task, get_task
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to compute, which changes no answer beyond rounding: output folder, device, threads and batch size;
-    the dtype; and the user's own modules that rows need."""
+    the dtype; the user's own modules that rows need, and models and tasks of one's own; whether a task is one
+    of lmms-eval's own (``defaults``)."""
 
     output: str
     device: str
@@ -28,6 +30,8 @@ class Settings:
     dtype: str
     online: bool
     plugins: tuple[str, ...] = ()
+    own: Own = Own()
+    defaults: bool = True
 
 
 FEATURES = 256 * 2**20  # bytes of the embedded benchmark's features that a worker keeps between rows
@@ -49,8 +53,10 @@ class Harness:
         torch.set_num_threads(settings.threads)
         for name in settings.plugins:
             plugins.load(name)
+        settings.own.apply()
         self.settings, self.model, self.checkpoint, self.loaded = settings, None, None, {}
-        self.tasks = TaskManager(verbosity="ERROR", include_path=str(TASKS), include_defaults=settings.online)
+        folders = [str(TASKS), *([str(settings.own.tasks)] if settings.own.tasks else [])]
+        self.tasks = TaskManager(verbosity="ERROR", include_path=folders, include_defaults=settings.defaults)
 
     def __call__(self, cell: Cell, on_samples: Callable[[int], None]) -> dict:
         """The result of a cell, as :func:`summary` or :func:`eval.turns.timing` makes it; ``on_samples``
@@ -76,8 +82,10 @@ class Harness:
             model.set_row(cell.spec, cell.blind, trace=True)
             model.sample_log, model.on_samples = log, on_samples
             results = self._evaluate(cell, task, model)
-        score = results["results"][task.harness][f"{task.metric},none"]
         found = sorted(results["samples"][task.harness], key=lambda sample: sample["doc_id"])
+        if not task.metric:
+            task = scored(task, results["configs"][task.harness]["metric_list"][0]["metric"], found)
+        score = results["results"][task.harness][f"{task.metric},none"]
         return summary(float(score), task, found, list(model.records.values()), cell.spec.compression.layers)
 
     def _evaluate(self, cell: Cell, task: Task, model) -> dict:
@@ -126,6 +134,13 @@ class Harness:
                 raise CheckpointError(str(error)) from error  # of no use to the other cells either
             self.checkpoint, self.loaded = cell.checkpoint, what_is_loaded(cell.checkpoint)
         return self.model
+
+
+def scored(task: Task, metric: str, samples: list[dict]) -> Task:
+    """A task of somebody else's with its metric, in percent where all samples' values are in [0, 1]."""
+    values = [sample.get(metric) for sample in samples]
+    shares = all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in values)
+    return replace(task, metric=metric, scale=100 if shares else 1)
 
 
 def summary(

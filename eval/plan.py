@@ -130,7 +130,7 @@ class _Maker:
 
     def cell(self, name: str, row: Row, task: str, own: dict, turns: tuple = ()) -> Cell:
         file, data = None, None
-        if self.manifest is not None:
+        if self.manifest is not None and task.removeprefix("mini_") in self.manifest["types"]:
             entry = self.manifest["types"][task.removeprefix("mini_")]
             file = str(self.benchmark.resolve() / entry["file"]), entry["file_sha256"]
             data = {"sha256": entry["content_sha256"]}

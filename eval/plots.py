@@ -59,7 +59,8 @@ def accuracy_against_flops(measured: Measured, path: Path) -> None:
             label=row.title if one_by_one else None,
         )
     axes.set_xlabel("FLOPs of the visual tokens, % of vanilla")
-    axes.set_ylabel(f"exact match, %, mean of {len(measured.averaged)} question types")
+    what = "exact match, %" if measured.suite == "mini" else "score"
+    axes.set_ylabel(f"{what}, mean of {len(measured.averaged)} tasks")
     axes.set_title(measured.table.title if measured.other is None else caption(measured))
     axes.grid(alpha=0.3)
     if shown and one_by_one:

@@ -14,9 +14,10 @@ from . import blocks, plots
 from .cells import code, read_cells, read_json
 from .formats import Grid, latex, markdown
 from .measured import Measured
+from .own import Own
 from .plan import PUBLISHED, Plan
 from .statistics import Figure
-from .suites import TABLES, Table, get_table
+from .suites import OWN, TABLES, SuiteRows, Table, get_table
 from .training import NOTED, training_block
 
 EXAMPLES = """examples:
@@ -268,22 +269,33 @@ def write_report(
         for cell in [*filter(None, stored.values()), *unwritten]
     }
     benchmark = read_json(output / "benchmark.json")
-    suites = [
-        _measured(table, suite, list(found.values()), benchmark, plan) for suite in ("mini", *table.suites)
-    ]
-    mini, *others = suites
+    own = Own.load(output)
+    names = own.suites if table is OWN else ("mini", *table.suites)
+    suites = [_measured(table, suite, list(found.values()), benchmark, plan, own) for suite in names]
+    others = [] if table is OWN else suites[1:]
+    firsts = [measured for measured in suites if measured not in others]
+    if table is OWN and any(measured.cells for measured in firsts):
+        firsts = [measured for measured in firsts if measured.cells]
+    mini = firsts[0]
     shown = [cell for measured in suites for cell in measured.cells.values()]
     left_out = [line for measured in suites for line in measured.left_out] + damaged
     stem, grids = table.stem, []
-    lines = [f"# {table.title}", "", *mini_block(mini, grids), ""]
+    lines = [f"# {table.title}", ""]
     problems: list[str] = []
-    drawn = [f"{stem}.png"]
-    _store(problems, output / drawn[0], lambda path: plots.accuracy_against_flops(mini, path))
-    lines += [f"![Accuracy against FLOPs]({drawn[0]})", ""]
+    drawn: list[str] = []
+    for measured in firsts:
+        drawn.append(f"{stem}.png" if measured is mini else f"{stem}_{measured.suite}.png")
+        lines += [*mini_block(measured, grids), ""]
+        _store(
+            problems,
+            output / drawn[-1],
+            lambda path, measured=measured: plots.accuracy_against_flops(measured, path),
+        )
+        lines += [f"![Accuracy against FLOPs]({drawn[-1]})", ""]
     if table.extras and plots.has_traces(mini):
         drawn.append(f"{stem}_traces.png")
-        _store(problems, output / drawn[1], lambda path: plots.traces(mini, path))
-        lines += [f"![Similarity by layer, and the share of the compensation token]({drawn[1]})", ""]
+        _store(problems, output / drawn[-1], lambda path: plots.traces(mini, path))
+        lines += [f"![Similarity by layer, and the share of the compensation token]({drawn[-1]})", ""]
     lines += [*paper_block(table, others, grids), ""] if others else []
     noted = read_json(output / NOTED) if table.trained else None
     lines += training_block(table, noted, grids) if noted else []
@@ -299,10 +311,13 @@ def write_report(
 
 
 def _measured(
-    table: Table, suite: str, cells: list[dict], benchmark: dict | None, plan: Plan | None
+    table: Table, suite: str, cells: list[dict], benchmark: dict | None, plan: Plan | None, own: Own
 ) -> Measured:
-    own = (plan.rows, plan.run) if plan is not None and plan.suite == suite else (None, None)
-    measured = Measured(table, suite, cells, None, *own)
+    if plan is not None and plan.suite == suite:
+        rows, run = plan.rows, plan.run
+    else:
+        rows, run = SuiteRows(table, suite, own.configs if own.table == table.name else None), None
+    measured = Measured(table, suite, cells, None, rows, run)
     if suite == "mini" and benchmark is not None:
         shares = {f"mini_{kind}": 100 * entry["majority_share"] for kind, entry in benchmark["types"].items()}
         measured.majority = {task: share for task, share in shares.items() if task in measured.tasks}
@@ -343,14 +358,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("output", type=Path, help="results folder, such as results/table1")
     parser.add_argument(
-        "--table", choices=list(TABLES), help="the table (default: as the folder is called, else 1)"
+        "--table", choices=[*TABLES, OWN.name], help="the table (default: as the folder is called, else 1)"
     )
     parser.add_argument("--publish", action="store_true", help="copy the table to docs/results/")
     args = parser.parse_args(argv)
-    table = get_table(args.table or table_of(args.output) or "1")
+    own = Own.load(args.output)
+    table = get_table(args.table or own.table or table_of(args.output) or "1")
     if not (args.output / "cells").is_dir():
         parser.error(f"{args.output} holds no cells: fill them with python -m eval.run --table {table.name}")
     try:
+        own.apply()
         text = write_report(args.output, table, PUBLISHED if args.publish else None)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -16,15 +16,17 @@ from libra.utils.provenance import cores, require_clean
 from .filling import fill
 from .harness import Settings
 from .options import add_benchmark, add_checkpoint, add_tasks
+from .own import Own, model_of
 from .plan import PUBLISHED, Wanted, describe, plan
 from .pool import PoolError
-from .suites import SUITES, TABLES, get_table
+from .suites import OWN, SUITES, TABLES, from_harness, get_table
 
 EXAMPLES = """examples:
   python -m eval.run --table 1                            all rows of the embedded model
   python -m eval.run --table 1 --rows vanilla,r50 --limit 20 --output results/try
   python -m eval.run --table 3 --dry-run                  what Table 3 takes: rows, FLOPs, cells, hours
-  python -m eval.run --table 1 --suite llava7b            the real checkpoint, downloaded from the hub"""
+  python -m eval.run --table 1 --suite llava7b            the real checkpoint, downloaded from the hub
+  python -m eval.run --model mine=out/llava:vicuna_v1 --configs my_rows --include-path my_tasks"""
 
 
 def parser() -> Parser:
@@ -37,9 +39,9 @@ def parser() -> Parser:
     )
     parser.add_argument(
         "--table",
-        choices=list(TABLES),
-        required=True,
-        help="a table of the paper, E (training with compression), or the arena",
+        choices=[*TABLES, OWN.name],
+        help="a table of the paper, E (training with compression), the arena, the field, or own: the rows of"
+        " --configs only",
     )
     parser.add_argument(
         "--suite", choices=list(SUITES), default="mini", help="which model's rows (default %(default)s)"
@@ -60,6 +62,15 @@ def parser() -> Parser:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="results folder (default results/tableN)")
     parser.add_argument("--configs", type=Path, metavar="DIR", help="also the rows of your own folder")
+    parser.add_argument(
+        "--model",
+        metavar="NAME=PATH[:TEMPLATE]",
+        help="a model of your own, by a name for your rows; with the conversation template of a LLaVA"
+        " checkpoint. Fills the table own",
+    )
+    parser.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="lmms-eval tasks of your own, by their files' names"
+    )
     add_benchmark(parser)
     parser.add_argument(
         "--processes",
@@ -97,11 +108,12 @@ def worker_devices(named: list[str] | None, processes: int | None) -> list[str]:
 
 def command(args) -> str:
     """The command line that computes the same cells."""
-    words = ["python", "-m", "eval.run", "--table", args.table, "--suite", args.suite]
+    words = ["python", "-m", "eval.run", "--table", args.table]
+    words += ["--model", args.model] if args.model else ["--suite", args.suite]
     for name in ("rows", "tasks"):
         if getattr(args, name):
             words += [f"--{name}", ",".join(getattr(args, name))]
-    for name in ("limit", "checkpoint", "trained", "batch_size", "configs"):
+    for name in ("limit", "checkpoint", "trained", "batch_size", "configs", "include_path"):
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     if args.dtype != "float32":
@@ -124,7 +136,27 @@ def wanted(args) -> Wanted:
     )
 
 
-def settings(args, output: Path, devices: list[str]) -> Settings:
+def brought(args) -> Own:
+    """What the user brings, known in this process from now on; sets the table and the suite that follow.
+
+    Raises:
+        ValueError: for a model, a folder or a table that does not fit.
+    """
+    models = (model_of(args.model),) if args.model else ()
+    if models:
+        args.table, args.suite = args.table or OWN.name, models[0].name
+    if args.table is None:
+        raise ValueError("--table is missing; use one of " + ", ".join([*TABLES, OWN.name]))
+    if models and args.table != OWN.name:
+        raise ValueError(f"--model fills the table {OWN.name}: leave out --table {args.table}")
+    if args.table == OWN.name and args.configs is None:
+        raise ValueError(f"the table {OWN.name} has your rows only: name their folder with --configs")
+    own = Own(models, args.configs, args.include_path, args.table)
+    own.apply()
+    return own
+
+
+def settings(args, output: Path, devices: list[str], own: Own, defaults: bool) -> Settings:
     """Of the workers, the cores shared among them."""
     return Settings(
         output=str(output.resolve()),
@@ -134,6 +166,8 @@ def settings(args, output: Path, devices: list[str]) -> Settings:
         dtype=args.dtype,
         online=args.suite != "mini",
         plugins=plugins.loaded(),
+        own=own,
+        defaults=defaults,
     )
 
 
@@ -145,11 +179,12 @@ def main(argv: list[str] | None = None) -> int:
         args.suite = args.words.pop(0)
     args.rows = [*(args.rows or []), *args.words]
     warn_if_llava_is_another()  # here, because what a worker prints goes to its log
-    table = get_table(args.table)
-    output = args.output or Path("results") / table.stem
-    devices = worker_devices(args.device, args.processes)
     started = time.monotonic()
     try:
+        own = brought(args)
+        table = get_table(args.table)
+        output = args.output or Path("results") / table.stem
+        devices = worker_devices(args.device, args.processes)
         if args.publish:
             require_clean()  # not after hours
         todo = plan(table, args.suite, wanted(args))
@@ -166,7 +201,8 @@ def main(argv: list[str] | None = None) -> int:
                 ) from None
             if todo.manifest is not None:
                 write_text(output / "benchmark.json", json.dumps(todo.manifest, indent=1) + "\n")
-            how = settings(args, output, devices)
+            own.save(output)
+            how = settings(args, output, devices, own, any(from_harness(cell.task) for cell in todo.cells))
             failed, unwritten = fill(todo.cells, todo.manifest, output, how, devices, command(args))
             from .report import write_report
 

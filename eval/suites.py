@@ -5,11 +5,14 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from libra.lmms import TASKS
 from libra.rows import Row
 from libra.utils.provenance import REPOSITORY
+from libra.utils.sentences import did_you_mean
 
 from .statistics import LEARNED_AT, LEARNED_AT_SMALL
 
@@ -269,10 +272,16 @@ TABLES = {
 }
 
 
+# The rows of a user's folder, of any model; not one of TABLES, which have rows in configs/.
+OWN = Table("own", "Rows of one's own", "", (), {"": ("vanilla",)})
+
+
 @dataclass(frozen=True)
 class Task:
     """name: in a row's file; harness: in lmms-eval; metric: the score's key; scale: to percent; title: its
     column;
+    metric and scale are "" and 0 for a task that this project does not know: its first metric is taken, as
+    it is or, where the samples' are in [0, 1], in percent;
     groups: parts of the benchmark with a column of their own; group_by: the key of a sample's metric that
     names its part; learned_at: what the plain model has at least in a type that it has learned, in per
     cent."""
@@ -342,6 +351,8 @@ def columns(tasks: list[str]) -> list[Column]:
 
 def get_table(name: str | int) -> Table:
     """The table of that name; ValueError with the known names for any other."""
+    if name == OWN.name:
+        return OWN
     if str(name) not in TABLES:
         raise ValueError(f"table {name} is unknown; use one of {', '.join(TABLES)}")
     return TABLES[str(name)]
@@ -353,15 +364,58 @@ def get_task(name: str) -> Task:
         title = name.removeprefix("mini_").replace("_", " ")
         least = LEARNED_AT_SMALL if name.endswith("_small") else LEARNED_AT
         return Task(name, name, "exact_match", 100, title, learned_at=least)
-    if name not in PAPER_TASKS:
-        known = [*sorted(path.stem for path in TASKS.glob("mini_*.yaml")), *PAPER_TASKS]
-        raise ValueError(f"task {name} is unknown; use one of {', '.join(known)}")
-    return PAPER_TASKS[name]
+    if name in PAPER_TASKS:
+        return PAPER_TASKS[name]
+    if name in OWN_TASKS or name in harness_tasks():
+        return Task(name, name, "", 0, name)
+    known = [*sorted(path.stem for path in TASKS.glob("mini_*.yaml")), *PAPER_TASKS, *OWN_TASKS]
+    hint = did_you_mean(name, [*known, *harness_tasks()])
+    raise ValueError(
+        f"task {name} is unknown;{hint} use one of {', '.join(known)}, a name of lmms-eval's, or one of your"
+        " own with --include-path"
+    )
+
+
+OWN_TASKS: dict[str, Path] = {}  # name → folder
+_NAME = re.compile(r"^task: *[\"']?([\w.-]+)[\"']? *$", re.MULTILINE)
+
+
+def _named_in(folder: Path) -> Iterator[str]:
+    """The tasks that the YAML files in a folder, and below it, name."""
+    for path in sorted(folder.rglob("*.yaml")):
+        yield from _NAME.findall(path.read_text(encoding="utf-8", errors="replace"))
+
+
+@cache
+def harness_tasks() -> frozenset[str]:
+    """The tasks that come with lmms-eval, without importing it; none where it is not installed."""
+    found = find_spec("lmms_eval")
+    places = list(found.submodule_search_locations or ()) if found is not None else []
+    return frozenset(name for place in places for name in _named_in(Path(place, "tasks")))
+
+
+def add_tasks(folder: Path) -> None:
+    """Make the lmms-eval tasks of a user's folder known in this process. Raises ValueError where it has
+    none, and for a name that is taken."""
+    names = list(_named_in(folder))
+    if not names:
+        raise ValueError(f"--include-path {folder}: no .yaml file in it has a line such as `task: my_task`")
+    for name in names:
+        if name in PAPER_TASKS or (TASKS / f"{name}.yaml").is_file():
+            raise ValueError(f"--include-path {folder}: {name} is a task of this project; rename yours")
+        OWN_TASKS[name] = folder
+
+
+def from_harness(name: str) -> bool:
+    """Whether lmms-eval's own task files are needed for a task."""
+    return not (TASKS / f"{get_task(name).harness}.yaml").is_file() and name not in OWN_TASKS
 
 
 def row_files(table: Table, suite: str) -> dict[str, Path]:
     """A table's rows of one suite by short name (``r50``), in table order; files that the table does not name
     come last."""
+    if table is OWN:
+        return {}
     known = ("mini", *table.suites)
     if suite not in known:
         raise ValueError(f"suite {suite} is not in table {table.name}; use one of {', '.join(known)}")
@@ -393,7 +447,16 @@ class SuiteRows(Mapping[str, Row]):
         self._files, self._read = row_files(table, suite), {}
         if own is not None:
             self._files |= own_files(own, [*self._files, BLIND])
-        names = list(self._files)
+        if table is OWN:  # rows of several models may lie there
+            self._read = {path: Row.from_yaml(path) for path in self._files.values()}
+            self._files = {
+                name: path for name, path in self._files.items() if self._read[path].model == suite
+            }
+        names = (
+            sorted(self._files, key=lambda name: name not in table.order)
+            if table is OWN
+            else list(self._files)
+        )
         if suite == "mini" and table.blind and "vanilla" in names:
             place = {name: number for number, name in enumerate(table.order)}
             names = sorted([*names, BLIND], key=lambda name: place.get(name, len(place)))
@@ -417,8 +480,12 @@ class SuiteRows(Mapping[str, Row]):
 
 
 def task_digest(task: Task) -> str | None:
-    """sha256 of the files of this project that say what a task asks; None for the harness's own, which its
-    version names."""
+    """sha256 of the files of this project, or of a user's folder, that say what a task asks; None for the
+    harness's own, which its version names."""
+    if task.name in OWN_TASKS:
+        folder = OWN_TASKS[task.name]
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+        return hashlib.sha256(b"\n".join(path.read_bytes() for path in files)).hexdigest()
     path, said = TASKS / f"{task.harness}.yaml", []
     while path.is_file():
         said.append(path.read_bytes())

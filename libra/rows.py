@@ -299,15 +299,25 @@ def spec_of(config, name: str) -> ModelSpec:
     )
 
 
+ADDED: dict[str, ModelSpec] = {}  # of this process, by name
+
+
 def load_models() -> dict[str, ModelSpec]:
-    """Every model of models.yaml by name, in the file's order."""
-    return dict(_models())
+    """Every model of models.yaml by name, in the file's order, then those of :func:`add_model`."""
+    return {**_models(), **ADDED}
+
+
+def add_model(spec: ModelSpec) -> None:
+    """Make a model known by its name in this process. Raises ConfigError for a name of models.yaml."""
+    if spelled(spec.name, _models()) is not None:
+        raise ConfigError(f"model: {show(spec.name)} is a model of {_FILE.name}; choose another name")
+    ADDED[spec.name] = spec
 
 
 def get_model(name: str, source: str = "") -> ModelSpec:
     """The model of that name. ConfigError with the list of names for any other; `source` (a file) opens the
     sentence."""
-    models = _models()
+    models = load_models()
     found = spelled(name, models)
     if found is None:
         hint = did_you_mean(name, models)
