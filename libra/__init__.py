@@ -48,6 +48,7 @@ only_commands(
     "figures",
     "flops",
     "latency",
+    "latency.methods",
     "latency.selectors",
     "lmms",
     "mini.benchmark",

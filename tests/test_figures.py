@@ -421,6 +421,46 @@ def test_from_a_model_to_a_figure_and_again_from_its_trace(checkpoint, scene, tm
     }
 
 
+@pytest.mark.parametrize(
+    "compression, wanted",
+    [
+        (
+            {"method": "visionzip", "keep": 64},
+            [["tower: select visionzip\n64 of 256", "tower: the other 192 of 256 tokens:"]],
+        ),
+        (
+            {"method": "fastervlm", "keep": 64},
+            [["FastV: top-k by the score of the tower, input", "input: select topk\n64 of 256"]],
+        ),
+        ({"method": "downsample", "keep": 64}, [["tower: select downsample\n64 of 256"]]),
+        (
+            {"steps": [{"method": "divprune", "keep": 128}, {"at": 3, "method": "libra", "ratio": 0.5}]},
+            [
+                ["input: select divprune\n128 of 256", "input: the other 128 of 256 tokens:\n128 dropped"],
+                ["layer 3: the best of each interval\n64 of 256", "layer 3: the other 64 of 128 tokens:"],
+            ],
+        ),
+    ],
+)
+def test_methods_before_the_language_model_and_lists_of_steps(
+    compression, wanted, checkpoint, scene, tmp_path
+):
+    """What each kept, and its panels: FastV's choice only where tokens have a score."""
+    config, saved = tmp_path / "c.yaml", tmp_path / "trace.json"
+    config.write_text(json.dumps(compression), encoding="utf-8")
+    given = arguments(checkpoint, scene, tmp_path / "figure.png")
+    given[given.index("--config") + 1] = config
+    assert figures.main([str(part) for part in [*given, "--save-trace", saved, "--dpi", 30]]) == 0
+    record = Record.load(saved)
+    figure = drawing.draw(record)
+    titles = [panel.get_title() for panel in figure.axes]
+    for row, expected in zip(range(len(wanted)), wanted, strict=True):
+        width = len(figure.axes) // len(wanted)
+        of_row = titles[row * width : (row + 1) * width]
+        assert len(of_row) == len(expected)
+        assert all(title.startswith(begin) for title, begin in zip(of_row, expected))
+
+
 def test_b8_a_figure_opens_pictures_as_the_commands_do(checkpoint, tmp_path):
     """One that its EXIF turns gives the trace and the picture of the same one, upright."""
     path, pixels = odd_files.write(tmp_path)["turned.png"]

@@ -181,6 +181,36 @@ def test_the_image_lies_between_two_halves_of_the_text():
     assert torch.equal(model(inputs_embeds=bench.embeds, logits_to_keep=1).logits, plain)
 
 
+STEPS = [
+    {"at": "input", "method": "fastervlm", "ratio": 0.5},
+    {"at": 1, "method": "libra", "ratio": 0.5},
+]
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [
+        Compression(method="visionzip", keep=16),
+        Compression(method="divprune", keep=16),
+        Compression(method="downsample", keep=16),
+        Compression(steps=STEPS),
+    ],
+)
+def test_methods_before_the_language_model_are_measured_too(compression):
+    """With pictures where they read the tower; the prefill's operations are those of the shorter prompt."""
+    model = random_model(SPEC, SPEC.layers, torch.float32, tower={**TOWER, "image_size": 112})
+    bench = Bench(model, compression, Prompt(visual=64, text=10))
+    data = measure(bench, SPEC, pairs=1, progress=False)
+    tokens = [row[0] for row in data["tokens_per_layer"]["measured"]]
+    assert tokens == data["tokens_per_layer"]["visual"] and tokens[0] < 64
+    assert bench.pictures == (compression.method != "divprune") == ("vision" in data)
+    formula = data["flops"]["formula"]["compressed"]
+    assert formula == model_flops(SPEC, [10 + n for n in tokens])
+    assert 1 <= data["flops"]["counted_over_formula"]["compressed"] < 1.1
+    assert data["flops"]["counted_over_formula"]["vanilla"] == 1
+    assert data["extra_memory"]["compression"] > 0 and 0 < data["parts"]["share"] < 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["llava7b_r50", "llava7b_fastv", "next8b_r50"])
 def test_true_width_is_within_one_percent_of_the_formula(row):
@@ -191,6 +221,12 @@ def test_true_width_is_within_one_percent_of_the_formula(row):
     counted = bench.count(True)
     rows = [[64 + n[0] for n in bench.stats["visual_tokens"]]]
     assert 1 <= counted.operations / model_flops(spec, *rows) <= 1.01
+
+
+EARLY = [
+    *("--random-weights", "--config"),
+    str(ROOT / "configs" / "mini" / "field" / "c11_visionzip_original.yaml"),
+]
 
 
 def command(*more: str) -> list[str]:
@@ -223,6 +259,22 @@ def test_command_prints_and_writes(capsys, tmp_path):
         data["machine"]
     )
     assert [path.name for path in file.parent.iterdir()] == ["latency.json"]
+
+
+def test_command_measures_rows_before_the_language_model_and_lists_of_steps(capsys, tmp_path):
+    steps = tmp_path / "steps.yaml"
+    row = {"model": "mini", "title": "two", "tasks": ["mini_find"], "compression": {"steps": STEPS}}
+    steps.write_text(json.dumps(row), encoding="utf-8")
+    options = ["--random-weights", "--layers", "4", "--pairs", "1", "--dtype", "float32", "--device", "cpu"]
+    assert main([*EARLY, *options]) == 0
+    out = capsys.readouterr().out
+    assert "visionzip, keep 28, in the vision tower" in out and "visual tokens 256 → 28" in out
+    assert "vision, 1 picture(s)" in out
+    assert main(["--config", str(steps), *options]) == 0
+    assert (
+        "compression    fastervlm, then libra, ratio 0.5, then ratio 0.5, before the language model, then"
+        in capsys.readouterr().out
+    )
 
 
 def test_command_measures_a_checkpoint(capsys, tmp_path):
@@ -280,7 +332,21 @@ def test_command_measures_a_checkpoint(capsys, tmp_path):
             "--visual-tokens takes one number, and a list only with --grow",
         ),
         (["--random-weights", "--batch", "1,x"], "x is not a whole number from 1 up"),
-        (["--random-weights", "--vision"], "the size of mini's vision tower is not known here"),
+        (
+            [
+                *("--random-weights", "--vision", "--visual-tokens", "40"),
+                *("--config", "{configs}/table7/qwen2vl7b_fastv.yaml"),
+            ],
+            "the size of qwen2-vl-7b's vision tower is not known here",
+        ),
+        (
+            [*EARLY, "--visual-tokens", "40"],
+            "which makes 256 tokens of a picture and not 40; give 256",
+        ),
+        (
+            [*EARLY, "--compression-layers", "2"],
+            "--compression-layers: method visionzip compresses in the vision tower, before the model's",
+        ),
         (["--random-weights", "--peer"], "FastV prunes at one layer and this compression has 3"),
         (
             ["--random-weights", "--plot", "{folder}/a.pdf"],

@@ -1,5 +1,6 @@
 """One model on one prompt: a prefill, plain or compressed, timed or counted."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from ..engine.attach import attach
 from ..engine.transformers_api import DynamicCache, ModelOutput, cache_argument, cache_of
 from ..utils.timing import Moment, now
 from .memory import LiveBytes, Step, watch_compression, watch_layer
+from .vision import reads_tower
 
 
 def scale_layers(c: Compression, of: int, layers: int) -> Compression:
@@ -26,10 +28,11 @@ def scale_layers(c: Compression, of: int, layers: int) -> Compression:
     Raises:
         ConfigError: where two steps would fall on one layer, or one before the first.
     """
+    if c.steps is not None:
+        return Compression(steps=[scale_layers(part, of, layers) for part in c.steps], positions=c.positions)
     if c.at is not None:
         return c  # before the first layer, whatever the depth
-    if c.steps is not None:
-        raise ConfigError("steps: a list of steps has no one scale; measure it on a whole model")
+    c = c.at_depth(of)
     scaled = [round((layer + 1) * layers / of) - 1 for layer in c.layers]
     if len(set(scaled)) < len(scaled) or min(scaled, default=0) < 0:
         raise ConfigError(
@@ -131,9 +134,19 @@ class Bench:
         model: what :func:`libra.attach` supports, in evaluation mode.
         compression: for this very model, with layers.
         views: views of each picture for the vision tower, whose features go nowhere; 0 leaves it out.
+        pictures: let the prompt's visual tokens be what the vision tower makes of random pictures. It runs
+            before the prefill is timed, and a compression that reads it does so then. Such a compression
+            always gets pictures.
+
+    Raises:
+        ConfigError: where the tower does not make ``prompt.visual`` tokens of a picture.
     """
 
-    def __init__(self, model, compression: Compression, prompt: Prompt, views: int = 0):
+    def __init__(
+        self, model, compression: Compression, prompt: Prompt, views: int = 0, pictures: bool = False
+    ):
+        self.pictures = pictures or reads_tower(compression)
+        views = 1 if self.pictures else views
         self.model, self.compression, self.prompt, self.views = model, compression, prompt, views
         self.text = model.config.get_text_config()
         embed, draw = model.get_input_embeddings(), torch.Generator().manual_seed(0)
@@ -146,6 +159,12 @@ class Bench:
         with torch.no_grad():
             self.embeds = embed(ids.to(self.device))  # (B, S, D)
             self.embeds[self.places] = features.to(embed.weight) * embed.weight.std()
+        if self.pictures:
+            check_pictures(model, prompt.visual)
+            place = model.config.image_token_id
+            text = ids.masked_fill(ids == place, 1).to(self.device)
+            self.ids = text.masked_fill(self.places, place)
+            self.features: ModelOutput | None = None  # of the last look of the tower
         if views:
             size = model.config.vision_config.image_size
             self.pixels = torch.randn(sum(prompt.pictures) * views, 3, size, size, generator=draw).to(
@@ -160,16 +179,23 @@ class Bench:
             yield
             return
         with attach(self.model, self.compression) as handle:
-            handle.mark_visual_tokens(self.places)
+            if not self.pictures:
+                handle.mark_visual_tokens(self.places)
             yield
             self.stats = handle.stats
 
     def prefill(self) -> tuple[ModelOutput, Moment]:
-        """One prefill, the only one of a :meth:`mode` block: its output and its seconds."""
+        """One prefill, the only one of a :meth:`mode` block: its output and its seconds. With pictures after
+        :meth:`see`."""
         with torch.inference_mode():
             start = now(self.device)
-            output = self._call(self.new_cache(), self.mask, inputs_embeds=self.embeds)
+            output = self._call(self.new_cache(), self.mask, **self._prompt())
             return output, now(self.device).since(start)
+
+    def _prompt(self) -> dict:
+        if not self.pictures:
+            return {"inputs_embeds": self.embeds}
+        return {"input_ids": self.ids, "mm_encoder_outputs": {"image": self.features}}
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.text)
@@ -192,13 +218,16 @@ class Bench:
     def see(self) -> Moment:
         """Seconds of the vision tower and the projector on the prompt's pictures."""
         start = now(self.device)
-        self.model.get_image_features(pixel_values=self.pixels)
-        return now(self.device).since(start)
+        features = self.model.get_image_features(pixel_values=self.pixels)
+        seconds = now(self.device).since(start)
+        if self.pictures:
+            self.features = features
+        return seconds
 
     def run(self, compressed: bool, steps: int = 0) -> Run:
         """One answer's way: vision where the bench has pictures, prefill, ``steps`` decoding steps."""
-        vision = self.see() if self.views else None
         with self.mode(compressed):
+            vision = self.see() if self.views else None
             output, seconds = self.prefill()
             return Run(seconds, self.decode(output, steps) if steps else None, vision)
 
@@ -211,14 +240,12 @@ class Bench:
         watch: Callable = watch_compression if compressed else watch_layer
         # Not in inference mode, where torch hands composite operations over whole, with all that they
         # allocate inside.
-        with (
-            torch.no_grad(),
-            self.mode(compressed),
-            meter,
-            watch(meter, decoder, self.compression.layers) as seen,
-            flops,
-        ):
-            output = self._call(self.new_cache(), self.mask, inputs_embeds=self.embeds)
+        with torch.no_grad(), self.mode(compressed):
+            if self.pictures:
+                self.features = self.model.get_image_features(pixel_values=self.pixels)
+            layers = [step.layer for step in self.compression.schedule(self.text.num_hidden_layers)]
+            with meter, watch(meter, decoder, list(dict.fromkeys(layers))) as seen, flops:
+                output = self._call(self.new_cache(), self.mask, **self._prompt())
         head = 2 * output.logits.shape[0] * self.text.hidden_size * self.text.vocab_size
         tables = [table for layer in cache_of(output).layers for table in (layer.keys, layer.values)]
         return Counted(
@@ -226,6 +253,22 @@ class Bench:
             sum(table.nbytes for table in tables),
             layer=0 if compressed else seen[0].peak,
             steps=tuple(seen) if compressed else (),
+        )
+
+
+def check_pictures(model, visual: int) -> None:
+    """Raises ConfigError where a picture is not ``visual`` tokens, or its features cannot be handed over."""
+    vision = getattr(model.config, "vision_config", None)
+    made = 0 if vision is None else (vision.image_size // vision.patch_size) ** 2
+    if made != visual:
+        raise ConfigError(
+            f"--visual-tokens: this compression reads the vision tower, which makes {made} tokens of a"
+            f" picture and not {visual}; give {made}"
+        )
+    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+        raise ConfigError(
+            "a compression that reads the vision tower is measured with a newer transformers, whose models"
+            " take a picture's features; install 5.23 or later"
         )
 
 

@@ -29,7 +29,7 @@ from .peer import check_peer
 from .plots import picture
 from .random_weights import random_model, weight_bytes
 from .text import table
-from .vision import tower_of, views_of
+from .vision import reads_tower, tower_of, views_of
 
 PACKAGES = ("torch", "transformers", "numpy")
 
@@ -60,14 +60,17 @@ def build(args, row: Row, registered: ModelSpec, prompt: Prompt, device: torch.d
                 f"--vision: how {spec.name} takes its pictures is not known here; leave --vision out"
             )
     layers = args.layers or spec.layers
-    c = (
-        replace(row.compression, layers=args.compression_layers)
-        if args.compression_layers
-        else scale_layers(row.compression, registered.layers, layers)
-    )
+    c = scale_layers(row.compression, registered.layers, layers)
+    if args.compression_layers:
+        if row.compression.steps is not None or row.compression.at is not None:
+            raise ConfigError(
+                f"--compression-layers: {row.compression.name} compresses {row.compression.where}; leave it"
+                " out"
+            )
+        c = replace(row.compression, layers=args.compression_layers)
     c.check_layers(layers)
     if args.random_weights:
-        tower = tower_of(spec) if args.vision else None
+        tower = tower_of(spec) if args.vision or reads_tower(c) else None
         needed, free = weight_bytes(spec, layers, dtype), free_memory(device)
         if free is not None and needed > 0.9 * free:
             raise ConfigError(
@@ -108,7 +111,7 @@ def describe(args, row: Row, subject: Subject, device: torch.device) -> dict:
         "model": subject.registered.name,
         "layers": subject.model.config.get_text_config().num_hidden_layers,
         "of_layers": subject.registered.layers,
-        "row_layers": list(row.compression.layers),
+        "row_layers": list(row.compression.at_depth(subject.registered.layers).layers),
         "weights": "random weights" if args.random_weights else "weights of a checkpoint",
         "compression": subject.compression.to_dict(),
         "dtype": args.dtype,

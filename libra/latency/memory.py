@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..places import BEFORE
+
 RANGE = "libra."  # what the names of compression's record_function ranges begin with
 
 
@@ -123,7 +125,7 @@ def _hooked(pairs: list[tuple[torch.nn.Module, bool, Callable]]) -> Iterator[Non
 def watch_layer(meter: LiveBytes, decoder, layers: tuple[int, ...]) -> Iterator[list[Region]]:
     """The region of the first compression layer's forward, where nothing is compressed: one plain layer at
     full length."""
-    layer, region = decoder.layers[layers[0]], Region()
+    layer, region = decoder.layers[max(0, layers[0])], Region()
     with _hooked([(layer, True, lambda: meter.open(region)), (layer, False, lambda: meter.close(region))]):
         yield [region]
 
@@ -145,6 +147,13 @@ def watch_compression(meter: LiveBytes, decoder, layers: tuple[int, ...]) -> Ite
 
     meter.on_range = part
     for layer, step in zip(layers, steps):
+        if layer == BEFORE:  # all that the decoder does before its first layer
+            pairs += [
+                (decoder, True, lambda step=step: begin(step)),
+                (decoder, True, lambda step=step: meter.open(step.whole)),
+                (decoder.layers[0], True, lambda step=step: meter.close(step.whole)),
+            ]
+            continue
         follower = decoder.layers[layer + 1] if layer + 1 < len(decoder.layers) else decoder.norm
         pairs += [
             (decoder.layers[layer], True, lambda step=step: begin(step)),

@@ -167,7 +167,8 @@ def _flops(bench: Bench, spec: ModelSpec, counted: dict[str, Counted], tokens: l
     """Operations by the formula, over all tokens and over the visual ones only, and counted. ``tokens``:
     [row][layer]."""
     prompt, sizes = bench.prompt, replace(spec, layers=bench.text.num_hidden_layers)
-    visual = {"vanilla": [row[:1] * len(row) for row in tokens], "compressed": tokens}
+    plain = [[prompt.visual * count] * sizes.layers for count in prompt.pictures]
+    visual = {"vanilla": plain, "compressed": tokens}
 
     def cost(text: int) -> dict:
         costs = {

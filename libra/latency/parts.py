@@ -53,8 +53,11 @@ def profile_parts(bench: Bench, runs: int) -> dict:
     on_device = bench.device.type == "cuda"
     seen, host, prefills = [], [], []
     for _ in range(runs):
-        with bench.mode(True), profile(use_device="cuda" if on_device else None, use_kineto=True) as profiler:
-            _, seconds = bench.prefill()
+        with bench.mode(True):
+            if bench.pictures:
+                bench.see()
+            with profile(use_device="cuda" if on_device else None, use_kineto=True) as profiler:
+                _, seconds = bench.prefill()
         seen.append(seconds_by_part(profiler.function_events, on_device))
         host.append(seconds_by_part(profiler.function_events, False))
         prefills.append(seconds.wall)

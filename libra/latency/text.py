@@ -1,5 +1,7 @@
 """The readable form of a measurement."""
 
+from ..config import Compression
+from ..places import BEFORE
 from ..utils import numbers as units
 from .parts import PARTS
 
@@ -27,13 +29,13 @@ def _timed(name: str, part: dict, note: str = "") -> str:
 
 def heading(data: dict) -> list[str]:
     """What was measured, with what and on what, but for the prompt."""
-    c, device = data["compression"], data["machine"]
+    c, device = Compression.from_dict(data["compression"]), data["machine"]
+    whole = [layer for layer in data["row_layers"] if layer != BEFORE]
+    row = f" (the row's: {', '.join(map(str, whole))} of {data['of_layers']})" if whole else ""
     return [
         f"row            {data['row']}  ({data['config']})",
         f"model          {data['model']}, {data['layers']} of {data['of_layers']} layers, {data['weights']}",
-        f"compression    {c.get('method', c['select'] + ' + ' + c['merge'])}, ratio {c['ratio']:.4g}, after "
-        f"layers {', '.join(map(str, c['layers']))} (the row's: {', '.join(map(str, data['row_layers']))} "
-        f"of {data['of_layers']})",
+        f"compression    {c.name.replace('method ', '')}, {c.amount}, {c.where}{row}",
         f"run            {data['dtype']}, {data['attention']}, {device['device']}, {device['threads']}"
         " thread(s)",
     ]
@@ -43,7 +45,8 @@ def table(data: dict) -> str:
     """A command's dictionary as lines."""
     prefill, flops, cache = data["prefill"], data["flops"], data["cache"]
     interval, prompt, ratio = prefill["ratio"], data["prompt"], flops["formula"]["ratio"]
-    visual = data["tokens_per_layer"]["visual"]
+    given = prompt["visual"] * max(prompt["images"][: prompt["batch"]])
+    visual = [given, *data["tokens_per_layer"]["visual"]]
     stages = [n for i, n in enumerate(visual) if i == 0 or n != visual[i - 1]]
     *head, run = heading(data)
     mixed = f" × {', '.join(map(str, prompt['images']))} …" if prompt["images"] != (1,) else ""

@@ -70,7 +70,8 @@ def answer(
     """Generate ``tokens`` tokens for one prompt with one image, greedily."""
     model.set_compression(compression)
     with (
-        _watched(model.get_vision_tower(), model.device) as vision,
+        # The module in llava's, which runs also where a method reads the tower.
+        _watched(model.get_vision_tower().vision_tower, model.device) as vision,
         _watched(model, model.device) as language,
     ):
         new = model.generate(
@@ -165,7 +166,7 @@ def table(data: dict) -> str:
         f"model          {data['model']}, {data['layers']} of {data['of_layers']} layers, random weights, "
         f"bfloat16; {units.size(data['checkpoint_bytes'])} on disk, loaded in "
         f"{units.seconds(data['load_seconds'])}",
-        f"compression    {data['row']}, after layers {', '.join(map(str, data['compression']['layers']))};"
+        f"compression    {data['row']}, {Compression.from_dict(data['compression']).where};"
         f" visual tokens {' → '.join(map(str, stages))}",
         f"prompt         {data['visual_tokens']} visual + {data['text_tokens']} text tokens,"
         f" {data['new_tokens']} new ones",
