@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from libra.config import Compression
+from libra.methods import METHODS
+
 from .formats import Grid, Line
 from .measured import Measured
 from .plan import flops_ratio
@@ -13,6 +16,11 @@ from .statistics import FEWEST, LEARNED_ABOVE, LEARNED_AT, LEARNED_AT_SMALL, Fig
 from .suites import BLIND, NOT_AVERAGED, SUITES, get_task
 
 MARKED = "A difference with * exceeds two of its standard errors."
+FAMILIES = (
+    "Families of methods by kind of question: the mean of a family's rows against vanilla on the same"
+    " questions, in points; in brackets how many rows. A family is what a method goes by (docs/methods.md)."
+)
+HARD = "where downsampling fails"
 ERRORS = f"its standard error, which is left out under {FEWEST} answers and where all answers are alike"
 
 
@@ -71,6 +79,8 @@ def mini_grid(measured: Measured, notes: list[str]) -> Grid:
     header = ["", "FLOPs", *map(measured.title, measured.columns), "Avg", "Δ to vanilla"]
     header += ["Δ to the row above"] * table.above + ["Sim"] * ("sim" in table.extras)
     header += ["into compensation"] * ("share" in table.extras)
+    filtered = any(measured.hard(row) is not None for row in measured.rows)
+    header += [HARD] * filtered
 
     def cell(row: str, task: str) -> str:
         reason = measured.failed(row, task)
@@ -89,7 +99,7 @@ def mini_grid(measured: Measured, notes: list[str]) -> Grid:
             line.append(
                 " / ".join(_percent(figure.value) for figure in measured.stages(row, "share").values())
             )
-        return [line]
+        return [line + [_show(measured.hard(row))] * filtered]
 
     grid = Grid(header, under_headings(measured, make), caption(measured))
     if measured.majority and table.blind:
@@ -120,6 +130,11 @@ def mini_text(measured: Measured) -> list[str]:
             " Sim: mean s^max of the tokens that are no targets, after each compression layer. Into "
             "compensation: the share of those tokens that went into the compensation token."
         )
+    if any(measured.hard(row) is not None for row in measured.rows):
+        said += (
+            f" {HARD[0].upper()}{HARD[1:]}: the score on those questions that the row with shrunk pictures of"
+            " about the same cost answers wrongly (VTC-Bench's filter); that row itself has 0 there."
+        )
     lines = [SMALL, said] if measured.suite == "mini" else [said]
     if False in measured.decided.values():
         lines.append(
@@ -129,6 +144,36 @@ def mini_text(measured: Measured) -> list[str]:
             "No compressed result takes part in this."
         )
     return lines
+
+
+def families_grid(measured: Measured) -> Grid | None:
+    """Paired differences to vanilla of the methods of each family together, by kind of question, under the
+    table's headings; None where the table compares no families or nothing was measured."""
+    kinds = measured.table.kinds
+    lines: list[Line] = []
+    for heading, names in measured.table.sections.items():
+        families: dict[str, list[str]] = {}
+        for name in names:
+            if name in measured.rows and measured.has(name) and measured.rows[name].compression.acts:
+                families.setdefault(family_of(measured.rows[name].compression), []).append(name)
+        found = []
+        for family, rows in sorted(families.items()):
+            each = [_difference(measured.family(rows, tasks)) for tasks in kinds.values()]
+            if any(each):
+                found.append([f"{family} ({len(rows)})", *each])
+        if found and heading:
+            lines.append(heading)
+        lines += found
+    if not kinds or not lines:
+        return None
+    title = f"{caption(measured)}: families of methods, paired differences to vanilla, in points"
+    return Grid(["", *kinds], lines, title)
+
+
+def family_of(c: Compression) -> str:
+    """Which methods a compression is compared with; that of its first step where it has several."""
+    method = c.parts[0].method
+    return METHODS[method].family if method else "own"
 
 
 def differences_grid(measured: Measured) -> Grid | None:
@@ -227,6 +272,8 @@ def paper_grid(measured: Measured, notes: list[str]) -> Grid:
         *(heading for _, heading in keys),
         "Δ to vanilla",
     ]
+    filtered = any(measured.hard(name) is not None for name in measured.rows)
+    header += [HARD] * filtered
 
     def make(name: str) -> list[list[str]]:
         row = measured.rows[name]
@@ -257,17 +304,17 @@ def paper_grid(measured: Measured, notes: list[str]) -> Grid:
         if reason := measured.turns_failed(name):
             notes.append(f"{SUITES[measured.suite]}, {row.title}, timing: failed: {reason}")
         blank = [""] * len(flops)
-        lines = [[row.title, *flops, "paper's", *printed, ""]]
+        lines = [[row.title, *flops, "paper's", *printed, *[""] * (1 + filtered)]]
         if measured.has(name) or not measured.cells:
-            lines.append(
-                ["", *blank, "ours", *ours, _difference(measured.difference(name)) if compares(name) else ""]
-            )
+            apart_from = _difference(measured.difference(name)) if compares(name) else ""
+            hard = [_show(measured.hard(name))] * filtered
+            lines.append(["", *blank, "ours", *ours, apart_from, *hard])
         if any(figure is not None and key in row.paper for (key, _), figure in zip(keys, figures)):
             apart = []
             for (key, _), figure in zip(keys, figures):
                 both = figure is not None and key in row.paper
                 apart.append(_apart(key, figure.value - row.paper[key], digits) if both else "")
-            lines.append(["", *blank, "ours − paper's", *apart, ""])
+            lines.append(["", *blank, "ours − paper's", *apart, *[""] * (1 + filtered)])
         return lines
 
     return Grid(header, under_headings(measured, make), caption(measured))

@@ -11,7 +11,7 @@ from libra.lmms import TASKS
 from libra.utils.cli import Parser, names
 
 from .formats import text_table
-from .suites import PAPER_TASKS, TABLES, Task, get_table, get_task, row_files
+from .suites import PAPER_TASKS, TABLES, SuiteRows, Task, get_table, get_task
 
 EXAMPLES = """examples:
   python -m eval.data --table 1            what Table 1 reads: data sets, licences, sizes; downloads nothing
@@ -42,6 +42,11 @@ DATA = {  # task of a row's file → what it reads
     "mmbench_en_static": DataSet(_MMBENCH, ("en",)),
     "mmbench_cn_static": DataSet(_MMBENCH, ("cn",)),
     "pope": DataSet("lmms-lab-encoder/POPE"),
+    "vqav2_lite": DataSet("lmms-lab-encoder/LMMs-Eval-Lite", ("vqav2_val",)),
+    "refcoco": DataSet("lmms-lab-encoder/RefCOCO"),
+    "docvqa": DataSet("lmms-lab-encoder/DocVQA", ("DocVQA",)),
+    "chartqa": DataSet("lmms-lab-encoder/ChartQA"),
+    "ocrbench": DataSet("echo840/OCRBench"),
     "textvqa_ocr": DataSet("lmms-lab-encoder/textvqa", (), "CC BY 4.0"),
     "textvqa": DataSet("lmms-lab-encoder/textvqa", (), "CC BY 4.0"),
     "videomme": DataSet("lmms-eval/Video-MME", (), "academic research only, no commercial use"),
@@ -51,14 +56,12 @@ DATA = {  # task of a row's file → what it reads
 
 def tasks_of(tables: list[str]) -> list[str]:
     """The paper's tasks that the rows of these tables name, in the order of their columns."""
-    from libra.rows import Row
-
     named = set()
     for name in tables:
         table = get_table(name)
         for suite in table.suites:
-            for path in row_files(table, suite).values():
-                named.update(Row.from_yaml(path).tasks)
+            for row in SuiteRows(table, suite).values():
+                named.update(row.tasks)
     return [task for task in PAPER_TASKS if task in named]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from libra.lmms import TASKS
 from libra.utils import plugins
 
+from . import samples as samples_
 from .cells import Cell, check_unchanged, what_is_loaded
 from .checkpoints import CheckpointError
 from .own import Own
@@ -155,6 +156,8 @@ def summary(
     """
     values = [_correct(sample.get(task.metric), task) for sample in samples]
     whole = None not in values
+    if task.sample and values:
+        score = float(np.mean(values))
     groups = {}
     for group in task.groups:
         part = [
@@ -182,6 +185,8 @@ def summary(
 
 def _correct(value, task: Task) -> float | None:
     """A sample's score in [0, 1]; None where the metric is not a mean of such scores."""
+    if task.sample:
+        return getattr(samples_, task.sample)(value)
     if task.groups and isinstance(value, dict):
         value = value.get("score")
     return float(value) if isinstance(value, (int, float)) else None

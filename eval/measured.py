@@ -1,12 +1,13 @@
 """The cells of one suite of a table, asked by row and task."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 
 from libra.config import ConfigError
 from libra.flops import cost
-from libra.methods import MERGERS
+from libra.methods import MERGERS, SELECTORS
 from libra.rows import Row, get_model
 
 from .cells import TURNS
@@ -14,6 +15,9 @@ from .fitting import fitting
 from .plan import flops_ratio
 from .statistics import Figure, Spread, is_learned, mean_of, paired_difference
 from .suites import BLIND, NOT_AVERAGED, SUITES, Column, SuiteRows, Table, columns, get_task
+
+NEAR = 0.05  # of vanilla's FLOPs, between a row and the one that shrinks its pictures
+FAILED = 0.5  # a sample of a lower score is one that was failed
 
 
 class Measured:
@@ -116,6 +120,54 @@ class Measured:
             if ours is None or theirs is None or len(ours) != len(theirs):
                 return None
             figures.append(paired_difference(ours, theirs))
+        return mean_of(figures) if figures else None
+
+    def control(self, row: str) -> str | None:
+        """The row that shrinks the pictures to about as many visual tokens as this row's average layer has,
+        with the same positions where there is one; None where the table has no such row."""
+        mine, own = self.flops_ratio(row), self.rows[row].compression
+        if mine is None or not own.compresses or not own.acts:
+            return None
+        near = {
+            name: abs(ratio - mine) for name in self._shrunk if (ratio := self.flops_ratio(name)) is not None
+        }
+        near = {name: apart for name, apart in near.items() if apart <= NEAR}
+        positions = {name: self.rows[name].compression.positions != own.positions for name in near}
+        return min(near, key=lambda name: (positions[name], near[name]), default=None)
+
+    @cached_property
+    def _shrunk(self) -> list[str]:
+        """The rows whose pictures are shrunk before the vision tower."""
+        chosen = {name: row.compression for name, row in self.rows.items()}
+        return [
+            name for name, c in chosen.items() if c.steps is None and c.acts and SELECTORS[c.select].shrinks
+        ]
+
+    def hard(self, row: str) -> Figure | None:
+        """The score on those samples, of all tasks in Avg, that the row's :meth:`control` fails, in per
+        cent."""
+        control = self.control(row)
+        found: list[float] = []
+        for task in self.averaged if control else ():
+            ours, theirs = self.correct(row, task), self.correct(control or "", task)
+            if ours is None and self._ok(row, task):
+                continue  # the benchmark's metric is no mean over samples
+            if ours is None or theirs is None or len(ours) != len(theirs):
+                return None
+            found += [mine for mine, shrunk in zip(ours, theirs) if shrunk < FAILED]
+        if not found:
+            return None
+        return Figure(100 * float(np.mean(found)), 100 * float(np.std(found)) / len(found) ** 0.5, len(found))
+
+    def family(self, rows: Sequence[str], tasks: Sequence[str]) -> Figure | None:
+        """The paired difference to vanilla of the mean of several rows on the same questions, over tasks."""
+        figures = []
+        for task in tasks:
+            theirs = self.correct("vanilla", task)
+            each = [ours for row in rows if (ours := self.correct(row, task)) is not None]
+            if theirs is None or len(each) < len(rows) or any(len(ours) != len(theirs) for ours in each):
+                return None
+            figures.append(paired_difference(np.mean(each, axis=0).tolist(), theirs))
         return mean_of(figures) if figures else None
 
     def above(self, row: str) -> str | None:

@@ -50,6 +50,10 @@ def mini_block(measured: Measured, grids: list[Grid]) -> list[str]:
     if differences is not None:
         grids.append(differences)
         lines += ["", "Paired differences to vanilla, in points:", "", *markdown(differences)]
+    families = None if timed else blocks.families_grid(measured)
+    if families is not None:
+        grids.append(families)
+        lines += ["", blocks.FAMILIES, "", *markdown(families)]
     return lines
 
 

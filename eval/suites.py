@@ -5,7 +5,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,7 +48,9 @@ class Table:
     compensation token);
     timed: samples of each task that all rows answer in turns, for time and memory; note: what to know of the
     embedded model's table; trained: checkpoints that were fine-tuned from the suite's own, each of which
-    answers every row, as NAME_ROW next to the first one's start_ROW.
+    answers every row, as NAME_ROW next to the first one's start_ROW;
+    tasks: of the embedded model ("mini") and of the others (""), in place of those that the rows' files name;
+    kinds: kind of question → the embedded model's tasks, by which the report compares families of methods.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Table:
     timed: int = 0
     note: str = ""
     trained: tuple[str, ...] = ()
+    tasks: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    kinds: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def stem(self) -> str:
@@ -76,6 +80,14 @@ class Table:
         """Which of ``trained`` answers a row; "" for the suite's own checkpoint."""
         name = row.partition("_")[0]
         return name if name in self.trained else ""
+
+    def asked(self, suite: str, row: Row) -> Row:
+        """The row with this table's tasks, and the paper's figures for them only."""
+        own = self.tasks.get("mini" if suite == "mini" else "")
+        if own is None:
+            return row
+        figures = {key: value for key, value in row.paper.items() if key in own}
+        return replace(row, tasks=list(own), paper=figures)
 
     def plain(self, row: str) -> str:
         """The row without compression that a row is compared to."""
@@ -117,6 +129,23 @@ def _field(cut: str, *more: str) -> dict[str, tuple[str, ...]]:
         sections[f"{share}, before the language model, {positions} positions"] = names
     return sections
 
+
+_FIELD = {
+    "": ("vanilla", BLIND),
+    **_field("c33", "libra_quarters", "pyramiddrop_quarters"),
+    **_field("c22"),
+    **_field("c11"),
+    **_field("c06"),
+}
+# The embedded model's types of question by what they ask of the visual tokens.
+_KINDS = {
+    "reading one thing": ("mini_position", "mini_attribute", "mini_multiple_choice", "mini_easy_vqa"),
+    "whole scene": ("mini_counting", "mini_extreme", "mini_yes_no"),
+    "grounding": ("mini_find", "mini_relation"),
+    "small text": ("mini_reading_small", "mini_caption_small"),
+    "long answers": ("mini_reading", "mini_caption"),
+}
+_FINE = ("grounding", "small text", "long answers")
 
 _MAIN = ("vanilla", "fastv", "turbo", "r50", "r67", "random", "windowed_fastv", BLIND)
 
@@ -239,20 +268,31 @@ TABLES = {
             "The field at equal average tokens",
             "field",
             ("llava7b", "next8b"),
-            {
-                "": ("vanilla", BLIND),
-                **_field("c33", "libra_quarters", "pyramiddrop_quarters"),
-                **_field("c22"),
-                **_field("c11"),
-                **_field("c06"),
-            },
+            _FIELD,
             blind=True,
+            kinds=_KINDS,
             note="A small model's order of methods is not the field's: this table shows what runs, at "
             "which cost, and what each choice does to this model. Shares are visual tokens of an average "
             "layer. The methods before the language model renumber positions as published; compare methods "
             "within one kind of positions. Random, pooling and image downsampling are controls. Figures of "
             "LLaVA-1.5-7B next to ours, where there are any, are those of RESTORE (ICML 2026), Table 1, "
             "whose authors ran the official codes in one environment.",
+        ),
+        Table(
+            "fine",
+            "The field on what compression is known to harm",
+            "field",
+            ("llava7b", "next8b"),
+            _FIELD,
+            blind=True,
+            tasks={
+                "mini": tuple(task for kind in _FINE for task in _KINDS[kind]),
+                "": ("pope", "vqav2_lite", "refcoco", "docvqa", "chartqa", "ocrbench"),
+            },
+            kinds={kind: _KINDS[kind] for kind in _FINE},
+            note="The rows of the field's table. Large models: objects that are not there, places, text in "
+            "documents, charts and scenes; the embedded model: where something is, digits of half size, and "
+            "answers of many words.",
         ),
         Table(
             "E",
@@ -283,8 +323,9 @@ class Task:
     metric and scale are "" and 0 for a task that this project does not know: its first metric is taken, as
     it is or, where the samples' are in [0, 1], in percent;
     groups: parts of the benchmark with a column of their own; group_by: the key of a sample's metric that
-    names its part; learned_at: what the plain model has at least in a type that it has learned, in per
-    cent."""
+    names its part; learned_at: what the plain model has at least in a type that it has learned, in per cent;
+    sample: which function of :mod:`eval.samples` says how right a sample is, where its metric is no number;
+    the score is then the mean of that."""
 
     name: str
     harness: str
@@ -294,6 +335,7 @@ class Task:
     groups: tuple[str, ...] = ()
     group_by: str = ""
     learned_at: float = LEARNED_AT
+    sample: str = ""
 
 
 _DURATIONS = ("short", "medium", "long")
@@ -307,6 +349,11 @@ PAPER_TASKS = {
         Task("mmbench_cn_static", "mmbench_cn_static", "gpt_eval_score", 1, "MMBench-CN"),
         Task("textvqa_ocr", "textvqa_ocr", "exact_match", 100, "TextVQA"),
         Task("pope", "pope", "pope_f1_score", 100, "POPE"),
+        Task("vqav2_lite", "vqav2_val_lite", "exact_match", 100, "VQAv2 lite"),
+        Task("refcoco", "refcoco_bbox_rec_val", "refcoco_ACC@0.5", 100, "RefCOCO", sample="overlap"),
+        Task("docvqa", "docvqa_val", "anls", 100, "DocVQA"),
+        Task("chartqa", "chartqa", "relaxed_overall", 100, "ChartQA"),
+        Task("ocrbench", "ocrbench", "ocrbench_accuracy", 100, "OCRBench", sample="given"),
         Task("textvqa", "textvqa_val", "exact_match", 100, "TextVQA without OCR tokens"),
         Task("videomme", "videomme", "videomme_perception_score", 1, "w/o subs", _DURATIONS, "duration"),
         Task(
@@ -445,6 +492,7 @@ class SuiteRows(Mapping[str, Row]):
 
     def __init__(self, table: Table, suite: str, own: Path | None = None):
         self._files, self._read = row_files(table, suite), {}
+        self._asked = partial(table.asked, suite)
         if own is not None:
             self._files |= own_files(own, [*self._files, BLIND])
         if table is OWN:  # rows of several models may lie there
@@ -469,7 +517,7 @@ class SuiteRows(Mapping[str, Row]):
             return replace(self["vanilla"], title=BLIND_TITLE)
         path = self._files[name]
         if path not in self._read:
-            self._read[path] = Row.from_yaml(path)
+            self._read[path] = self._asked(Row.from_yaml(path))
         return self._read[path]
 
     def __iter__(self) -> Iterator[str]:

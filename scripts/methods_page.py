@@ -30,8 +30,8 @@ another. LLaVA's door
 [docs/contributing.md](contributing.md)
 says how a method is added.
 
-| method | place | select × merge | needs | source |
-|---|---|---|---|---|
+| method | place | goes by | select × merge | needs | source |
+|---|---|---|---|---|---|
 """
 PLACES = {"layers": "after layers", "input": "input", "tower": "tower"}
 
@@ -50,7 +50,8 @@ def row(method: Method) -> str:
         parts = f"`{c.select}` × `{c.merge}`"
     else:
         place = ""
-    return f"| [`{method.name}`](#{method.name}) | {place} | {parts} | {needs} | {method.section} |"
+    cells = (f"[`{method.name}`](#{method.name})", place, method.family, parts, needs, method.section)
+    return f"| {' | '.join(cells)} |"
 
 
 def section(file) -> str:

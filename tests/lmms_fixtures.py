@@ -163,6 +163,103 @@ def mmbench(root: Path, asked: list[Question], letters: list[str], hints: list[s
     write(root, "lmms-lab-encoder/MMBench", "dev", features, rows, language)
 
 
+def vqav2(root: Path, asked: list[Question], answers: list[list[str]]) -> None:
+    """Ten people's answers a question, in the subset that lmms-eval calls lite."""
+    rows = [
+        {
+            "question_type": "is the",
+            "multiple_choice_answer": ten[0],
+            "answers": [
+                {"answer": answer, "answer_confidence": "yes", "answer_id": number}
+                for number, answer in enumerate(ten, 1)
+            ],
+            "image_id": i,
+            "answer_type": "yes/no",
+            "question_id": 10 * i,
+            "question": q.text,
+            "image": q.image,
+        }
+        for i, (q, ten) in enumerate(zip(asked, answers, strict=True))
+    ]
+    one = {"answer": TEXT, "answer_confidence": TEXT, "answer_id": NUMBER}
+    texts = ("question_type", "multiple_choice_answer", "answer_type", "question")
+    features = {**dict.fromkeys(texts, TEXT), "answers": [one], "image": IMAGE}
+    features |= dict.fromkeys(("image_id", "question_id"), NUMBER)
+    write(root, "lmms-lab-encoder/LMMs-Eval-Lite", "lite", features, rows, "vqav2_val")
+
+
+def refcoco(root: Path, asked: list[Question], boxes: list[list[float]], said: list[list[str]]) -> None:
+    """Boxes as (left, top, width, height) in pixels; each is described by several sentences."""
+    rows = [
+        {
+            "question_id": str(i),
+            "image": q.image,
+            "question": "Please carefully observe the area circled in the image",
+            "answer": sentences,
+            "segmentation": box,
+            "bbox": box,
+            "iscrowd": 0,
+            "file_name": f"COCO_train2014_{i:012d}.jpg",
+        }
+        for i, (q, box, sentences) in enumerate(zip(asked, boxes, said, strict=True))
+    ]
+    numbers = List(Value("float32"))
+    features = {"question_id": TEXT, "image": IMAGE, "question": TEXT, "answer": TEXTS, "file_name": TEXT}
+    features |= {"segmentation": numbers, "bbox": numbers, "iscrowd": NUMBER}
+    write(root, "lmms-lab-encoder/RefCOCO", "val", features, rows)
+
+
+def docvqa(root: Path, asked: list[Question], answers: list[list[str]]) -> None:
+    rows = [
+        {
+            "questionId": str(i),
+            "question": q.text,
+            "question_types": ["layout"],
+            "image": q.image,
+            "docId": i,
+            "ucsf_document_id": f"d{i}",
+            "ucsf_document_page_no": "1",
+            "answers": allowed,
+            "data_split": "val",
+        }
+        for i, (q, allowed) in enumerate(zip(asked, answers, strict=True))
+    ]
+    texts = ("questionId", "question", "ucsf_document_id", "ucsf_document_page_no", "data_split")
+    features = {**dict.fromkeys(texts, TEXT), "question_types": TEXTS, "answers": TEXTS}
+    features |= {"image": IMAGE, "docId": NUMBER}
+    write(root, "lmms-lab-encoder/DocVQA", "validation", features, rows, "DocVQA")
+
+
+def chartqa(root: Path, asked: list[Question], answers: list[str]) -> None:
+    rows = [
+        {
+            "type": ("human_test", "augmented_test")[i % 2],
+            "question": q.text,
+            "answer": answer,
+            "image": q.image,
+        }
+        for i, (q, answer) in enumerate(zip(asked, answers, strict=True))
+    ]
+    features = {"type": TEXT, "question": TEXT, "answer": TEXT, "image": IMAGE}
+    write(root, "lmms-lab-encoder/ChartQA", "test", features, rows)
+
+
+def ocrbench(root: Path, asked: list[Question], answers: list[list[str]]) -> None:
+    kinds = ("Regular Text Recognition", "Doc-oriented VQA", "Key Information Extraction")
+    rows = [
+        {
+            "dataset": "IIIT5K",
+            "question": q.text,
+            "question_type": kinds[i % 3],
+            "answer": allowed,
+            "image": q.image,
+        }
+        for i, (q, allowed) in enumerate(zip(asked, answers, strict=True))
+    ]
+    features = {"dataset": TEXT, "question": TEXT, "question_type": TEXT, "answer": TEXTS, "image": IMAGE}
+    write(root, "echo840/OCRBench", "test", features, rows)
+
+
 def textvqa(root: Path, asked: list[Question], answers: list[list[str]], tokens: list[list[str]]) -> None:
     rows = [
         {"question_id": i, "image": q.image, "question": q.text, "answers": ten, "ocr_tokens": ocr}
@@ -244,17 +341,23 @@ def damage(path: Path, row: int) -> None:
     parquet.write_table(table.set_column(place, field, pyarrow.array(images, field.type)), path)
 
 
-def lettered(checkpoint: Path, folder: Path) -> Path:
-    """A copy of the embedded model that says A for yes and B for no, and nothing else."""
+BOXES = ("[0.25, 0.25, 0.75, 0.75]", "[0.5, 0.5, 1.0, 1.0]")
+
+
+def lettered(checkpoint: Path, folder: Path, yes: str = "A", no: str = "B") -> Path:
+    """A copy of the embedded model that says A for yes and B for no, or other words, and nothing else."""
     shutil.copytree(checkpoint, folder)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
     words = content["model"]["vocab"]
-    for one, other in (("yes", "A"), ("no", "B")):
-        words[one], words[other] = words[other], words[one]
+    for one, other in (("yes", yes), ("no", no)):
+        number = words.pop(one)
+        if other in words:
+            words[one] = words[other]
+        words[other] = number
     path.write_text(json.dumps(content))
     path = folder / "generation_config.json"
-    others = [number for word, number in words.items() if word not in ("A", "B", "</s>")]
+    others = [number for word, number in words.items() if word not in (yes, no, "</s>")]
     path.write_text(
         json.dumps(
             {

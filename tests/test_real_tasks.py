@@ -9,7 +9,7 @@ import lmms_fixtures as fixtures
 import numpy as np
 import pytest
 
-from eval import data, suites
+from eval import data, samples, suites
 from eval.cells import Cell, what_is_loaded
 from eval.harness import Harness, Settings
 from eval.pool import _sentence, run_cells
@@ -70,6 +70,7 @@ def checkpoints(tmp_path_factory):
     return {
         "words": CHECKPOINT,
         "letters": fixtures.lettered(CHECKPOINT, tmp_path_factory.mktemp("lettered") / "mini"),
+        "boxes": fixtures.lettered(CHECKPOINT, tmp_path_factory.mktemp("boxed") / "mini", *fixtures.BOXES),
     }
 
 
@@ -204,6 +205,86 @@ def test_pope(place, by_hand, measure):
     recall = pairs.count(("yes", "yes")) / (pairs.count(("yes", "yes")) + pairs.count(("no", "yes")))
     expected = 100 * 2 * precision * recall / (precision + recall)
     assert cell["score"] == pytest.approx(expected) and 0 < expected < 100
+
+
+# --- the suite fine ---
+
+
+def test_vqav2_lite(place, by_hand, measure):
+    """Ten people's answers, as TextVQA's."""
+    texts = [question.text + SHORT for question in ASKED[:4]]
+    answers = [by_hand["words"](text, [question.image]) for text, question in zip(texts, ASKED)]
+    people = [[answer] * same + [wrong(answer)] * (10 - same) for answer, same in zip(answers, (10, 3, 0, 2))]
+    fixtures.vqav2(place, ASKED[:4], people)
+    cell, asked, said = measure("vqav2_lite", "words")
+    assert asked == texts and said == answers
+    shares = [1, (3 * 2 / 3 + 7) / 10, 0, (2 * 1 / 3 + 8 * 2 / 3) / 10]
+    assert cell["correct"] == pytest.approx(shares) and cell["score"] == pytest.approx(25 * sum(shares))
+
+
+def test_docvqa(place, by_hand, measure):
+    """Any of the allowed answers, letter by letter: one of which half is missing gets a half."""
+    texts = [question.text + SHORT for question in ASKED[:4]]
+    answers = [by_hand["words"](text, [question.image], 32) for text, question in zip(texts, ASKED)]
+    allowed = [[answers[0].upper()], ["something else", answers[1]], [answers[2] + answers[2]], [answers[3]]]
+    fixtures.docvqa(place, ASKED[:4], allowed)
+    cell, asked, said = measure("docvqa", "words")
+    assert asked == texts and said == answers
+    assert cell["correct"] == pytest.approx([1, 1, 0.5, 1]) and cell["score"] == pytest.approx(87.5)
+
+
+def test_chartqa(place, by_hand, measure):
+    """Words exactly, whatever their case."""
+    texts = [question.text + "\nAnswer the question with a single word." for question in ASKED[:4]]
+    answers = [by_hand["words"](text, [question.image]) for text, question in zip(texts, ASKED)]
+    fixtures.chartqa(place, ASKED[:4], [a.upper() for a in marked(answers, [True, False, True, True])])
+    cell, asked, said = measure("chartqa", "words")
+    assert asked == texts and said == answers
+    assert cell["correct"] == [1, 0, 1, 1] and cell["score"] == 75
+
+
+def test_ocrbench_and_a_second_row_of_it(place, by_hand, measure):
+    """The harness's own sum goes on from row to row of one process; each row has its own here."""
+    texts = [question.text for question in ASKED[:4]]
+    answers = [by_hand["words"](text, [question.image], 128) for text, question in zip(texts, ASKED)]
+    right = [True, True, False, True]
+    truth = [[f"{answer}x" if not good else answer.upper()] for answer, good in zip(answers, right)]
+    fixtures.ocrbench(place, ASKED[:4], truth)
+    for _ in range(2):
+        cell, asked, said = measure("ocrbench", "words")
+        assert asked == texts and said == answers
+        assert cell["correct"] == [1, 1, 0, 1] and cell["score"] == 75
+        assert cell["stderr"] == pytest.approx(stderr(0.75, 4))
+
+
+def test_refcoco(place, by_hand, measure):
+    """One question a sentence; the answered box has to share half of the union with the right one."""
+    before = (
+        "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, "
+        "bottom-right y). All values are floating point numbers bounded between 0 and 1. Please provide the "
+        "bounding box coordinate of the region this sentence describes: "
+    )
+    sentences = [["the left one", "is there a red 3 ?"], ["is the digit at the top left a 4 ?"]]
+    pictures = [ASKED[0].image, ASKED[0].image, ASKED[1].image]
+    texts = [before + sentence for several in sentences for sentence in several]
+    answers = [by_hand["boxes"](text, [image], 64) for text, image in zip(texts, pictures)]
+    first = [answer[: answer.index("]") + 1] for answer in answers]
+    assert set(first) <= set(fixtures.BOXES)
+    width, height = ASKED[0].image.size
+    middle = [0.25 * width, 0.25 * height, 0.5 * width, 0.5 * height]
+    fixtures.refcoco(place, ASKED[:2], [middle, [0.0, 0.0, 0.25 * width, height]], sentences)
+    cell, asked, said = measure("refcoco", "boxes")
+    assert asked == texts and [a[: a.index("]") + 1] for a in said] == first
+    right = [float(box == fixtures.BOXES[0]) for box in first[:2]] + [0.0]
+    assert cell["correct"] == right and cell["score"] == pytest.approx(100 * sum(right) / 3)
+
+
+@pytest.mark.parametrize(
+    "box, right",
+    [([0, 0, 1, 1], 1), ([0, 0, 1, 0.5], 1), ([0, 0, 1, 0.4], 0), ([2, 2, 3, 3], 0), ([0] * 4, 0)],
+)
+def test_two_boxes_overlap_by_half_of_their_union(box, right):
+    assert samples.overlap({"bbox": [0, 0, 1, 1], "pred": box}) == right
 
 
 @pytest.mark.parametrize("language", ["en", "cn"])
@@ -433,7 +514,7 @@ def test_downloading_lays_the_data_where_a_run_reads_it(place, harness, hub, mon
 
 def test_every_task_of_the_rows_is_known_to_the_harness_and_to_eval_data(harness):
     named = {table: data.tasks_of([table]) for table in suites.TABLES if suites.TABLES[table].suites}
-    assert set(named) == {*"1234567", "field"} and all(named.values())
+    assert set(named) == {*"1234567", "field", "fine"} and all(named.values())
     for task in {task for tasks in named.values() for task in tasks}:
         assert suites.get_task(task).harness in harness.tasks.all_tasks and task in data.DATA
     assert named["2"] == ["videomme", "videomme_w_subtitle"]

@@ -34,6 +34,7 @@ METHOD = Method(
         "others (as_released: over the batch); past the kernel's rank the released code repeats tokens, "
         "ours goes on by relevance"
     ),
+    family="diversity",
 )
 
 

@@ -28,6 +28,7 @@ METHOD = Method(
     " for each, so about T; ours takes visual pivots first, by descending norm, and the first ones take one"
     " token more where T asks for it. Keys have their positions in them, so a batch that is padded on the"
     " left gives what its rows do only with position_ids, as generate makes them",
+    family="diversity",
 )
 
 

@@ -17,6 +17,7 @@ METHOD = Method(
     places=(),
     place="input",
     cost="one N × N similarity a span, then T steps over N distances",
+    family="diversity",
 )
 
 

@@ -26,6 +26,7 @@ METHOD = Method(
     cost="scaling the pixels; the tower reads fewer patches",
     deviation="the original scales pictures for models that take any size; a tower of one size, such as "
     "CLIP's, gets interpolated position embeddings here, and a picture that is cut into tiles is refused",
+    family="control",
 )
 
 

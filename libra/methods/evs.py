@@ -20,6 +20,7 @@ METHOD = Method(
     cost="N similarities, and a sort of N scores",
     deviation="the released code keeps at least as many tokens as a frame has; ours keeps T, and where that"
     " is less the first frame is thinned out evenly",
+    family="frames",
 )
 
 

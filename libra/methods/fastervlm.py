@@ -15,4 +15,5 @@ METHOD = Method(
     place="input",
     cost="a sort of N scores",
     deviation="where a tower has no [CLS] token, the attention that a token receives stands for its row",
+    family="attention",
 )

@@ -13,4 +13,5 @@ METHOD = Method(
     section="§3.1, §4.1",
     keys={"select": "topk", "merge": "drop"},
     own_count="FastV's own K={K} prunes the input of layer {K} by the scores of layer {before}",
+    family="attention",
 )

@@ -30,6 +30,7 @@ METHOD = Method(
     cost="a sort of N scores for each of two layers",
     deviation="the released code for Qwen can keep fewer than T tokens, because its scores exceed the 1"
     " it subtracts",
+    family="attention",
 )
 
 

@@ -32,6 +32,7 @@ METHOD = Method(
     cost="16 similarities of N/16 × N/16 a span, and a sort of N scores",
     deviation="where a run's quota exceeds its tokens the released code fills up with rows of zeros; ours"
     " gives the surplus to the runs of highest share that have room",
+    family="intervals",
 )
 
 

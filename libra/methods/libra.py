@@ -15,4 +15,5 @@ METHOD = Method(
     section="§3.2–3.4",
     keys={"select": "intervals", "merge": "igm"},
     places=QUARTERS,
+    family="intervals and merging",
 )

@@ -18,4 +18,5 @@ METHOD = Method(
     cost="T × N similarities a span",
     deviation="importance is the vision tower's score and does not know the question; the paper's is the"
     " decoder's",
+    family="intervals and merging",
 )

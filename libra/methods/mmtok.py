@@ -28,6 +28,7 @@ METHOD = Method(
     place="input",
     cost="one N × N similarity a span, then T steps over N × N of them: the dearest choice here",
     deviation="the question's tokens are the language model's own embeddings of the text after the picture",
+    family="diversity",
 )
 
 

@@ -24,6 +24,7 @@ METHOD = Method(
     cost="one mean over the tokens",
     deviation="windows do not overlap, so that each token counts once; adaptive pooling, which benchmark "
     "papers use, lets them overlap where T does not divide the grid",
+    family="control",
 )
 
 

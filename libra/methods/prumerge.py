@@ -35,6 +35,7 @@ METHOD = Method(
     place="tower",
     cost="a sort of N scores, and T × N similarities of keys",
     deviation=f"T is given where the released code takes the number of outliers; {DEVIATION}",
+    family="merging",
 )
 
 

@@ -27,6 +27,7 @@ METHOD = Method(
     cost="a sort of N scores, and T × N similarities of keys",
     deviation="T is given, so outliers come first and even places of the others fill it up (as_released:"
     f" every s-th token, then by attention); {DEVIATION}",
+    family="merging",
 )
 
 

@@ -22,4 +22,5 @@ METHOD = Method(
     },
     places=QUARTERS,
     deviation="its code counts every step from the original number of tokens, ours from the step before",
+    family="attention",
 )

@@ -12,6 +12,7 @@ METHOD = Method(
     description="tokens drawn at random; the rest is dropped (a control)",
     section="not in the paper",
     keys={"select": "random", "merge": "drop"},
+    family="control",
 )
 
 

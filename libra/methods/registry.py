@@ -83,7 +83,8 @@ class Method:
     compresses: False for the plain model;
     own_count: how the original counts its layer K where that is not "after layer K", as a sentence with the
         places {K} and {before}; empty where it counts as we do;
-    cost: what the choice costs; deviation: where ours differs from the released code and why.
+    cost: what the choice costs; deviation: where ours differs from the released code and why;
+    family: which methods it is compared with: those that go by attention, by diversity, by intervals, ….
     """
 
     name: str
@@ -96,6 +97,7 @@ class Method:
     own_count: str = ""
     cost: str = ""
     deviation: str = ""
+    family: str = ""
 
 
 SELECTORS: dict[str, Select] = {}

@@ -34,6 +34,7 @@ METHOD = Method(
     cost="attention rows of all the question's tokens, and 0.3 N × 0.3 N distances a span",
     deviation="T counts the clusters; a cluster stands at the place of its centre, not after the kept tokens,"
     " and the density has no noise",
+    family="attention",
 )
 
 

@@ -18,4 +18,5 @@ METHOD = Method(
     places=PLACES,
     cost="attention rows of all the question's tokens, head by head",
     deviation="the released code can divide the attention by a bias of the rotary embedding; ours does not",
+    family="attention",
 )

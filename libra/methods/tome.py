@@ -23,6 +23,7 @@ METHOD = Method(
     cost="N/2 × N/2 similarities a span and halving",
     deviation="the matching runs once before the language model, on its embeddings, not in every layer of"
     " the tower",
+    family="merging",
 )
 
 

@@ -14,4 +14,5 @@ METHOD = Method(
     " similar target",
     section="§3.1, §4.1",
     keys={"select": "information", "merge": "average"},
+    family="merging",
 )

@@ -29,6 +29,7 @@ METHOD = Method(
     cost="two distances a token, and three sorts of N scores",
     deviation="the released code rounds each frame's budget and misses the total by some; as in vLLM's port"
     " ours then drops the most redundant of the kept or adds the least redundant of the others, to exactly T",
+    family="frames",
 )
 
 

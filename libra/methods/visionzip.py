@@ -24,6 +24,7 @@ METHOD = Method(
     cost="a sort of N scores, and T/6 × N similarities of keys",
     deviation="tokens stay in their original order; the released code puts the contextual ones after the"
     " dominant ones (as_released: so do we, in the tower)",
+    family="merging",
 )
 
 

@@ -22,6 +22,7 @@ METHOD = Method(
     cost="one N × N similarity a span in float64, then N / 8 rounds of sorting",
     deviation="where T/2 rounds to an odd number the released code fails; ours gives the even half one"
     " token more",
+    family="attention and diversity",
 )
 
 

@@ -32,6 +32,7 @@ METHOD = Method(
     deviation="where 16 windows do not divide T/2 the released code keeps fewer tokens; ours gives the rest"
     " to the global half. Its windows are 6 × 6 of 24 × 24; ours are 4 × 4 windows of any grid, in each part"
     " of a picture of several",
+    family="merging",
 )
 
 

@@ -7,4 +7,5 @@ METHOD = Method(
     description="the most important token of each interval; the rest is dropped (a control)",
     section="§3.2 without §3.3",
     keys={"select": "intervals", "merge": "drop"},
+    family="intervals",
 )
