@@ -2,4 +2,4 @@
 
 from libra.utils.cli import only_commands
 
-only_commands("eval", "data", "report", "run", "throughput")
+only_commands("eval", "data", "plots", "report", "run", "throughput")

@@ -201,14 +201,6 @@ class Measured:
                     found.setdefault(stage["layer"], []).append(figure)
         return {layer: mean_of(figures) for layer, figures in found.items()}
 
-    def histograms(self, row: str) -> dict[int, np.ndarray]:
-        """Compression layer → samples in each of 20 bins of the compensation share, over all tasks."""
-        found: dict[int, np.ndarray] = {}
-        for task in self.tasks if self._has_share(row) else ():
-            for stage in (self._ok(row, task) or {}).get("trace") or ():
-                found[stage["layer"]] = found.get(stage["layer"], 0) + np.asarray(stage["histogram"])
-        return found
-
     def turns(self, row: str, task: str | None = None) -> dict | None:
         """Of the samples that all rows answered in turns: ``seconds`` with their ``mean`` and their ``ratio``
         to vanilla's as :class:`Spread`, bytes of the KV ``cache`` and ``cache_ratio``, ``peak`` bytes of the
@@ -236,6 +228,10 @@ class Measured:
             "peak": max((peak for peak in peaks if peak is not None), default=None),
             "n": len(seconds),
         }
+
+    def time_ratio(self, row: str) -> Spread | None:
+        """Of vanilla's time, question by question."""
+        return (self.turns(row) or {}).get("ratio")
 
     def turns_failed(self, row: str) -> str | None:
         for task in self.tasks:

@@ -1,122 +1,267 @@
-"""A table's pictures: accuracy against FLOPs, and what the traces of the runs tell."""
+"""A table's pictures: accuracy against FLOPs or time, and what the traces of the runs tell. Those of a
+published table are drawn again from its CSV: python -m eval.plots docs/results/table1.csv"""
 
-from itertools import cycle
+import csv
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
+from typing import Protocol
 
 from libra.config import Compression
-from libra.utils.plotting import new_figure, save
+from libra.methods import MERGERS
+from libra.rows import Row
+from libra.utils.cli import Parser
+from libra.utils.plotting import Point, label, new_figure, save_both, style_of
 
-from .blocks import caption
-from .measured import Measured
-from .suites import BLIND, section_of
+from .plan import flops_ratio
+from .statistics import Figure, Spread, is_learned, mean_of
+from .suites import BLIND, NOT_AVERAGED, SuiteRows, Table, get_table, get_task, section_of
 
-MARKERS = "oDsP^vX*<>"
-ROOMY = 12  # rows that a legend can name one by one
+EXAMPLES = """example:
+  python -m eval.plots docs/results/table1.csv"""
+NAMED = 12  # rows that can be named in one picture
+WIDE = 3  # panels of a line
+
+
+class Shown(Protocol):
+    """What a picture needs of a table, as :class:`eval.measured.Measured` has it."""
+
+    table: Table
+    suite: str
+    rows: Mapping[str, Row]
+
+    @property
+    def averaged(self) -> list[str]: ...
+    def average(self, row: str) -> Figure | None: ...
+    def flops_ratio(self, row: str) -> float | None: ...
+    def time_ratio(self, row: str) -> Spread | None: ...
+    def stages(self, row: str, name: str) -> dict[int, Figure]: ...
 
 
 def method_of(c: Compression) -> str:
     """A short name for what a row does, whatever its layers, ratio and seed."""
-    if not c.layers:
+    if not c.compresses:
         return "vanilla"
     name = c.method or f"{c.select} + {c.merge}"
     return name if c.importance == "last" else f"{name}, mean importance"
 
 
-def accuracy_against_flops(measured: Measured, path: Path) -> None:
-    """Avg with error bars; a colour a method and a shape a heading where there are too many rows to name
-    them."""
+def accuracy(shown: Shown, path: Path) -> None:
+    """Avg against FLOPs, or against time where the table is about time, with the rows' names at the points; a
+    panel for each heading where there are too many rows for that. PNG and SVG."""
+    rows = [name for name in shown.rows if name != BLIND and shown.average(name)]
+    if len(rows) > NAMED:
+        return _by_heading(shown, rows, path)
     figure = new_figure(7.5, 4.8)
-    axes = figure.subplots()
-    vanilla = measured.average("vanilla") if "vanilla" in measured.rows else None
-    if vanilla is not None:
-        axes.axhline(vanilla.value, color="0.7", linewidth=1, linestyle="--", zorder=0)
-    shown = [
-        name
-        for name in measured.rows
-        if name != BLIND and measured.average(name) and measured.flops_ratio(name)
-    ]
-    one_by_one = len(shown) <= ROOMY
-    colours = cycle([f"C{i}" for i in range(10)])
-    shapes = cycle(MARKERS)
-    colour_of: dict[str, str] = {}
-    shape_of: dict[str, str] = {}
-    for name in shown:
-        average, row = measured.average(name), measured.rows[name]
-        heading = name if one_by_one else section_of(measured.table, name)
-        method = name if one_by_one else method_of(row.compression)
-        colour = colour_of.setdefault(method, next(colours) if method not in colour_of else "")
-        shape = shape_of.setdefault(heading, next(shapes) if heading not in shape_of else "")
+    axes, points, timed = figure.subplots(), [], bool(shown.table.timed)
+    if "vanilla" in rows:
+        axes.axhline(shown.average("vanilla").value, color="0.7", linewidth=1, linestyle="--", zorder=0)
+    for number, name in enumerate(rows):
+        average, place = shown.average(name), _place(shown, name, timed)
+        if place is None:
+            continue
+        spread = [[100 * (place.median - place.lower)], [100 * (place.upper - place.median)]]
+        style = style_of(number)
         axes.errorbar(
-            100 * measured.flops_ratio(name),
+            100 * place.median,
             average.value,
             yerr=average.error,
-            fmt=shape,
-            color=colour,
+            xerr=spread if timed else None,
+            linestyle="",
             capsize=3,
             markersize=7,
-            label=row.title if one_by_one else None,
+            **style,
         )
-    axes.set_xlabel("FLOPs of the visual tokens, % of vanilla")
-    what = "exact match, %" if measured.suite == "mini" else "score"
-    axes.set_ylabel(f"{what}, mean of {len(measured.averaged)} tasks")
-    axes.set_title(measured.table.title if measured.other is None else caption(measured))
+        points.append(Point(100 * place.median, average.value, shown.rows[name].title, style["color"]))
+    axes.set_xlabel(
+        "time of a question, % of vanilla's (median and quartiles, rows in turns)"
+        if timed
+        else "FLOPs of the visual tokens, % of vanilla"
+    )
+    axes.set_ylabel(_what(shown))
+    axes.set_title(shown.table.title)
     axes.grid(alpha=0.3)
-    if shown and one_by_one:
-        axes.legend(loc="best", fontsize=8)
-    elif shown:
-        for method, colour in colour_of.items():
-            axes.plot([], [], "o", color=colour, label=method)
-        for heading, shape in shape_of.items():
-            axes.plot([], [], shape, color="0.4", label=heading or "plain model")
-        figure.legend(loc="outside right upper", fontsize=7)
-    save(figure, path)
+    axes.margins(0.12)
+    label(axes, points)
+    save_both(figure, path)
 
 
-def has_traces(measured: Measured) -> bool:
-    """Whether any run told what :func:`traces` draws."""
-    return any(measured.stages(name, "similarity") or measured.histograms(name) for name in measured.rows)
+def _what(shown: Shown) -> str:
+    what = "exact match, %" if shown.suite == "mini" else "score"
+    return f"{what}, mean of {len(shown.averaged)} tasks"
 
 
-def traces(measured: Measured, path: Path) -> None:
-    """Sim by layer, and the cumulative distribution of the compensation share over samples."""
-    similar = {name: figures for name in measured.rows if (figures := measured.stages(name, "similarity"))}
-    shares = {name: counts for name in measured.rows if (counts := measured.histograms(name))}
-    figure = new_figure(11, 4.5)
-    left, right = figure.subplots(1, 2)
-    for (name, figures), marker, style in zip(similar.items(), cycle(MARKERS), cycle(("-", "--", ":"))):
-        errors = [figure.error or 0.0 for figure in figures.values()]
-        left.errorbar(
-            list(figures),
-            [figure.value for figure in figures.values()],
-            yerr=errors,
-            fmt=marker + style,
-            capsize=2,
-            markersize=5,
-            linewidth=1,
-            label=measured.rows[name].title,
-        )
-    left.set(
-        xlabel="compression layer",
-        ylabel="Sim: mean s^max of the non-target tokens",
-        title="Similarity by layer",
-    )
-    for number, (name, counts) in enumerate(shares.items()):
-        for (layer, histogram), style in zip(counts.items(), cycle(("-", "--", ":"))):
-            label = f"{measured.rows[name].title}: after layer {layer}"
-            below = 100 * np.cumsum(histogram) / max(1, histogram.sum())
-            right.plot(
-                np.linspace(5, 100, len(below)), below, linestyle=style, color=f"C{number % 10}", label=label
+def _place(shown: Shown, row: str, timed: bool) -> Spread | None:
+    """Where a row stands on the horizontal axis, as a share of vanilla."""
+    if timed:
+        return shown.time_ratio(row)
+    ratio = shown.flops_ratio(row)
+    return None if ratio is None else Spread(ratio, ratio, ratio)
+
+
+def _panels(count: int, width: float, height: float):
+    """A figure with that many panels in lines of :data:`WIDE`, and the panels."""
+    across = min(WIDE, count)
+    down = -(-count // across)
+    figure = new_figure(width * across, height * down)
+    panels = figure.subplots(down, across, squeeze=False).flatten().tolist()
+    for panel in panels[count:]:
+        panel.axis("off")
+    return figure, panels[:count]
+
+
+def _by_heading(shown: Shown, rows: list[str], path: Path) -> None:
+    """Rows of one heading cost the same, or are told apart by their name: accuracy only, best on top."""
+    headings: dict[str, list[str]] = {}
+    for name in rows:
+        headings.setdefault(section_of(shown.table, name), []).append(name)
+    plain = headings.pop("", [])
+    methods = list(dict.fromkeys(method_of(shown.rows[name].compression) for name in rows))
+    figure, panels = _panels(len(headings), 5.0, 1.1 + 0.2 * max(map(len, headings.values())))
+    for panel, (heading, names) in zip(panels, headings.items(), strict=True):
+        for name in plain:
+            panel.axvline(shown.average(name).value, color="0.7", linewidth=1, linestyle="--", zorder=0)
+        names = sorted(names, key=lambda name: shown.average(name).value)
+        for height, name in enumerate(names):
+            average = shown.average(name)
+            style = style_of(methods.index(method_of(shown.rows[name].compression)))
+            panel.errorbar(average.value, height, xerr=average.error, linestyle="", capsize=2, **style)
+        panel.set_yticks(range(len(names)), [shown.rows[name].title for name in names], fontsize=8)
+        shares = {f"{ratio:.0%}" for name in names if (ratio := shown.flops_ratio(name)) is not None}
+        cost = f"{shares.pop()} of the FLOPs" if len(shares) == 1 else "FLOPs differ"
+        panel.set_title(f"{heading}\n{cost}", fontsize=9)
+        panel.grid(alpha=0.3)
+    figure.supxlabel(f"{_what(shown)}; dashed: vanilla", fontsize=9)
+    figure.suptitle(shown.table.title)
+    save_both(figure, path)
+
+
+def has_traces(shown: Shown) -> bool:
+    """Whether there is anything for :func:`traces` to draw: figures of several layers. Those of one stand in
+    the table."""
+    return any(_lines(shown, kind) for kind in ("similarity", "share"))
+
+
+def _lines(shown: Shown, kind: str) -> dict[str, dict[str, dict[int, Figure]]]:
+    """Heading → row → layer → figure, of headings with several layers."""
+    headings: dict[str, dict[str, dict[int, Figure]]] = {}
+    for name in shown.rows:
+        if figures := shown.stages(name, kind):
+            headings.setdefault(section_of(shown.table, name), {})[name] = figures
+    return {heading: rows for heading, rows in headings.items() if max(map(len, rows.values())) > 1}
+
+
+def traces(shown: Shown, path: Path) -> None:
+    """Sim, and what goes into the compensation token, by layer: a panel for each heading, the rows' names at
+    the ends of their lines. PNG and SVG."""
+    kinds = {
+        "similarity": ("Sim: mean s^max of the non-targets", 1),
+        "share": ("non-targets in the compensation token, %", 100),
+    }
+    drawn = [(kind, heading, rows) for kind in kinds for heading, rows in _lines(shown, kind).items()]
+    figure, panels = _panels(len(drawn), 5.2, 3.4)
+    for panel, (kind, heading, rows) in zip(panels, drawn, strict=True):
+        what, scale = kinds[kind]
+        points = []
+        section = [name for name in shown.rows if section_of(shown.table, name) == heading]
+        for name, figures in rows.items():
+            style, layers = style_of(section.index(name)), list(figures)
+            values = [scale * one.value for one in figures.values()]
+            errors = [scale * (one.error or 0.0) for one in figures.values()]
+            panel.errorbar(layers, values, yerr=errors, capsize=2, markersize=5, linewidth=1, **style)
+            points.append(Point(layers[-1], values[-1], shown.rows[name].title, style["color"]))
+        panel.set_title(heading or shown.table.title, fontsize=9)
+        panel.set_xlabel("after layer", fontsize=8)
+        panel.set_ylabel(what, fontsize=8)
+        low, high = panel.get_xlim()
+        last = max(point.x for point in points)
+        panel.set_xlim(low, last + 1.4 * (last - low) + 1)  # room for the names
+        panel.set_xticks(sorted({layer for figures in rows.values() for layer in figures}))
+        panel.grid(alpha=0.3)
+        label(panel, points)
+    save_both(figure, path)
+
+
+class Published:
+    """A published table's CSV, as far as its pictures need it. Raises ValueError where it is none."""
+
+    suite = "mini"
+
+    def __init__(self, path: Path):
+        name = path.stem.removeprefix("table")
+        self.table = get_table(name)
+        self.rows = SuiteRows(self.table, self.suite)
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = [line for line in csv.DictReader(file) if line.get("suite") == self.suite]
+        self._lines = {(line["row"], line["task"]): line for line in lines if line.get("status") == "ok"}
+        if not self._lines:
+            raise ValueError(f"{path} has no figures of the embedded model")
+        self.tasks = list(dict.fromkeys(task for row, task in self._lines if row in self.rows))
+
+    def _score(self, row: str, task: str) -> Figure | None:
+        line = self._lines.get((row, task))
+        if line is None or not line["score"]:
+            return None
+        return Figure(float(line["score"]), float(line["stderr"] or 0), int(line["n"] or 0))
+
+    @property
+    def averaged(self) -> list[str]:
+        tasks = [task for task in self.tasks if task not in NOT_AVERAGED]
+        if BLIND not in self.rows:
+            return tasks
+        return [
+            task
+            for task in tasks
+            if is_learned(
+                *(self._score(row, task).value for row in ("vanilla", "majority", BLIND)),
+                get_task(task).learned_at,
             )
-    right.set(
-        xlabel="share of the non-target tokens that the compensation token takes, %",
-        ylabel="samples with at most that share, %",
-        title="What the compensation token takes",
-        xlim=(0, 102),
+        ]
+
+    def average(self, row: str) -> Figure | None:
+        figures = [self._score(row, task) for task in self.averaged]
+        return mean_of(figures) if figures and None not in figures else None
+
+    def flops_ratio(self, row: str) -> float | None:
+        return flops_ratio(self.rows[row].model, self.rows[row].compression)
+
+    def time_ratio(self, row: str) -> Spread | None:
+        """Nothing: a CSV has the times task by task, not over all questions."""
+        return None
+
+    def stages(self, row: str, name: str) -> dict[int, Figure]:
+        if name == "share" and not MERGERS[self.rows[row].compression.merge].compensates:
+            return {}
+        column = {"similarity": "similarity", "share": "compensation_share"}[name]
+        found: dict[int, list[Figure]] = {}
+        for task in self.tasks:
+            line = self._lines.get((row, task), {})
+            values, errors = ((line.get(key) or "").split() for key in (column, f"{column}_stderr"))
+            layers = self.rows[row].compression.layers if values else ()
+            for layer, value, error in zip(layers, values, errors):
+                found.setdefault(layer, []).append(Figure(float(value), float(error), int(line["n"])))
+        return {layer: mean_of(figures) for layer, figures in found.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the pictures of published tables next to their CSV."""
+    parser = Parser(
+        prog="python -m eval.plots",
+        description="Draw a published table's pictures again, from its CSV.",
+        epilog=EXAMPLES,
     )
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=6, ncols=1 + (len(axes.get_legend_handles_labels()[0]) > 12))
-    save(figure, path)
+    parser.add_argument("csv", type=Path, nargs="+", help="such as docs/results/table1.csv")
+    args = parser.parse_args(argv)
+    try:
+        for path in args.csv:
+            shown = Published(path)
+            accuracy(shown, path.with_suffix(".png"))
+            if shown.table.extras and has_traces(shown):
+                traces(shown, path.with_name(f"{path.stem}_traces.png"))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -293,9 +293,10 @@ def write_report(
         _store(
             problems,
             output / drawn[-1],
-            lambda path, measured=measured: plots.accuracy_against_flops(measured, path),
+            lambda path, measured=measured: plots.accuracy(measured, path),
         )
-        lines += [f"![Accuracy against FLOPs]({drawn[-1]})", ""]
+        against = "time" if table.timed else "FLOPs"
+        lines += [f"![Accuracy against {against}]({drawn[-1]})", ""]
     if table.extras and plots.has_traces(mini):
         drawn.append(f"{stem}_traces.png")
         _store(problems, output / drawn[-1], lambda path: plots.traces(mini, path))
@@ -309,6 +310,7 @@ def write_report(
         _store(problems, output / f"{stem}.{suffix}", lambda path, content=content: write_text(path, content))
     if publish is not None:
         _require_commits(shown)
+        drawn += [name.replace(".png", ".svg") for name in drawn]
         for name in (f"{stem}.md", f"{stem}.csv", f"{stem}.tex", *drawn):
             write_bytes(publish / name, (output / name).read_bytes())
     return text + "".join(f"\n{problem}\n" for problem in problems)

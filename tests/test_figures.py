@@ -172,9 +172,9 @@ def figure(trace):
 def test_cells_have_the_colours_of_their_fates(trace, figure):
     canvas = Canvas([Block(24, 6), Block(12, 4)])
     panels = figure.axes
-    assert len(panels) == 6
+    assert len(panels) == 8
     for number, stage in enumerate(trace.stages):
-        fastv, targets, merging = panels[3 * number : 3 * number + 3]
+        fastv, heat, targets, merging = panels[4 * number : 4 * number + 4]
         choice = drawing.fastv(trace, number)
         assert framed(fastv) == places(choice, canvas)
         assert cells(fastv, drawing.VEIL_COLOR) == places(~choice, canvas)
@@ -190,10 +190,25 @@ def test_cells_have_the_colours_of_their_fates(trace, figure):
             )
 
 
+def test_importance_is_a_heat_map_of_ranks(trace, figure):
+    """The brightest cell is the most important token, and tokens that are gone have no colour of the map."""
+    canvas = Canvas([Block(24, 6), Block(12, 4)])
+    for number, stage in enumerate(trace.stages):
+        heat = figure.axes[4 * number + 1]
+        assert heat.get_title() == f"layer {stage.layer}: importance\nby rank, dark to bright"
+        known = stage.importance.isfinite()
+        gone, warm = heat.collections[-2:]
+        assert (len(gone.get_paths()), len(warm.get_paths())) == (int((~known).sum()), int(known.sum()))
+        brightness = warm.get_facecolors()[:, :3].sum(1)
+        corner = warm.get_paths()[int(brightness.argmax())].vertices[0].tolist()
+        assert corner == canvas.corners[int(stage.importance.nan_to_num(-1).argmax())].tolist()
+        assert brightness.argmin() == stage.importance[known].argmin()
+
+
 def test_lines_are_interval_borders_and_ways_to_targets(trace, figure):
     canvas = Canvas([Block(24, 6), Block(12, 4)])
     for number, stage in enumerate(trace.stages):
-        _, targets, merging = figure.axes[3 * number : 3 * number + 3]
+        _, _, targets, merging = figure.axes[4 * number : 4 * number + 4]
         borders = canvas.borders(drawing.intervals(trace, number)).float().tolist()
         assert lines(targets, drawing.BORDER_COLOR) == {tuple(map(tuple, edge)) for edge in borders}
         middle = (canvas.corners + 0.5).tolist()
@@ -211,12 +226,12 @@ def test_titles_tell_layer_tokens_and_share(trace, figure):
         == "libra: select intervals, merge igm, ratio 0.5 after layers 2, 5; 36 visual tokens"
     )
     assert titles[0] == "FastV: top-k by the importance at layer 2\n18 of 36 tokens kept (50%)"
-    assert titles[3] == "FastV: top-k by the importance at layer 2\n9 of 36 tokens kept (25%)"
-    assert titles[4] == "layer 5: the best of each interval\n9 of 36 tokens kept (25%)"
+    assert titles[4] == "FastV: top-k by the importance at layer 2\n9 of 36 tokens kept (25%)"
+    assert titles[6] == "layer 5: the best of each interval\n9 of 36 tokens kept (25%)"
     merged, rest = (int((trace.stages[1].fate == fate).sum()) for fate in (MERGED, COMPENSATION))
     assert merged + rest == 9
     assert (
-        titles[5]
+        titles[7]
         == f"layer 5: the other 9 of 18 tokens:\n{merged} merged, {rest} into the compensation token"
     )
 
@@ -238,7 +253,7 @@ def test_a_method_that_drops_has_no_merging_and_no_intervals():
     made = traced(c, [70])
     assert set(made.stages[0].fate.tolist()) == {TARGET, DROPPED}
     figure = drawing.draw(Record(made, c))
-    fastv, own = figure.axes
+    fastv, _, own = figure.axes
     assert framed(fastv) == framed(own) and not lines(own, drawing.BORDER_COLOR)
     assert own.get_title() == "layer 2: select topk\n35 of 70 tokens kept (50%)"
     assert [text.get_text() for text in own.texts] == ["0", "32", "64"]  # a strip, as no places were given

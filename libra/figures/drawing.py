@@ -20,7 +20,7 @@ from ..media import open_image
 from ..methods import SELECTORS
 from ..places import INPUT, TOWER
 from ..utils.files import write_text
-from ..utils.plotting import new_figure
+from ..utils.plotting import HEAT, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +38,7 @@ VEIL_COLOR, VEIL = (
 )  # over tokens that are not kept; the kept ones stand out on white skies and at night
 GONE_COLOR, GONE_VEIL = "#6e6e6e", 0.86
 BORDER_COLOR = "#0072B2"
+HEAT_VEIL = 0.75
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,8 @@ def groups(stage: StageTrace) -> torch.Tensor:
 
 
 def draw(record: Record) -> "Figure":
-    """A row of panels for each compression: FastV's choice where importance is known, the targets (in their
-    intervals, where it has some) and, where there is any, the merging.
+    """A row of panels for each compression: where importance is known, FastV's choice and the importance as a
+    heat map; the targets (in their intervals, where it has some) and, where there is any, the merging.
 
     Raises:
         ValueError: if matplotlib is missing.
@@ -206,18 +207,21 @@ def draw(record: Record) -> "Figure":
     merges = any(
         bool((stage.fate == fate).any()) for stage in trace.stages for fate in (MERGED, COMPENSATION)
     )
-    columns = 1 + record.scored + merges
+    columns = 1 + 2 * record.scored + merges
     height = PANEL * min(2.5, max(0.3, canvas.height / canvas.width)) + 0.4
     figure = new_figure(columns * PANEL + 0.2, len(trace.stages) * height + 0.8)
     figure.suptitle(_describe(record), fontsize=11)
     rows = figure.subplots(len(trace.stages), columns, squeeze=False)
     for number, (panels, stage) in enumerate(zip(rows, trace.stages)):
-        by_score, choice, merging = _titles(record, number)
+        by_score, heat, choice, merging = _titles(record, number)
         panels = iter(panels)
         if record.scored:
             panel = next(panels)
             _draw_kept(panel, canvas, fastv(trace, number))
             panel.set_title(by_score, fontsize=9)
+            panel = next(panels)
+            _draw_heat(panel, canvas, stage.importance)
+            panel.set_title(heat, fontsize=9)
         panel = next(panels)
         of_interval = _has_intervals(record.parts[number])
         _draw_targets(panel, canvas, stage, intervals(trace, number) if of_interval else None)
@@ -249,8 +253,8 @@ def _describe(record: Record) -> str:
     return f"{', then '.join(what)}; {tokens} visual tokens"
 
 
-def _titles(record: Record, number: int) -> tuple[str, str, str]:
-    """Of the three panels of a stage."""
+def _titles(record: Record, number: int) -> tuple[str, str, str, str]:
+    """Of the four panels of a stage."""
     trace, stage = record.trace, record.trace.stages[number]
     before, after, tokens = int((stage.fate != GONE).sum()), len(trace.kept(number)), sum(trace.spans)
     merged, rest, dropped = (int((stage.fate == fate).sum()) for fate in (MERGED, COMPENSATION, DROPPED))
@@ -269,6 +273,7 @@ def _titles(record: Record, number: int) -> tuple[str, str, str]:
     ]
     return (
         f"FastV: top-k by the {scores} {_place(trace.stages[0], first)}\n{kept}",
+        f"{_place(stage, part)}: {scores.split()[0]}\nby rank, dark to bright",
         f"{_place(stage, part)}: {how}\n{kept}",
         f"{_place(stage, part)}: the other {before - after} of {before} tokens:\n{', '.join(gone) or 'none'}",
     )
@@ -317,6 +322,17 @@ def _draw_kept(panel: "Axes", canvas: Canvas, kept: torch.Tensor) -> None:
     _backdrop(panel, canvas)
     _fill(panel, canvas, ~kept, facecolors=VEIL_COLOR, alpha=VEIL)
     _frame(panel, canvas, kept)
+
+
+def _draw_heat(panel: "Axes", canvas: Canvas, importance: torch.Tensor) -> None:
+    """The ranks of ``importance`` (n,) among the tokens that have one, in the colours of :data:`HEAT`."""
+    from matplotlib import colormaps
+
+    _backdrop(panel, canvas)
+    known = importance.isfinite()
+    ranks = importance[known].argsort().argsort().double() / max(1, int(known.sum()) - 1)
+    _fill(panel, canvas, ~known, facecolors=GONE_COLOR, alpha=GONE_VEIL)
+    _fill(panel, canvas, known, facecolors=colormaps[HEAT](ranks.numpy()), alpha=HEAT_VEIL)
 
 
 def _draw_targets(panel: "Axes", canvas: Canvas, stage: StageTrace, runs: torch.Tensor | None) -> None:
