@@ -14,7 +14,7 @@ import torch  # noqa: E402
 
 from libra.utils.provenance import REPOSITORY  # noqa: E402
 
-pytest_plugins = ["soak"]  # the option --soak
+pytest_plugins = ["soak", "torch_flash"]  # the option --soak; flash attention in pure torch
 
 # Before anything imports Triton: without a GPU its kernels run as Python, for tests/test_kernels.py.
 if not torch.cuda.is_available():
