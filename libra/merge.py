@@ -28,13 +28,17 @@ class Matches:
     """What a merger may look at.
 
     candidates: what the choice was made from; eta: what importance is divided by, None for its mean;
-    is_target: (B, N) bool; targets: (B, T), their numbers, ascending.
+    is_target: (B, N) bool.
     """
 
     candidates: Candidates
     eta: float | None
     is_target: "torch.Tensor"
-    targets: "torch.Tensor"
+
+    @property
+    def targets(self) -> "torch.Tensor":
+        """(B, T): the numbers of the targets, ascending."""
+        return self.order[:, : self.layout.targets]
 
     @property
     def hidden(self) -> "torch.Tensor":
@@ -66,11 +70,38 @@ class Matches:
         return own.masked_fill(~self.is_target, NOWHERE)
 
     @cached_property
+    def order(self) -> "torch.Tensor":
+        """(B, T + R): the tokens of each row, targets first and then the others, which
+        :attr:`~libra.ops.spans.Spans.rest_valid` says are there."""
+        return self.layout.arranged(self.is_target)
+
+    @property
+    def rest(self) -> "torch.Tensor":
+        """(B, R): the tokens that are not targets."""
+        return self.order[:, self.layout.targets :]
+
+    @cached_property
+    def ordered(self) -> "torch.Tensor":
+        """(B, T + R, D): the hidden states in that :attr:`order`, a copy."""
+        return ops.take(self.hidden, self.order)
+
+    @cached_property
+    def closest(self) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """:attr:`nearest` of only the :attr:`rest`, both (B, R)."""
+        spans, tokens = self.layout, self.ordered.detach()
+        pair = None
+        if not spans.one_span or min(spans.target_counts) != spans.targets:
+            pair = spans.span.gather(1, self.rest), spans.target_span
+        return ops.most_similar(tokens[:, spans.targets :], tokens[:, : spans.targets], pair)
+
+    @cached_property
     def least_similar(self) -> "torch.Tensor":
-        """(B, N) bool: True at the first of each row's non-targets with the lowest similarity."""
-        rest = self.layout.valid & ~self.is_target
-        lowest = self.nearest[0].masked_fill(~rest, float("inf")).argmin(1, keepdim=True)
-        return rest & rest.new_zeros(rest.shape).scatter(1, lowest, True)
+        """(B, R) bool, of the :attr:`rest`: True at the first with the lowest similarity."""
+        similarity, real = self.closest[0], self.layout.rest_valid
+        if real is not None:
+            similarity = similarity.masked_fill(~real, float("inf"))
+        lowest = similarity.argmin(1, keepdim=True)
+        return similarity.new_zeros(similarity.shape).bool().scatter(1, lowest, True)
 
     @cached_property
     def nearest(self) -> tuple["torch.Tensor", "torch.Tensor"]:
@@ -80,23 +111,35 @@ class Matches:
         Float32; ties go to the first target; a target is nearest to itself, at similarity 1. Only targets are
         compared with the rest, a piece of them at a time.
         """
-        spans, hidden = self.layout, self.hidden.detach()
         similarity = self.candidates.importance.new_ones(self.is_target.shape)
         slot = self.own_slot.clamp(min=0)
-        rest_count = max((n - t for n, t in zip(spans.lengths, spans.target_counts)), default=0)
-        if rest_count == 0:
+        if not any(self.layout.rest_counts):
             return similarity, slot
-        rest = ops.ordinals(spans.valid & ~self.is_target, rest_count)
-        pair = None
-        if not spans.one_span or min(spans.target_counts) != spans.targets:
-            span, target_span = (spans.span.gather(1, index) for index in (rest, self.targets))
-            pair = span, target_span.masked_fill(~spans.target_valid, -1)
-        best, best_slot = ops.most_similar(ops.take(hidden, rest), ops.take(hidden, self.targets), pair)
-        # A shorter row's list of non-targets runs on into targets and padding: those keep what they have.
-        real = (spans.valid & ~self.is_target).gather(1, rest)
-        best = best.where(real, similarity.gather(1, rest))
-        best_slot = best_slot.where(real, slot.gather(1, rest))
-        return similarity.scatter(1, rest, best), slot.scatter(1, rest, best_slot)
+        return self.placed(similarity, self.closest[0]), self.placed(slot, self.closest[1])
+
+    def placed(self, values: "torch.Tensor", of_rest: "torch.Tensor") -> "torch.Tensor":
+        """``values`` (B, N) with those (B, R) of the :attr:`rest` in their places."""
+        import torch
+
+        real, columns = self.layout.rest_valid, self.layout.tokens
+        if real is None:
+            return values.scatter(1, self.rest, of_rest)
+        index = self.rest.masked_fill(~real, columns)  # a column more takes what is not there
+        return torch.nn.functional.pad(values, (0, 1)).scatter(1, index, of_rest)[:, :columns]
+
+
+@dataclass(frozen=True)
+class OfRest:
+    """What a merger of this module says: only of the tokens that are not targets.
+
+    slot: (B, R), the slot of each; None: all go to the compensation token. apart: (B, R) bool, which of them
+    go there nevertheless; pulls: whether weights come from importance (:attr:`Matches.pull`), otherwise they
+    are equal.
+    """
+
+    slot: "torch.Tensor | None"
+    apart: "torch.Tensor | None" = None
+    pulls: bool = True
 
 
 def check_slots(name: str, returned, matches: Matches) -> tuple["torch.Tensor", "torch.Tensor"]:
@@ -143,34 +186,34 @@ def check_slots(name: str, returned, matches: Matches) -> tuple["torch.Tensor", 
 
 @register_merge("drop", drops=True, reads=(), trusted=True)
 def drop(matches: Matches, c: "Compression"):
-    """Pruning: targets stay as they are, the rest is gone (FastV)."""
-    return matches.own_slot, matches.candidates.importance.new_zeros(matches.is_target.shape)
+    """Pruning: targets stay as they are, the rest is gone (FastV), so there is nothing to say of it."""
+    return None
 
 
 @register_merge("average", compensates=False, reads=("hidden",), trusted=True)
 def average(matches: Matches, c: "Compression"):
     """Every token joins its most similar target, as a plain mean of the group (Turbo)."""
-    return matches.nearest[1], matches.candidates.importance.new_zeros(matches.is_target.shape)
+    return OfRest(matches.closest[1], pulls=False)
 
 
 @register_merge("igm", reads=("hidden", "importance", "tau", "eta"), trusted=True)
 def igm(matches: Matches, c: "Compression"):
     """Importance-informed grouped merging (§3.3): tokens more similar than τ join their target, the others
     the compensation token."""
-    similarity, slot = matches.nearest
-    positive = matches.is_target | (similarity > c.tau)
-    if c.reserves:
-        positive = positive & ~matches.least_similar
-    return slot.masked_fill(~positive, matches.compensation), matches.pull
+    similarity, slot = matches.closest
+    apart = similarity <= c.tau
+    if c.reserves and any(matches.layout.rest_counts):
+        apart = apart | matches.least_similar
+    return OfRest(slot, apart)
 
 
 @register_merge("igm-pos", compensates=False, reads=("hidden", "importance", "eta"), trusted=True)
 def igm_pos(matches: Matches, c: "Compression"):
     """Table 5: all tokens are in the positive set."""
-    return matches.nearest[1], matches.pull
+    return OfRest(matches.closest[1])
 
 
 @register_merge("igm-neg", reads=("importance", "eta"), trusted=True)
 def igm_neg(matches: Matches, c: "Compression"):
     """Table 5: every non-target is in the negative set, like EViT's fused token."""
-    return matches.own_slot.masked_fill(~matches.is_target, matches.compensation), matches.pull
+    return OfRest(None)

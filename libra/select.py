@@ -46,8 +46,10 @@ class Candidates:
     def importance_mean(self) -> "torch.Tensor":
         """(B, N) or (B, 1): the mean importance of the visual tokens that share a token's score row."""
         importance, valid = self.importance, self.layout.valid
+        if self.score_rows is None and self.layout.uniform:
+            return importance.mean(1, keepdim=True)
         if self.score_rows is None:
-            return importance.sum(1, keepdim=True) / self.layout.tokens_of_row[:, None].clamp(min=1)
+            return importance.sum(1, keepdim=True) / self.layout.tokens_of_row[:, None]
         index = (self.score_rows + 1).masked_fill(~valid, 0)
         empty = importance.new_zeros((len(index), importance.shape[1] + 1))  # no more score rows than tokens
         total = empty.scatter_add(1, index, importance)
@@ -174,7 +176,12 @@ def check_targets(name: str, is_target, spans: "Spans") -> "torch.Tensor":
 def top_of_span(scores: "torch.Tensor", spans: "Spans") -> "torch.Tensor":
     """The highest scores (B, N) of each span, as many as it keeps; ties go to the first token. Returns (B, N)
     bool."""
+    import torch
+
     by_score = scores.argsort(dim=1, descending=True, stable=True)
+    if spans.uniform and spans.one_span:
+        chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+        return chosen.scatter(1, by_score[:, : spans.targets], True)
     # A stable sort by span keeps the order of the scores within a span.
     by_span = spans.span.gather(1, by_score).argsort(dim=1, stable=True)
     order = by_score.gather(1, by_span)
@@ -202,8 +209,11 @@ def information(candidates: Candidates, c: "Compression") -> "torch.Tensor":
     all.
     """
     spans, hidden = candidates.layout, candidates.hidden.detach()
-    span = spans.span.masked_fill(~spans.valid, -1)
-    similarity, partner = ops.most_similar(hidden, hidden, (span, span), itself=False)
+    pair = None
+    if not (spans.uniform and spans.one_span):
+        span = spans.span.masked_fill(~spans.valid, -1)
+        pair = span, span
+    similarity, partner = ops.most_similar(hidden, hidden, pair, itself=False)
     # Two tokens that are each other's nearest are equally redundant; rounding must not decide between them.
     exact = ops.cosine(hidden, ops.take(hidden, partner))
     redundancy = exact.where(similarity != -math.inf, similarity)

@@ -4,19 +4,62 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch.profiler import record_function
 
-from . import budget
+from . import budget, ops
 from .config import TOWER_SCORE, Compression
-from .merge import MERGERS, Matches, check_slots
+from .merge import MERGERS, Matches, OfRest, check_slots
 from .methods import Context
 from .ops import NOWHERE
-from .ops.reference import group_softmax, merge_groups, ordinals, take
 from .ops.spans import Spans, on_device
 from .select import SELECTORS, Candidates, check_targets, tower_score
+
+
+@dataclass(frozen=True)
+class Fates:
+    """Where the tokens of B rows went, for whoever asks.
+
+    Attributes:
+        layout: their spans.
+        slot: (B, M), the output slot of each; NOWHERE for one that was dropped or is not there.
+        weights: (B, M) float32, its weight there.
+        order: (B, M), which tokens they are, the targets first; None: all N, one after another.
+        similarity: (B, M) or, with ``order``, (B, R) of those that are no targets; None where nobody asked.
+    """
+
+    layout: Spans
+    slot: torch.Tensor
+    weights: torch.Tensor
+    order: torch.Tensor | None = None
+    similarity: torch.Tensor | None = None
+
+    def placed(self, values: torch.Tensor, nothing: float) -> torch.Tensor:
+        """(B, N) of ``values`` (B, M), with ``nothing`` for tokens that have none."""
+        if self.order is None:
+            return values
+        columns = self.layout.tokens
+        index = self.order.masked_fill(self.slot == NOWHERE, columns)  # a column more, for what is not there
+        whole = values.new_full((len(values), columns + 1), nothing)
+        return whole.scatter(1, index, values)[:, :columns]
+
+    def all_similarities(self) -> torch.Tensor | None:
+        """(B, N); 1 for targets, which are like themselves."""
+        if self.similarity is None or self.order is None:
+            return self.similarity
+        of_targets = self.similarity.new_ones(len(self.slot), self.layout.targets)
+        return self.placed(torch.cat([of_targets, self.similarity], 1), 1.0)
+
+    def padded(self, count: int) -> "Fates":
+        """For tokens that are ``count`` more, padding."""
+        pad, similarity = torch.nn.functional.pad, self.all_similarities()
+        return Fates(
+            self.layout,
+            pad(self.placed(self.slot, NOWHERE), (0, count), value=NOWHERE),
+            pad(self.placed(self.weights, 0.0), (0, count)),
+            similarity=None if similarity is None else pad(similarity, (0, count)),
+        )
 
 
 @dataclass(frozen=True)
@@ -25,44 +68,65 @@ class Compressed:
 
     Attributes:
         tokens: (B, T, D), or (B, T + 1, D) where a row has a compensation token, which is the last slot.
-        mask: (B, T[+1]) bool, False in the slots that a row does not fill.
         targets: (B, T), the numbers of the target tokens, ascending.
-        groups: (B, N), the slot that each visual token went to; -1 if it was dropped or is padding.
-        token_weights: (B, N) float32, each token's weight in its slot.
         importance: (B, N) float32, the α the choice was made by; 0 for padding.
-        similarity: (B, N) float32, s^max of eq. 5; None where the merge does not ask for it.
         layout: the spans that went in and the targets kept of each.
-        has_compensation: (B,) bool, which rows have a compensation token; None where the merge makes none.
-        reserved: the same where it is known beforehand, on the host; otherwise None.
+        fates: where the tokens went.
+        has_compensation: which rows have a compensation token, (B,) bool or, where it is known beforehand, a
+            list; None where the merge makes none.
         order: (B, T), the place of each slot among the row's tokens, where a released code that is reproduced
             orders them otherwise; None: as they are.
     """
 
     tokens: torch.Tensor
-    mask: torch.Tensor
     targets: torch.Tensor
-    groups: torch.Tensor
-    token_weights: torch.Tensor
     importance: torch.Tensor
-    similarity: torch.Tensor | None
     layout: Spans
-    has_compensation: torch.Tensor | None
+    fates: Fates
+    has_compensation: torch.Tensor | list[bool] | None = None
     order: torch.Tensor | None = None
-    reserved: list[bool] | None = None
+
+    @cached_property
+    def groups(self) -> torch.Tensor:
+        """(B, N), the slot that each visual token went to; -1 if it was dropped or is padding."""
+        return self.fates.placed(self.fates.slot, NOWHERE)
+
+    @cached_property
+    def token_weights(self) -> torch.Tensor:
+        """(B, N) float32, each token's weight in its slot."""
+        return self.fates.placed(self.fates.weights, 0.0)
+
+    @cached_property
+    def similarity(self) -> torch.Tensor | None:
+        """(B, N) float32, s^max of eq. 5; None where the merge does not ask for it."""
+        return self.fates.all_similarities()
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """(B, T[+1]) bool, False in the slots that a row does not fill."""
+        mask = self.layout.target_valid
+        if self.has_compensation is None:
+            return mask
+        has_one = self.has_compensation
+        if isinstance(has_one, list):
+            has_one = on_device(has_one, mask.device)
+        return torch.cat([mask, has_one[:, None]], 1)
 
     @cached_property
     def compensated(self) -> list[bool]:
-        """For each row, whether it has a compensation token; asking waits for the device, unless reserved."""
-        if self.reserved is not None and self.has_compensation is not None:
-            return self.reserved
-        return [False] * len(self.tokens) if self.has_compensation is None else self.has_compensation.tolist()
+        """For each row, whether it has a compensation token; where it is not known beforehand, asking waits
+        for the device."""
+        if self.has_compensation is None:
+            return [False] * len(self.tokens)
+        if isinstance(self.has_compensation, list):
+            return self.has_compensation
+        return self.has_compensation.tolist()
 
     def trimmed(self) -> "Compressed":
         """Without the compensation tokens' slot where no row fills it."""
         if self.has_compensation is None or any(self.compensated):
             return self
-        slots = self.layout.targets
-        return replace(self, tokens=self.tokens[:, :slots], mask=self.mask[:, :slots], has_compensation=None)
+        return replace(self, tokens=self.tokens[:, : self.layout.targets], has_compensation=None)
 
     @property
     def weights(self) -> torch.Tensor:
@@ -92,42 +156,89 @@ def compress_spans(
     """
     select, merge = SELECTORS[c.select], MERGERS[c.merge]
     with record_function("libra.select"):
-        importance = importance.detach().float().masked_fill(~spans.valid, 0.0)
+        importance = importance.detach().float()
+        if not spans.uniform:
+            importance = importance.masked_fill(~spans.valid, 0.0)
         candidates = Candidates(hidden, importance, spans, score_rows, row_seeds, context or Context())
         is_target = select.function(candidates, c)
         if not select.trusted:
             is_target = check_targets(c.select, is_target, spans)
-        targets = ordinals(is_target, spans.targets)
-    matches = Matches(candidates, None if isinstance(c.eta, str) else c.eta, is_target, targets)
+        matches = Matches(candidates, None if isinstance(c.eta, str) else c.eta, is_target)
     with record_function("libra.similarity"):
-        returned = merge.function(matches, c)
-        slot, logits = returned if merge.trusted else check_slots(c.merge, returned, matches)
-        if c.reserves and not merge.trusted:
-            slot = slot.masked_fill(matches.least_similar, matches.compensation)
+        said = merge.function(matches, c)
+        if not merge.trusted:
+            said = check_slots(c.merge, said, matches)
     with record_function("libra.merge"):
-        slot = slot.masked_fill(~spans.valid, NOWHERE)
-        mask, slots, has_one, reserved = spans.target_valid, spans.targets, None, None
         if merge.drops:
-            token_weights, tokens = is_target.float(), take(hidden, targets)
+            tokens, fates, has_one = _dropped(matches)
+        elif isinstance(said, OfRest):
+            tokens, fates, has_one = _merged_rest(matches, said, c)
         else:
-            token_weights = logits if merge.gives_weights else group_softmax(logits, slot, slots + 1)
-            if merge.compensates and spans.target_counts != spans.lengths:
-                if c.reserves:
-                    reserved = [n > kept for n, kept in zip(spans.lengths, spans.target_counts)]
-                    has_one = on_device(reserved, hidden.device)
-                else:
-                    has_one = (slot == matches.compensation).any(1)
-                mask, slots = torch.cat([mask, has_one[:, None]], 1), slots + 1
-            if merge.gives_tokens:
-                tokens = candidates.memo["tokens"]
-            else:
-                tokens = merge_groups(hidden, slot, token_weights, slots)
-    # A cached property: it is there if the merger used it.
-    similarity = matches.nearest[0] if "nearest" in vars(matches) else None
+            tokens, fates, has_one = _merged(matches, said, c)
     order = candidates.memo.get("order")
-    return Compressed(
-        tokens, mask, targets, slot, token_weights, importance, similarity, spans, has_one, order, reserved
-    )
+    return Compressed(tokens, matches.targets, importance, spans, fates, has_one, order)
+
+
+def _dropped(matches: Matches):
+    """The targets as they are."""
+    spans, targets = matches.layout, matches.targets
+    own = spans.target_index.expand(targets.shape)
+    if not spans.uniform:
+        own = own.masked_fill(~spans.target_valid, NOWHERE)
+    fates = Fates(spans, own, own.new_ones(own.shape, dtype=torch.float32), targets)
+    return ops.take(matches.hidden, targets), fates, None
+
+
+def _merged_rest(matches: Matches, said: OfRest, c: Compression):
+    """What a merger said of the tokens that are no targets, done to all in their order."""
+    spans = matches.layout
+    rows, rest = len(spans.spans), max(spans.rest_counts)
+    own = spans.target_index.expand(rows, -1)
+    slot, apart = said.slot, said.apart
+    if slot is None:
+        slot = own.new_full((rows, rest), matches.compensation)
+    elif apart is not None:
+        slot = slot.masked_fill(apart, matches.compensation)
+    real = spans.rest_valid
+    if real is not None:
+        slot = slot.masked_fill(~real, NOWHERE)
+    if len(set(spans.target_counts)) > 1:
+        own = own.masked_fill(~spans.target_valid, NOWHERE)
+    slot = torch.cat([own, slot], 1)
+    pull = matches.pull.gather(1, matches.order) if said.pulls else slot.new_zeros(slot.shape).float()
+    has_one: torch.Tensor | list[bool] | None = None
+    if MERGERS[c.merge].compensates and rest:
+        if c.reserves or said.slot is None:
+            has_one = [count > 0 for count in spans.rest_counts]
+        else:
+            has_one = (apart if real is None else apart & real).any(1)
+    slots, whole = spans.targets + (has_one is not None), spans.uniform
+    weights = ops.group_softmax(pull, slot, slots, whole)
+    tokens = ops.merge_groups(matches.ordered, slot, weights, slots, whole)
+    similarity = vars(matches).get("closest", (None,))[0]  # a cached property: there if it was used
+    return tokens, Fates(spans, slot, weights, matches.order, similarity), has_one
+
+
+def _merged(matches: Matches, said, c: Compression):
+    """What a merger said of every token: slots and logits, or weights."""
+    merge, spans = MERGERS[c.merge], matches.layout
+    slot, logits = said
+    if c.reserves and any(spans.rest_counts):
+        apart = matches.placed(torch.zeros_like(matches.is_target), matches.least_similar)
+        slot = slot.masked_fill(apart, matches.compensation)
+    slot = slot.masked_fill(~spans.valid, NOWHERE)
+    weights = logits if merge.gives_weights else ops.group_softmax(logits, slot, spans.targets + 1)
+    has_one: torch.Tensor | list[bool] | None = None
+    if merge.compensates and any(spans.rest_counts):
+        has_one = (slot == matches.compensation).any(1)
+        if c.reserves:
+            has_one = [count > 0 for count in spans.rest_counts]
+    if merge.gives_tokens:
+        tokens = matches.candidates.memo["tokens"]
+    else:
+        tokens = ops.merge_groups(matches.hidden, slot, weights, spans.targets + (has_one is not None))
+    similarity = vars(matches)["nearest"][0] if "nearest" in vars(matches) else None
+    return tokens, Fates(spans, slot, weights, similarity=similarity), has_one
 
 
 def compress(
@@ -187,14 +298,8 @@ def compress(
 
 def _padded(step: Compressed, count: int) -> Compressed:
     """What is returned per token is as long as what came in: ``count`` columns longer."""
-    groups = torch.nn.functional.pad(step.groups, (0, count), value=NOWHERE)
-    names = ("token_weights", "importance", "similarity")
-    padded: dict[str, Any] = {
-        name: torch.nn.functional.pad(value, (0, count))
-        for name in names
-        if (value := getattr(step, name)) is not None
-    }
-    return replace(step, groups=groups, **padded)
+    importance = torch.nn.functional.pad(step.importance, (0, count))
+    return replace(step, fates=step.fates.padded(count), importance=importance)
 
 
 def _check_tensors(hidden, importance) -> None:

@@ -89,6 +89,7 @@ def launches(dtype: torch.dtype) -> None:
             numbers(2, 1),
         )
         kernels.score_row(query, key, rows, 0.1)
+        kernels.score_row(query, key, range(639, 640), 0.1)
         kernels.score_row(query, key, rows, 0.1, empty(2, 700, dtype=torch.bool), 512)
     for batch, count, width in (
         (1, 288, 4096),
@@ -107,10 +108,8 @@ def launches(dtype: torch.dtype) -> None:
         kernels.pick_farthest(similarity, empty(2, tokens), 12)
         kernels.greedy_map(similarity, 12)
     for length in (40, 576, 2880, 16384):
-        chosen, one = empty(2, length, dtype=torch.bool), numbers(2, 1)
         kernels.group_softmax(empty(2, length), numbers(2, length), length // 2)
-        kernels.ordinals(chosen, length // 2)
-        kernels.repack(chosen, one, one, one, length // 2)
+        kernels.ordinals(empty(2, length, dtype=torch.bool), length // 2)
         for spans in ([[length]] * 2, [[length // 4, length // 2], [length]]):
             kernels.best_of_intervals(
                 empty(2, length), Spans.build(spans, keeps(spans, Compression()), "meta")

@@ -29,7 +29,6 @@ from libra.ops.reference import (
     merge_groups,
     most_similar,
     ordinals,
-    repack,
     score_row,
 )
 from libra.ops.spans import Spans
@@ -46,7 +45,6 @@ NAMES = {
     "group_softmax",
     "merge_groups",
     "ordinals",
-    "repack",
     "best_of_intervals",
 }
 TOOLS = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -126,6 +124,19 @@ def test_score_row(device, dtype, heads, kv_heads, width, length, keys, picked):
     rows = whole(0, length, 2, picked)
     mask = whole(0, 4, 2, keys + 5) > 0
     mask[:, keys + 4 :] = True
+    last, run = range(length - 1, length), range(length // 2, length // 2 + 3)
+    for asked, key_mask, window in (
+        (last, None, None),
+        (last, mask, 5),
+        (run, mask, None),
+        (run, None, None),
+    ):
+        given = query.transpose(1, 2), key.transpose(1, 2), asked, 0.2, key_mask, window
+        got, want = kernels.score_row(*given), score_row.__wrapped__(*given)
+        table = torch.arange(asked.start, asked.stop, device=device).expand(2, -1)
+        by_table = score_row.__wrapped__(*given[:2], table, *given[3:])
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-5)
+        torch.testing.assert_close(by_table, want, atol=2e-6, rtol=2e-5)
     for scaling, key_mask, window in (
         (0.2, None, None),
         (1.5, mask, None),
@@ -226,22 +237,6 @@ def test_ordinals(device, length):
             assert torch.equal(kernels.ordinals(of, count), ordinals.__wrapped__(of, count))
 
 
-@pytest.mark.parametrize("length", [1, 40, 2300])
-@pytest.mark.parametrize("pads_left", [False, True])
-def test_repack(device, length, pads_left):
-    _, whole = drawn(length, device)
-    keep = whole(0, 3, 4, length) > 0
-    keep[0], keep[1] = True, False
-    behind, extra = whole(0, length, 4, 1), whole(0, 2, 4, 1)
-    extra[1] = 1
-    filled = keep.sum(1, keepdim=True) + extra
-    for width in int(filled.max()), int(filled.max()) + 3:
-        shift = width - filled if pads_left else torch.zeros_like(filled)
-        asked = keep, behind, extra, shift, width
-        for got, want in zip(kernels.repack(*asked), repack.__wrapped__(*asked)):
-            assert torch.equal(got, want) and got.is_contiguous()
-
-
 @pytest.mark.parametrize("spans, tokens, count", [(1, 20, 20), (3, 70, 9), (2, 130, 33)])
 def test_picks_step_by_step(device, spans, tokens, count):
     """The same tokens in the same order, also past the rank of the kernel, and among equal tokens."""
@@ -311,7 +306,7 @@ def test_a_step_of_kernels_follows_the_equations(launched):
     if not kernels.INTERPRETED:
         pytest.skip("kernels are compiled on this machine, and these cases lie on the CPU")
     check_against_the_equations()
-    assert set(launched) == NAMES - {"score_row", "repack"}  # those belong to a model
+    assert set(launched) == NAMES - {"score_row"}  # which belongs to a model
 
 
 @pytest.mark.gpu
@@ -381,7 +376,7 @@ def test_a_model_with_kernels_is_the_model_without(device, keys, side, launched,
     with tiny.watched() as steps:
         logits = model(**given).logits
     merges = {"group_softmax", "merge_groups"} if model.compression.merge != "drop" else set()
-    assert {"score_row", "ordinals", "repack"} | merges <= set(launched)
+    assert {"score_row", "ordinals"} | merges <= set(launched)
     monkeypatch.undo()
     monkeypatch.setattr(dispatch, "runs_kernels", lambda tensor: False)
     with tiny.watched() as plain_steps:

@@ -22,8 +22,6 @@ SIGNATURES = {
 }
 # Function → why it is longer.
 LONG = {
-    "libra.engine.tokens.VisualTokens._survey": "every row's case in one place",
-    "libra.engine.tokens.VisualTokens._shorten": "the step from end to end",
     "llava.model.language_model.decoder.LlavaCausalLM.forward": "the modified forward, to be read at once",
     "llava.model.llava_arch.LlavaMetaForCausalLM.splice": "mostly its contract",
     "llava.model.llava_arch.LlavaMetaForCausalLM.generate": "mostly its contract",

@@ -170,7 +170,9 @@ def watched() -> Iterator[list[Step]]:
     steps, compress = [], VisualTokens.compress
 
     def spy(tokens, hidden, attention):
-        visual, queries = tokens.spans > 0, tokens.queries
+        visual, queries = tokens.spans > 0, tokens.queries.columns
+        if isinstance(queries, range):
+            queries = torch.arange(queries.start, queries.stop).expand(len(visual), -1)
         result = compress(tokens, hidden, attention)
         steps.append(Step(attention, visual, queries, *result[1:]))
         return result

@@ -98,13 +98,13 @@ class CompressedForward:
         score.enable(decoder.config)
         self._schedule = self.compression.schedule(decoder.config.num_hidden_layers)
         self._stages = self._stages_of(cache, past, padding_mask)
-        brings = prefill is not None and bool(prefill.visual.any())
         # A decoding step adds a valid token to every row.
-        decodes = not brings and inputs_embeds.shape[1] == 1 and self._first_stage.key_mask is None
+        decodes = prefill is None and inputs_embeds.shape[1] == 1 and self._first_stage.key_mask is None
         self._valid = None if padding_mask is None or decodes else padding_mask[:, past:].bool()
         # Of each stage: its columns of this call, each row's valid ones, and the columns of earlier calls.
         self._held: list[tuple[int, list[int], int]] = []
-        if brings:
+        prefill = None if prefill is None else prefill.surveyed(self._valid)
+        if prefill is not None and any(row.spans for row in prefill.columns.rows):
             self.tokens = VisualTokens(self._schedule, prefill, self._valid)
             self._valid = self.tokens.valid
             self.tokens.rate(inputs_embeds)
@@ -247,7 +247,7 @@ class CompressedForward:
         step = next((step for step in self._schedule if step.layer == layer), None)
         if self.tokens is None or step is None or not step.scores:
             return False
-        self._probe = score.Probe(self.tokens.queries, self._stages[self._number].key_mask)
+        self._probe = score.Probe(self.tokens.queries.columns, self._stages[self._number].key_mask)
         self._probe.over_heads, self._probe.wants_keys = self.tokens.over_heads, step.part.compares_keys
         return step.part.score_layer == "same"
 

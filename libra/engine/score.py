@@ -32,8 +32,8 @@ class Answered(Exception):
 
 
 class Probe:
-    """What one compression layer is asked: the attention (B, R, K) of the tokens ``rows`` (B, R) on all K
-    keys.
+    """What one compression layer is asked: the attention (B, R, K) of the tokens ``rows`` (B, R), or of a
+    range of them that goes for all rows of the batch, on all K keys.
 
     A fresh object for every layer and pass: gradient checkpointing runs a layer again when later stages are
     already shorter. With ``only`` the attention module is left as soon as the probe is answered;
@@ -44,7 +44,7 @@ class Probe:
     ``wants_keys`` it also hears ``keys`` (B, K, H_kv · head_dim), those of all heads side by side.
     """
 
-    def __init__(self, rows: torch.Tensor, key_mask: torch.Tensor | None):
+    def __init__(self, rows: torch.Tensor | range, key_mask: torch.Tensor | None):
         self.rows, self.key_mask = rows, key_mask
         self.attention: torch.Tensor | None = None
         self.only = self.by_mask = False
@@ -67,12 +67,14 @@ class Probe:
             if cap is None and bias is None and not own and self.over_heads is None:
                 self.attention = score_row(query, key, self.rows, scaling, self.key_mask, window)
             else:
-                keys, ahead = key.shape[2], key.shape[2] - query.shape[2]
+                keys, ahead, rows = key.shape[2], key.shape[2] - query.shape[2], self.rows
+                if isinstance(rows, range):
+                    rows = torch.arange(rows.start, rows.stop, device=key.device).expand(len(query), -1)
                 if own:
-                    seen = visible(attention_mask, self.rows, len(query), keys)
+                    seen = visible(attention_mask, rows, len(query), keys)
                 else:
-                    seen = causally_visible(self.rows + ahead, keys, self.key_mask, window)
-                heads = masked_rows(query, key, self.rows, scaling, seen, cap, bias)
+                    seen = causally_visible(rows + ahead, keys, self.key_mask, window)
+                heads = masked_rows(query, key, rows, scaling, seen, cap, bias)
                 self.attention = heads.mean(1) if self.over_heads is None else self.over_heads(heads)
         if self.only:
             raise Answered

@@ -10,13 +10,13 @@ from ..budget import keeps
 from ..config import TOWER_SCORE, Compression, Step
 from ..methods import MERGERS, Context
 from ..methods.sparsevlm import of_strongest_heads, raters
-from ..ops.reference import flat_rows, ordinals, repack, take, take_last
+from ..ops.reference import ordinals, take, take_last
 from ..ops.spans import Spans, on_device
 from ..places import TOWER
 from ..select import tower_score
-from ..step import Compressed, compress_spans
+from ..step import Compressed, Fates, compress_spans
+from .columns import IGNORE_INDEX, Columns, Scorer, survey
 
-IGNORE_INDEX = -100
 # Kinds of importance that read the rows of all the text after the picture, and those that choose among them.
 OF_THE_TEXT, RATED = ("mean", "raters", "rater-heads"), ("raters", "rater-heads")
 
@@ -36,6 +36,7 @@ class Prefill:
             there keeps its side.
         trace: whether to record what becomes of each visual token.
         seen: what the vision tower says about them, where a method asks.
+        columns: the same as the host knows it, see :meth:`surveyed`; None: found when it is needed.
     """
 
     visual: torch.Tensor
@@ -45,6 +46,21 @@ class Prefill:
     padding_side: str | None = None
     trace: bool = False
     seen: "Seen | None" = None
+    columns: Columns | None = None
+
+    def surveyed(self, valid: torch.Tensor | None = None) -> "Prefill":
+        """With its columns; this waits for the device, where they are not known yet.
+
+        valid: (B, S), 0 for padding, which is all on the left or all on the right of a row; None if there is
+            none. Raises ValueError if there is padding in the middle or on both sides of the batch's rows.
+        """
+        if self.columns is not None:
+            return self
+        side = self.padding_side or ("left" if self.labels is None else "right")
+        pictures = None if self.seen is None else self.seen.pictures
+        valid = None if valid is None else valid.bool()
+        found = survey(self.visual, valid, self.labels, self.score_columns, pictures, side)
+        return replace(self, columns=found)
 
 
 @dataclass(frozen=True)
@@ -93,15 +109,24 @@ class Queries:
     """Which attention rows score the visual tokens.
 
     Attributes:
-        columns: (B, R), the query columns of a probe.
-        weights: (B, G, R), which turn R attention rows into G score rows; None where the one is the other.
+        columns: the query columns of a probe: (B, R), or a range where they are the same in all rows.
+        weights: (B, G, R), which turn R attention rows into G score rows; None where their mean is the one.
     """
 
-    columns: torch.Tensor
-    weights: torch.Tensor | None
+    columns: torch.Tensor | range
+    weights: torch.Tensor | None = None
 
     @classmethod
-    def build(cls, queries: list[list[list[int]]], fill: list[int], device) -> "Queries":
+    def of(cls, columns: Columns, importance: str, device) -> "Queries":
+        """For a kind of importance."""
+        queries = [[_asked(one, importance) for one in row.scorers] for row in columns.rows]
+        alike = all(row == queries[0] for row in queries) and len(queries[0]) == 1
+        if alike and importance not in RATED:
+            return cls(queries[0][0])
+        return cls.build(queries, [row.end - 1 for row in columns.rows], device)
+
+    @classmethod
+    def build(cls, queries: list[list[range]], fill: list[int], device) -> "Queries":
         """``queries``: for each row and each of its score rows the columns whose attention is averaged;
         ``fill``: a valid column of each row."""
         groups = max(map(len, queries), default=0)
@@ -112,18 +137,27 @@ class Queries:
         columns = [
             [column for _, column, _ in row] + [valid] * (width - len(row)) for row, valid in zip(flat, fill)
         ]
+        table = on_device(columns, device, torch.long).view(len(flat), width)
+        if groups == width == 1 and all(flat):  # the one query is the one score row
+            return cls(table)
         weights = [[[0.0] * width for _ in range(groups)] for _ in flat]
         for b, row in enumerate(flat):
             for r, (g, _, share) in enumerate(row):
                 weights[b][g][r] = share
-        table = on_device(columns, device, torch.long).view(len(flat), width)
-        if groups == width == 1 and all(flat):  # the one query is the one score row
-            return cls(table, None)
         return cls(table, on_device(weights, device).view(len(flat), groups, width))
 
-    def moved(self, place: torch.Tensor) -> "Queries":
-        """With ``place`` (B, S), the new column of each old one, -1 before the first that is left."""
-        return Queries(place.gather(1, self.columns).clamp(min=0), self.weights)
+    def score_rows(self, attention: torch.Tensor) -> torch.Tensor:
+        """(B, G, S) of the probe's answer (B, R, S)."""
+        if self.weights is not None:
+            return self.weights @ attention
+        return attention if attention.shape[1] == 1 else attention.mean(1, keepdim=True)
+
+
+def _asked(scorer: Scorer, importance: str) -> range:
+    """The columns whose attention a scorer stands for."""
+    if importance in OF_THE_TEXT and scorer.begin <= scorer.column:
+        return range(scorer.begin, scorer.column + 1)
+    return range(scorer.column, scorer.column + 1)
 
 
 @dataclass
@@ -148,152 +182,50 @@ class VisualTokens:
 
     Args:
         schedule: the compressions, one after another.
-        prefill: which columns are visual tokens, and what else is known of the call.
-        valid: (B, S), 0 for padding, which is all on the left or all on the right of a row; None if there is
-            none.
-
-    Raises:
-        ValueError: if there is padding in the middle or on both sides of the batch's rows.
+        prefill: which columns are visual tokens, and what else is known of the call; surveyed.
+        valid: (B, S), 0 for padding; None if there is none.
     """
 
     def __init__(self, schedule: tuple[Step, ...], prefill: Prefill, valid: torch.Tensor | None = None):
         self.schedule, self.labels, self._row_seeds = schedule, prefill.labels, prefill.row_seeds
         self._left = None if prefill.seen is None else prefill.seen.left
-        self.valid = None if valid is None else valid.bool()
-        self._side = prefill.padding_side or ("left" if prefill.labels is None else "right")
-        visual = prefill.visual
-        self.counts: list[
-            list[int]
-        ] = []  # visual tokens of each row, stage by stage, without compensation tokens
-        self.compensated: list[
-            list[bool]
-        ] = []  # which rows got a compensation token at each compression layer
-        with record_function("libra.layout"):
-            begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
-            if prefill.seen is not None:
-                begins = begins | self._borders(visual, prefill.seen.pictures)
-            self.spans = (
-                begins.cumsum(1) * visual
-            )  # (B, S): 0 for text and padding, k for the row's k-th span
-            self._survey(prefill.score_columns)
+        self._device = prefill.visual.device
+        self.columns: Columns = prefill.columns or prefill.surveyed(valid).columns
+        self.valid = valid.bool() if valid is not None and self.columns.is_padded else None
+        # Visual tokens of each row, stage by stage, without compensation tokens.
+        self.counts = [list(map(sum, self.columns.span_lengths))]
+        # Which rows got a compensation token at each compression layer.
+        self.compensated: list[list[bool]] = []
+        self.last_visual = max(row.last_visual for row in self.columns.rows)
+        self._queries: Queries | None = None
+        self._rated: dict[str, torch.Tensor] = {}  # the weights of queries that were chosen among the text
         self._context = self._repeat(None if prefill.seen is None else prefill.seen.context)
         self.deep: Deep | None = None  # of the layer after which is compressed next, where a method asks
         if any(step.part.positions == "centre" for step in schedule):
             self._places = self._places_in_spans()
 
-    @staticmethod
-    def _borders(visual: torch.Tensor, pictures: list[list[int]]) -> torch.Tensor:
-        """(B, S) bool: the first column of each picture."""
-        batch = len(visual)
-        repeats = batch // len(pictures)  # beams and returned sequences
-        rows = [row for row in pictures for _ in range(repeats)]
-        first = torch.zeros(batch, visual.shape[1] + 1, dtype=torch.bool)
-        for b, row in enumerate(rows):
-            for end in torch.tensor([0, *row]).cumsum(0)[:-1].tolist():
-                first[b, min(end, visual.shape[1])] = True
-        number = (visual.cumsum(1) - 1).clamp(min=0)
-        return visual & first.to(visual.device).gather(1, number)
-
-    def _survey(self, score_columns) -> None:
-        """Bring the batch's layout to the host once: after it every shape is known but for compensation
-        tokens."""
-        batch, length = self.spans.shape
-        device = self.spans.device
-        columns = torch.arange(length, device=device)
-        valid = torch.ones_like(self.spans, dtype=torch.bool) if self.valid is None else self.valid
-        self.spans = self.spans.masked_fill(~valid, 0)
-        most = int(self.spans.max()) if self.spans.numel() else 0
-        numbers = torch.arange(1, most + 1, device=device)
-        members = self.spans[:, None, :] == numbers[:, None]  # (B, M, S)
-        last_valid = torch.where(valid, columns, -1).amax(1)
-        last_of_span = torch.where(members, columns, -1).amax(2)
-        scorer = (
-            last_valid[:, None].expand(-1, most)
-            if score_columns is None
-            else score_columns[:, None].expand(-1, most)
-        )
-        if score_columns is None and self.labels is not None:
-            answers = (self.labels != IGNORE_INDEX)[:, None, :] & (columns > last_of_span[..., None])
-            first_answer = torch.where(answers, columns, length).amin(2)
-            scorer = torch.where(first_answer < length, first_answer - 1, scorer)
-        first_valid = torch.where(valid, columns, length).amin(1)
-        last_of_row = torch.where(self.spans > 0, columns, -1).amax(1)
-        first_of_row = torch.where(self.spans > 0, columns, length).amin(1)
-        answered = last_valid + 1
-        if self.labels is not None:
-            said = (self.labels != IGNORE_INDEX) & (columns > last_of_row[:, None])
-            answered = torch.where(said, columns, length).amin(1).minimum(last_valid + 1)
-        around = torch.stack(
-            [first_of_row - first_valid, last_valid - last_of_row, last_valid + 1 - answered], 1
-        )
-        extent = torch.cat([around, torch.stack([valid.sum(1), first_valid, last_valid], 1)], 1)
-        summary = torch.cat([members.sum(2), scorer, last_of_span, extent], 1).tolist()
-
-        self.span_lengths, self.row_lengths = [], []
-        scorers: list[list[int]] = []  # the distinct score columns of each row
-        last_visual: list[list[int]] = []  # the last visual column each of them scores
-        which: list[list[int]] = []  # span → place in the row's list of score columns
-        for entry in summary:
-            lengths, scored_by, ends = entry[:most], entry[most : 2 * most], entry[2 * most : 3 * most]
-            real = [i for i in range(most) if lengths[i]]
-            distinct = sorted({scored_by[i] for i in real})
-            self.span_lengths.append([lengths[i] for i in real])
-            which.append([distinct.index(scored_by[i]) for i in real])
-            scorers.append(distinct)
-            last_visual.append([max(ends[i] for i in real if scored_by[i] == column) for column in distinct])
-            self.row_lengths.append(entry[-3])
-        padded_left = any(entry[-2] > 0 for entry in summary)
-        padded_right = any(entry[-1] < length - 1 for entry in summary)
-        if padded_left and padded_right or any(entry[-3] != entry[-1] - entry[-2] + 1 for entry in summary):
-            raise ValueError(
-                "the attention mask has padding on both sides or inside a row; pad on one side only"
-            )
-        self.pads_left = padded_left or not padded_right and self._side == "left"
-        if not (padded_left or padded_right):
-            self.valid = None
-        self.last_visual = max((end for row in last_visual for end in row), default=-1)
-        self.counts.append([sum(row) for row in self.span_lengths])
-        self._which = which
-        # Of each row: its columns before the first picture, after the last one, and those of answers.
-        self._around = [
-            (entry[-6], entry[-5], entry[-4]) if row else (0, 0, 0)
-            for entry, row in zip(summary, self.span_lengths)
-        ]
-        self._set_queries(scorers, last_visual, fill=[entry[-1] for entry in summary])
-
     def _repeat(self, context: Context | None) -> Context:
         """The context for the rows of this batch, which beams and returned sequences repeat."""
         given = None if context is None else context.rows
-        if not given or given == len(self.spans):
+        if not given or given == len(self.columns.rows):
             return context or Context()
-        return context.repeated(len(self.spans) // given)
-
-    def _set_queries(self, scorers, last_visual, fill) -> None:
-        """The probes' queries for each kind of importance that a step after a layer reads."""
-        self._queries = {}
-        for kind in {step.part.importance for step in self.schedule}:
-            if kind in OF_THE_TEXT:
-                queries = [
-                    [list(range(end + 1, column + 1)) or [column] for column, end in zip(*row)]
-                    for row in zip(scorers, last_visual)
-                ]
-            else:
-                queries = [[[column] for column in row] for row in scorers]
-            self._queries[kind] = Queries.build(queries, fill, self.spans.device)
+        return context.repeated(len(self.columns.rows) // given)
 
     def rate(self, embeds: torch.Tensor) -> None:
         """Choose the raters of the question (SparseVLM) by the embeddings (B, S, D), where a step asks."""
-        for kind, asked in self._queries.items():
-            if kind in RATED and asked.weights is not None:
+        for kind in {step.part.importance for step in self.schedule if step.part.importance in RATED}:
+            asked = Queries.of(self.columns, kind, self._device)
+            if asked.weights is not None:
                 text = take(embeds, asked.columns)
-                asked.weights = raters(embeds.detach(), text.detach(), self.spans > 0, asked.weights > 0)
+                weights = raters(embeds.detach(), text.detach(), self.spans > 0, asked.weights > 0)
+                self._rated[kind] = weights
 
     @property
     def over_heads(self):
         """What the probe of the next compression makes of the attention of each head; None for the mean."""
-        asked = self._queries[self.step.part.importance]
         if self.step.part.importance != "rater-heads":
             return None
+        asked = self.queries
         rates = asked.columns >= 0 if asked.weights is None else (asked.weights > 0).any(1)
         return partial(of_strongest_heads, rates=rates, visual=self.spans > 0)
 
@@ -303,36 +235,60 @@ class VisualTokens:
         return self.schedule[len(self.counts) - 1]
 
     @property
-    def queries(self) -> torch.Tensor:
-        """(B, R): the columns whose attention the next compression reads."""
-        return self._queries[self.step.part.importance].columns
+    def span_lengths(self) -> list[list[int]]:
+        """Visual tokens of each span of each row."""
+        return self.columns.span_lengths
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Valid columns of each row."""
+        return self.columns.lengths
+
+    @property
+    def spans(self) -> torch.Tensor:
+        """(B, S): 0 for text and padding, k for the row's k-th span."""
+        return on_device(self.columns.numbers(), self._device)
+
+    @property
+    def queries(self) -> Queries:
+        """The columns whose attention the next compression reads."""
+        if self._queries is None:
+            kind = self.step.part.importance
+            self._queries = Queries.of(self.columns, kind, self._device)
+            self._queries.weights = self._rated.get(kind, self._queries.weights)
+        return self._queries
 
     @property
     def padding(self) -> str | None:
         """The side on which the rows are padded now; None if no row is."""
         if self.valid is None:
             return None
-        return "left" if self.pads_left else "right"
+        return "left" if self.columns.pads_left else "right"
 
-    def _columns(self, count: int) -> torch.Tensor:
-        """(B, count): the columns of each row's visual tokens, ascending; a shorter row goes on with other
-        columns."""
-        return ordinals(self.spans > 0, count)
+    def _visual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, N, …) of the visual tokens, from ``x`` (B, S, …), and their columns (B, N) where a table of
+        them was made."""
+        if self.columns.alike and self.columns.rows[0].spans:
+            parts = [x[:, start : start + n] for start, n in self.columns.rows[0].spans]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1), None
+        columns = on_device(self.columns.visual(), x.device)
+        return take(x, columns), columns
 
-    def _importance(self, attention: torch.Tensor, columns: torch.Tensor, layout: Spans):
+    def _importance(self, attention: torch.Tensor, columns: torch.Tensor | None):
         """α of the visual tokens (B, N) from attention (B, R, S), and which score row each token has (B, N)
         or None for one."""
-        weights = self._queries[self.step.part.importance].weights
-        scores = attention if weights is None else weights @ attention  # (B, G, S)
+        scores = self.queries.score_rows(attention)  # (B, G, S)
         groups = scores.shape[1]
         if groups == 1:
-            return scores[:, 0].gather(1, columns), None
-        width = 1 + max(map(len, self._which))
-        table = on_device([row + [0] * (width - len(row)) for row in self._which], attention.device)
-        owner = table.gather(1, layout.span)
-        return scores.gather(2, columns[:, None].expand(-1, groups, -1)).gather(1, owner[:, None])[
-            :, 0
-        ], owner
+            row = scores[:, 0]
+            return self._visual(row)[0] if columns is None else row.gather(1, columns), None
+        which = [[by for by, n in zip(row.which, row.lengths) for _ in range(n)] for row in self.columns.rows]
+        width = max(1, *map(len, which))
+        owner = on_device([row + [0] * (width - len(row)) for row in which], attention.device)
+        if columns is None:
+            columns = on_device(self.columns.visual(), attention.device)
+        by_group = scores.gather(2, columns[:, None].expand(-1, groups, -1))
+        return by_group.gather(1, owner[:, None])[:, 0], owner
 
     def compress(
         self, hidden: torch.Tensor, attention: torch.Tensor | None
@@ -351,23 +307,22 @@ class VisualTokens:
         Raises:
             ValueError: where the context lacks what the step needs.
         """
-        device, part = hidden.device, self.step.part
+        part = self.step.part
         with record_function("libra.layout"):
-            # A row without visual tokens gets a span of one column, so that shapes stay valid; it is put back
-            # untouched.
+            # A row without visual tokens gets a span of one column, so that shapes stay valid; nothing is
+            # made of it.
             spans = [row or [1] for row in self.span_lengths]
             kept = self._left_of_spans() if part.at == TOWER else keeps(spans, part, self.step.left)
-            layout = Spans.build(spans, kept, device)
-            columns = self._columns(layout.tokens)
+            layout = Spans.build(spans, kept, hidden.device)
         with record_function("libra.gather"):
-            visual = take(hidden, columns)
+            visual, columns = self._visual(hidden)
         if part.at == TOWER:
             step = self._left_by_tower(visual, layout)
         else:
-            context = self._context_for(part, hidden, layout, columns)
+            context = self._context_for(part, hidden, layout)
             importance, owner = context_score(part, context, visual), None
             if attention is not None:
-                importance, owner = self._importance(attention, columns, layout)
+                importance, owner = self._importance(attention, columns)
             step = compress_spans(visual, importance, part, layout, owner, self._row_seeds, context)
         if len(self.counts) < len(self.schedule):
             self._context = self._context.at(step.targets)
@@ -375,9 +330,7 @@ class VisualTokens:
             new_hidden, shortened = self._shorten(hidden, columns, step)
         return new_hidden, shortened, step
 
-    def _context_for(
-        self, part: Compression, hidden: torch.Tensor, layout: Spans, columns: torch.Tensor
-    ) -> Context:
+    def _context_for(self, part: Compression, hidden: torch.Tensor, layout: Spans) -> Context:
         """What the step may look at. Raises ValueError where something that it needs is not there."""
         context = self._context
         if context.grid is not None:
@@ -388,9 +341,9 @@ class VisualTokens:
         if part.compares_keys and self.deep is not None:
             context = replace(
                 context,
-                layer_keys=take(self.deep.keys, columns),
+                layer_keys=self._visual(self.deep.keys)[0],
                 text_keys=self._question(self.deep.keys),
-                final_hidden=take(self.deep.hidden, columns),
+                final_hidden=self._visual(self.deep.hidden)[0],
                 final_text=self._question(self.deep.hidden),
             )
         if missing := context.missing(part.needs):
@@ -403,10 +356,9 @@ class VisualTokens:
     def _question(self, hidden: torch.Tensor) -> list[torch.Tensor]:
         """Of each row (P, D): the text after its last picture as far as it is not an answer, or the text
         before the first one where nothing follows."""
-        rows, length = [], hidden.shape[1]
-        for b, (count, (before, tail, answers)) in enumerate(zip(self.row_lengths, self._around)):
-            first = length - count if self.pads_left else 0
-            end = first + count
+        rows = []
+        for b, (row, (before, tail, answers)) in enumerate(zip(self.columns.rows, self.columns.around)):
+            first, end = row.first, row.end
             text = hidden[b, end - tail : end - answers]
             text = text if tail > answers else hidden[b, first : first + before]
             # A row of nothing but pictures, or without any, compares with itself: no text is no preference.
@@ -420,7 +372,8 @@ class VisualTokens:
                 "a compression in the vision tower needs pictures: embeddings alone cannot go back there;"
                 " write at: input"
             )
-        kept = self._left.kept.repeat_interleave(len(self.spans) // len(self._left.kept), 0).tolist()
+        repeats = len(self.columns.rows) // len(self._left.kept)
+        kept = self._left.kept.repeat_interleave(repeats, 0).tolist()
         counts = []
         for row, spans in zip(kept, self.span_lengths):
             ends = torch.tensor([0, *spans]).cumsum(0).tolist()
@@ -444,113 +397,131 @@ class VisualTokens:
                 places, tokens = self._left.tokens[b // repeats]
                 visual[b] = visual[b].index_copy(0, places, tokens.to(visual))
         weights, importance = fitted(self._left.weights).float(), fitted(self._left.importance).float()
-        return Compressed(
-            take(visual, targets), layout.target_valid, targets, fitted(self._left.groups), weights,
-            importance, None, layout, None,
-        )  # fmt: skip
+        fates = Fates(layout, fitted(self._left.groups), weights)
+        return Compressed(take(visual, targets), targets, importance, layout, fates)
 
     def _shorten(
-        self, hidden: torch.Tensor, columns: torch.Tensor, step: Compressed
+        self, hidden: torch.Tensor, columns: torch.Tensor | None, step: Compressed
     ) -> tuple[torch.Tensor, Shortened]:
-        """Drop the non-target columns, make room for compensation tokens, move everything that is kept per
-        column.
+        """Drop the non-target columns, put in compensation tokens, move everything that is kept per column.
 
-        Only the device knows which rows have a compensation token. Waiting for it before columns are moved
-        would leave a GPU idle at every compression layer. So one slot is reserved in every row, everything is
-        queued with it, and only then the host asks, once; a slot that no row uses is cut off again.
-
-        Rows are packed anew, towards the side away from the padding: left padded for generation, where the
-        newest column of every row must be the last one. A row without a compensation token (of a batch where
-        another row has one) leaves its slot among its padding, and `valid` masks it.
+        Only the device knows which rows have a compensation token, unless they are reserved. A GPU would be
+        idle while the host waits for that and then moves columns; so they are moved first as if every row had
+        one in which anything was removed, which is the rule, and then the host asks, once. Where it is not
+        so, they are moved again.
         """
-        device, layout = self.spans.device, step.layout
-        room = step.has_compensation is not None
-        kept = [
-            n - before + after
-            for n, before, after in zip(self.row_lengths, layout.lengths, layout.target_counts)
+        kept = step.layout.keeps
+        may_have = [
+            bool(row.spans) and count > 0 for row, count in zip(self.columns.rows, step.layout.rest_counts)
         ]
-        width = max(kept) + room
-        extra = (
-            step.has_compensation[:, None].long()
-            if room
-            else torch.zeros(len(kept), 1, dtype=torch.long, device=device)
-        )
-        ends = on_device(kept, device)[:, None] + extra
-
-        keep = torch.ones_like(self.spans, dtype=torch.bool) if self.valid is None else self.valid.clone()
-        chosen = torch.zeros_like(layout.valid).scatter(1, step.targets, layout.target_valid)
-        current = keep.gather(1, columns)
-        keep = keep.scatter(1, columns, torch.where(layout.valid, chosen & current, current))
-        last_visual = columns.gather(1, layout.tokens_of_row[:, None] - 1)
-        shift = width - ends if self.pads_left else torch.zeros_like(ends)
-        source, place = repack(keep, last_visual, extra, shift, width)
-        # A row without one sends the slot of the compensation token to a column that it leaves empty.
-        compensation = torch.where(
-            extra > 0, place.gather(1, last_visual) + 1, 0 if self.pads_left else width - 1
-        )
-        new_hidden = take(hidden, source)
-        part = self.step.part
-        put = self._left.tokens is not None if part.at == TOWER else not MERGERS[part.merge].drops
-        if put:
-            slots = place.gather(1, columns.gather(1, step.targets))
-            self._put(new_hidden, step, torch.cat([slots, compensation], 1) if room else slots)
-
-        new_columns = torch.arange(width, device=device)
-        valid = new_columns >= width - ends if self.pads_left else new_columns < ends
-        # A compensation token belongs to no span: later layers treat it as text, and nobody predicts it.
-        nobody = ~valid if not room else ~valid | (new_columns == compensation)
-        spans = take(self.spans, source).masked_fill(nobody, 0)
-        labels = None if self.labels is None else take(self.labels, source).masked_fill(nobody, IGNORE_INDEX)
-        # A scoring column that is dropped (a row that ends with its image) hands over to the one before it.
-        queries = {kind: asked.moved(place) for kind, asked in self._queries.items()}
-
-        lengths = [n + c for n, c in zip(kept, step.compensated)]  # the step's one device synchronisation
-        if spare := width - max(lengths):
-            cut = slice(spare, None) if self.pads_left else slice(-spare)
-            new_hidden, source, valid, spans = (x[:, cut] for x in (new_hidden, source, valid, spans))
-            labels = None if labels is None else labels[:, cut]
-            for asked in queries.values() if self.pads_left else ():
-                asked.columns = asked.columns - spare
-        # None where no row has padding: a mask would keep flash attention and SDPA from their fast kernels.
-        self.valid = None if min(lengths) == max(lengths) else valid
-        self.spans, self.labels, self._queries, self.row_lengths = spans, labels, queries, lengths
-        self.span_lengths = [list(k) if n else [] for k, n in zip(layout.keeps, self.span_lengths)]
-        self.counts.append([sum(row) for row in self.span_lengths])
-        self.compensated.append(step.compensated)
+        guessed = may_have if step.has_compensation is not None else [False] * len(may_have)
+        numbers = None
+        waits = hidden.device.type != "cpu" and not isinstance(step.has_compensation, (list, type(None)))
+        inside = any(row.is_inside(one.column) for row in self.columns.rows for one in row.scorers)
+        if inside:  # a scorer that may be dropped hands over to the one before it
+            numbers = step.targets.tolist()
+        if waits and not inside:
+            new = self.columns.shortened(kept, guessed, None)
+            moved = self._moved(hidden, columns, step, new, guessed)
+        compensated = [has and may for has, may in zip(step.compensated, may_have)]
+        if not waits or inside or compensated != guessed:
+            new = self.columns.shortened(kept, compensated, numbers)
+            moved = self._moved(hidden, columns, step, new, compensated)
+        new_hidden, source = moved
+        self._carry(source, new, compensated)
+        self.columns, self._queries = new, None
+        self.counts.append(list(map(sum, new.span_lengths)))
+        self.compensated.append(compensated)
         return new_hidden, Shortened(source, self.valid)
 
-    def _put(self, hidden: torch.Tensor, step: Compressed, place: torch.Tensor) -> None:
-        """Write the merged tokens (B, T[+1], D) into their columns ``place`` (B, T[+1]) of the new ``hidden``
-        (B, S', D)."""
+    def _moved(self, hidden, columns, step: Compressed, new: Columns, extra: list[bool]):
+        """The hidden states (B, S', D) in their ``new`` columns, and the old column of each (B, S'): of a
+        compensation token that of the last visual token, and a padded column stays the one it is."""
+        if self.columns.alike and self.columns.rows[0].spans and len(set(extra)) == 1:
+            return self._joined(hidden, step, extra[0])
+        return self._gathered(hidden, columns, step, new, extra)
+
+    def _joined(self, hidden: torch.Tensor, step: Compressed, extra: bool):
+        """:meth:`_moved` where all rows are alike: text and tokens are put one after another."""
+        place = torch.arange(hidden.shape[1], device=hidden.device)[None].expand(len(hidden), -1)
+        (row, *_), kept = self.columns.rows, step.layout.keeps[0]
+        states, sources = [], []
+        end = before = passed = 0  # of the columns, the targets and the visual tokens so far
+        for (start, n), count in zip(row.spans, kept):
+            targets = step.targets[:, before : before + count]
+            states += [hidden[:, end:start], step.tokens[:, before : before + count]]
+            sources += [place[:, end:start], targets if start == passed else targets + (start - passed)]
+            end, before, passed = start + n, before + count, passed + n
+        states += [step.tokens[:, before : before + extra], hidden[:, end:]]
+        sources += [place[:, end - extra : end], place[:, end:]]
+        return torch.cat(states, 1), torch.cat(sources, 1)
+
+    def _gathered(self, hidden, columns, step: Compressed, new: Columns, extra: list[bool]):
+        """:meth:`_moved` by a table of where each new column comes from: an old column, or a target."""
         batch, length, width = hidden.shape
-        slots, targets = place.shape[1], step.layout.targets
-        flat = flat_rows(place, length)
-        tokens = step.tokens.reshape(-1, width)
-        # Of the slots that rows fill as far as the host knows; a row without visual tokens keeps its one
-        # column as it is.
-        filled = [
-            row * slots + slot
-            for row, (count, spans) in enumerate(zip(step.layout.target_counts, self.span_lengths))
-            if spans
-            for slot in (*range(count), *range(targets, slots))
-        ]
-        if len(filled) < batch * slots:
-            chosen = on_device(filled, hidden.device, torch.long)
-            flat, tokens = flat[chosen], tokens[chosen]
-        hidden.view(-1, width).index_copy_(0, flat, tokens)
+        if columns is None:
+            columns = on_device(self.columns.visual(), hidden.device)
+        slots, plan, filled, into = step.tokens.shape[1], [], [], []
+        for b, (row, moved) in enumerate(zip(self.columns.rows, new.rows)):
+            source = [min(column, length - 1) for column in range(new.width)]
+            for (begin, end), stop in zip(row.texts(), [*(start for start, _ in moved.spans), moved.end]):
+                source[stop - (end - begin) : stop] = range(begin, end)
+            slot = 0
+            for start, count in moved.spans:
+                source[start : start + count] = range(length + slot, length + slot + count)
+                into += range(b * new.width + start, b * new.width + start + count)
+                filled += range(b * slots + slot, b * slots + slot + count)
+                slot += count
+            if extra[b]:
+                source[moved.last_visual + 1] = row.last_visual
+                into.append(b * new.width + moved.last_visual + 1)
+                filled.append(b * slots + step.layout.targets)
+            plan.append(source)
+        place = torch.arange(length, device=hidden.device)[None].expand(batch, -1)
+        pool = torch.cat([place, columns.gather(1, step.targets)], 1)
+        source = pool.gather(1, on_device(plan, hidden.device))
+        new_hidden, tokens = take(hidden, source), step.tokens.reshape(-1, width)
+        part = self.step.part
+        if part.at == TOWER and self._left.tokens is None or MERGERS[part.merge].drops:
+            return new_hidden, source  # the targets are what they were
+        if len(filled) < len(tokens):
+            tokens = tokens.index_select(0, on_device(filled, hidden.device, torch.long))
+        new_hidden.view(-1, width).index_copy_(0, on_device(into, hidden.device, torch.long), tokens)
+        return new_hidden, source
+
+    def _carry(self, source: torch.Tensor, new: Columns, compensated: list[bool]) -> None:
+        """Shorten what is kept per column. A compensation token belongs to no span: later layers treat it as
+        text, and nobody predicts it."""
+        # None where no row has padding: a mask would keep flash attention and SDPA from their fast kernels.
+        self.valid = None
+        if new.is_padded:
+            rows = [[row.first <= column < row.end for column in range(new.width)] for row in new.rows]
+            self.valid = on_device(rows, source.device)
+        if self.labels is None:
+            return
+        self.labels = take(self.labels, source)
+        if new.is_padded or any(compensated):
+            nobody = [
+                [
+                    not row.first <= column < row.end or extra and column == row.last_visual + 1
+                    for column in range(new.width)
+                ]
+                for row, extra in zip(new.rows, compensated)
+            ]
+            self.labels = self.labels.masked_fill(on_device(nobody, source.device), IGNORE_INDEX)
 
     def _places_in_spans(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, M): the first column of each span and its tokens, as they came in."""
-        members = self._members()
-        columns = torch.arange(members.shape[2], device=members.device)
-        first = torch.where(members, columns, members.shape[2] - 1).amin(2)
-        return first, members.sum(2)
+        most = max(len(row.spans) for row in self.columns.rows)
+        padded = [[*row.spans, *[(0, 0)] * (most - len(row.spans))] for row in self.columns.rows]
+        table = on_device(padded, self._device, torch.long).view(-1, most, 2)
+        return table[..., 0], table[..., 1]
 
     def _members(self) -> torch.Tensor:
         """(B, M, S) bool: which columns belong to each span."""
         most = max(map(len, self.span_lengths), default=0)
-        numbers = torch.arange(1, most + 1, device=self.spans.device)
-        return self.spans[:, None, :] == numbers[:, None]
+        spans = self.spans
+        return spans[:, None, :] == torch.arange(1, most + 1, device=spans.device)[:, None]
 
     def starts(self, positions: torch.Tensor) -> torch.Tensor:
         """(B, M): where each span begins, of the ``positions`` (B or 1, S) of the columns that came in."""

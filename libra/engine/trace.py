@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..ops.spans import Spans
 from ..step import Compressed
 
 GONE, TARGET, MERGED, COMPENSATION, DROPPED = range(5)
@@ -145,12 +146,12 @@ class Recorder:
     def add(self, layer: int, step: Compressed, spans: list[list[int]]) -> None:
         """``spans``: the lengths of each row's spans before the step, without a stand-in for rows that have
         none."""
-        self._steps.append((layer, replace(step, tokens=step.tokens[:, :, :0]), spans))
+        self._steps.append((layer, replace(step, tokens=step.tokens[:, :, :0].clone()), spans))
 
     def rows(self) -> list[RowTrace]:
         """One :class:`RowTrace` a row."""
         first = self._steps[0][2] if self._steps else []
-        steps = [(layer, _on_host(step), spans) for layer, step, spans in self._steps]
+        steps = [(layer, _OnHost.of(step), spans) for layer, step, spans in self._steps]
         return [
             RowTrace(tuple(spans), tuple(self._stages(steps, b, sum(spans)))) for b, spans in enumerate(first)
         ]
@@ -188,8 +189,19 @@ class Recorder:
             alive = alive[targets]
 
 
-def _on_host(step: Compressed) -> Compressed:
-    names = ("mask", "targets", "groups", "token_weights", "importance", "similarity")
-    return replace(
-        step, **{name: value.cpu() for name in names if (value := getattr(step, name)) is not None}
-    )
+@dataclass(frozen=True)
+class _OnHost:
+    """What is told of a step, on the CPU."""
+
+    layout: Spans
+    targets: torch.Tensor
+    groups: torch.Tensor
+    token_weights: torch.Tensor
+    importance: torch.Tensor
+    similarity: torch.Tensor | None
+
+    @classmethod
+    def of(cls, step: Compressed) -> "_OnHost":
+        similarity = None if step.similarity is None else step.similarity.cpu()
+        told = step.targets, step.groups, step.token_weights, step.importance
+        return cls(step.layout, *(value.cpu() for value in told), similarity)

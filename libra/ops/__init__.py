@@ -11,7 +11,7 @@ NOWHERE = -1  # the output slot of a dropped token
 
 _NAMES = (
     "best_of_intervals", "cosine", "first_equal", "flat_rows", "group_softmax", "merge_groups",
-    "most_similar", "ordinals", "repack", "score_row", "take",
+    "most_similar", "ordinals", "score_row", "take",
 )  # fmt: skip
 _GREEDY = ("cat", "cosines", "farthest_first", "greedy_map", "similarities", "thin_out")
 _CHOICES = ("cover_most", "density_peaks", "group_mean", "rank_within")

@@ -51,14 +51,23 @@ def _chunk(length: int, most: int = 2048) -> int:
 
 
 @triton.jit(
-    do_not_specialize=["rows_count", "length", "keys", "heads_shared", "mask_first", "window", "blocks"]
+    do_not_specialize=[
+        "first",
+        "rows_count",
+        "length",
+        "keys",
+        "heads_shared",
+        "mask_first",
+        "window",
+        "blocks",
+    ]
 )
 def _score_blocks(
-    query, key, rows, key_mask, scores, tops, totals, scaling,
+    query, key, rows, first, key_mask, scores, tops, totals, scaling,
     query_batch, query_head, query_row, key_batch, key_head, key_row, mask_batch, mask_column,
     kv_heads, heads_shared, rows_count, length, keys, width, mask_first, window, blocks,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, PICKED: tl.constexpr, KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    IN_TURN: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, PICKED: tl.constexpr,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Scores of the picked queries of one key head on a block of its keys, and the block's part of their
     softmax."""
@@ -76,11 +85,13 @@ def _score_blocks(
     if MASKED:
         column = (mask_first + place).to(tl.int64)
         seen = seen & (tl.load(key_mask + batch * mask_batch + column * mask_column, mask=real, other=0) != 0)
-    first = tl.program_id(2) * PICKED
-    for picked in range(first, min(first + PICKED, heads_shared * rows_count)):
+    begin = tl.program_id(2) * PICKED
+    for picked in range(begin, min(begin + PICKED, heads_shared * rows_count)):
         head = kv_head * heads_shared + picked // rows_count
         out = batch * rows_count + picked % rows_count
-        row = tl.load(rows + out)
+        row = (first + picked % rows_count).to(tl.int64)
+        if not IN_TURN:
+            row = tl.load(rows + out)
         q = tl.load(
             query + batch * query_batch + head * query_head + row * query_row + lane,
             mask=lane < width,
@@ -135,7 +146,7 @@ def _score_mean(
 def score_row(
     query: torch.Tensor,
     key: torch.Tensor,
-    rows: torch.Tensor,
+    rows: torch.Tensor | range,
     scaling: float,
     key_mask: torch.Tensor | None = None,
     sliding_window: int | None = None,
@@ -143,31 +154,34 @@ def score_row(
     """Two launches: the keys are read once, in blocks; then each block of the row is finished for all
     heads."""
     batch, heads, length, width = query.shape
-    kv_heads, keys, picked = key.shape[1], key.shape[2], rows.shape[1]
+    in_turn = isinstance(rows, range)
+    kv_heads, keys, picked = key.shape[1], key.shape[2], len(rows) if in_turn else rows.shape[1]
     key_block = 64 if width <= 128 else 32
     blocks = triton.cdiv(keys, key_block)
     queries = heads // kv_heads * picked
     if (
-        query.dtype not in FLOATS or key.dtype not in FLOATS or rows.dtype != torch.int64 or width > 512
+        query.dtype not in FLOATS or key.dtype not in FLOATS or width > 512
+        or not in_turn and rows.dtype != torch.int64
         or not 0 < keys <= LONGEST_ROW
         or not 0 < batch * picked <= MOST_BLOCKS
         or batch * kv_heads > MOST_BLOCKS
         or batch * picked * heads * keys >= 1 << 33
     ):  # fmt: skip
         return NotImplemented
-    query, key, rows = _whole_rows(query), _whole_rows(key), rows.contiguous()
-    mask = rows if key_mask is None else _bytes(key_mask)
+    query, key = _whole_rows(query), _whole_rows(key)
+    first, rows = (rows.start, query) if in_turn else (0, rows.contiguous())
+    mask = query[:, :, 0, 0] if key_mask is None else _bytes(key_mask)
     scores = torch.empty(batch, picked, heads, keys, device=key.device)
     tops, totals = (torch.empty(batch, picked, heads, blocks, device=key.device) for _ in range(2))
     attention = torch.empty(batch, picked, keys, device=key.device)
     queries_block = 16
     _score_blocks[(blocks, batch * kv_heads, triton.cdiv(queries, queries_block))](
-        query, key, rows, mask, scores, tops, totals, float(scaling),
+        query, key, rows, first, mask, scores, tops, totals, float(scaling),
         *query.stride()[:3], *key.stride()[:3], *mask.stride()[:2],
         kv_heads, heads // kv_heads, picked, length, keys, width, mask.shape[1] - keys,
         sliding_window or 0, blocks,
-        MASKED=key_mask is not None, WINDOWED=sliding_window is not None, PICKED=queries_block,
-        KEYS=key_block,
+        IN_TURN=in_turn, MASKED=key_mask is not None, WINDOWED=sliding_window is not None,
+        PICKED=queries_block, KEYS=key_block,
         WIDTH=triton.next_power_of_2(width),
     )  # fmt: skip
     parts = triton.next_power_of_2(blocks)
@@ -376,7 +390,7 @@ def _group_softmax(
     tl.store(weights + row + token, weight, mask=is_token)
 
 
-def group_softmax(logits: torch.Tensor, slot: torch.Tensor, slots: int) -> torch.Tensor:
+def group_softmax(logits: torch.Tensor, slot: torch.Tensor, slots: int, whole: bool = False) -> torch.Tensor:
     """One launch."""
     batch, count = logits.shape
     if logits.dtype != torch.float32 or not 0 < count <= LONGEST_ROW or not 0 < batch <= MOST_BLOCKS:
@@ -421,7 +435,9 @@ def _merge_groups(
     )
 
 
-def merge_groups(hidden: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor, slots: int) -> torch.Tensor:
+def merge_groups(
+    hidden: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor, slots: int, whole: bool = False
+) -> torch.Tensor:
     """One launch; every slot gathers its own tokens."""
     batch, count, width = hidden.shape
     block = min(256, _chunk(width))
@@ -474,64 +490,6 @@ def ordinals(chosen: torch.Tensor, count: int) -> torch.Tensor:
         _bytes(chosen), numbers, length, count, *chosen.stride(), CHUNK=_chunk(length), num_warps=8
     )
     return numbers
-
-
-@triton.jit(do_not_specialize=["length", "width", "keep_row"])
-def _repack(
-    keep, insert_after, extra, shift, source, place, length, width, keep_row, keep_column, CHUNK: tl.constexpr
-):
-    """One row. Every new column is written once: by the old one that moves there, by the gap, or because it
-    stays empty."""
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, CHUNK)
-    more = tl.load(extra + row).to(tl.int32)
-    anchor = tl.where(more > 0, tl.load(insert_after + row), -1)
-    moved = tl.load(shift + row).to(tl.int32)
-    total = tl.zeros((), dtype=tl.int32)
-    for start in range(0, length, CHUNK):
-        column = start + lane
-        total += tl.sum(
-            tl.load(keep + row * keep_row + column * keep_column, mask=column < length, other=0).to(tl.int32),
-            0,
-        )
-    for start in range(0, width, CHUNK):
-        column = start + lane
-        empty = (column < moved) | (column >= moved + total + more)
-        own = tl.minimum(column, length - 1)
-        tl.store(source + row * width + column, own.to(tl.int64), mask=(column < width) & empty)
-    before = tl.zeros((), dtype=tl.int32)
-    for start in range(0, length, CHUNK):
-        column = start + lane
-        real = column < length
-        kept = tl.load(keep + row * keep_row + column * keep_column, mask=real, other=0).to(tl.int32)
-        rank = before + tl.cumsum(kept, 0)
-        new = rank - 1 + moved + tl.where(column > anchor, more, 0)
-        tl.store(place + row * length + column, new.to(tl.int64), mask=real)
-        tl.store(source + row * width + new, column.to(tl.int64), mask=(kept > 0) & (new < width))
-        gap = rank + moved
-        tl.store(source + row * width + gap, column.to(tl.int64), mask=(column == anchor) & (gap < width))
-        before += tl.sum(kept, 0)
-
-
-def repack(
-    keep: torch.Tensor, insert_after: torch.Tensor, extra: torch.Tensor, shift: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch."""
-    batch, length = keep.shape
-    if (
-        keep.dtype != torch.bool
-        or batch == 0
-        or not 0 < max(length, width) <= LONGEST_ROW
-        or min(length, width) == 0
-    ):
-        return NotImplemented
-    source = torch.empty(batch, width, dtype=torch.long, device=keep.device)
-    place = torch.empty(batch, length, dtype=torch.long, device=keep.device)
-    _repack[(batch,)](
-        _bytes(keep), insert_after.contiguous(), extra.contiguous(), shift.contiguous(), source, place,
-        length, width, *keep.stride(), CHUNK=_chunk(max(length, width)), num_warps=8,
-    )  # fmt: skip
-    return source, place
 
 
 @triton.jit(do_not_specialize=["length", "importance_row", "spans", "one_size", "one_keep"])

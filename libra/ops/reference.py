@@ -17,14 +17,21 @@ if TYPE_CHECKING:
     from .spans import Spans
 
 PIECE = 1 << 24  # similarities held at a time: 64 MB
-HASHED = 32  # rows whose hash is computed at a time
+HASHED = 1 << 21  # numbers that are hashed at a time: 16 MB
+TABLES = 4  # times as many places as tokens may a table of intervals have
+
+
+def on_device(rows, device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A small table made on the host, copied without waiting for the device, as ``torch.tensor(rows,
+    device=…)`` would."""
+    return torch.tensor(rows, dtype=dtype).to(device, non_blocking=True)
 
 
 @fused
 def score_row(
     query: torch.Tensor,
     key: torch.Tensor,
-    rows: torch.Tensor,
+    rows: torch.Tensor | range,
     scaling: float,
     key_mask: torch.Tensor | None = None,
     sliding_window: int | None = None,
@@ -34,7 +41,7 @@ def score_row(
     Args:
         query: (B, H, S, D) after rotary embedding.
         key: (B, H_kv, K, D) with H a multiple of H_kv and K ≥ S; the last S keys belong to the queries.
-        rows: (B, R) which of the S queries.
+        rows: (B, R) which of the S queries; a range where they are the same in all rows of the batch.
         scaling: factor on the scores, 1/√D as a rule.
         key_mask: (B, K or more) bool, False for padding; its last K columns are the keys'. None if there is
             none.
@@ -45,17 +52,34 @@ def score_row(
     """
     batch, heads, length, width = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
-    picked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, width)).float() * scaling
-    grouped = picked.reshape(batch, kv_heads, -1, width)  # the queries that share a key head, side by side
-    scores = (grouped @ key.float().transpose(2, 3)).view(batch, heads, rows.shape[1], keys)
-    place = torch.arange(keys, device=key.device)
-    newest = (rows + keys - length)[:, :, None]
-    visible = place <= newest
-    if sliding_window is not None:
-        visible = visible & (place > newest - sliding_window)
+    if isinstance(rows, range):
+        picked = query[:, :, rows.start : rows.stop]
+    else:
+        picked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, width))
+    # The queries that share a key head, side by side.
+    grouped = (picked.float() * scaling).reshape(batch, kv_heads, -1, width)
+    scores = (grouped @ key.float().transpose(2, 3)).view(batch, heads, -1, keys)
+    hidden = _hidden_keys(rows, keys, length, key_mask, sliding_window, key.device)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden[:, None], -torch.inf)
+    return scores.softmax(-1).mean(1)
+
+
+def _hidden_keys(rows, keys: int, length: int, key_mask, window: int | None, device) -> torch.Tensor | None:
+    """(B or 1, R or 1, K) bool: the keys that the queries ``rows`` do not see; None where they see all."""
+    hidden = None
+    if rows != range(length - 1, length) or window is not None:
+        table = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, range) else rows
+        newest = (table + keys - length)[..., None]
+        place = torch.arange(keys, device=device)
+        hidden = place > newest
+        if window is not None:
+            hidden = hidden | (place <= newest - window)
+        hidden = hidden.view(-1, newest.shape[-2], keys)
     if key_mask is not None:
-        visible = visible & key_mask.bool()[:, None, -keys:]
-    return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1).mean(1)
+        padding = ~key_mask.bool()[:, None, -keys:]
+        hidden = padding if hidden is None else hidden | padding
+    return hidden
 
 
 @fused
@@ -81,27 +105,29 @@ def most_similar(
         the places (B, Q).
     """
     batch, count, _ = tokens.shape
-    # A token's own length does not change which of the others is most similar to it: divide by it at the end.
     # Adding 0 removes the sign of zeros, so that equal vectors have equal bits.
-    directions = F.normalize(others.float(), dim=-1).add_(0.0).transpose(1, 2)  # (B, D, K)
-    best = torch.empty(batch, count, device=tokens.device)
-    place = torch.empty(batch, count, dtype=torch.long, device=tokens.device)
+    directions = F.normalize(others.float(), dim=-1).add_(0.0)
     step = max(1, PIECE // max(1, batch * others.shape[1]))
+    found = []
     for start in range(0, count, step):
         piece = tokens[:, start : start + step].float()
-        scores = piece @ directions  # (B, q, K)
+        scores = piece @ directions.transpose(1, 2)  # (B, q, K)
         if spans is not None:
-            apart = spans[0][:, start : start + step, None] != spans[1][:, None]
-            scores = scores.masked_fill_(apart, -torch.inf)
+            scores.masked_fill_(spans[0][:, start : start + step, None] != spans[1][:, None], -torch.inf)
         if not itself:
             scores.diagonal(start, 1, 2).fill_(-torch.inf)
-        found = scores.argmax(-1, keepdim=True)
-        lengths = torch.linalg.vector_norm(piece, dim=-1).clamp(min=1e-12)
-        best[:, start : start + step] = scores.gather(-1, found)[..., 0] / lengths
-        place[:, start : start + step] = found[..., 0]
-    best = torch.where(best.isinf(), best, best.clamp(-1, 1))  # rounding makes cosines like 1.0000002
+        best, place = scores.max(-1)
+        # A token's own length does not change which of the others is most similar to it: divide by it here.
+        found.append((best / torch.linalg.vector_norm(piece, dim=-1).clamp(min=1e-12), place))
+    if not found:
+        return others.new_empty(batch, 0, dtype=torch.float32), others.new_empty(batch, 0, dtype=torch.long)
+    best, place = found[0] if len(found) == 1 else (torch.cat(parts, 1) for parts in zip(*found))
+    if spans is None and itself:
+        best = best.clamp(-1, 1)  # rounding makes cosines like 1.0000002
+    else:
+        best = best.where(best.isinf(), best.clamp(-1, 1))
     if itself:  # a matrix product does not round every column alike, so equal ones may differ in the last bit
-        place = first_equal(directions.transpose(1, 2), None if spans is None else spans[1]).gather(1, place)
+        place = first_equal(directions, None if spans is None else spans[1]).gather(1, place)
     return best, place
 
 
@@ -110,31 +136,19 @@ def first_equal(rows: torch.Tensor, spans: torch.Tensor | None = None) -> torch.
     it.
 
     Rows are compared by a 64-bit hash of their bits, added up in whole numbers: exact in any order, on any
-    device.
+    device. Each number is multiplied by an odd one that its place gives, modulo 2^64; two places never get
+    numbers that are alike in more than the last few bits.
     """
-    rows = F.pad(rows, (0, 1)) if rows.shape[-1] % 2 else rows.contiguous()
-    bits = rows.view(torch.int64)  # two numbers each
-    digest = torch.cat([_hash(part) for part in bits.split(HASHED, dim=1)], 1)
+    batch, _, width = rows.shape
+    bits = rows.contiguous().view(torch.int32)
+    factors = torch.arange(1, 2 * width, 2, device=rows.device) ** 13
+    parts = bits.split(max(1, HASHED // max(1, batch * width)), dim=1)
+    digests = [(part * factors).sum(-1) for part in parts]
+    digest = digests[0] if len(digests) == 1 else torch.cat(digests, 1)
     if spans is not None:
         digest = digest + spans * 0x1E3779B97F4A7C15
-    order = digest.argsort(dim=1, stable=True)
-    ordered = digest.gather(1, order)
-    begins = torch.ones_like(ordered, dtype=torch.bool)
-    begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    place = torch.arange(digest.shape[1], device=rows.device).expand_as(digest)
-    first = torch.where(begins, place, 0).cummax(1).values  # of each run of equal digests
-    return torch.empty_like(order).scatter_(1, order, order.gather(1, first))
-
-
-def _hash(bits: torch.Tensor) -> torch.Tensor:
-    """(B, k) int64 of (B, k, n) int64: each number is mixed with its place, then all of a row are added up,
-    modulo 2^64."""
-    mixed = bits + torch.arange(bits.shape[-1], device=bits.device) * 0x1E3779B97F4A7C15
-    for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
-        mixed ^= mixed >> 29
-        mixed *= factor
-    mixed ^= mixed >> 32
-    return mixed.sum(-1)
+    ordered, order = digest.sort(dim=1, stable=True)
+    return order.gather(1, torch.searchsorted(ordered, digest))
 
 
 def cosine(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -160,6 +174,25 @@ def best_of_intervals(importance: torch.Tensor, spans: "Spans") -> torch.Tensor:
     Interval i of a span of n tokens covers [⌊i·n/N_t⌋, ⌊(i+1)·n/N_t⌋), so token j lies in interval
     ⌊((j+1)·N_t − 1)/n⌋.
     """
+    tokens = spans.tokens
+    if spans.uniform and len(spans.spans[0]) == 1 and tokens % spans.targets == 0:
+        length = tokens // spans.targets
+        best = importance.unflatten(1, (spans.targets, length)).argmax(2)
+        best = best + torch.arange(0, tokens, length, device=importance.device)
+    elif spans.interval_cells > TABLES * tokens:
+        return _best_by_scatter(importance, spans)
+    else:
+        if not spans.uniform:
+            importance = F.pad(importance, (0, 1))  # what the slots that a row does not fill take
+        places = on_device(spans.intervals, importance.device).expand(len(importance), -1, -1)
+        found = importance.gather(1, places.flatten(1)).view(places.shape).argmax(2, keepdim=True)
+        best = places.gather(2, found)[..., 0]
+    chosen = torch.zeros(importance.shape, dtype=torch.bool, device=importance.device)
+    return chosen.scatter(1, best, True)[:, :tokens]
+
+
+def _best_by_scatter(importance: torch.Tensor, spans: "Spans") -> torch.Tensor:
+    """The same where intervals differ much in length."""
     local = spans.index - spans.first_token
     interval = ((local + 1) * spans.span_keeps - 1) // spans.span_length.clamp(min=1) + spans.first_target
     interval = torch.where(
@@ -177,19 +210,22 @@ def best_of_intervals(importance: torch.Tensor, spans: "Spans") -> torch.Tensor:
 def ordinals(chosen: torch.Tensor, count: int) -> torch.Tensor:
     """Indices (B, count) of the True entries of ``chosen`` (B, N), ascending; short rows are padded with
     indices of False entries."""
-    return (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+    return chosen.view(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def flat_rows(index: torch.Tensor, length: int) -> torch.Tensor:
     """(B·K,): ``index`` (B, K) into B tables of ``length`` rows, as an index into all these rows one after
     another."""
-    return (index + torch.arange(len(index), device=index.device)[:, None] * length).flatten()
+    if len(index) == 1:
+        return index.flatten()
+    first = torch.arange(0, len(index) * length, length, device=index.device)
+    return (index + first[:, None]).flatten()
 
 
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows ``index`` (B, K) of ``x`` (B or 1, S, …): (B, K, …). Copies whole rows, where gather copies number
     by number."""
-    flat = flat_rows(index, x.shape[1]) if len(x) == len(index) > 1 else index.flatten()
+    flat = flat_rows(index, x.shape[1]) if len(x) == len(index) else index.flatten()
     return x.reshape(-1, *x.shape[2:]).index_select(0, flat).view(*index.shape, *x.shape[2:])
 
 
@@ -200,59 +236,35 @@ def take_last(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 @fused
-def repack(
-    keep: torch.Tensor, insert_after: torch.Tensor, extra: torch.Tensor, shift: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where columns go when some are removed, the rest moves together and one extra column may be inserted.
-
-    Args:
-        keep: (B, S) bool.
-        insert_after: (B, 1), the column that the extra one follows, whether that column is kept or not.
-        extra: (B, 1), 1 in a row with an extra column, otherwise 0.
-        shift: (B, 1), empty columns on the left of the new row.
-        width: columns of the new rows, S'.
-
-    Returns:
-        source (B, S'): the old column of each new one; ``insert_after`` for the extra column; its own number
-        for a column that stays empty.
-        place (B, S): the new column of each old one; for a removed column, the index of the last kept column
-        before it (-1 if none).
-    """
-    batch, length = keep.shape
-    columns = torch.arange(length, device=keep.device)
-    rank = keep.cumsum(1)
-    place = rank - 1 + shift + extra * (columns > insert_after)
-    # A padded column stays the column it is, so that a step that removes nothing changes nothing.
-    source = torch.arange(width + 1, device=keep.device).clamp(max=length - 1).repeat(batch, 1)
-    source = source.scatter(1, torch.where(keep, place, width), columns.expand(batch, -1))
-    gap = torch.where(extra > 0, rank.gather(1, insert_after) + shift, width)
-    return source.scatter(1, gap, insert_after)[:, :width].contiguous(), place
-
-
-@fused
-def group_softmax(logits: torch.Tensor, slot: torch.Tensor, slots: int) -> torch.Tensor:
+def group_softmax(logits: torch.Tensor, slot: torch.Tensor, slots: int, whole: bool = False) -> torch.Tensor:
     """Softmax of ``logits`` (B, N) over the tokens of the same output slot (eq. 6).
 
-    ``slot`` (B, N) is in 0 … ``slots`` - 1; a token whose slot is :data:`NOWHERE` gets weight 0.
+    ``slot`` (B, N) is in 0 … ``slots`` - 1; a token whose slot is :data:`NOWHERE` gets weight 0; ``whole``
+    says that there is none.
     """
-    index = torch.where(slot == NOWHERE, slots, slot)
-    shape = (len(logits), slots + 1)
-    top = logits.new_full(shape, -torch.inf).scatter_reduce(1, index, logits, "amax")
+    dropped = None if whole else slot == NOWHERE
+    index = slot if dropped is None else slot.masked_fill(dropped, slots)
+    shape = (len(logits), slots + (not whole))
+    top = logits.new_full(shape, -torch.inf).scatter_reduce_(1, index, logits, "amax")
     power = (logits - top.gather(1, index)).exp()
-    total = logits.new_zeros(shape).scatter_add(1, index, power)
-    return (power / total.gather(1, index)).masked_fill(slot == NOWHERE, 0.0)
+    total = logits.new_zeros(shape).scatter_add_(1, index, power)
+    weights = power / total.gather(1, index)
+    return weights if dropped is None else weights.masked_fill(dropped, 0.0)
 
 
 @fused
-def merge_groups(hidden: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor, slots: int) -> torch.Tensor:
+def merge_groups(
+    hidden: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor, slots: int, whole: bool = False
+) -> torch.Tensor:
     """Weighted sum of the tokens of each output slot: (B, N, D) to (B, slots, D) (eq. 7, V′ = W V).
 
-    W has at most one non-zero a column, which ``slot`` and ``weights``, both (B, N), give. Sums are in
-    float32, those of float64 hidden states in float64.
+    W has at most one non-zero a column, which ``slot`` and ``weights``, both (B, N), give; ``whole`` as of
+    :func:`group_softmax`. Sums are in float32, those of float64 hidden states in float64.
     """
     batch, _, width = hidden.shape
     precise = torch.promote_types(hidden.dtype, torch.float32)
-    index = flat_rows(torch.where(slot == NOWHERE, slots, slot), slots + 1)
-    merged = hidden.new_zeros((batch * (slots + 1), width), dtype=precise)
-    merged = merged.index_add(0, index, (hidden.to(precise) * weights[..., None]).flatten(0, 1))
-    return merged.view(batch, slots + 1, width)[:, :slots].to(hidden.dtype)
+    room = slots + (not whole)
+    index = flat_rows(slot if whole else slot.masked_fill(slot == NOWHERE, slots), room)
+    parts = (hidden * weights[..., None]).to(precise).flatten(0, 1)
+    merged = hidden.new_zeros((batch * room, width), dtype=precise).index_add_(0, index, parts)
+    return merged.view(batch, room, width)[:, :slots].to(hidden.dtype)

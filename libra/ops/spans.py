@@ -6,13 +6,9 @@ from functools import cached_property
 
 import torch
 
-from .reference import take
+from .reference import on_device, ordinals, take
 
-
-def on_device(rows, device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A small table made on the host, copied without waiting for the device, as ``torch.tensor(rows,
-    device=…)`` would."""
-    return torch.tensor(rows, dtype=dtype).to(device, non_blocking=True)
+__all__ = ["Spans", "on_device"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,36 @@ class Spans:
         """Whether no row has more than one span."""
         return all(len(row) <= 1 for row in self.spans)
 
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether all rows have the same spans and keep the same of them, so that nothing is padded."""
+        return len(set(self.spans)) == len(set(self.keeps)) == 1
+
+    @property
+    def intervals(self) -> list[list[list[int]]]:
+        """(1 or B, T, m): the tokens of each target's interval; a shorter one repeats its first token. One
+        row stands for all where they are uniform; slots that a row does not fill have the token N."""
+        rows = [
+            [cell for n, k, first in self._starts(b) for cell in _cells(n, k, first)]
+            for b in range(1 if self.uniform else len(self.spans))
+        ]
+        width = max((len(cell) for row in rows for cell in row), default=1)
+        rows = [[cell + [cell[0]] * (width - len(cell)) for cell in row] for row in rows]
+        return [row + [[self.tokens] * width] * (self.targets - len(row)) for row in rows]
+
+    @property
+    def interval_cells(self) -> int:
+        """T × m, the cells of a row of :attr:`intervals`."""
+        pairs = {pair for row in zip(self.spans, self.keeps) for pair in zip(*row)}
+        return self.targets * max((-(-n // k) for n, k in pairs), default=1)
+
+    def _starts(self, row: int) -> Iterator[tuple[int, int, int]]:
+        """Of each span of a row: its tokens, its targets, and the number of its first token."""
+        first = 0
+        for n, k in zip(self.spans[row], self.keeps[row]):
+            yield n, k, first
+            first += n
+
     def alike(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """The spans in groups of the same size: (tokens n, targets k, index (S, n) of their S · n tokens in
         the rows one after another, (B · N,))."""
@@ -71,13 +97,6 @@ class Spans:
         for (n, k), firsts in groups.items():
             starts = on_device(firsts, self.device, torch.long)
             yield n, k, starts[:, None] + torch.arange(n, device=self.device)
-
-    @cached_property
-    def _rows(self) -> torch.Tensor:
-        """(B, 2): the visual tokens and the target tokens of each row."""
-        return on_device(
-            [[*pair] for pair in zip(self.lengths, self.target_counts)], self.device, torch.long
-        ).view(-1, 2)
 
     @cached_property
     def _spans(self) -> torch.Tensor:
@@ -98,17 +117,46 @@ class Spans:
     @cached_property
     def valid(self) -> torch.Tensor:
         """(B, N) bool."""
-        return self.index < self.tokens_of_row[:, None]
+        return self._filled(self.lengths)
 
     @cached_property
     def target_valid(self) -> torch.Tensor:
         """(B, T) bool."""
-        return self.target_index < self._rows[:, 1:]
+        return self._filled(self.target_counts)
+
+    def _filled(self, counts: list[int]) -> torch.Tensor:
+        """(B, most of ``counts``) bool: True in the first ``counts`` columns of each row."""
+        width = max(counts, default=0)
+        rows = [[True] * count + [False] * (width - count) for count in counts]
+        return on_device(rows, self.device, torch.bool).view(-1, width)
+
+    @cached_property
+    def rest_counts(self) -> list[int]:
+        """Tokens of each row that are not targets."""
+        return [n - kept for n, kept in zip(self.lengths, self.target_counts)]
+
+    @cached_property
+    def rest_valid(self) -> torch.Tensor | None:
+        """(B, R) bool, which of the rows' non-targets are there; None if all are."""
+        return None if len(set(self.rest_counts)) == 1 else self._filled(self.rest_counts)
+
+    def arranged(self, is_target: torch.Tensor) -> torch.Tensor:
+        """(B, T + R): the tokens of each row, its targets (B, N bool) first and then the others, each
+        ascending; where a row has fewer than T or R of them there are others."""
+        order = ordinals(is_target, self.tokens)
+        rest = max(self.rest_counts, default=0)
+        if len(set(self.target_counts)) == 1:
+            return order[:, : self.targets + rest]
+        last = self.tokens - 1
+        plan = [
+            [*range(self.targets), *(min(kept + i, last) for i in range(rest))] for kept in self.target_counts
+        ]
+        return order.gather(1, on_device(plan, self.device))
 
     @cached_property
     def tokens_of_row(self) -> torch.Tensor:
         """(B,): the lengths as a tensor."""
-        return self._rows[:, 0]
+        return on_device(self.lengths, self.device, torch.long)
 
     @cached_property
     def index(self) -> torch.Tensor:
@@ -117,14 +165,26 @@ class Spans:
 
     @property
     def target_index(self) -> torch.Tensor:
-        """(1, T): 0 … T-1. Made anew each time: kept, it would lie in memory through the whole step."""
-        return torch.arange(self.targets, device=self.device)[None]
+        """(1, T): 0 … T-1."""
+        return self.index[:, : self.targets]
 
     @cached_property
     def span(self) -> torch.Tensor:
         """(B, N): the number of a token's span in its row; padding gets the number after the last."""
-        ends = self._spans[:, :-1, :2].sum(2)
-        return torch.searchsorted(ends, self.index.expand(len(self.spans), -1).contiguous(), right=True)
+        return self._numbered(self.spans, self.tokens, max(map(len, self.spans), default=0))
+
+    @cached_property
+    def target_span(self) -> torch.Tensor:
+        """(B, T): the number of a target's span in its row; -1 where there is no target."""
+        return self._numbered(self.keeps, self.targets, -1)
+
+    def _numbered(self, counts: tuple[tuple[int, ...], ...], width: int, padding: int) -> torch.Tensor:
+        """(B, width): for each span of a row its number, ``counts`` times."""
+        rows: list[list[int]] = []
+        for row in counts[:1] if self.uniform else counts:
+            numbers = [number for number, count in enumerate(row) for _ in range(count)]
+            rows.append(numbers + [padding] * (width - len(numbers)))
+        return on_device(rows, self.device, torch.long).view(-1, width).expand(len(counts), -1)
 
     @cached_property
     def _of_token(self) -> tuple[torch.Tensor, ...]:
@@ -149,3 +209,9 @@ class Spans:
     def span_keeps(self) -> torch.Tensor:
         """(B, N): the targets of a token's span; 0 for padding."""
         return self._of_token[3]
+
+
+def _cells(n: int, k: int, first: int) -> Iterator[list[int]]:
+    """The tokens of each of the k intervals of a span of n, whose first token is ``first``."""
+    for i in range(k):
+        yield list(range(first + i * n // k, first + (i + 1) * n // k))
