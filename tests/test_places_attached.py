@@ -226,6 +226,35 @@ def _received(model, given) -> torch.Tensor:
 
 
 @torch.no_grad()
+def test_the_layer_that_reads_the_features_is_no_score_of_another_method():
+    """Two methods that look at different layers of the tower in one call: each sees its own."""
+    model, given = zoo.model(CLASSES["llava"]), one_of(CLASSES["llava"], talks(CLASSES["llava"])[0])
+    caught = []
+
+    def select(candidates, c):
+        caught.append((candidates.context.tower_cls, candidates.context.tower_next))
+        return candidates.top(candidates.context.tower_cls[-1])
+
+    for needs in (("tower_cls",), ("tower_next",), ("tower_cls", "tower_next")):
+        libra.register_select("caught", reads=(), needs=needs)(
+            select if "tower_cls" in needs else lambda candidates, c: _note(caught, candidates)
+        )
+        try:
+            with libra.attach(model, Compression(select="caught", merge="drop", at="input")):
+                model(**given)
+        finally:
+            del SELECTORS["caught"]
+    (cls, nothing), (none, following), both = caught
+    assert nothing is None and none is None and len(cls) == 1
+    assert torch.equal(both[0], cls) and torch.equal(both[1], following)
+
+
+def _note(caught, candidates):
+    caught.append((candidates.context.tower_cls, candidates.context.tower_next))
+    return candidates.top(candidates.context.tower_next)
+
+
+@torch.no_grad()
 def test_what_a_model_cannot_give_is_said():
     video_llava = zoo.model("VideoLlavaForConditionalGeneration")
     with pytest.raises(ValueError, match="method fastervlm needs what the vision tower says, and nobody"):

@@ -8,7 +8,7 @@ by the model's own functions, which put its features together.
 import inspect
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,60 +25,16 @@ from .tokens import IGNORE_INDEX, Prefill, Seen
 from .tower import (
     RELEVANCE,
     Left,
+    Listener,
     Look,
-    View,
     Wants,
     compress_pictures,
     context_of,
     left_of_rows,
-    one_head,
-    scores,
 )
 
 LOOKS = "libra_looks"  # attribute of what `get_image_features` returns
 _LISTENER: ContextVar["Listener | None"] = ContextVar("libra_listener", default=None)
-
-
-@dataclass
-class Listener:
-    """Collects the scores of one run of a tower: ``cls``, ``received`` and ``keys`` of each layer, in
-    pieces; ``next`` and ``next_keys`` of the layer ``reader``, which reads the features."""
-
-    wants: Wants
-    has_cls: bool
-    used: int
-    cls: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    received: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    keys: list[torch.Tensor] = field(default_factory=list)
-    reader: int | None = None
-    next: list[torch.Tensor] = field(default_factory=list)
-    next_keys: list[torch.Tensor] = field(default_factory=list)
-
-    @torch.no_grad()
-    def hear(self, layer: int, query, key, mask, options: dict) -> None:
-        """Queries and keys (I, H, P, D) of an attention call, which may be one window of the picture only."""
-        fields, scaling = self.wants.fields, options.get("scaling") or query.shape[-1] ** -0.5
-        borders = options.get("cu_seq_lens_q")
-        lengths = [query.shape[2]] if borders is None else borders.diff().tolist()
-        for q, k in zip(query.split(lengths, 2), key.split(lengths, 2)):
-            row, received = scores(
-                q, k, scaling, self.has_cls and "tower_cls" in fields, "tower_received" in fields, mask=mask
-            )
-            for found, score_ in ((self.cls, row), (self.received, received)):
-                if score_ is not None:
-                    found.setdefault(layer, []).append(score_)
-            if layer == self.used and "tower_keys" in fields:
-                self.keys.append(k.float().mean(1))
-            if layer == self.reader:
-                score_, keys = one_head(q, k, self.has_cls, mask)
-                self.next.append(score_)
-                self.next_keys.append(keys)
-
-    def joined(self, found: dict[int, list[torch.Tensor]]) -> torch.Tensor | None:
-        """(L, I, P), layer by layer; the one whose features are used comes last."""
-        if not found:
-            return None
-        return torch.stack([torch.cat(found[layer], 1) for layer in sorted(found)])
 
 
 class TowerMark(score.Mark):
@@ -157,13 +113,13 @@ class Eyes:
         layers = self._layers()
         chosen = getattr(body.config, "vision_feature_layer", -1)
         chosen = chosen if isinstance(chosen, int) else chosen[-1]
-        self.used, self.reader = chosen % (len(layers) + 1) - 1, None
-        if self.wants.fields - {"tower_hidden", "grid"}:
-            self.reader = self.wants.reader(self.used, len(layers))
-            numbers = {*self.wants.layers(self.used, len(layers)), self.reader} - {None}
-            for number in numbers:
-                for module in attention_modules(layers[number]):
-                    setattr(module, score.MARK, TowerMark(number))
+        self.used, self.depth = chosen % (len(layers) + 1) - 1, len(layers)
+        for number in self._listener().layers:
+            for module in attention_modules(layers[number]):
+                setattr(module, score.MARK, TowerMark(number))
+
+    def _listener(self) -> Listener:
+        return Listener.of(self.wants, self.has_cls, self.used, self.depth)
 
     def _check_clip(self) -> None:
         if self.clip is None:
@@ -224,7 +180,7 @@ class Eyes:
         if self.wants is None:
             listener = None
         else:
-            listener = Listener(self.wants, self.has_cls, self.used, reader=self.reader)
+            listener = self._listener()
             for module in self.tower.modules():
                 if hasattr(module, score.MARK):
                     score.enable(module.config)
@@ -250,34 +206,12 @@ class Eyes:
         return output
 
     def _looks(self, arranger: "Plain", output, listener: Listener) -> list[Look]:
-        first = int(self.has_cls)
-        hidden, pad = self._hidden(output, arranger.given), None
-        by_layer = {kind: listener.joined(getattr(listener, kind)) for kind in ("cls", "received")}
-        keys, following, following_keys = (
-            torch.cat(found, 1) if found else None
-            for found in (listener.keys, listener.next, listener.next_keys)
-        )
-        if hidden.ndim == 2:
-            hidden = hidden[None]
-        patches = hidden[:, first:]
-        view = View(
-            patches if self.shrunk is None else self.shrunk.spread(patches),
-            **{kind: None if score is None else score[..., first:] for kind, score in by_layer.items()},
-            keys=None if keys is None else keys[:, first:],
-            cls_hidden=hidden[:, 0] if first else pad,
-            cls_keys=keys[:, 0] if first and keys is not None else pad,
-            next=None if following is None else following[:, first:],
-            next_keys=None if following_keys is None else following_keys[:, first:],
-        )
+        hidden = self._hidden(output, arranger.given)
+        view = listener.view(hidden if hidden.ndim > 2 else hidden[None])
+        if self.shrunk is not None:
+            view = replace(view, hidden=self.shrunk.spread(view.hidden))
         if self.kind == "windows":  # one sequence stands for all pictures
-            pictures, received, keys = len(arranger.lengths), view.received, view.keys
-            view = View(
-                view.hidden.expand(pictures, -1, -1),
-                received=None if received is None else received.expand(-1, pictures, -1),
-                keys=None if keys is None else keys.expand(pictures, -1, -1),
-                next=None if following is None else following.expand(pictures, -1),
-                next_keys=None if following_keys is None else following_keys.expand(pictures, -1, -1),
-            )
+            view = view.expand(len(arranger.lengths))
         grid = arranger.grid if "grid" in self.wants.fields else None
         return view.looks(arranger.counts, arranger, grid)
 

@@ -6,7 +6,7 @@ method looks at are computed once more, from the hidden states that went into th
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -24,6 +24,7 @@ from .tokens import TowerLeft, context_score
 
 NOTHING = -1  # the group of a token that was dropped
 RELEVANCE = "relevance|text"  # of a question: by CLIP where it is at hand, by text embeddings otherwise
+OF_LAYERS = {"tower_cls", "tower_received", "tower_keys"}
 OF_THE_READER = {"tower_next", "tower_next_keys"}
 
 
@@ -100,6 +101,13 @@ class View:
     @property
     def nbytes(self) -> int:
         return sum(value.nbytes for value in vars(self).values() if value is not None)
+
+    def expand(self, pictures: int) -> "View":
+        """The same of each of so many, from what one sequence says of all of them; without a [CLS] token."""
+        names = ("hidden", "received", "keys", "next", "next_keys")
+        of_all = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        shapes = {"received": (-1, pictures, -1), "next": (pictures, -1)}
+        return View(**{n: x.expand(shapes.get(n, (pictures, -1, -1))) for n, x in of_all.items()})
 
     def looks(self, counts: Sequence[int], arrange: Callable, grid: Callable | None) -> list["Look"]:
         """One :class:`Look` a picture: ``counts`` are the tower's inputs (tiles, frames) of each.
@@ -232,54 +240,6 @@ def heads_of(attention: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.
     return queries.transpose(1, 2), keys.transpose(1, 2), attention.scale
 
 
-def look(
-    layers: Sequence[torch.nn.Module], states: Sequence[torch.Tensor], used: int, wants: Wants, has_cls: bool
-) -> View:
-    """What a tower of CLIP's or SigLIP's kind says.
-
-    layers: its encoder layers; states: its hidden states (I, P [+ 1], C), what goes into layer i at place i;
-    used: the number of the layer whose output are the features; has_cls: whether the first token is [CLS].
-    """
-    first = int(has_cls)
-    fields = wants.fields
-    found: dict[str, list[torch.Tensor]] = {"cls": [], "received": []}
-    keys = cls_keys = None
-    for number in (
-        wants.layers(used, len(layers)) if fields & {"tower_cls", "tower_received", "tower_keys"} else ()
-    ):
-        layer = layers[number]
-        with torch.no_grad():
-            normed = layer.layer_norm1(states[number])
-        queries, of_layer, scaling = heads_of(layer.self_attn, normed)
-        row, received = scores(
-            queries, of_layer, scaling, has_cls and "tower_cls" in fields, "tower_received" in fields
-        )
-        for name, score in (("cls", row), ("received", received)):
-            if score is not None:
-                found[name].append(score[:, first:])
-        if number == used and "tower_keys" in fields:
-            mean = of_layer.float().mean(1)
-            keys, cls_keys = mean[:, first:], mean[:, 0] if has_cls else None
-    following, following_keys = None, None
-    reader = wants.reader(used, len(layers))
-    if reader is not None:
-        with torch.no_grad():
-            normed = layers[reader].layer_norm1(states[reader])
-        queries, of_layer, _ = heads_of(layers[reader].self_attn, normed)
-        score, following_keys = one_head(queries, of_layer, has_cls)
-        following, following_keys = score[:, first:], following_keys[:, first:]
-    features = states[used + 1]
-    return View(
-        features[:, first:],
-        **{name: torch.stack(layers) if layers else None for name, layers in found.items()},
-        keys=keys,
-        cls_hidden=features[:, 0] if has_cls else None,
-        cls_keys=cls_keys,
-        next=following,
-        next_keys=following_keys,
-    )
-
-
 def one_head(
     queries: torch.Tensor, keys: torch.Tensor, has_cls: bool, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -288,6 +248,110 @@ def one_head(
     queries, keys = (x.transpose(1, 2).flatten(2)[:, None] for x in (queries, keys))
     row, received = scores(queries, keys, keys.shape[-1] ** -0.5, has_cls, not has_cls, mask=mask)
     return (row if has_cls else received), keys[:, 0]
+
+
+@dataclass
+class Listener:
+    """Collects the scores of one run of a tower: ``cls``, ``received`` and ``keys`` of each layer, in
+    pieces; ``next`` and ``next_keys`` of the layer ``reader``, which reads the features.
+
+    scored: the numbers of the layers whose scores are wanted, in the order of :meth:`Wants.layers`; None: all
+        that are heard.
+    """
+
+    wants: Wants
+    has_cls: bool
+    used: int
+    cls: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    received: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    keys: list[torch.Tensor] = field(default_factory=list)
+    reader: int | None = None
+    next: list[torch.Tensor] = field(default_factory=list)
+    next_keys: list[torch.Tensor] = field(default_factory=list)
+    scored: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, wants: Wants, has_cls: bool, used: int, depth: int) -> "Listener":
+        """To a tower of ``depth`` layers; ``used`` is the one whose output are the features."""
+        scored = wants.layers(used, depth) if wants.fields & OF_LAYERS else []
+        return cls(wants, has_cls, used, reader=wants.reader(used, depth), scored=scored)
+
+    @property
+    def layers(self) -> set[int]:
+        """The numbers of the layers that it wants to hear."""
+        return {*(self.scored or ()), *(() if self.reader is None else (self.reader,))}
+
+    @torch.no_grad()
+    def hear(self, layer: int, query, key, mask, options: dict) -> None:
+        """Queries and keys (I, H, P, D) of an attention call, which may be one window of the picture only."""
+        fields, scaling = self.wants.fields, options.get("scaling") or query.shape[-1] ** -0.5
+        borders = options.get("cu_seq_lens_q")
+        lengths = [query.shape[2]] if borders is None else borders.diff().tolist()
+        scored = self.scored is None or layer in self.scored
+        for q, k in zip(query.split(lengths, 2), key.split(lengths, 2)):
+            row, received = scores(
+                q,
+                k,
+                scaling,
+                scored and self.has_cls and "tower_cls" in fields,
+                scored and "tower_received" in fields,
+                mask=mask,
+            )
+            for found, score in ((self.cls, row), (self.received, received)):
+                if score is not None:
+                    found.setdefault(layer, []).append(score)
+            if layer == self.used and "tower_keys" in fields:
+                self.keys.append(k.float().mean(1))
+            if layer == self.reader:
+                score, keys = one_head(q, k, self.has_cls, mask)
+                self.next.append(score)
+                self.next_keys.append(keys)
+
+    def joined(self, found: dict[int, list[torch.Tensor]]) -> torch.Tensor | None:
+        """(L, I, P), layer by layer; the one whose features are used comes last."""
+        if not found:
+            return None
+        order = sorted(found) if self.scored is None else self.scored
+        return torch.stack([torch.cat(found[layer], 1) for layer in order])
+
+    def view(self, hidden: torch.Tensor) -> View:
+        """All that was heard, with the features ``hidden`` (I, P [+ 1], C)."""
+        first = int(self.has_cls)
+        cls, received = (self.joined(found) for found in (self.cls, self.received))
+        keys, following, following_keys = (
+            torch.cat(found, 1) if found else None for found in (self.keys, self.next, self.next_keys)
+        )
+
+        def patches(told, axis=1):
+            return None if told is None else told.narrow(axis, first, told.shape[axis] - first)
+
+        return View(
+            hidden[:, first:],
+            cls=patches(cls, 2),
+            received=patches(received, 2),
+            keys=patches(keys),
+            cls_hidden=hidden[:, 0] if first else None,
+            cls_keys=keys[:, 0] if first and keys is not None else None,
+            next=patches(following),
+            next_keys=patches(following_keys),
+        )
+
+
+def look(
+    layers: Sequence[torch.nn.Module], states: Sequence[torch.Tensor], used: int, wants: Wants, has_cls: bool
+) -> View:
+    """What a tower of CLIP's or SigLIP's kind says.
+
+    layers: its encoder layers; states: its hidden states (I, P [+ 1], C), what goes into layer i at place i;
+    used: the number of the layer whose output are the features; has_cls: whether the first token is [CLS].
+    """
+    listener = Listener.of(wants, has_cls, used, len(layers))
+    for number in sorted(listener.layers):
+        with torch.no_grad():
+            normed = layers[number].layer_norm1(states[number])
+        queries, keys, scaling = heads_of(layers[number].self_attn, normed)
+        listener.hear(number, queries, keys, None, {"scaling": scaling})
+    return listener.view(states[used + 1])
 
 
 def context_of(rows: Sequence[Sequence[Look]], cls_first: bool = False) -> Context:

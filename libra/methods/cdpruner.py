@@ -73,11 +73,6 @@ def _relevance(candidates) -> "torch.Tensor":
         return -context.relevance.float()
     found = hidden.new_zeros(hidden.shape[:2]).float()
     for row, text in enumerate(context.text):
-        cosines = _directions(hidden[row]) @ _directions(text.to(hidden.device)).transpose(0, 1)
-        found[row] = cosines.mean(1)
+        text = text.to(hidden.device).float()
+        found[row] = ops.cosines(hidden[row][None].float(), text[None])[0].mean(1)
     return found
-
-
-def _directions(x):
-    x = x.float()
-    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
