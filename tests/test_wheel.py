@@ -1,7 +1,6 @@
 """The package by itself: what the wheel and the source distribution hold, and everything from the wheel,
 without a checkout."""
 
-import json
 import os
 import re
 import runpy
@@ -164,7 +163,9 @@ def test_the_wheel_holds_two_packages_with_their_data(wheel, installed):
     tasks = {
         path.relative_to(ROOT).as_posix() for path in (ROOT / "libra/lmms/tasks").iterdir() if path.is_file()
     }
-    assert rows | weights | code | tasks | {"libra/py.typed", "llava/py.typed", "libra/models.yaml"} <= held
+    shown = {path.relative_to(ROOT).as_posix() for path in (ROOT / "llava/serve/static").iterdir()}
+    others = {"libra/py.typed", "llava/py.typed", "libra/models.yaml"}
+    assert rows | weights | code | tasks | shown | others <= held
     assert f"Version: {libra.__version__}\n" in metadata and not re.search(
         r"^(Home-page|Project-URL):", metadata, re.MULTILINE
     )
@@ -190,21 +191,15 @@ def test_the_package_works_from_any_folder(installed):
 
 
 @pytest.mark.slow
-def test_the_readmes_example_runs_on_the_embedded_model(installed):
-    """Its model and processor are the embedded ones, in Hugging Face's format."""
-    (example,) = re.findall(
+def test_the_readmes_example_runs(installed):
+    """As it stands, next to the picture that it names."""
+    example = re.search(
         r"```python\n(import libra\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
-    installed.run("-m", "llava.convert", "mini", "mini-hf")
-    (installed.elsewhere / "example.py").write_text(
-        "from PIL import Image\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n"
-        "model = AutoModelForImageTextToText.from_pretrained('mini-hf')\n"
-        "processor = AutoProcessor.from_pretrained('mini-hf')\n"
-        "images = [Image.new('RGB', (96, 96), 'red')]\nprompts = ['USER: <image>\\nhow many digits are there"
-        " ? ASSISTANT:']\n"
-        f"{example}"
-    )
-    assert 0.3 < json.loads(installed.run("example.py").splitlines()[-1])[0] < 0.5
+    shutil.copytree(ROOT / "docs" / "images", installed.elsewhere / "docs" / "images")
+    (installed.elsewhere / "example.py").write_text(example[1])
+    answer, _, summary = installed.run("example.py").strip().partition(" | ")
+    assert answer and re.search(r"256 visual tokens became \d+ .* of their FLOPs; KV cache", summary)
 
 
 @pytest.mark.slow
