@@ -9,7 +9,7 @@ from libra.identity import checkpoint_identity, code_identity, digest, file_dige
 from libra.rows import Row
 
 FORMAT = 2  # of a cell's file; raise when its keys change
-SCORING = ("harness.py", "turns.py")  # of this package, what makes a cell of answers
+SCORING = ("harness.py", "samples.py", "turns.py")  # of this package, what makes a cell of answers
 PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "numpy")
 TURNS = "turns"  # the row name of cells that time all rows of a table
 

@@ -137,6 +137,19 @@ _FIELD = {
     **_field("c11"),
     **_field("c06"),
 }
+_FRAMES = ("evs", "vidcom2", "uniform_frames", "random", "pool", "divprune", "fastervlm")
+
+
+def _video(cut: str) -> dict[str, tuple[str, ...]]:
+    """Sections of one budget of the films."""
+    share = {"c33": "1/3", "c17": "1/6", "c11": "1/9"}[cut]
+    sections = {f"{share}, between decoder layers": (f"{cut}_libra", f"{cut}_fastv")}
+    for positions in ("original", "compact"):
+        names = tuple(f"{cut}_{name}_{positions}" for name in _FRAMES)
+        sections[f"{share}, before the language model, {positions} positions"] = names
+    return sections
+
+
 # The embedded model's types of question by what they ask of the visual tokens.
 _KINDS = {
     "reading one thing": ("mini_position", "mini_attribute", "mini_multiple_choice", "mini_easy_vqa"),
@@ -295,6 +308,19 @@ TABLES = {
             "answers of many words.",
         ),
         Table(
+            "video",
+            "Moving digits: three frames",
+            "video",
+            (),
+            {"": ("vanilla", BLIND), **_video("c33"), **_video("c17"), **_video("c11")},
+            blind=True,
+            note="The embedded model was trained on single pictures and sees a film as three of them: it "
+            "can tell what is there, not where or in which order, so the questions ask the colour or the "
+            "value of a digit that moves, of one that is in a single frame, and whether there is one. "
+            "Methods for videos look at the frames together, the others before the language model at each by "
+            "itself.",
+        ),
+        Table(
             "E",
             "Table E: training with compression",
             "tableE",
@@ -409,7 +435,9 @@ def get_task(name: str) -> Task:
     """The task a row's file names; ValueError with the known names for any other."""
     if name.startswith("mini_") and (TASKS / f"{name}.yaml").is_file():
         title = name.removeprefix("mini_").replace("_", " ")
-        least = LEARNED_AT_SMALL if name.endswith("_small") else LEARNED_AT
+        # Of half-size digits, and of films: the model was trained on single pictures.
+        harder = name.endswith("_small") or name.startswith("mini_film_")
+        least = LEARNED_AT_SMALL if harder else LEARNED_AT
         return Task(name, name, "exact_match", 100, title, learned_at=least)
     if name in PAPER_TASKS:
         return PAPER_TASKS[name]

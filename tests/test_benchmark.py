@@ -9,6 +9,7 @@ import pytest
 from datasets import load_dataset
 
 from libra.mini import benchmark
+from libra.mini.films import FILM_TYPES
 from libra.mini.questions import EASY_VQA, SCENE_TYPES, TYPES
 from libra.mini.scenes import COLOR_NAMES
 from libra.mini.shapes import easy_vqa
@@ -120,18 +121,21 @@ def test_written_again_elsewhere_it_is_the_same(folder, tmp_path):
 
 def test_files_hold_what_the_manifest_says(folder, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert list(manifest["types"]) == list(TYPES)
+    assert list(manifest["types"]) == [*TYPES, *FILM_TYPES]
     for kind, entry in manifest["types"].items():
         rows = load_dataset(
             "parquet", data_files=str(folder / entry["file"]), split="train", cache_dir=str(tmp_path)
         )
-        assert rows.column_names == ["question_id", "image", "question", "answer"]
+        shown = "frames" if kind in FILM_TYPES else "image"
+        assert rows.column_names == ["question_id", shown, "question", "answer"]
         assert rows["question_id"] == [f"{kind}-{index}" for index in range(6)]
         counts = Counter(rows["answer"])
         assert counts[entry["majority_answer"]] == max(counts.values())
         assert entry["majority_share"] == max(counts.values()) / 6
         for row, sample in zip(rows, benchmark.samples_of(kind, 6), strict=True):
-            assert np.array_equal(np.asarray(row["image"]), np.asarray(sample.image))
+            frames = row[shown] if kind in FILM_TYPES else [row[shown]]
+            for frame, own in zip(frames, sample.frames, strict=True):
+                assert np.array_equal(np.asarray(frame), np.asarray(own))
     assert (64, 64) == tuple(
         load_dataset(
             "parquet", data_files=str(folder / f"{EASY_VQA}.parquet"), split="train", cache_dir=str(tmp_path)

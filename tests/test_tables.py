@@ -65,7 +65,7 @@ def test_no_row_file_is_left_out():
 
 def test_ablations_share_one_set_of_learned_types():
     for table, suite in PLACES:
-        if suite == "mini":
+        if suite == "mini" and table.name != "video":
             expected = ASKED
             assert all(Row.from_yaml(path).tasks == expected for path in row_files(table, suite).values())
 

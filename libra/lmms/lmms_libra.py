@@ -67,12 +67,14 @@ def load_engine(path: str, conversation: str | None, device: str, dtype: torch.d
 
 
 def open_visual(visual, frames: int) -> Image.Image | list[Image.Image]:
-    """An image, or a video's frames, of what a task shows: an image, or the path of an image, a video or a
-    folder of frames.
+    """An image, or a video's frames, of what a task shows: an image, the frames themselves, or the path of an
+    image, a video or a folder of frames.
 
     Raises:
         ValueError: for what cannot be shown.
     """
+    if isinstance(visual, list) and visual and all(isinstance(frame, Image.Image) for frame in visual):
+        return [open_image(frame) for frame in visual]
     if not isinstance(visual, (Image.Image, str)):
         raise ValueError(f"it shows {type(visual).__name__}: the model libra takes images and video files")
     if isinstance(visual, str) and not is_picture(visual):

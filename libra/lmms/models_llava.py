@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from libra.config import Compression
+from libra.methods import SELECTORS
 from libra.rows import Row
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates
@@ -84,17 +85,18 @@ class Llava(Engine):
         images."""
         prompts = [self._prompt(sample) for sample in samples]
         for sample, prompt in zip(samples, prompts):
-            shown = len(sample.shown if self.model.takes_videos else sample.images)
+            shown = len(sample.shown if self._as_one else sample.images)
             places = sum(token < 0 for token in prompt)
             if places != shown:
                 raise ValueError(
                     f"{sample.name}: it shows {shown} images and has places for {places} in its text"
                 )
-        images, sizes = (
-            self._videos(samples)
-            if self.model.takes_videos
-            else self._pixels([i for s in samples for i in s.images])
-        )
+        if self.model.takes_videos:
+            images, sizes = self._videos(samples)
+        elif self._joins:
+            images, sizes = self._films([one for sample in samples for one in sample.shown])
+        else:
+            images, sizes = self._pixels([i for s in samples for i in s.images])
         if images is not None:
             self._check_lengths(samples, prompts, self.model.visual_tokens(images, sizes))
         padding = (
@@ -126,7 +128,8 @@ class Llava(Engine):
             ]
             text = "\n".join([*marks, sample.text])
         else:
-            places = " ".join([DEFAULT_IMAGE_TOKEN] * len(sample.images))
+            shown = sample.shown if self._as_one else sample.images
+            places = " ".join([DEFAULT_IMAGE_TOKEN] * len(shown))
             text = sample.text
             if places and DEFAULT_IMAGE_TOKEN not in text:
                 text = f"{places}\n{text}"
@@ -135,6 +138,37 @@ class Llava(Engine):
         conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], None)
         return list(encode(conversation.get_prompt(), self.tokenizer))
+
+    @property
+    def _joins(self) -> bool:
+        """Whether the frames of a video are one run of visual tokens, for a method that looks at them
+        together."""
+        parts = () if self.compression is None else self.compression.parts
+        return any(part.acts and SELECTORS[part.select].films for part in parts)
+
+    @property
+    def _as_one(self) -> bool:
+        """Whether a video has one place in the prompt."""
+        return self.model.takes_videos or self._joins
+
+    def _films(self, shown: list):
+        """The same as :meth:`_pixels`, where each video is one entry of all its frames.
+
+        Raises ValueError for a model that cuts pictures into tiles.
+        """
+        if getattr(self.model.config, "mm_patch_merge_type", "flat") != "flat":
+            raise ValueError(
+                f"{self.compression.name} looks at the frames of a video together, and this model cuts each"
+                " into tiles; choose a method that looks at pictures"
+            )
+        entries, sizes = [], []
+        for one in shown:
+            frames = one if isinstance(one, list) else [one]
+            pixels = process_images(frames, self.image_processor, self.model.config)
+            stacked = torch.stack(pixels) if isinstance(pixels, list) else pixels
+            entries.append(stacked.to(self.model.device, self.model.dtype))
+            sizes.append(frames[0].size)
+        return entries or None, sizes or None
 
     def _pixels(self, images: list[Image.Image]):
         """The model's ``images`` and ``image_sizes``; None twice where there are none."""

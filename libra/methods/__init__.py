@@ -27,6 +27,7 @@ from . import (
     sparsevlm_v2,
     tome,
     turbo,
+    uniform_frames,
     vanilla,
     vidcom2,
     visionzip,
@@ -66,7 +67,7 @@ DEFAULTS = {
 FILES = (
     vanilla, libra, fastv, turbo, windowed_fastv, random, pyramiddrop, sparsevlm, sparsevlm_v2, dart,
     libra_input, fastervlm, divprune, cdpruner, vispruner, hiprune, holov, vscan, mmtok, visionzip,
-    prumerge, prumerge_plus, tome, pool, downsample, evs, vidcom2,
+    prumerge, prumerge_plus, tome, pool, downsample, evs, vidcom2, uniform_frames,
 )  # fmt: skip
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in FILES}
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..utils.cli import Parser, whole_from
 from ..utils.files import new_folder
+from .films import FILM_TYPES, film_question
 from .questions import EASY_VQA, SCENE_TYPES, TYPES
 from .scenes import Scene, draw_scene
 from .shapes import easy_vqa, easy_vqa_image
@@ -26,15 +27,24 @@ SEED = 20_260_101
 QUESTIONS = 300
 FORMAT = 2  # raise when the files or the way they are drawn change
 MANIFEST = "manifest.json"
+ALL_TYPES = (*TYPES, *FILM_TYPES)
+SHOWN = ("image", "frames")  # the column of what is shown: of pictures and of films
 
 
 class Sample(NamedTuple):
-    """One held-out question; ``scene`` is None for easy-VQA, whose images come as files."""
+    """One held-out question; ``scene`` is None for easy-VQA, whose images come as files, and for films, whose
+    frames are ``image`` and ``more``."""
 
     image: Image.Image
     question: str
     answer: str
     scene: Scene | None
+    more: tuple[Image.Image, ...] = ()
+
+    @property
+    def frames(self) -> list[Image.Image]:
+        """All that is shown."""
+        return [self.image, *self.more]
 
 
 def scene_sample(kind: str, index: int) -> Sample:
@@ -65,11 +75,19 @@ def easy_vqa_samples(count: int) -> list[Sample]:
     return samples
 
 
+def film_sample(kind: str, index: int) -> Sample:
+    """Question ``index`` of a type about films, with glyphs that training never shows."""
+    number = len(TYPES) + [*FILM_TYPES].index(kind)
+    film, question, answer = film_question(kind, np.random.default_rng([SEED, number, index]), "test")
+    return Sample(film.images[0], question, answer, None, film.images[1:])
+
+
 def samples_of(kind: str, count: int) -> list[Sample]:
     """The first ``count`` held-out questions of a type; the same on every machine."""
-    return (
-        easy_vqa_samples(count) if kind == EASY_VQA else [scene_sample(kind, index) for index in range(count)]
-    )
+    if kind == EASY_VQA:
+        return easy_vqa_samples(count)
+    draw = film_sample if kind in FILM_TYPES else scene_sample
+    return [draw(kind, index) for index in range(count)]
 
 
 def _content_hash(kind: str, samples: list[Sample]) -> str:
@@ -77,7 +95,8 @@ def _content_hash(kind: str, samples: list[Sample]) -> str:
     digest = hashlib.sha256(kind.encode())
     for sample in samples:
         digest.update(json.dumps([sample.question, sample.answer, sample.image.size]).encode())
-        digest.update(sample.image.tobytes())
+        for frame in sample.frames:
+            digest.update(frame.tobytes())
     return digest.hexdigest()
 
 
@@ -87,7 +106,7 @@ def _file_hash(path: Path) -> str:
 
 def as_dataset(kind: str, samples: list[Sample]):
     """The questions as a :class:`datasets.Dataset`, as the task files of :mod:`libra.lmms` read them."""
-    from datasets import Dataset, Features, Value
+    from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
     def png(image: Image.Image) -> dict:
@@ -95,17 +114,19 @@ def as_dataset(kind: str, samples: list[Sample]):
         image.save(buffer, "PNG")
         return {"bytes": buffer.getvalue(), "path": None}
 
+    frames = [[png(frame) for frame in sample.frames] for sample in samples]
+    films = kind in FILM_TYPES
     return Dataset.from_dict(
         {
             "question_id": [f"{kind}-{index}" for index in range(len(samples))],
-            "image": [png(sample.image) for sample in samples],
+            SHOWN[films]: frames if films else [shown for (shown,) in frames],
             "question": [sample.question for sample in samples],
             "answer": [sample.answer for sample in samples],
         },
         features=Features(
             {
                 "question_id": Value("string"),
-                "image": ImageFeature(),
+                SHOWN[films]: List(ImageFeature()) if films else ImageFeature(),
                 "question": Value("string"),
                 "answer": Value("string"),
             }
@@ -126,7 +147,7 @@ def _reusable(folder: Path, count: int) -> dict | None:
         manifest = json.loads((folder / MANIFEST).read_text())
         wanted = {"format": FORMAT, "seed": SEED, "questions": count}
         if all(manifest[key] == value for key, value in wanted.items()) and set(manifest["types"]) == set(
-            TYPES
+            ALL_TYPES
         ):
             if all(
                 _file_hash(folder / entry["file"]) == entry["file_sha256"]
@@ -142,9 +163,10 @@ def write_benchmark(folder: Path, count: int = QUESTIONS) -> dict:
     """Write ``count`` questions of every type into ``folder``, or reuse the ones that are there; returns the
     manifest.
 
-    The manifest holds the seed, a sha256 of all texts and pixels, and for each type its file, its number of
-    questions, its most frequent answer and that answer's share. Raises ValueError where ``folder`` holds
-    something else, or for a count that is not positive or exceeds easy-VQA's test images.
+    The manifest holds the seed, a sha256 of all texts and pixels of the types about pictures, and for each
+    type its file, its number of questions, its most frequent answer and that answer's share. Raises
+    ValueError where ``folder`` holds something else, or for a count that is not positive or exceeds
+    easy-VQA's test images.
     """
     if count < 1:
         raise ValueError(f"questions must be at least 1, not {count}")
@@ -160,7 +182,7 @@ def write_benchmark(folder: Path, count: int = QUESTIONS) -> dict:
         )
     with new_folder(folder) as work:
         types = {}
-        for kind in TYPES:
+        for kind in ALL_TYPES:
             samples = samples_of(kind, count)
             file = f"{kind}.parquet"
             _write_parquet(kind, samples, work / file)

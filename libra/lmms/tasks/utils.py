@@ -3,7 +3,8 @@
 from datasets import DatasetDict
 from lmms_eval.api.task import ConfigurableTask
 
-from libra.mini.benchmark import QUESTIONS, as_dataset, samples_of
+from libra.mini.benchmark import QUESTIONS, SHOWN, as_dataset, samples_of
+from libra.mini.films import FILM_TYPES
 
 
 class Drawn(ConfigurableTask):
@@ -19,11 +20,16 @@ class Drawn(ConfigurableTask):
             return
         kind = self.config.task.removeprefix("mini_")
         self.dataset = DatasetDict(test=as_dataset(kind, samples_of(kind, QUESTIONS)))
-        self.dataset_no_image = self.dataset.remove_columns("image")
+        self.dataset_no_image = self.dataset.remove_columns(SHOWN[kind in FILM_TYPES])
 
 
 def doc_to_visual(doc: dict) -> list:
     return [doc["image"].convert("RGB")]
+
+
+def doc_to_film(doc: dict) -> list:
+    """One video, as the list of its frames."""
+    return [[frame.convert("RGB") for frame in doc["frames"]]]
 
 
 def doc_to_text(doc: dict) -> str:
