@@ -445,7 +445,13 @@ def test_from_a_model_to_a_figure_and_again_from_its_trace(checkpoint, scene, tm
         ),
         (
             {"method": "fastervlm", "keep": 64},
-            [["FastV: top-k by the score of the tower, input", "input: select topk\n64 of 256"]],
+            [
+                [
+                    "FastV: top-k by the score of the tower, input",
+                    "input: score",
+                    "input: select topk\n64 of 256",
+                ]
+            ],
         ),
         ({"method": "downsample", "keep": 64}, [["tower: select downsample\n64 of 256"]]),
         (

@@ -13,6 +13,7 @@ from ..config import Compression
 from ..engine.attach import attach
 from ..engine.places_on_pictures import blocks_of
 from ..engine.transformers_api import PreTrainedConfig
+from ..media.asking import image_question
 from ..utils.devices import find_device
 from .drawing import Record
 
@@ -23,19 +24,7 @@ def trace_image(model, processor, compression: Compression, image: Image.Image, 
     Raises:
         ValueError: if the model is not supported or the compression does not fit it.
     """
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    else:
-        text = prompt if processor.image_token in prompt else f"{processor.image_token}\n{prompt}"
-        inputs = processor(images=[image], text=[text], return_tensors="pt")
-    inputs = inputs.to(model.device, model.dtype)
+    inputs = image_question(processor, image, prompt).to(model.device, model.dtype)
     with attach(model, compression, trace=True) as handle, torch.no_grad():
         model(**inputs)
     trace = handle.trace[0]

@@ -17,6 +17,7 @@ from llava.convert import convert
 
 from ..engine.relevance import ClipRelevance
 from ..media import open_image
+from ..media.asking import image_question
 from ..rows import EMBEDDED
 
 
@@ -42,6 +43,4 @@ def question(processor: ProcessorMixin, picture: str | Path | Image.Image, text:
         ValueError: for a picture that cannot be opened.
     """
     image = picture if isinstance(picture, Image.Image) else open_image(str(picture))
-    asked: list[dict] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-    prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
-    return processor(images=image, text=prompt, return_tensors="pt")
+    return image_question(processor, image, text)

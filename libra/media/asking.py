@@ -1,0 +1,22 @@
+"""What a model of transformers is given for a question about a picture."""
+
+from PIL import Image
+
+
+def image_question(processor, image: Image.Image, text: str):
+    """The inputs (a ``BatchFeature``) for one question about a picture, by the model's chat template.
+
+    Without a template the place of the picture comes before the text, unless the text has it.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    if processor.image_token not in text:
+        text = f"{processor.image_token}\n{text}"
+    return processor(images=[image], text=[text], return_tensors="pt")
