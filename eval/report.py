@@ -290,11 +290,7 @@ def write_report(
     for measured in firsts:
         drawn.append(f"{stem}.png" if measured is mini else f"{stem}_{measured.suite}.png")
         lines += [*mini_block(measured, grids), ""]
-        _store(
-            problems,
-            output / drawn[-1],
-            lambda path, measured=measured: plots.accuracy(measured, path),
-        )
+        _store(problems, output / drawn[-1], lambda path, one=measured: plots.accuracy(one, path))
         against = "time" if table.timed else "FLOPs"
         lines += [f"![Accuracy against {against}]({drawn[-1]})", ""]
     if table.extras and plots.has_traces(mini):
@@ -310,10 +306,15 @@ def write_report(
         _store(problems, output / f"{stem}.{suffix}", lambda path, content=content: write_text(path, content))
     if publish is not None:
         _require_commits(shown)
-        drawn += [name.replace(".png", ".svg") for name in drawn]
-        for name in (f"{stem}.md", f"{stem}.csv", f"{stem}.tex", *drawn):
-            write_bytes(publish / name, (output / name).read_bytes())
+        _publish(output, publish, stem, drawn)
     return text + "".join(f"\n{problem}\n" for problem in problems)
+
+
+def _publish(output: Path, publish: Path, stem: str, drawn: Sequence[str]) -> None:
+    """Copy a written table and its pictures, which are there as SVG too."""
+    vectors = [name.replace(".png", ".svg") for name in drawn]
+    for name in (f"{stem}.md", f"{stem}.csv", f"{stem}.tex", *drawn, *vectors):
+        write_bytes(publish / name, (output / name).read_bytes())
 
 
 def _measured(

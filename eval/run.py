@@ -61,16 +61,7 @@ def parser() -> Parser:
         "--batch-size", type=whole, metavar="N", help="samples a forward call (default: 32 mini, 8 others)"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="results folder (default results/tableN)")
-    parser.add_argument("--configs", type=Path, metavar="DIR", help="also the rows of your own folder")
-    parser.add_argument(
-        "--model",
-        metavar="NAME=PATH[:TEMPLATE]",
-        help="a model of your own, by a name for your rows; with the conversation template of a LLaVA"
-        " checkpoint. Fills the table own",
-    )
-    parser.add_argument(
-        "--include-path", type=Path, metavar="DIR", help="lmms-eval tasks of your own, by their files' names"
-    )
+    add_own(parser)
     add_benchmark(parser)
     parser.add_argument(
         "--processes",
@@ -94,6 +85,20 @@ def parser() -> Parser:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--publish", action="store_true", help="copy the finished table to docs/results/")
     return parser
+
+
+def add_own(parser: Parser) -> None:
+    """Options for rows, models and tasks of one's own."""
+    parser.add_argument("--configs", type=Path, metavar="DIR", help="also the rows of your own folder")
+    parser.add_argument(
+        "--model",
+        metavar="NAME=PATH[:TEMPLATE]",
+        help="a model of your own, by a name for your rows; with the conversation template of a LLaVA"
+        " checkpoint. Fills the table own",
+    )
+    parser.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="lmms-eval tasks of your own, by their files' names"
+    )
 
 
 def worker_devices(named: list[str] | None, processes: int | None) -> list[str]:
