@@ -83,11 +83,16 @@ class Harness:
             model.set_row(cell.spec, cell.blind, trace=True)
             model.sample_log, model.on_samples = log, on_samples
             results = self._evaluate(cell, task, model)
+        return self._result(results, task, list(model.records.values()), cell.spec.compression.layers)
+
+    @staticmethod
+    def _result(results: dict, task: Task, records: list[dict], layers: Sequence[int] = ()) -> dict:
+        """A cell's result from what lmms-eval returned and the model's records."""
         found = sorted(results["samples"][task.harness], key=lambda sample: sample["doc_id"])
         if not task.metric:
             task = scored(task, results["configs"][task.harness]["metric_list"][0]["metric"], found)
         score = results["results"][task.harness][f"{task.metric},none"]
-        return summary(float(score), task, found, list(model.records.values()), cell.spec.compression.layers)
+        return summary(float(score), task, found, records, layers)
 
     def _evaluate(self, cell: Cell, task: Task, model) -> dict:
         from lmms_eval.evaluator import simple_evaluate

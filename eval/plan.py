@@ -21,6 +21,7 @@ from .cells import TURNS, Cell, code, finished_elsewhere, read_cells
 from .checkpoints import CheckpointError, require_checkpoint
 from .data import DATA
 from .formats import text_table
+from .served import Server, check_rows
 from .suites import BLIND, SUITES, SuiteRows, Table, get_task, task_digest
 
 PUBLISHED = provenance.REPOSITORY / provenance.PUBLISHED
@@ -33,7 +34,8 @@ class Wanted:
     rows, tasks: names to keep, all where there are none; tasks may be written without ``mini_``. limit:
     samples of a task; checkpoint: weights instead of the registry's; benchmark: folder of the embedded one,
     which is written or reused there; trained: folder of the checkpoints that a table of fine-tuned ones
-    names; dry: nothing is going to be computed; configs: a folder with more rows.
+    names; dry: nothing is going to be computed; configs: a folder with more rows; servers: those that answer,
+    instead of a checkpoint here.
     """
 
     rows: Sequence[str] = ()
@@ -45,6 +47,7 @@ class Wanted:
     dry: bool = False
     trained: Path | None = None
     configs: Path | None = None
+    servers: Sequence[Server] = ()
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,18 @@ def plan(table: Table, suite: str, wanted: Wanted) -> Plan:
     tasks = _wanted(wanted.tasks, offered) or offered
     for row in chosen.values():
         row.compression.check_layers(get_model(row.model, row.path).layers, row.path)
-    found, amiss = _checkpoints(table, chosen, wanted)
+    served: dict = {}
+    if wanted.servers:
+        served = {"server": check_rows(table, chosen, wanted.servers)}
+        found, amiss = {"": (wanted.servers[0].model, {"served": wanted.servers[0].model})}, ""
+    else:
+        found, amiss = _checkpoints(table, chosen, wanted)
     manifest = None
     if suite == "mini":
         from libra.mini.benchmark import write_benchmark
 
         manifest = write_benchmark(wanted.benchmark)
-    run = {"checkpoint": found[""][1], "limit": wanted.limit, "dtype": wanted.dtype, "code": code()}
+    run = {"checkpoint": found[""][1], "limit": wanted.limit, "dtype": wanted.dtype, "code": code(), **served}
     maker = _Maker(table, suite, found, _other(chosen, wanted.checkpoint), run, manifest, wanted.benchmark)
     cells = [
         maker.cell(name, row, task, {**row_identity(row), "blind": name == BLIND})

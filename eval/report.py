@@ -92,7 +92,7 @@ def footer(cells: list[dict], left_out: Sequence[str], benchmark: dict | None) -
 
     def computer(cell: dict) -> str:
         m = cell["machine"]
-        device = "" if m["device"] == "cpu" else f", device {m['device']}"
+        device = "" if m["device"] == "cpu" or "server" in cell else f", device {m['device']}"
         return (
             f"{m['cpu']}, {m['cores']} cores, {m['processes']} processes{device}, batches of "
             f"{m['batch_size']}"
@@ -109,6 +109,10 @@ def footer(cells: list[dict], left_out: Sequence[str], benchmark: dict | None) -
         f"- command: {every(f'`{command}`' for command in (cell['command'] for cell in cells))}",
         f"- dtype: {every(cell['settings']['run']['dtype'] for cell in cells)}",
     ]
+    served = [cell["server"] for cell in cells if "server" in cell]
+    if served:
+        told = every(f"{one['engine']} {one['version']} with {one['model']}" for one in served)
+        lines.append(f"- answered by servers: {told}")
     if benchmark is not None:
         contents = f"seed {benchmark['seed']}, sha256 {benchmark['sha256']}"
         lines.append(f"- benchmark: {benchmark['questions']} questions a type, {contents}")

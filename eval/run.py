@@ -14,11 +14,12 @@ from libra.utils.other_llava import warn_if_llava_is_another
 from libra.utils.provenance import cores, require_clean
 
 from .filling import fill
-from .harness import Settings
+from .harness import Harness, Settings
 from .options import add_benchmark, add_checkpoint, add_tasks
 from .own import Own, model_of
 from .plan import PUBLISHED, Wanted, describe, plan
 from .pool import PoolError
+from .served import ServedHarness, Server, ask_all
 from .suites import OWN, SUITES, TABLES, from_harness, get_table
 
 EXAMPLES = """examples:
@@ -26,7 +27,8 @@ EXAMPLES = """examples:
   python -m eval.run --table 1 --rows vanilla,r50 --limit 20 --output results/try
   python -m eval.run --table 3 --dry-run                  what Table 3 takes: rows, FLOPs, cells, hours
   python -m eval.run --table 1 --suite llava7b            the real checkpoint, downloaded from the hub
-  python -m eval.run --model mine=out/llava:vicuna_v1 --configs my_rows --include-path my_tasks"""
+  python -m eval.run --model mine=out/llava:vicuna_v1 --configs my_rows --include-path my_tasks
+  python -m eval.run --table 1 --server http://a:8000,http://b:8000   OpenAI-compatible servers answer"""
 
 
 def parser() -> Parser:
@@ -82,6 +84,12 @@ def parser() -> Parser:
         metavar="A,B",
         help="such as cpu, cuda:0 or cuda:0,cuda:1; workers take them in turn (default: all GPUs, else cpu)",
     )
+    parser.add_argument(
+        "--server",
+        type=names,
+        metavar="URL,URL",
+        help="let libra.serve or vLLM servers answer, one cell at a time each, instead of a checkpoint here",
+    )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--publish", action="store_true", help="copy the finished table to docs/results/")
     return parser
@@ -102,7 +110,7 @@ def add_own(parser: Parser) -> None:
 
 
 def worker_devices(named: list[str] | None, processes: int | None) -> list[str]:
-    """The device of each worker."""
+    """The device, or server, of each worker."""
     if not named:
         from libra.utils.devices import all_devices  # here: it needs torch, and --help does not
 
@@ -115,7 +123,7 @@ def command(args) -> str:
     """The command line that computes the same cells."""
     words = ["python", "-m", "eval.run", "--table", args.table]
     words += ["--model", args.model] if args.model else ["--suite", args.suite]
-    for name in ("rows", "tasks"):
+    for name in ("rows", "tasks", "server"):
         if getattr(args, name):
             words += [f"--{name}", ",".join(getattr(args, name))]
     for name in ("limit", "checkpoint", "trained", "batch_size", "configs", "include_path"):
@@ -127,8 +135,20 @@ def command(args) -> str:
     return shlex.join(words)
 
 
+def servers(args) -> list[Server]:
+    """Those that are to answer, asked what they are; none without --server.
+
+    Raises ValueError for one that does not answer, and for options that are the servers' to choose.
+    """
+    for name, default in (("checkpoint", None), ("trained", None), ("device", None), ("dtype", "float32")):
+        if args.server and getattr(args, name) != default:
+            raise ValueError(f"--{name} is the servers' to choose: leave it out, or --server")
+    return ask_all(args.server) if args.server else []
+
+
 def wanted(args) -> Wanted:
     return Wanted(
+        servers=servers(args),
         rows=args.rows,
         tasks=args.tasks or (),
         limit=args.limit,
@@ -189,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         own = brought(args)
         table = get_table(args.table)
         output = args.output or Path("results") / table.stem
-        devices = worker_devices(args.device, args.processes)
+        devices = worker_devices(args.server or args.device, args.processes)
         if args.publish:
             require_clean()  # not after hours
         todo = plan(table, args.suite, wanted(args))
@@ -208,7 +228,8 @@ def main(argv: list[str] | None = None) -> int:
                 write_text(output / "benchmark.json", json.dumps(todo.manifest, indent=1) + "\n")
             own.save(output)
             how = settings(args, output, devices, own, any(from_harness(cell.task) for cell in todo.cells))
-            failed, unwritten = fill(todo.cells, todo.manifest, output, how, devices, command(args))
+            worker = ServedHarness if args.server else Harness
+            failed, unwritten = fill(todo.cells, todo.manifest, output, how, devices, command(args), worker)
             from .report import write_report
 
             text = write_report(output, table, PUBLISHED if args.publish else None, unwritten, todo)

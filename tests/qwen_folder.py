@@ -24,6 +24,11 @@ def write_qwen(folder: Path, template: str = TEMPLATE) -> None:
     made = families.own_model("Qwen2VLForConditionalGeneration")
     made.generation_config.eos_token_id, made.generation_config.suppress_tokens = 2, [0, 1, 90, 91, 92, 93]
     made.save_pretrained(folder)
+    write_processor(folder, template)
+
+
+def write_processor(folder: Path, template: str = TEMPLATE) -> None:
+    """Of a Qwen2-VL or Qwen2.5-VL whose vocabulary has 100 tokens."""
     marks = {
         "<|image_pad|>": families.IMAGE,
         "<|video_pad|>": families.VIDEO,

@@ -80,7 +80,8 @@ class PinnedManager(ModelManager):
 
     def get_gen_models(self, cache_dir=None) -> list[dict]:
         """The one model, in the protocol's form; what else lies in the hub's cache is nobody's business."""
-        return [{"id": self.name, "object": "model", "created": self.since, "owned_by": "libra"}]
+        entry = {"id": self.name, "object": "model", "created": self.since, "owned_by": "libra"}
+        return [{**entry, "version": libra.__version__}]
 
 
 def load(given: str, name: str | None, device: str, dtype: str) -> Model:

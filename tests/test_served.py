@@ -1,0 +1,302 @@
+"""Tables that OpenAI-compatible servers answer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import libra
+from eval import served
+from eval.suites import get_table
+from libra import Compression
+from libra.lmms.samples import SampleLog
+from libra.rows import Row
+
+ROOT = Path(__file__).parents[1]
+DIVPRUNE = Compression(method="divprune", ratio=0.5)
+
+
+class Stub:
+    """A server that says what a test wants and remembers what it was asked. ``down``: how many requests it
+    turns away with a 503 first."""
+
+    def __init__(self, owner: str = "libra", names=("mini",), usage: dict | None = None):
+        self.asked, self.down, self.refuses = [], 0, ""
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def say(self, status: int, content: dict):
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_GET(self):
+                if self.path == "/version":
+                    return self.say(200, {"version": "0.32.0"})
+                data = [{"id": name, "owned_by": owner, "version": "7"} for name in names]
+                self.say(200, {"object": "list", "data": data})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                stub.asked.append(body)
+                if stub.down:
+                    stub.down -= 1
+                    return self.say(503, {"error": {"message": "no room"}})
+                if stub.refuses:
+                    return self.say(400, {"error": {"message": stub.refuses}})
+                text = body["messages"][0]["content"][0]["text"]
+                message = {"role": "assistant", "content": f" {text}! and more"}
+                told = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+                if "compression" in body:
+                    told["compression"] = usage or {"settings": body["compression"]}
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                self.say(
+                    200,
+                    {"id": "a", "object": "chat.completion", "created": 0, "model": "mini",
+                     "choices": [choice], "usage": told},
+                )  # fmt: skip
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def name_of(c: Compression | None) -> str:
+    return json.dumps({"libra": libra.__version__, **(c.to_dict() if c else {})})
+
+
+def row(c: Compression, attention: str = "sdpa") -> Row:
+    return Row("mini", c, name="r", attention=attention)
+
+
+# --- what a server says of itself, and what it can do ---
+
+
+def test_a_server_says_what_it_is():
+    with Stub() as ours, Stub("vllm", ("big", name_of(DIVPRUNE))) as theirs, Stub("openai") as other:
+        assert served.ask(ours.url + "/v1/") == served.Server(ours.url, "libra.serve", "7", "mini")
+        found = served.ask(theirs.url)
+        assert (found.engine, found.model, found.compression) == ("vLLM", "big", DIVPRUNE.to_dict())
+        assert found.version == f"0.32.0, libra {libra.__version__}"
+        with pytest.raises(ValueError, match="neither"):
+            served.ask(other.url)
+        with pytest.raises(ValueError, match="the servers differ"):
+            served.ask_all([ours.url, theirs.url])
+    with Stub("vllm", ("big",)) as silent, pytest.raises(ValueError, match="serve_vllm.sh"):
+        served.ask(silent.url)
+    with pytest.raises(ValueError, match="does not answer"):
+        served.ask(ours.url)
+
+
+def test_what_a_request_adds_for_a_row():
+    ours = served.Server("u", "libra.serve", "1", "mini")
+    assert served.body(ours, row(DIVPRUNE)) == {"compression": DIVPRUNE.to_dict()}
+    assert served.body(ours, row(Compression(method="vanilla"))) == {"compression": "vanilla"}
+    theirs = served.Server("u", "vLLM", "1", "big", DIVPRUNE.to_dict())
+    assert served.body(theirs, row(DIVPRUNE)) == {}
+    assert served.body(theirs, row(Compression(method="vanilla"))) == {
+        "mm_processor_kwargs": {"libra_ratio": 0}
+    }
+    more = Compression(method="divprune", ratio=0.75)
+    assert served.body(theirs, row(more)) == {"mm_processor_kwargs": {"libra_ratio": 0.75}}
+    plain = served.Server("u", "vLLM", "1", "big", {})
+    assert served.body(plain, row(Compression(method="vanilla"))) == {}
+    for server, c in (
+        (theirs, Compression(method="visionzip", ratio=0.5)),
+        (theirs, Compression(method="divprune", keep=64)),
+        (plain, DIVPRUNE),
+    ):
+        with pytest.raises(ValueError, match="which is not this row"):
+            served.body(server, row(c))
+    with pytest.raises(ValueError, match="attention: eager"):
+        served.body(ours, row(DIVPRUNE, "eager"))
+
+
+def test_tables_that_take_times_or_trained_checkpoints_need_this_machine():
+    server = served.Server("u", "libra.serve", "1", "mini")
+    assert served.check_rows(get_table("1"), {"r": row(DIVPRUNE)}, [server]) == server.identity
+    for name, rows in (("7", ["vanilla"]), ("E", [f"{get_table('E').trained[0]}_r50"])):
+        with pytest.raises(ValueError, match="without --server"):
+            served.check_rows(get_table(name), dict.fromkeys(rows, row(DIVPRUNE)), [server])
+
+
+def test_options_that_the_servers_choose(capsys):
+    from eval import run
+
+    for option in (["--dtype", "float16"], ["--checkpoint", "x"], ["--device", "cpu"]):
+        with pytest.raises(SystemExit) as stop:
+            run.main(["--table", "1", "--server", "http://127.0.0.1:9", *option])
+        assert stop.value.code == 2
+        assert "is the servers' to choose" in capsys.readouterr().err
+
+
+# --- answers ---
+
+
+def requests(texts) -> list:
+    def shown(document):
+        return [Image.new("RGB", (8, 8), (255, 0, 0))]
+
+    options = {"max_new_tokens": 5, "until": ["!"]}
+    return [SimpleNamespace(args=(text, options, shown, i, "t", "test")) for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def asking(tmp_path):
+    """A model of a stub: (stub, row, blind) → the model, and what it was told of samples."""
+    from eval.served_model import ServedModel
+
+    logs = []
+
+    def make(stub, c: Compression = DIVPRUNE, blind: bool = False):
+        if logs:
+            logs[-1].close()  # of one file, which one process at a time holds
+        server, heard = served.ask(stub.url), []
+        harness = object.__new__(served.ServedHarness)
+        harness.url = stub.url
+        logs.append(SampleLog(tmp_path / "log.jsonl", "settings", lambda record: True))
+        model = ServedModel(server, "none", 2)
+        model.client = harness._client(model.client, server, row(c))
+        model.sees = SimpleNamespace(log=logs[-1], on_samples=heard.append, blind=blind, tokens=[3.0])
+        model.task_dict = {"t": {"test": [None] * 9}}
+        return model, heard
+
+    yield make
+    for log in logs:
+        log.close()
+
+
+def test_answers_come_in_order_and_are_not_asked_twice(asking):
+    with Stub() as stub:
+        model, heard = asking(stub)
+        assert model.generate_until(requests(["one", "two", "three"])) == ["one", "two", "three"]
+        assert heard == [2, 1] and len(stub.asked) == 3
+        assert all(body["compression"] == DIVPRUNE.to_dict() for body in stub.asked)
+        assert all(body["max_tokens"] == 5 and body["temperature"] == 0 for body in stub.asked)
+        assert model.records["t", 1]["tokens"] == [3.0]
+        again, heard = asking(stub)
+        assert again.generate_until(requests(["one", "other", "three", "four"])) == [
+            "one", "other", "three", "four"
+        ]  # fmt: skip
+        assert heard == [2, 2] and len(stub.asked) == 5
+
+
+def test_grey_pictures_of_the_blind_run(asking):
+    with Stub() as stub:
+        asking(stub)[0].generate_until(requests(["one"]))
+        seen = stub.asked[-1]["messages"][0]["content"][1]["image_url"]["url"]
+    with Stub() as stub:
+        model, _ = asking(stub, blind=True)
+        model.sees.log = SimpleNamespace(get=lambda *_: None, append=lambda records: None)
+        model.generate_until(requests(["one"]))
+        assert stub.asked[-1]["messages"][0]["content"][1]["image_url"]["url"] != seen
+
+
+def test_a_server_that_is_down_is_waited_for(asking, monkeypatch):
+    monkeypatch.setattr(served, "PAUSE", 0.01)
+    with Stub() as stub:
+        model, _ = asking(stub)
+        stub.down = 6  # the client itself tries three times
+        assert model.generate_until(requests(["one"])) == ["one"]
+        monkeypatch.setattr(served, "PATIENCE", -1.0)
+        stub.down = 6
+        with pytest.raises(served.Refusal, match="does not answer any more"):
+            model.generate_until(requests(["other"]))
+
+
+def test_a_refusal_ends_the_cell_at_once(asking):
+    with Stub() as stub:
+        model, _ = asking(stub)
+        stub.refuses = "the text is too long"
+        with pytest.raises(served.Refusal, match="the text is too long"):
+            model.generate_until(requests(["one"]))
+        assert len(stub.asked) == 1
+
+
+def test_a_server_that_does_something_else_is_not_believed(asking):
+    with Stub(usage={"settings": {"method": "fastv"}}) as stub:
+        with pytest.raises(served.Refusal, match="not what was asked"):
+            asking(stub)[0].generate_until(requests(["one"]))
+
+
+# --- a table ---
+
+
+def start(folder: Path, port: int = 0) -> tuple[subprocess.Popen, int]:
+    command = [sys.executable, "-m", "libra.serve", "--port", str(port), "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(folder / "server.log", "a") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+    line = process.stdout.readline()
+    assert "/v1" in line, line + (folder / "server.log").read_text()
+    return process, int(line.split("/v1")[0].rsplit(":", 1)[1])
+
+
+@pytest.mark.slow
+def test_a_table_of_two_servers_one_killed_and_restarted_is_the_pools(tmp_path):
+    rows = [
+        "--table",
+        "1",
+        "--rows",
+        "vanilla,r50,fastv,blind",
+        "--tasks",
+        "reading,position",
+        "--limit",
+        "24",
+    ]
+    run = [sys.executable, "-m", "eval.run", *rows, "--benchmark", str(tmp_path / "benchmark")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pool = tmp_path / "pool"
+    subprocess.run([*run, "--processes", "1", "--output", str(pool)], check=True, cwd=ROOT, env=environment)
+    servers = [start(tmp_path) for _ in range(2)]
+    try:
+        output = tmp_path / "apart" / "served"
+        urls = ",".join(f"http://127.0.0.1:{port}" for _, port in servers)
+        table = subprocess.Popen(
+            [*run, "--server", urls, "--batch-size", "4", "--output", str(output)], cwd=ROOT, env=environment
+        )
+        victim, port = servers[0]
+        while not list((output / "samples").glob("*.jsonl")) and table.poll() is None:
+            time.sleep(0.2)
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        time.sleep(3)
+        servers[0] = start(tmp_path, port)
+        assert table.wait() == 0
+    finally:
+        for process, _ in servers:
+            process.kill()
+            process.wait()
+    names = sorted(path.name for path in (pool / "cells").glob("*.json"))
+    assert len(names) == 8 == len(list((output / "cells").glob("*.json")))
+    for name in names:
+        own, other = (json.loads((folder / "cells" / name).read_text()) for folder in (output, pool))
+        for key in ("score", "stderr", "n", "correct", "groups", "tokens_per_layer"):
+            assert own[key] == other[key], (name, key)
+        assert own["server"]["engine"] == "libra.serve" and own["server"]["version"] == libra.__version__
+        assert own["server"]["compression"] and own["config_hash"] != other["config_hash"]
+    assert "answered by servers: libra.serve" in (output / "table1.md").read_text()
