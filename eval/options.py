@@ -21,3 +21,12 @@ def add_tasks(parser: Parser) -> None:
 
 def add_checkpoint(parser: Parser) -> None:
     parser.add_argument("--checkpoint", metavar="DIR", help="weights to use instead of the registry's")
+
+
+def add_servers(parser: Parser) -> None:
+    parser.add_argument(
+        "--server",
+        type=names,
+        metavar="URL,URL",
+        help="let libra.serve or vLLM servers answer, one cell at a time each, instead of a checkpoint here",
+    )

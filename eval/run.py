@@ -15,7 +15,7 @@ from libra.utils.provenance import cores, require_clean
 
 from .filling import fill
 from .harness import Harness, Settings
-from .options import add_benchmark, add_checkpoint, add_tasks
+from .options import add_benchmark, add_checkpoint, add_servers, add_tasks
 from .own import Own, model_of
 from .plan import PUBLISHED, Wanted, describe, plan
 from .pool import PoolError
@@ -84,12 +84,7 @@ def parser() -> Parser:
         metavar="A,B",
         help="such as cpu, cuda:0 or cuda:0,cuda:1; workers take them in turn (default: all GPUs, else cpu)",
     )
-    parser.add_argument(
-        "--server",
-        type=names,
-        metavar="URL,URL",
-        help="let libra.serve or vLLM servers answer, one cell at a time each, instead of a checkpoint here",
-    )
+    add_servers(parser)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--publish", action="store_true", help="copy the finished table to docs/results/")
     return parser
