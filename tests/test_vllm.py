@@ -11,12 +11,12 @@ import torch
 import libra
 from libra import Compression
 from libra.config import ConfigError
-from libra.engine.pictures import Listener
-from libra.engine.tower import Look, Wants, scores
+from libra.engine.tower import Listener, Look, Wants, scores
 from libra.methods import METHODS
 from libra.vllm import positions, settings, shorten, sight
 
 N, WIDTH = 16, 8
+RESERVED = {"method": "libra-input", "compensation": "reserved"}
 SERVED = ("divprune", "fastervlm", "hiprune", "pool", "tome", "vispruner", "visionzip")
 
 
@@ -41,12 +41,22 @@ def test_methods_that_see_only_the_picture_qualify(method):
         ({"method": "cdpruner"}, "compares with the question"),
         ({"steps": [{"at": "input", "method": "divprune"}, {"at": 3, "method": "fastv"}]}, "here are 2"),
         ({"at": "input", "method": "divprune", "flops": 0.5}, "budget of a whole model"),
+        ({"method": "libra-input"}, "write compensation: reserved"),
+        ({"method": "downsample"}, "smaller picture"),
     ],
 )
 def test_other_compressions_are_refused_in_one_sentence(keys, sentence):
     with pytest.raises(ConfigError, match=sentence) as caught:
         settings.qualified(Compression(**keys))
     assert "\n" not in str(caught.value)
+
+
+def test_libra_at_the_input_qualifies_with_a_reserved_slot():
+    c = settings.qualified(Compression(**RESERVED, ratio=0.5))
+    assert [settings.slots(c, N, kept) for kept in (N, 8, 1)] == [N, 9, 2]
+    assert settings.slots(settings.NOTHING, N, N) == N
+    assert settings.slots(compression(method="divprune"), N, 8) == 8
+    assert settings.server_compression(c.to_dict()) == c
 
 
 def test_every_method_either_qualifies_or_says_why_not():
@@ -102,6 +112,8 @@ def test_a_model_that_cannot_give_it_is_refused():
     ):
         with pytest.raises(ConfigError, match=word):
             settings.fitted(zip_, SimpleNamespace(**{**vars(LLAVA), **keys}))
+    with pytest.raises(ConfigError, match="does not load it"):
+        settings.fitted(Compression(method="prumerge"), LLAVA)
     with pytest.raises(ConfigError, match="three axes"):
         settings.fitted(compression(method="divprune", positions="compact"), QWEN)
     assert settings.fitted(settings.NOTHING, SimpleNamespace()) is settings.NOTHING
@@ -253,6 +265,22 @@ def test_several_pictures_have_the_tokens_of_libra_compress(method):
         assert one.places.tolist() == expected.targets[0].tolist() and len(one.tokens) == count
 
 
+@pytest.mark.parametrize("positions", ["original", "compact", "centre"])
+def test_a_reserved_compensation_token_comes_last(positions):
+    seen = look(6)
+    embedded = project(seen.hidden)
+    c = Compression(**RESERVED, positions=positions)
+    short, whole = shorten.shorten(c, [embedded, embedded], [seen, seen], [4, N], project)
+    own = Compression(**RESERVED, keep=4)
+    expected = libra.compress(embedded[None], None, own, context=libra.Context(tower_cls=seen.cls[:, None]))
+    assert len(short.tokens) == 5 == settings.slots(c, N, 4) and len(whole.tokens) == N
+    torch.testing.assert_close(short.tokens, expected.tokens[0])
+    last = 4 if positions == "compact" else N - 1
+    assert short.places[-1] == last
+    if positions == "original":
+        assert short.places[:-1].tolist() == expected.targets[0].tolist()
+
+
 def test_in_the_tower_the_models_projector_runs_on_what_is_left():
     c = Compression(method="visionzip")
     seen = look(4)
@@ -294,7 +322,7 @@ class Attention(torch.nn.Module):
 def test_the_attention_of_the_layers_asked_for_is_heard():
     layers = [Attention() for _ in range(3)]
     wants = Wants.of(Compression(method="hiprune"), has_cls=True)
-    eyes = sight.Sight(wants, layers, depth=8, has_cls=True)
+    eyes = sight.Sight(wants, layers, depth=6, has_cls=True)
     given = torch.randn(3, 2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
     for layer, (query, key) in zip(layers, given):  # nobody listens
         layer(query, key, key)
@@ -304,10 +332,10 @@ def test_the_attention_of_the_layers_asked_for_is_heard():
     looks = sight.pictures(listener, torch.randn(2, 5, WIDTH), (2, 2))
     heads = given.view(3, 2, 2, 5, 2, 4).transpose(3, 4)
     for i, one in enumerate(looks):
-        assert one.received.shape == (2 if len({*wants.layers(2, 8)}) > 1 else 1, 4)
-        _, received = scores(heads[2, 0], heads[2, 1], 0.5, False, True)
-        torch.testing.assert_close(one.received[-1], received[i, 1:])
-        assert one.grid == ((2, 2),) and len(one) == 4
+        assert one.received.shape == (2, 4) and one.grid == ((2, 2),) and len(one) == 4
+        for said, layer in zip(one.received, wants.layers(2, 6)):
+            _, received = scores(*heads[layer], 0.5, False, True)
+            torch.testing.assert_close(said, received[i, 1:])
     with sight.listening(None) as nobody:
         assert nobody is None
 

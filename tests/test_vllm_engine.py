@@ -24,9 +24,13 @@ from llava.convert import convert  # noqa: E402
 RATIOS = (0.25, 0.5, 0.75)
 N, MOST = 256, 12
 METHODS = {
+    "libra": {"method": "libra-input", "compensation": "reserved"},
     "divprune": {"method": "divprune"},
     "visionzip": {"method": "visionzip"},  # in the tower, with its keys and the [CLS] token's own feature
+}
+MORE = {
     "hiprune": {"method": "hiprune"},  # two layers of the tower, and the grid
+    "compact": {"method": "divprune", "positions": "compact"},
 }
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "max_num_seqs": 8}
 
@@ -93,7 +97,7 @@ def check_answers(mini, reference, asked, folder: Path, keys: dict, count: int) 
     assert own["texts"] == found[1]["texts"]  # the row's own ratio is 0.5
     different = 0
     for ratio, said in zip(RATIOS, found):
-        assert set(said["pictures"]) == {kept(N, ratio)}
+        assert set(said["pictures"]) == {kept(N, ratio) + (keys["method"] == "libra-input")}
         answers = expected(reference, prompts, {**keys, "ratio": ratio})
         wrong = [i for i, pair in enumerate(zip(said["texts"], answers)) if pair[0] != pair[1]]
         assert not wrong, (ratio, [(said["texts"][i], answers[i]) for i in wrong[:5]])
@@ -101,9 +105,9 @@ def check_answers(mini, reference, asked, folder: Path, keys: dict, count: int) 
     assert different  # so it matters which tokens are left
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *MORE])
 def test_answers_are_those_of_attach(method, mini, reference, asked, tmp_path):
-    check_answers(mini, reference, asked, tmp_path, METHODS[method], 24)
+    check_answers(mini, reference, asked, tmp_path, (METHODS | MORE)[method], 24)
 
 
 @pytest.mark.slow
@@ -183,7 +187,7 @@ def write_qwen(folder: Path) -> None:
     write_processor(folder)
 
 
-@pytest.mark.parametrize("method", ["divprune", "visionzip", "hiprune", "pool"])
+@pytest.mark.parametrize("method", ["libra", "divprune", "visionzip", "hiprune"])
 def test_qwen_gives_the_same_ids(method, asked, tmp_path):
     """Pictures of different sizes, one and two a prompt."""
     folder = tmp_path / "qwen"
@@ -201,10 +205,12 @@ def test_qwen_gives_the_same_ids(method, asked, tmp_path):
     asked_of_vllm = [(images, text, {"text": text, **files}) for images, text, files in prompts]
     engine = {**ENGINE, "model": str(folder), "limit_mm_per_prompt": {"image": 2}}
     calls = [call(asked_of_vllm, QWEN_IDS["image"], ratio, endless=True) for ratio in (0, 0.5, 0.75)]
-    said = run(tmp_path / "job", {"engine": engine, "calls": calls}, {"method": method, "ratio": 0.5})
+    own = (METHODS | MORE)[method]
+    said = run(tmp_path / "job", {"engine": engine, "calls": calls}, {**own, "ratio": 0.5})
     for one, ratio in zip(said, (0, 0.5, 0.75)):
-        keys = {"method": method, "ratio": ratio}
-        with libra.attach(model, libra.Compression.from_dict(keys) if ratio else "vanilla"):
+        with libra.attach(
+            model, libra.Compression.from_dict({**own, "ratio": ratio}) if ratio else "vanilla"
+        ):
             for (images, text, _), ids in zip(prompts, one["ids"]):
                 inputs = processor(text=[text], images=images, return_tensors="pt")
                 out = model.generate(

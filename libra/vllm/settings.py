@@ -11,7 +11,8 @@ import libra
 
 from ..budget import keeps
 from ..config import Compression
-from ..methods import MERGERS
+from ..engine.tower import OF_THE_READER
+from ..methods import MERGERS, SELECTORS
 from ..places import INPUT, LAYERS
 from ..rows import compression_from
 from ..utils.sentences import ConfigError, show
@@ -74,6 +75,11 @@ def fitted(c: Compression, config: Any) -> Compression:
                 " original"
             )
         return replace(c, at=INPUT)
+    if OF_THE_READER & {*c.needs}:
+        raise ConfigError(
+            f"{c.name} looks at the layer that reads the features, and vLLM does not load it; use another"
+            " method, such as divprune"
+        )
     for key, found, known in (
         ("vision tower", config.vision_config.model_type, "clip_vision_model"),
         ("vision_feature_select_strategy", config.vision_feature_select_strategy, "default"),
@@ -97,10 +103,12 @@ def _problem(part: Compression) -> str:
             f"{part.name} compares with the question, and vLLM shares what it computed of a picture among"
             " all questions about it; use a method that looks at the picture only, such as divprune"
         )
-    if MERGERS[part.merge].compensates:
+    if SELECTORS[part.select].shrinks:
+        return f"{part.name} gives the vision tower a smaller picture, which is vLLM's processor's to make"
+    if MERGERS[part.merge].compensates and not part.reserves:
         return (
             f"merge: {part.merge} makes a compensation token or none, as the picture has it, and vLLM must"
-            " know the number of tokens beforehand; use a merge without one, such as drop or average"
+            " know the number of tokens beforehand; write compensation: reserved"
         )
     return ""
 
@@ -129,8 +137,9 @@ def targets(c: Compression, n: int) -> int:
 
 
 def slots(c: Compression, n: int, kept: int) -> int:
-    """How many tokens stand in the prompt for a picture of ``n``, of which ``kept`` are kept."""
-    return kept
+    """How many tokens stand in the prompt for a picture of ``n``, of which ``kept`` are kept; a compensation
+    token is one of them."""
+    return kept + (c.compresses and c.reserves and kept < n)
 
 
 def cache_key(c: Compression) -> str:

@@ -70,10 +70,14 @@ def _at_input(c: Compression, embeddings, looks, n: int, count: int) -> list[Sho
     context = context_of([[one] for one in looks] if looks is not None else [])
     layout = Spans.build([[n]] * len(hidden), [[count]] * len(hidden), hidden.device)
     step = compress_spans(hidden, context_score(c, context, hidden), c, layout, context=context)
-    return [
-        Shortened(tokens, _places(targets, n, c.positions))
-        for tokens, targets in zip(step.tokens, step.targets)
-    ]
+    found = []
+    for tokens, targets in zip(step.tokens, step.targets):
+        places = _places(targets, n, c.positions)
+        if c.reserves:  # the compensation token stands where the last visual token does, or after the others
+            last = count if c.positions == "compact" else n - 1
+            places = torch.cat([places, places.new_tensor([last])])
+        found.append(Shortened(tokens, places))
+    return found
 
 
 def _places(targets: torch.Tensor, n: int, positions: str) -> torch.Tensor:

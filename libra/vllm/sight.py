@@ -1,16 +1,16 @@
 """What a vision tower of vLLM says of its pictures, heard at its attention, for the methods that ask.
 
-:class:`libra.engine.pictures.Listener` is told the same as in a model of transformers: queries and keys after
+:class:`libra.engine.tower.Listener` is told the same as in a model of transformers: queries and keys after
 the rotary embedding. Needs no vLLM: attention modules are recognised by what they have.
 """
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
-from ..engine.pictures import Listener
-from ..engine.tower import Look, Wants
+from ..engine.tower import Listener, Look, Wants
 
 
 class Sight:
@@ -23,11 +23,10 @@ class Sight:
     """
 
     def __init__(self, wants: Wants, attentions: Sequence[torch.nn.Module], depth: int, has_cls: bool):
-        self.wants, self.has_cls, self.used = wants, has_cls, len(attentions) - 1
+        self.new = partial(Listener.of, wants, has_cls, len(attentions) - 1, depth)
         self.listener: Listener | None = None
-        if wants.fields - {"tower_hidden", "grid"}:
-            for layer in sorted({*wants.layers(self.used, depth)}):
-                attentions[layer].register_forward_pre_hook(self._hook(layer), with_kwargs=True)
+        for layer in self.new().layers:
+            attentions[layer].register_forward_pre_hook(self._hook(layer), with_kwargs=True)
 
     def _hook(self, layer: int):
         def hear(module, args, kwargs):
@@ -55,7 +54,7 @@ def listening(sight: Sight | None):
     if sight is None:
         yield None
         return
-    sight.listener = listener = Listener(sight.wants, sight.has_cls, sight.used)
+    sight.listener = listener = sight.new()
     try:
         yield listener
     finally:
@@ -73,24 +72,7 @@ def pictures(listener: Listener, hidden: torch.Tensor, grid: tuple[int, ...]) ->
     hidden: (I, P, C) its features, with those of the [CLS] token first where there is one; grid: (h, w) of
     the patches.
     """
-    first = int(listener.has_cls)
-    cls, received = (listener.joined(scores) for scores in (listener.cls, listener.received))
-    keys = torch.cat(listener.keys, 1) if listener.keys else None
-    found = []
-    for i, own in enumerate(hidden):
-        found.append(
-            Look(
-                hidden=own[first:],
-                outside=torch.zeros(len(own) - first, dtype=torch.bool, device=own.device),
-                grid=(grid,),
-                cls=None if cls is None else cls[:, i, first:],
-                received=None if received is None else received[:, i, first:],
-                keys=None if keys is None else keys[i, first:],
-                cls_hidden=own[0] if first else None,
-                cls_keys=keys[i, 0] if first and keys is not None else None,
-            )
-        )
-    return found
+    return listener.view(hidden).looks([1] * len(hidden), lambda _, patches: patches[0], lambda *_: (grid,))
 
 
 def windows(
@@ -102,23 +84,11 @@ def windows(
         hidden: (P, C) of all patches; grids: (t, h, w) of each picture's tokens; order: (N,) for each of the
             tokens, picture after picture, its place in the tower's own order.
     """
-
-    def arranged(patches: torch.Tensor) -> torch.Tensor:
-        """(P, W) to (N, W), the mean of the patches of each token."""
-        return patches.unflatten(0, (len(order), -1)).mean(1)[order]
-
     counts = [t * h * w for t, h, w in grids]
-    features = arranged(hidden).split(counts)
-    received = listener.joined(listener.received)
-    scores = None if received is None else arranged(received[:, 0].T).T.split(counts, 1)
-    keys = arranged(torch.cat(listener.keys, 1)[0]).split(counts) if listener.keys else None
-    return [
-        Look(
-            hidden=features[i],
-            outside=torch.zeros(n, dtype=torch.bool, device=hidden.device),
-            grid=(grids[i],),
-            received=None if scores is None else scores[i],
-            keys=None if keys is None else keys[i],
-        )
-        for i, n in enumerate(counts)
-    ]
+
+    def arranged(number: int, patches: torch.Tensor) -> torch.Tensor:
+        """(1, P, W) of all to (n, W) of one picture, the mean of the patches of each token."""
+        return patches[0].unflatten(0, (len(order), -1)).mean(1)[order.split(counts)[number]]
+
+    view = listener.view(hidden[None]).expand(len(grids))
+    return view.looks([1] * len(grids), arranged, lambda number, _: (grids[number],))
