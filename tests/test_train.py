@@ -21,6 +21,7 @@ from test_llava_model import arrays, prompt
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -414,6 +415,20 @@ def test_three_steps_resume_and_load(few, compression, tmp_path, capsys):
         changed += [name] if not torch.equal(value, start[name]) else []
     assert any("layers.11" in name for name in changed) and any("mm_projector" in name for name in changed)
     assert not any("vision_tower" in name for name in changed)
+
+
+def test_training_compares_with_the_question_by_the_towers_own_clip(few, tmp_path):
+    """One step; with a tower that has lost its text tower the choice, and so the loss, is another one."""
+    file, bare = tmp_path / "cdpruner.yaml", tmp_path / "bare"
+    file.write_text("{method: cdpruner, keep: 28}")
+    shutil.copytree(MINI, bare)
+    (bare / "vision_tower" / "model.safetensors").unlink()
+    CLIPVisionModel.from_pretrained(MINI / "vision_tower").save_pretrained(bare / "vision_tower")
+    flags = [*few, "--compression", file, "--max_steps", 1, "--save_strategy", "no"]
+    whole = run(tmp_path / "whole", flags)
+    with pytest.warns(UserWarning, match="text embeddings instead of CLIP's: .* is not a whole CLIP"):
+        other = run(tmp_path / "other", flags, model=bare)
+    assert losses(whole) != losses(other)
 
 
 def test_accumulated_steps_are_one_large_step(few, compression, tmp_path):

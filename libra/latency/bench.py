@@ -268,7 +268,7 @@ def check_pictures(model, visual: int) -> None:
     if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
         raise ConfigError(
             "a compression that reads the vision tower is measured with a newer transformers, whose models"
-            " take a picture's features; install 5.23 or later"
+            " take a picture's features (mm_encoder_outputs); upgrade it"
         )
 
 

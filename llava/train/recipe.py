@@ -68,6 +68,8 @@ def foreseen(run: Run, args: TrainingArguments) -> Iterator[None]:
 def run_training(prepared: Prepared, model, args: TrainingArguments) -> None:
     """Train a built model, from the newest whole checkpoint of its run on, and write what it has become."""
     llava, run = model.get_base_model() if args.lora_enable else model, prepared.run
+    if not llava.config.unfreeze_mm_vision_tower:  # a tuned tower is no longer a part of its CLIP
+        llava.name_clip(llava.get_vision_tower().vision_tower_name, prepared.start.tokenizer)
     llava.set_compression(prepared.compression)
     trainer = LlavaTrainer(
         model=model,
