@@ -72,7 +72,7 @@ class Matches:
     @cached_property
     def order(self) -> "torch.Tensor":
         """(B, T + R): the tokens of each row, targets first and then the others, which
-        :attr:`~libra.ops.spans.Spans.rest_valid` says are there."""
+        :attr:`~libra.ops.spans.Spans.rest_missing` does not name."""
         return self.layout.arranged(self.is_target)
 
     @property
@@ -88,20 +88,34 @@ class Matches:
     @cached_property
     def closest(self) -> tuple["torch.Tensor", "torch.Tensor"]:
         """:attr:`nearest` of only the :attr:`rest`, both (B, R)."""
-        spans, tokens = self.layout, self.ordered.detach()
+        from .ops.dispatch import runs_kernels
+
+        spans, tokens, targets = self.layout, self.ordered.detach(), self.layout.targets
+        lengths = None
+        if not runs_kernels(tokens):  # they measure what they read
+            tokens = tokens.float()
+            measured = ops.lengths_of(tokens)
+            lengths = measured[:, targets:], measured[:, :targets]
         pair = None
         if not spans.one_span or min(spans.target_counts) != spans.targets:
             pair = spans.span.gather(1, self.rest), spans.target_span
-        return ops.most_similar(tokens[:, spans.targets :], tokens[:, : spans.targets], pair)
+        return ops.most_similar(tokens[:, targets:], tokens[:, :targets], pair, lengths=lengths)
 
-    @cached_property
+    @property
+    def lowest(self) -> "torch.Tensor":
+        """(B, 1): which of the :attr:`rest` has the lowest similarity, the first of several."""
+        similarity, missing = self.closest[0], self.layout.rest_missing
+        if missing is not None:
+            similarity = similarity.masked_fill(missing, float("inf"))
+        return similarity.argmin(1, keepdim=True)
+
+    @property
     def least_similar(self) -> "torch.Tensor":
-        """(B, R) bool, of the :attr:`rest`: True at the first with the lowest similarity."""
-        similarity, real = self.closest[0], self.layout.rest_valid
-        if real is not None:
-            similarity = similarity.masked_fill(~real, float("inf"))
-        lowest = similarity.argmin(1, keepdim=True)
-        return similarity.new_zeros(similarity.shape).bool().scatter(1, lowest, True)
+        """(B, N) bool: True at that token; nowhere in a row of targets only."""
+        import torch
+
+        found = torch.zeros_like(self.is_target).scatter(1, self.rest.gather(1, self.lowest), True)
+        return found & self.layout.valid & ~self.is_target
 
     @cached_property
     def nearest(self) -> tuple["torch.Tensor", "torch.Tensor"]:
@@ -121,10 +135,10 @@ class Matches:
         """``values`` (B, N) with those (B, R) of the :attr:`rest` in their places."""
         import torch
 
-        real, columns = self.layout.rest_valid, self.layout.tokens
-        if real is None:
+        missing, columns = self.layout.rest_missing, self.layout.tokens
+        if missing is None:
             return values.scatter(1, self.rest, of_rest)
-        index = self.rest.masked_fill(~real, columns)  # a column more takes what is not there
+        index = self.rest.masked_fill(missing, columns)  # a column more takes what is not there
         return torch.nn.functional.pad(values, (0, 1)).scatter(1, index, of_rest)[:, :columns]
 
 
@@ -203,7 +217,7 @@ def igm(matches: Matches, c: "Compression"):
     similarity, slot = matches.closest
     apart = similarity <= c.tau
     if c.reserves and any(matches.layout.rest_counts):
-        apart = apart | matches.least_similar
+        apart = apart.scatter(1, matches.lowest, True)
     return OfRest(slot, apart)
 
 

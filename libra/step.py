@@ -158,7 +158,7 @@ def compress_spans(
     with record_function("libra.select"):
         importance = importance.detach().float()
         if not spans.uniform:
-            importance = importance.masked_fill(~spans.valid, 0.0)
+            importance = importance.masked_fill(spans.padding, 0.0)
         candidates = Candidates(hidden, importance, spans, score_rows, row_seeds, context or Context())
         is_target = select.function(candidates, c)
         if not select.trusted:
@@ -184,7 +184,7 @@ def _dropped(matches: Matches):
     spans, targets = matches.layout, matches.targets
     own = spans.target_index.expand(targets.shape)
     if not spans.uniform:
-        own = own.masked_fill(~spans.target_valid, NOWHERE)
+        own = own.masked_fill(spans.target_missing, NOWHERE)
     fates = Fates(spans, own, own.new_ones(own.shape, dtype=torch.float32), targets)
     return ops.take(matches.hidden, targets), fates, None
 
@@ -199,11 +199,11 @@ def _merged_rest(matches: Matches, said: OfRest, c: Compression):
         slot = own.new_full((rows, rest), matches.compensation)
     elif apart is not None:
         slot = slot.masked_fill(apart, matches.compensation)
-    real = spans.rest_valid
-    if real is not None:
-        slot = slot.masked_fill(~real, NOWHERE)
+    missing = spans.rest_missing
+    if missing is not None:
+        slot = slot.masked_fill(missing, NOWHERE)
     if len(set(spans.target_counts)) > 1:
-        own = own.masked_fill(~spans.target_valid, NOWHERE)
+        own = own.masked_fill(spans.target_missing, NOWHERE)
     slot = torch.cat([own, slot], 1)
     pull = matches.pull.gather(1, matches.order) if said.pulls else slot.new_zeros(slot.shape).float()
     has_one: torch.Tensor | list[bool] | None = None
@@ -211,7 +211,7 @@ def _merged_rest(matches: Matches, said: OfRest, c: Compression):
         if c.reserves or said.slot is None:
             has_one = [count > 0 for count in spans.rest_counts]
         else:
-            has_one = (apart if real is None else apart & real).any(1)
+            has_one = (slot == matches.compensation).any(1) if missing is not None else apart.any(1)
     slots, whole = spans.targets + (has_one is not None), spans.uniform
     weights = ops.group_softmax(pull, slot, slots, whole)
     tokens = ops.merge_groups(matches.ordered, slot, weights, slots, whole)
@@ -224,8 +224,7 @@ def _merged(matches: Matches, said, c: Compression):
     merge, spans = MERGERS[c.merge], matches.layout
     slot, logits = said
     if c.reserves and any(spans.rest_counts):
-        apart = matches.placed(torch.zeros_like(matches.is_target), matches.least_similar)
-        slot = slot.masked_fill(apart, matches.compensation)
+        slot = slot.masked_fill(matches.least_similar, matches.compensation)
     slot = slot.masked_fill(~spans.valid, NOWHERE)
     weights = logits if merge.gives_weights else ops.group_softmax(logits, slot, spans.targets + 1)
     has_one: torch.Tensor | list[bool] | None = None

@@ -54,6 +54,7 @@ def test_what_was_written_is_what_is_found(small, capsys):
         ("operations", "multiply-accumulates"),
         ("cache_bytes", "bytes of the KV cache"),
         ("memory_bytes", "peak bytes"),
+        ("queued", "queued tensor operations"),
     ],
 )
 def test_a_count_that_is_off_by_one_is_a_line(counted, capsys, figure, words):
@@ -74,7 +75,10 @@ def test_peak_bytes_of_another_torch_are_not_compared(counted, capsys):
     change(counted, counts=stored["counts"], versions={**stored["versions"], "torch": "1.0.0"})
     capsys.readouterr()
     assert guard.check(path=counted, progress=False) == 0
-    assert "peak bytes are not compared, they were counted with torch 1.0.0" in capsys.readouterr().out
+    assert (
+        "peak bytes and queued operations are not compared, they were counted with torch 1.0.0"
+        in capsys.readouterr().out
+    )
     stored["counts"]["libra"]["operations"] += 1
     change(counted, counts=stored["counts"])
     assert guard.check(path=counted, progress=False) == 1

@@ -26,7 +26,7 @@ def gathered(value: torch.Tensor, source: torch.Tensor, length: int) -> torch.Te
     for axis in (1, 2):
         if value.ndim >= axis + 2 and value.shape[axis] == length and value.shape[axis - 1] in (1, batch):
             tables = [value] if axis == 1 else list(value)
-            taken = [take(table.expand(batch, *table.shape[1:]), source) for table in tables]
+            taken = [take(table, source) for table in tables]
             return taken[0] if axis == 1 else torch.stack(taken)
     return value
 

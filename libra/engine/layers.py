@@ -12,9 +12,9 @@ import torch
 from . import score
 from .arguments import Arguments
 from .forward import CompressedForward
-from .masks import MASKS, POINTWISE, RECURRENT, attention_kind, shortened_mask, step_mask
+from .masks import POINTWISE, RECURRENT, attention_kind, mask_of, shortened_mask, step_mask
 from .tokens import Shortened
-from .transformers_api import CACHES, cache_argument
+from .transformers_api import CACHES
 
 
 @dataclass(frozen=True)
@@ -202,14 +202,7 @@ class HookedForward(CompressedForward):
             source = self._arguments.source
             mask = shortened_mask(handed, source, self._valid, stage.key_mask, self._past(stage), window)
             return mask if keys is None else mask[..., -keys:]
-        return MASKS[kind](
-            config=config,
-            inputs_embeds=hidden,
-            attention_mask=stage.key_mask,
-            position_ids=None,
-            layer_idx=layer,
-            **cache_argument(self.cache),
-        )
+        return mask_of(config, kind, layer, hidden, stage.key_mask, None, self.cache)
 
     def _recurrent_mask(self, handed):
         """(B, S) of a layer whose state runs along the sequence: which columns are valid."""

@@ -48,16 +48,34 @@ def attention_masks(config, layers: range, hidden, key_mask, position_ids, cache
     for layer in layers:
         first.setdefault(attention_kind(config, layer), layer)
     return {
-        kind: MASKS[kind](
-            config=config,
-            inputs_embeds=hidden,
-            attention_mask=key_mask,
-            position_ids=position_ids,
-            layer_idx=layer,
-            **cache_argument(cache),
-        )
+        kind: mask_of(config, kind, layer, hidden, key_mask, position_ids, cache)
         for kind, layer in first.items()
     }
+
+
+def mask_of(config, kind: str, layer: int, hidden, key_mask, position_ids, cache):
+    """The attention mask of a kind of attention, sized against the keys of ``layer``; transformers' own, but
+    for the commonest, whose function asks the device whether any row is padded: here that is known."""
+    plain = kind == "full_attention" and config._attn_implementation == "sdpa" and position_ids is None
+    if plain and isinstance(key_mask, torch.Tensor) and key_mask.dtype == torch.bool:
+        if getattr(config, "is_causal", True):
+            return causal_mask(key_mask, hidden.shape[1])
+    return MASKS[kind](
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=key_mask,
+        position_ids=position_ids,
+        layer_idx=layer,
+        **cache_argument(cache),
+    )
+
+
+def causal_mask(key_mask: torch.Tensor, queries: int) -> torch.Tensor:
+    """(B, 1, S, K) bool: what the newest ``queries`` columns see of the keys that a ``key_mask`` (B, K) says
+    are there."""
+    keys = key_mask.shape[1]
+    before = key_mask.new_ones(queries, keys).tril_(keys - queries)
+    return before & key_mask[:, None, None]
 
 
 def joined(

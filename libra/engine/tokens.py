@@ -10,7 +10,7 @@ from ..budget import keeps
 from ..config import TOWER_SCORE, Compression, Step
 from ..methods import MERGERS, Context
 from ..methods.sparsevlm import of_strongest_heads, raters
-from ..ops.reference import ordinals, take, take_last
+from ..ops.reference import ordinals, tables_on_device, take, take_last
 from ..ops.spans import Spans, on_device
 from ..places import TOWER
 from ..select import tower_score
@@ -320,8 +320,9 @@ class VisualTokens:
             step = self._left_by_tower(visual, layout)
         else:
             context = self._context_for(part, hidden, layout)
-            importance, owner = context_score(part, context, visual), None
-            if attention is not None:
+            if attention is None:
+                importance, owner = context_score(part, context, visual), None
+            else:
                 importance, owner = self._importance(attention, columns)
             step = compress_spans(visual, importance, part, layout, owner, self._row_seeds, context)
         if len(self.counts) < len(self.schedule):
@@ -479,14 +480,15 @@ class VisualTokens:
             plan.append(source)
         place = torch.arange(length, device=hidden.device)[None].expand(batch, -1)
         pool = torch.cat([place, columns.gather(1, step.targets)], 1)
-        source = pool.gather(1, on_device(plan, hidden.device))
+        plan, into, filled = tables_on_device([plan, [into], [filled]], hidden.device)
+        source = pool.gather(1, plan)
         new_hidden, tokens = take(hidden, source), step.tokens.reshape(-1, width)
         part = self.step.part
         if part.at == TOWER and self._left.tokens is None or MERGERS[part.merge].drops:
             return new_hidden, source  # the targets are what they were
-        if len(filled) < len(tokens):
-            tokens = tokens.index_select(0, on_device(filled, hidden.device, torch.long))
-        new_hidden.view(-1, width).index_copy_(0, on_device(into, hidden.device, torch.long), tokens)
+        if filled.numel() < len(tokens):
+            tokens = tokens.index_select(0, filled[0])
+        new_hidden.view(-1, width).index_copy_(0, into[0], tokens)
         return new_hidden, source
 
     def _carry(self, source: torch.Tensor, new: Columns, compensated: list[bool]) -> None:

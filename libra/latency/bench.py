@@ -200,6 +200,10 @@ class Bench:
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.text)
 
+    def call(self, cache: DynamicCache) -> ModelOutput:
+        """One prefill into an empty cache."""
+        return self._call(cache, self.mask, inputs_embeds=self.embeds)
+
     def _call(self, cache, mask, **given):
         return self.model(
             **cache_argument(cache), attention_mask=mask, use_cache=True, logits_to_keep=1, **given

@@ -10,8 +10,8 @@ from ..utils.lazy import lazily
 NOWHERE = -1  # the output slot of a dropped token
 
 _NAMES = (
-    "best_of_intervals", "cosine", "first_equal", "flat_rows", "group_softmax", "merge_groups",
-    "most_similar", "ordinals", "score_row", "take",
+    "best_of_intervals", "cosine", "first_equal", "flat_rows", "group_softmax", "lengths_of",
+    "merge_groups", "most_similar", "ordinals", "score_row", "take",
 )  # fmt: skip
 _GREEDY = ("cat", "cosines", "farthest_first", "greedy_map", "similarities", "thin_out")
 _CHOICES = ("cover_most", "density_peaks", "group_mean", "rank_within")

@@ -27,6 +27,14 @@ def on_device(rows, device, dtype: torch.dtype | None = None) -> torch.Tensor:
     return torch.tensor(rows, dtype=dtype).to(device, non_blocking=True)
 
 
+def tables_on_device(tables: list[list[list[int]]], device) -> list[torch.Tensor]:
+    """Tables of whole numbers, each with rows of one length, copied together."""
+    flat = on_device([number for table in tables for row in table for number in row], device, torch.long)
+    shapes = [(len(table), len(table[0]) if table else 0) for table in tables]
+    parts = flat.split([rows * columns for rows, columns in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes)]
+
+
 @fused
 def score_row(
     query: torch.Tensor,
@@ -88,6 +96,7 @@ def most_similar(
     others: torch.Tensor,
     spans: tuple[torch.Tensor, torch.Tensor] | None = None,
     itself: bool = True,
+    lengths: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each token's highest cosine similarity to one of the others, and which one: the first of equal vectors
     (eq. 5).
@@ -99,6 +108,7 @@ def most_similar(
             all with all.
         itself: False where both are the same tokens and none is to be compared with itself; among equals any
             may be returned then.
+        lengths: (B, Q) and (B, K), what :func:`lengths_of` gives for them; None: not known yet.
 
     Returns:
         the similarities (B, Q) float32 in [-1, 1], -inf where a token has nothing to be compared with, and
@@ -106,7 +116,9 @@ def most_similar(
     """
     batch, count, _ = tokens.shape
     # Adding 0 removes the sign of zeros, so that equal vectors have equal bits.
-    directions = F.normalize(others.float(), dim=-1).add_(0.0)
+    if lengths is None:
+        lengths = lengths_of(tokens), lengths_of(others)
+    directions = (others.float() / lengths[1][..., None]).add_(0.0)
     step = max(1, PIECE // max(1, batch * others.shape[1]))
     found = []
     for start in range(0, count, step):
@@ -118,7 +130,7 @@ def most_similar(
             scores.diagonal(start, 1, 2).fill_(-torch.inf)
         best, place = scores.max(-1)
         # A token's own length does not change which of the others is most similar to it: divide by it here.
-        found.append((best / torch.linalg.vector_norm(piece, dim=-1).clamp(min=1e-12), place))
+        found.append((best / lengths[0][:, start : start + step], place))
     if not found:
         return others.new_empty(batch, 0, dtype=torch.float32), others.new_empty(batch, 0, dtype=torch.long)
     best, place = found[0] if len(found) == 1 else (torch.cat(parts, 1) for parts in zip(*found))
@@ -129,6 +141,11 @@ def most_similar(
     if itself:  # a matrix product does not round every column alike, so equal ones may differ in the last bit
         place = first_equal(directions, None if spans is None else spans[1]).gather(1, place)
     return best, place
+
+
+def lengths_of(x: torch.Tensor) -> torch.Tensor:
+    """(B, N) float32: the lengths of the vectors ``x`` (B, N, D), as divisors: not 0."""
+    return torch.linalg.vector_norm(x.float(), dim=-1).clamp(min=1e-12)
 
 
 def first_equal(rows: torch.Tensor, spans: torch.Tensor | None = None) -> torch.Tensor:
@@ -177,8 +194,7 @@ def best_of_intervals(importance: torch.Tensor, spans: "Spans") -> torch.Tensor:
     tokens = spans.tokens
     if spans.uniform and len(spans.spans[0]) == 1 and tokens % spans.targets == 0:
         length = tokens // spans.targets
-        best = importance.unflatten(1, (spans.targets, length)).argmax(2)
-        best = best + torch.arange(0, tokens, length, device=importance.device)
+        best = importance.unflatten(1, (spans.targets, length)).argmax(2) + spans.index[:, ::length]
     elif spans.interval_cells > TABLES * tokens:
         return _best_by_scatter(importance, spans)
     else:
@@ -262,7 +278,7 @@ def merge_groups(
     :func:`group_softmax`. Sums are in float32, those of float64 hidden states in float64.
     """
     batch, _, width = hidden.shape
-    precise = torch.promote_types(hidden.dtype, torch.float32)
+    precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     room = slots + (not whole)
     index = flat_rows(slot if whole else slot.masked_fill(slot == NOWHERE, slots), room)
     parts = (hidden * weights[..., None]).to(precise).flatten(0, 1)

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from .reference import on_device, ordinals, take
+from .reference import on_device, ordinals, tables_on_device, take
 
 __all__ = ["Spans", "on_device"]
 
@@ -120,14 +120,24 @@ class Spans:
         return self._filled(self.lengths)
 
     @cached_property
+    def padding(self) -> torch.Tensor:
+        """(B, N) bool: where there is no token."""
+        return self._filled(self.lengths, False)
+
+    @cached_property
+    def target_missing(self) -> torch.Tensor:
+        """(B, T) bool: where there is no target."""
+        return self._filled(self.target_counts, False)
+
+    @cached_property
     def target_valid(self) -> torch.Tensor:
         """(B, T) bool."""
         return self._filled(self.target_counts)
 
-    def _filled(self, counts: list[int]) -> torch.Tensor:
-        """(B, most of ``counts``) bool: True in the first ``counts`` columns of each row."""
+    def _filled(self, counts: list[int], there: bool = True) -> torch.Tensor:
+        """(B, most of ``counts``) bool: ``there`` in the first ``counts`` columns of each row."""
         width = max(counts, default=0)
-        rows = [[True] * count + [False] * (width - count) for count in counts]
+        rows = [[there] * count + [not there] * (width - count) for count in counts]
         return on_device(rows, self.device, torch.bool).view(-1, width)
 
     @cached_property
@@ -136,9 +146,9 @@ class Spans:
         return [n - kept for n, kept in zip(self.lengths, self.target_counts)]
 
     @cached_property
-    def rest_valid(self) -> torch.Tensor | None:
-        """(B, R) bool, which of the rows' non-targets are there; None if all are."""
-        return None if len(set(self.rest_counts)) == 1 else self._filled(self.rest_counts)
+    def rest_missing(self) -> torch.Tensor | None:
+        """(B, R) bool, which of the rows' non-targets are not there; None if all are."""
+        return None if len(set(self.rest_counts)) == 1 else self._filled(self.rest_counts, False)
 
     def arranged(self, is_target: torch.Tensor) -> torch.Tensor:
         """(B, T + R): the tokens of each row, its targets (B, N bool) first and then the others, each
@@ -147,11 +157,7 @@ class Spans:
         rest = max(self.rest_counts, default=0)
         if len(set(self.target_counts)) == 1:
             return order[:, : self.targets + rest]
-        last = self.tokens - 1
-        plan = [
-            [*range(self.targets), *(min(kept + i, last) for i in range(rest))] for kept in self.target_counts
-        ]
-        return order.gather(1, on_device(plan, self.device))
+        return order.gather(1, self._tables[2])
 
     @cached_property
     def tokens_of_row(self) -> torch.Tensor:
@@ -171,20 +177,25 @@ class Spans:
     @cached_property
     def span(self) -> torch.Tensor:
         """(B, N): the number of a token's span in its row; padding gets the number after the last."""
-        return self._numbered(self.spans, self.tokens, max(map(len, self.spans), default=0))
+        return self._tables[0].expand(len(self.spans), -1)
 
     @cached_property
     def target_span(self) -> torch.Tensor:
         """(B, T): the number of a target's span in its row; -1 where there is no target."""
-        return self._numbered(self.keeps, self.targets, -1)
+        return self._tables[1].expand(len(self.spans), -1)
 
-    def _numbered(self, counts: tuple[tuple[int, ...], ...], width: int, padding: int) -> torch.Tensor:
-        """(B, width): for each span of a row its number, ``counts`` times."""
-        rows: list[list[int]] = []
-        for row in counts[:1] if self.uniform else counts:
-            numbers = [number for number, count in enumerate(row) for _ in range(count)]
-            rows.append(numbers + [padding] * (width - len(numbers)))
-        return on_device(rows, self.device, torch.long).view(-1, width).expand(len(counts), -1)
+    @cached_property
+    def _tables(self) -> list[torch.Tensor]:
+        """:attr:`span`, :attr:`target_span` and the places of :meth:`arranged`, copied together; a row stands
+        for all where they are uniform."""
+        rows = 1 if self.uniform else len(self.spans)
+        last, rest = self.tokens - 1, max(self.rest_counts, default=0)
+        plan = [
+            [*range(self.targets), *(min(kept + i, last) for i in range(rest))]
+            for kept in self.target_counts[:rows]
+        ]
+        spans = _numbered(self.spans[:rows], self.tokens, max(map(len, self.spans), default=0))
+        return tables_on_device([spans, _numbered(self.keeps[:rows], self.targets, -1), plan], self.device)
 
     @cached_property
     def _of_token(self) -> tuple[torch.Tensor, ...]:
@@ -209,6 +220,12 @@ class Spans:
     def span_keeps(self) -> torch.Tensor:
         """(B, N): the targets of a token's span; 0 for padding."""
         return self._of_token[3]
+
+
+def _numbered(counts: Sequence[Sequence[int]], width: int, padding: int) -> list[list[int]]:
+    """(B, width): for each span of a row its number, ``counts`` times."""
+    rows = [[number for number, count in enumerate(row) for _ in range(count)] for row in counts]
+    return [numbers + [padding] * (width - len(numbers)) for numbers in rows]
 
 
 def _cells(n: int, k: int, first: int) -> Iterator[list[int]]:
