@@ -136,6 +136,7 @@ _FIELD = {
     **_field("c22"),
     **_field("c11"),
     **_field("c06"),
+    "as many as each picture asks for": ("prumerge_adaptive", "prumerge_plus_adaptive"),
 }
 _FRAMES = ("evs", "vidcom2", "uniform_frames", "random", "pool", "divprune", "fastervlm")
 

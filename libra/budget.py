@@ -12,6 +12,9 @@ from typing import Protocol
 from .config import ROUNDINGS, Compression
 from .utils.sentences import ConfigError, show
 
+UNKNOWN = (
+    "keep: adaptive lets each picture decide how many tokens are kept, so nothing can be counted beforehand"
+)
 LARGEST_RATIO = 0.99  # what a budget may lead to; more would leave next to nothing
 
 
@@ -67,6 +70,8 @@ def keeps(spans: Sequence[Sequence[int]], c: Compression, left: int = 1) -> list
     and of several ratios the left-th from the end counts. ConfigError where the budget is one of a whole
     model.
     """
+    if c.adaptive:
+        raise ConfigError(UNKNOWN)
     if c.ratio is None and c.keep is None:
         raise ConfigError(
             f"{c.amount.replace(' ', ': ', 1)} is a budget of a whole model; give ratio or keep here"
@@ -110,6 +115,8 @@ def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
 def _share(n: float, c: Compression, left: int) -> float:
     """What one compression leaves of `n` tokens, `left` of them still to come: equal ratios lead to
     `keep`."""
+    if c.adaptive:
+        raise ConfigError(UNKNOWN)
     if c.keep is not None:
         return min(1, c.keep / n) ** (1 / left)
     return 1 - (c.ratio[-left] if isinstance(c.ratio, tuple) else c.ratio)

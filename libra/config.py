@@ -27,6 +27,7 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 MOST_LAYERS = 10_000
 DEFAULT_RATIO = 0.5
 BUDGETS = ("ratio", "keep", "tokens", "flops")
+ADAPTIVE = "adaptive"  # as a value of keep: the picture decides
 TOWER_SCORE = "tower_cls|tower_received"
 
 _CHOICES = {
@@ -64,7 +65,8 @@ class Compression:
     ratio: R, the fraction removed at each of them, in [0, 1); a text like "2/3" is that fraction. 0.5 where
         no budget is given.
         A list has one for each layer.
-    keep, tokens, flops: instead of ratio, the tokens that each span is left with after the last compression;
+    keep, tokens, flops: instead of ratio, the tokens that each span is left with after the last compression
+        ("adaptive" in the tower, for methods whose choice says how many);
         the visual tokens of an average layer; or the share of the plain model's FLOPs in (0, 1). The last two
         become a ratio where model and number of tokens are known (`libra.budget.solve`; a row's file does
         it).
@@ -106,7 +108,7 @@ class Compression:
     rounding: str | None = None
     information_weight: float = 1.0
     seed: int = 0
-    keep: int | None = None
+    keep: int | str | None = None
     tokens: float | None = None
     flops: float | None = None
     as_released: bool = False
@@ -167,6 +169,12 @@ class Compression:
             raise ConfigError(
                 f"layers: {self.name} compares keys of a decoder layer, and before the language model there"
                 " are none; compress after a layer"
+            )
+        if self.adaptive and (self.at != TOWER or SELECTORS[self.select].own_count is None):
+            able = [name for name, traits in SELECTORS.items() if traits.own_count is not None]
+            raise ConfigError(
+                f"keep: {ADAPTIVE} is for select {' and '.join(able)} in the tower; write how many tokens"
+                " are kept"
             )
         if self.at != TOWER:
             return
@@ -397,13 +405,18 @@ class Compression:
         return "layer_keys" in self.needs
 
     @property
+    def adaptive(self) -> bool:
+        """Whether each picture decides how many tokens are kept."""
+        return self.keep == ADAPTIVE
+
+    @property
     def amount(self) -> str:
         """How much is kept or removed, in words: "ratio 0.5" or "keep 64"."""
         if self.steps is not None:
             return ", then ".join(part.amount for part in self.steps)
         key, value = next((key, getattr(self, key)) for key in BUDGETS if getattr(self, key) is not None)
         values = value if isinstance(value, tuple) else (value,)
-        return f"{key} {', '.join(f'{number:.3g}' for number in values)}"
+        return f"{key} {', '.join(n if isinstance(n, str) else f'{n:.3g}' for n in values)}"
 
     @property
     def where(self) -> str:
@@ -594,7 +607,9 @@ def _ratios(value: Any, layers: Any) -> float | tuple[float, ...]:
     return tuple(map(_ratio, value))
 
 
-def _keep(value: Any) -> int:
+def _keep(value: Any) -> int | str:
+    if value == ADAPTIVE:
+        return value
     if not is_whole(value) or not 1 <= value <= 1_000_000:
         raise ConfigError(f"keep: {show(value)} is not a number of tokens; write 1 or more, such as keep: 64")
     return int(value)

@@ -285,7 +285,8 @@ def compress(
         importance = hidden.new_zeros(hidden.shape[:2])
     _check_tensors(hidden, importance)
     lengths_of = _spans(hidden, lengths, spans)
-    layout = Spans.build(lengths_of, budget.keeps(lengths_of, c), hidden.device)
+    kept = _own_counts(c, context, lengths_of) if c.adaptive else budget.keeps(lengths_of, c)
+    layout = Spans.build(lengths_of, kept, hidden.device)
     for name, finite in (("hidden", hidden.isfinite().all(-1)), ("importance", importance.isfinite())):
         if not bool((finite[:, : layout.tokens] | ~layout.valid).all()):
             raise ValueError(f"{name} has NaN or infinite numbers; correct the numbers that come in")
@@ -293,6 +294,14 @@ def compress(
     given = hidden[:, :longest], importance[:, :longest]
     step = compress_spans(*given, c, layout, context=context.cut(longest)).trimmed()
     return step if longest == count else _padded(step, count - longest)
+
+
+def _own_counts(c: Compression, context: Context, lengths: list[list[int]]) -> list[list[int]]:
+    """How many tokens of each span the method itself keeps."""
+    count, found = SELECTORS[c.select].own_count, []
+    for scores, row in zip(context.tower_next, lengths):
+        found.append([count(part) for part in scores[: sum(row)].split(row)])
+    return found
 
 
 def _padded(step: Compressed, count: int) -> Compressed:

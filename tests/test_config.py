@@ -124,6 +124,12 @@ def test_constructor_errors_name_key_value_and_mend():
         ({"ratio": [0.5, 2]}, "ratio", "2", "[0, 1)"),
         ({"method": "cdpruner", "as_released": 1}, "as_released", "1", "true or false"),
         ({"layers": (3, 7, 3)}, "layers", "[3, 7, 3]", "twice"),
+        (
+            {"method": "visionzip", "keep": "adaptive"},
+            "keep",
+            "select prumerge and prumerge-plus in the tower",
+        ),
+        ({"method": "prumerge", "keep": "adaptive", "at": "input"}, "keep", "in the tower"),
         ({"layers": 3}, "layers", "3", "list"),
         ({"layers": "7"}, "layers", "7", "list"),
         ({"layers": (True,)}, "layers", "True", "whole"),

@@ -222,6 +222,17 @@ def test_prumerge(name, variant, method):
     assert max(last) in kept
 
 
+@pytest.mark.parametrize("name, variant, method", [case for case in PRUMERGE if case[1] != "fixed4"])
+def test_prumerge_keeps_as_many_as_the_original_of_its_own_accord(name, variant, method):
+    data, case = golden("prumerge"), f"{name}_{variant}"
+    features, context = reader(data, name)
+    c = Compression(method=method, keep="adaptive", as_released=True)
+    out = compress(features, None, c, context=context)
+    in_order = out.order[0].argsort()
+    assert torch.equal(out.targets[0, in_order[:-1]], data[f"{case}.index"][0])
+    torch.testing.assert_close(out.tokens[0, in_order], data[f"{case}.tokens"], atol=1e-4, rtol=0)
+
+
 def test_prumerge_plus_fills_up_with_even_places_between_the_outliers():
     score = torch.full((1, 40), 1.0)
     score[0, [3, 17]] = 9.0

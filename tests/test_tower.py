@@ -11,6 +11,7 @@ from transformers import CLIPVisionModel, DynamicCache, SiglipVisionModel
 
 from libra import Compression, compress
 from libra.budget import actual
+from libra.config import ConfigError
 from libra.engine.tower import Look, View, Wants, compress_pictures, context_of, look, scores
 from libra.methods import METHODS, SELECTORS, Select
 from llava.model.builder import load_pretrained_model
@@ -224,6 +225,30 @@ def test_a_batch_is_its_rows_alone_and_the_counts_are_exact(request, kind, numbe
     finally:
         model.config.tokenizer_padding_side = before
         model.set_compression(None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llava15", "next"])
+def test_each_picture_decides_how_many_tokens_are_kept(request, kind):
+    """The counts of a batch are those of its rows; nothing can be said of them beforehand."""
+    model = request.getfixturevalue({"llava15": "llava15", "next": "llava_next"}[kind])[1]
+    c = Compression(method="prumerge-plus", keep="adaptive")
+    model.set_compression(c)
+    rows, tiles, sizes = shown(kind, [1, 2])
+    logits = model(**padded(rows, "right"), images=tiles, image_sizes=sizes).logits
+    stats, first = model.compression_stats, 0
+    for b, row in enumerate(rows):
+        own = slice(first, first + row.count(-200))
+        first = own.stop
+        pictures = {"images": tiles[own], "image_sizes": None if sizes is None else sizes[own]}
+        alone = model(torch.tensor([row]), **pictures).logits[0]
+        torch.testing.assert_close(tiny.own(logits[b], stats["columns"][b], "right"), alone, **CLOSE)
+        counts = [layer[b] for layer in stats["visual_tokens"]]
+        assert counts == [layer[0] for layer in model.compression_stats["visual_tokens"]]
+        assert 0 < counts[0] < stats["given"][b]
+    model.set_compression(None)
+    with pytest.raises(ConfigError, match="keep: adaptive lets each picture decide"):
+        actual(c, 8, [16])
 
 
 @torch.no_grad()

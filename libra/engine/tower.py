@@ -406,7 +406,10 @@ class Left:
 def compress_pictures(step: Step, pictures: Sequence[Look]) -> list[Left | None]:
     """The step of a compression at the tower, on the features of each picture; None where all are kept."""
     part = step.part
-    counts = [keeps([[len(one)]], part, step.left)[0][0] for one in pictures]
+    if part.adaptive:
+        counts = [SELECTORS[part.select].own_count(one.next) for one in pictures]  # this waits for the device
+    else:
+        counts = [keeps([[len(one)]], part, step.left)[0][0] for one in pictures]
     shortened = [i for i, one in enumerate(pictures) if counts[i] < len(one)]
     found: list[Left | None] = [None] * len(pictures)
     if not shortened:

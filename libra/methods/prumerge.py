@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 NEIGHBOURS = 32
+BEYOND = 1.5  # distances of the quartiles that an outlier is above the third one
 NEEDS = ("tower_next", "tower_next_keys")
 DEVIATION = (
-    "tokens stay in raster order, the sum of the rest at the last place that is not kept (as_released, in the"
+    "Tokens stay in raster order, the sum of the rest at the last place that is not kept (as_released, in the"
     " tower: in its order). Where the features are those of the last layer its own attention is read, where"
     " there is no [CLS] token the attention received"
 )
@@ -34,12 +35,30 @@ METHOD = Method(
     places=(),
     place="tower",
     cost="a sort of N scores, and T × N similarities of keys",
-    deviation=f"T is given where the released code takes the number of outliers; {DEVIATION}",
+    deviation="T may be given; the released code takes the number of outliers (``keep: adaptive``, in the"
+    f" tower). {DEVIATION}",
     family="merging",
 )
 
 
-@register_select("prumerge", reads=("hidden", "as_released"), needs=NEEDS, trusted=True)
+def outliers(score: "torch.Tensor") -> "torch.Tensor":
+    """(…, n) bool: where the attention (…, n) is above the third quartile by 1.5 distances of the
+    quartiles."""
+    low, high = (score.quantile(share, dim=-1, keepdim=True) for share in (0.25, 0.75))
+    return score > high + BEYOND * (high - low)
+
+
+def share_of(score: "torch.Tensor") -> float:
+    """The outliers' share of a span (n,)."""
+    return int(outliers(score.float()).sum()) / len(score)
+
+
+def own_count(score: "torch.Tensor") -> int:
+    """The outliers, and one for the rest."""
+    return min(len(score), int(len(score) * share_of(score)) + 1)
+
+
+@register_select("prumerge", reads=("hidden", "as_released"), needs=NEEDS, trusted=True, own_count=own_count)
 def prumerge(candidates, c):
     """The tokens with the most attention."""
     return with_neighbours(candidates, lambda k, score: score.argsort(dim=1, descending=True, stable=True))

@@ -8,13 +8,12 @@ of them, and one sum of the rest comes last, as in :mod:`libra.methods.prumerge`
 
 from typing import TYPE_CHECKING
 
-from .prumerge import DEVIATION, NEEDS, with_neighbours
+from .prumerge import DEVIATION, NEEDS, outliers, share_of, with_neighbours
 from .registry import Method, register_select
 
 if TYPE_CHECKING:
     import torch
 
-BEYOND = 1.5  # distances of the quartiles above the third one
 EVENLY = 3  # of the tokens between two outliers on average, how many are kept
 
 METHOD = Method(
@@ -25,13 +24,24 @@ METHOD = Method(
     places=(),
     place="tower",
     cost="a sort of N scores, and T × N similarities of keys",
-    deviation="T is given, so outliers come first and even places of the others fill it up (as_released:"
-    f" every s-th token, then by attention); {DEVIATION}",
+    deviation="where T is given, outliers come first and even places of the others fill it up (as_released:"
+    " every s-th token, then by attention); the released code takes as many as there are (``keep: adaptive``,"
+    f" in the tower). {DEVIATION}",
     family="merging",
 )
 
 
-@register_select("prumerge-plus", reads=("hidden", "as_released"), needs=NEEDS, trusted=True)
+def own_count(score: "torch.Tensor") -> int:
+    """The outliers, every s-th of the others, and one for the rest."""
+    outlier = outliers(score.float())[None]
+    place = (outlier.long() * 0 + 1).cumsum(1) - 1
+    spread = int(every_step(len(score), outlier, place).sum())
+    return min(len(score), int(len(score) * share_of(score)) + spread + 1)
+
+
+@register_select(
+    "prumerge-plus", reads=("hidden", "as_released"), needs=NEEDS, trusted=True, own_count=own_count
+)
 def prumerge_plus(candidates, c):
     """Outliers by descending attention, then even places in order."""
     spread = every_step if c.as_released else even_places
@@ -42,8 +52,7 @@ def ranked(k: int, score: "torch.Tensor", spread) -> "torch.Tensor":
     """(S, n): the tokens in the order in which they are kept."""
     n = score.shape[1]
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    low, high = (score.quantile(share, dim=1, keepdim=True) for share in (0.25, 0.75))
-    outlier = (score > high + BEYOND * (high - low)) & (rank < k - 1)
+    outlier = outliers(score) & (rank < k - 1)
     place = (score.new_ones(score.shape).cumsum(1) - 1).long()
     order = (n + place).where(spread(k, outlier, place), 2 * n + rank)
     return rank.where(outlier, order).argsort(dim=1)

@@ -34,7 +34,9 @@ class Select:
     takes_cls: in the tower its first candidate is the [CLS] token itself, where there is one;
     shrinks: where the vision tower is to read a smaller picture: takes the (h, w) patches of one and the
         tokens that stay, returns the patches (h', w') that the tower gets;
-    films: it looks at the frames of a video together.
+    films: it looks at the frames of a video together;
+    own_count: takes the ``tower_next`` (n,) of a span, returns how many tokens it keeps of its own accord;
+        None where it is always told.
     """
 
     function: Callable
@@ -46,6 +48,7 @@ class Select:
     takes_cls: bool = False
     shrinks: Callable[[int, int, int], tuple[int, int]] | None = None
     films: bool = False
+    own_count: Callable[[Any], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ def register_select(
             depends on. A configuration may then refuse keys without effect. None: any of them.
         needs: fields of :class:`libra.Context` that have to be given; "a|b" asks for one of the two.
         per_interval: it takes one token of each even interval of a span, which figures then show.
-        of_tower: ``tower_layers``, ``takes_cls``, ``films`` and ``shrinks`` of :class:`Select`.
+        of_tower: ``tower_layers``, ``takes_cls``, ``films``, ``own_count`` and ``shrinks`` of
+            :class:`Select`.
 
     Raises:
         ValueError: for a name that is taken or is not a name, and for unknown words in ``reads`` or
