@@ -30,3 +30,17 @@ def add_servers(parser: Parser) -> None:
         metavar="URL,URL",
         help="let libra.serve or vLLM servers answer, one cell at a time each, instead of a checkpoint here",
     )
+
+
+def add_own(parser: Parser) -> None:
+    """What a user brings, see :mod:`eval.own`."""
+    parser.add_argument("--configs", type=Path, metavar="DIR", help="also the rows of your own folder")
+    parser.add_argument(
+        "--model",
+        metavar="NAME=PATH[:TEMPLATE]",
+        help="a model of your own, by a name for your rows; with the conversation template of a LLaVA"
+        " checkpoint. Fills the table own",
+    )
+    parser.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="lmms-eval tasks of your own, by their files' names"
+    )

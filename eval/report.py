@@ -277,13 +277,8 @@ def write_report(
         for cell in [*filter(None, stored.values()), *unwritten]
     }
     benchmark = read_json(output / "benchmark.json")
-    own = Own.load(output)
-    names = own.suites if table is OWN else ("mini", *table.suites)
-    suites = [_measured(table, suite, list(found.values()), benchmark, plan, own) for suite in names]
-    others = [] if table is OWN else suites[1:]
-    firsts = [measured for measured in suites if measured not in others]
-    if table is OWN and any(measured.cells for measured in firsts):
-        firsts = [measured for measured in firsts if measured.cells]
+    suites = _suites(table, output, list(found.values()), benchmark, plan)
+    firsts, others = _apart(table, suites)
     mini = firsts[0]
     shown = [cell for measured in suites for cell in measured.cells.values()]
     left_out = [line for measured in suites for line in measured.left_out] + damaged
@@ -319,6 +314,22 @@ def _publish(output: Path, publish: Path, stem: str, drawn: Sequence[str]) -> No
     vectors = [name.replace(".png", ".svg") for name in drawn]
     for name in (f"{stem}.md", f"{stem}.csv", f"{stem}.tex", *drawn, *vectors):
         write_bytes(publish / name, (output / name).read_bytes())
+
+
+def _suites(
+    table: Table, output: Path, cells: list[dict], benchmark: dict | None, plan: Plan | None
+) -> list[Measured]:
+    """Every suite of a table, the embedded model's or a user's first."""
+    own = Own.load(output)
+    names = own.suites if table is OWN else ("mini", *table.suites)
+    return [_measured(table, suite, cells, benchmark, plan, own) for suite in names]
+
+
+def _apart(table: Table, suites: list[Measured]) -> tuple[list[Measured], list[Measured]]:
+    """Those that stand for themselves, at least one, and the paper's models."""
+    if table is not OWN:
+        return suites[:1], suites[1:]
+    return [measured for measured in suites if measured.cells] or suites[:1], []
 
 
 def _measured(

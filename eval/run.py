@@ -15,7 +15,7 @@ from libra.utils.provenance import cores, require_clean
 
 from .filling import fill
 from .harness import Harness, Settings
-from .options import add_benchmark, add_checkpoint, add_servers, add_tasks
+from .options import add_benchmark, add_checkpoint, add_own, add_servers, add_tasks
 from .own import Own, model_of
 from .plan import PUBLISHED, Wanted, describe, plan
 from .pool import PoolError
@@ -88,20 +88,6 @@ def parser() -> Parser:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--publish", action="store_true", help="copy the finished table to docs/results/")
     return parser
-
-
-def add_own(parser: Parser) -> None:
-    """Options for rows, models and tasks of one's own."""
-    parser.add_argument("--configs", type=Path, metavar="DIR", help="also the rows of your own folder")
-    parser.add_argument(
-        "--model",
-        metavar="NAME=PATH[:TEMPLATE]",
-        help="a model of your own, by a name for your rows; with the conversation template of a LLaVA"
-        " checkpoint. Fills the table own",
-    )
-    parser.add_argument(
-        "--include-path", type=Path, metavar="DIR", help="lmms-eval tasks of your own, by their files' names"
-    )
 
 
 def worker_devices(named: list[str] | None, processes: int | None) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from page_client import RunningPage, data_uri, fields
 from PIL import Image
+from qwen_folder import write_qwen
 
 from libra import Compression
 from libra.engine.places_on_pictures import Block
@@ -29,7 +30,7 @@ from llava.serve import overlay, web
 from llava.serve.asked import Example, Mistake, Reader, fitting_rows, in_words
 from llava.serve.page import ROUNDS, Desk
 from llava.serve.session import Loaded, Session
-from llava.serve.speakers import NOTHING, HookedSpeaker, LlavaSpeaker, Question, Spoken, flops_of
+from llava.serve.speakers import NOTHING, HookedSpeaker, LlavaSpeaker, Question, Spoken, flops_of, load
 
 ROOT = Path(__file__).parents[1]
 MINI = str(ROOT / "mini/checkpoint")
@@ -181,6 +182,36 @@ def test_both_doors_say_the_same(speaker):
     ]
     with pytest.raises(ValueError, match="the model takes"):
         hooked.visual_tokens(Question(image, "what is it ? " * 2000))
+
+
+def loaded_from(path, **options):
+    """As the command loads it."""
+    given = {"model_base": None, "load_8bit": False, "load_4bit": False, "conv_mode": None, **options}
+    return load(SimpleNamespace(model_path=str(path), device="cpu", **given))
+
+
+def test_a_model_is_loaded_in_either_format(tmp_path):
+    assert isinstance(loaded_from(MINI), LlavaSpeaker)
+    write_qwen(tmp_path)
+    qwen = loaded_from(tmp_path)
+    assert isinstance(qwen, HookedSpeaker)
+    asked = Question(Image.new("RGB", (64, 32), "red"), "what is w9", most=4)
+    assert qwen.visual_tokens(asked) == 32  # tokens of 8 × 8 pixels
+    [view] = qwen.views(asked)
+    assert view["boxes"][9] == [1 / 8, 1 / 4, 2 / 8, 2 / 4]
+    plain, short = (
+        qwen.ask(asked, c, trace=True) for c in (NOTHING, Compression(method="libra", layers=[0]))
+    )
+    layers = qwen.config.num_hidden_layers
+    assert plain.tokens == [32] * layers and short.tokens == [32] + [16] * (layers - 1)
+    assert short.cache < plain.cache and [len(stage.fate) for stage in short.trace.stages] == [32]
+    hidden = Question(asked.image, "what <|image_pad|> is", most=1)
+    assert qwen.visual_tokens(hidden) == 32  # a typed mark is text
+    with pytest.raises(ValueError, match="--load-4bit is for checkpoints in LLaVA's own format"):
+        loaded_from(tmp_path, load_4bit=True)
+    (tmp_path / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        loaded_from(tmp_path)
 
 
 def test_a_conversation_is_read_again_with_its_own_answers(loaded, speaker):

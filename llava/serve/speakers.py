@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from libra import Compression
 from libra.checkpoints import find_checkpoint
@@ -52,13 +52,13 @@ class Spoken:
 
     Attributes:
         tokens: visual tokens that each layer saw.
-        cache: bytes of the KV cache after the question.
+        cache: bytes of the KV cache after the question; None for a model that has none.
         trace: of the question's visual tokens, where it was asked for and something was compressed.
     """
 
     text: str
     tokens: list[int]
-    cache: int
+    cache: int | None
     trace: RowTrace | None
 
 
@@ -204,9 +204,11 @@ class HookedSpeaker:
         text = self._tokenizer.decode(said.sequences[0, length:], skip_special_tokens=True).strip()
         if stats is None:
             tokens = [visual] * self.config.num_hidden_layers
-            return Spoken(text, tokens, bytes_at(said.past_key_values, length), None)
+            cache = said.past_key_values
+            return Spoken(text, tokens, None if cache is None else bytes_at(cache, length), None)
         tokens = [int(row[0]) for row in stats["visual_tokens"]]
-        return Spoken(text, tokens, stats["cache"]["total"], rows[0] if rows else None)
+        held = stats["cache"]["total"] if stats["cache"] else None
+        return Spoken(text, tokens, held, rows[0] if rows else None)
 
 
 def load(args) -> Speaker:
@@ -225,6 +227,8 @@ def load(args) -> Speaker:
     device = find_device(args.device)
     try:
         processor = AutoProcessor.from_pretrained(path)
+        # Pillow scales as in the training of these checkpoints.
+        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     except (OSError, ImportError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"the processor of {path} cannot be loaded: {reason}") from error

@@ -335,8 +335,10 @@ function showFigures(card) {
     const share = card.number ? ` (${percent(done.flops, plain.flops)})` : "";
     rows.push(["FLOPs", `${large(done.flops)}${share}`]);
   }
-  const share = card.number ? ` (${percent(done.cache, plain.cache)})` : "";
-  rows.push(["KV cache", `${done.cache.toLocaleString("en")} bytes${share}`]);
+  if (done.cache !== null) {
+    const share = card.number ? ` (${percent(done.cache, plain.cache)})` : "";
+    rows.push(["KV cache", `${done.cache.toLocaleString("en")} bytes${share}`]);
+  }
   card.figures.replaceChildren(...rows.flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
 }
 
