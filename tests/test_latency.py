@@ -458,7 +458,7 @@ def test_command_times_the_vision_tower_too(capsys, tmp_path, monkeypatch):
     ]
     assert main(command(*options, "--json", str(file), "--plot", str(picture), "--decode", "1")) == 0
     out, data = capsys.readouterr().out, json.loads(file.read_text(encoding="utf-8"))
-    assert data["vision"]["views"] == 2 * 3 and "vision, 6 picture(s)" in out and "vision and prefill" in out
+    assert data["vision"]["views"] == 2 * 3 and "vision, 6 picture(s)" in out and "time to first token" in out
     for mode in ("vanilla", "compressed"):
         parts = data["vision"][f"{mode}_seconds"], data["prefill"][f"{mode}_seconds"]
         assert min(parts) > 0 and sum(parts) == pytest.approx(

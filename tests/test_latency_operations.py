@@ -6,9 +6,11 @@ import torch
 from libra import Compression
 from libra.latency.bench import Bench, Prompt
 from libra.latency.operations import of_prefill, of_step, queued
+from libra.latency.paired import plain_layers
 from libra.latency.random_weights import random_model
 from libra.ops import dispatch
 from libra.rows import ModelSpec
+from libra.utils.timing import Moment, was_busy
 
 SPEC = ModelSpec("tiny", 4, 128, 64, 128, (60,), "")
 LAYERS = (0, 1, 2)
@@ -70,3 +72,18 @@ def test_launches_with_kernels(model, monkeypatch):
     counts = of_step(bench)
     assert 5 <= counts["kernels"] <= 20 and plain["kernels"] == 0
     assert counts["launches"] <= 40 < plain["launches"]
+
+
+def test_a_busy_machine_is_noticed():
+    """By wall and CPU time that disagree, on one thread and on two."""
+    quiet = [Moment(1.0, 0.99), Moment(2.0, 1.98), Moment(1.0, 0.97)]
+    assert not was_busy(quiet) and not was_busy([Moment(one.wall, 1.9 * one.cpu) for one in quiet])
+    assert not was_busy([*quiet, Moment(3.0, 1.0)]) and not was_busy([])  # one disturbed run
+    assert was_busy([Moment(1.0, 0.99), Moment(1.4, 0.99), Moment(1.5, 1.0)])
+    assert was_busy([Moment(1.3, 1.0)] * 3)
+
+
+def test_plain_layers_at_the_lengths_of_the_stages(model):
+    found = plain_layers(Bench(model, HALF, ONE), 2)
+    assert found["lengths"] == [60, 30, 15, 8] and len(found["seconds"]) == 4
+    assert 0 < found["ratio"] < 5

@@ -24,7 +24,7 @@ from .arguments import BATCHES, VISUAL
 from .bench import Bench, Prompt, scale_layers
 from .check import check
 from .growth import Grid, Growth
-from .paired import measure
+from .paired import measure, plain_layers
 from .peer import check_peer
 from .plots import picture
 from .random_weights import random_model, weight_bytes
@@ -132,6 +132,7 @@ def report(args, row: Row, subject: Subject, prompt: Prompt, device: torch.devic
         **describe(args, row, subject, device),
         "prompt": asdict(prompt),
         **measure(bench, subject.spec, args.pairs, args.decode, args.peer),
+        "plain_layers": plain_layers(bench, args.pairs),
         **provenance(),
     }
 

@@ -9,9 +9,10 @@ from statistics import median
 from tqdm import tqdm
 
 from .. import budget
+from ..config import Compression
 from ..flops import model_flops
 from ..rows import ModelSpec
-from ..utils.timing import paired_ratio, peak_memory, run_in_turns
+from ..utils.timing import paired_ratio, peak_memory, run_in_turns, was_busy
 from .bench import Bench, Counted, Run
 from .parts import profile_parts
 from .peer import EAGER, MIXED, Peer, check_peer
@@ -86,7 +87,7 @@ def _counted(bench: Bench, spec: ModelSpec, runs: list[dict], counted: dict) -> 
     ]
     flops = _flops(bench, spec, counted, tokens)
     return {
-        "prefill": _prefill(runs, flops),
+        "prefill": _prefill(runs, flops, bench.device.type == "cpu"),
         "flops": flops,
         "cache": _cache(bench, spec, counted, tokens),
         "extra_memory": _extra_memory(counted),
@@ -136,12 +137,35 @@ def _compare(runs: Sequence[dict[str, float]]) -> dict:
     }
 
 
-def _prefill(runs: list[dict[str, Run]], flops: dict) -> dict:
+def plain_layers(bench: Bench, pairs: int) -> dict:
+    """What the machine itself makes of shorter sequences: plain prefills at the length of every stage.
+
+    Returns ``lengths``, the visual tokens of each stage; ``seconds`` of a plain prefill at each, the median;
+    ``ratio``: what the compressed prefill would take of the plain one if each layer took what a plain layer
+    takes at its length, the median over rounds.
+    """
+    layers, prompt = bench.text.num_hidden_layers, bench.prompt
+    counts = budget.actual(bench.compression, layers, [prompt.visual])
+    lengths = list(dict.fromkeys(counts))
+    idle = Compression(layers=(0,))  # of benches that only run the plain model
+    made = {n: Bench(bench.model, idle, replace(prompt, visual=n)) for n in lengths}
+    ways = {n: (lambda one=one: one.run(False).prefill.wall) for n, one in made.items()}
+    rounds = run_in_turns(ways, pairs + 1)[1:]  # the first calls are slower
+    ratios = [sum(one[n] for n in counts) / (layers * one[prompt.visual]) for one in rounds]
+    return {
+        "lengths": lengths,
+        "seconds": [median(one[n] for one in rounds) for n in lengths],
+        "ratio": median(ratios),
+    }
+
+
+def _prefill(runs: list[dict[str, Run]], flops: dict, on_cpu: bool) -> dict:
     wall, cpu = ([{name: run[name].prefill[i] for name in run} for run in runs] for i in (0, 1))
     compared = _compare(wall)
     measured = compared["ratio"]["median"]
     return {
         "pairs": [{name: run[name].prefill._asdict() for name in run} for run in runs],
+        "busy": on_cpu and any(was_busy([run[name].prefill for run in runs]) for name in MODES),
         **compared,
         "cpu_time": _compare(cpu),
         "ratio_over_flops_ratio": measured / flops["formula"]["ratio"],

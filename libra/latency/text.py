@@ -3,6 +3,7 @@
 from ..config import Compression
 from ..places import BEFORE
 from ..utils import numbers as units
+from ..utils.timing import BUSY
 from .parts import PARTS
 
 PEERS = {"eager": "FastV, eager everywhere", "mixed": "FastV, eager at its layer"}
@@ -63,9 +64,11 @@ def table(data: dict) -> str:
     lines += [
         _timed("prefill, median", prefill, f", {interval['coverage']:.0%} order-statistic interval"),
         _timed("  its CPU time", prefill["cpu_time"]),
+        f"{'  the selection in it':<28}{'–':>12}{units.seconds(data['parts']['sum']):>12}"
+        f"{data['parts']['share']:>9.2%}   of the compressed prefill, all parts below",
     ]
     if "vision_and_prefill" in data:
-        lines.append(_timed("vision and prefill", data["vision_and_prefill"]))
+        lines.append(_timed("time to first token", data["vision_and_prefill"], ", vision and prefill"))
     if "decode" in data:
         lines.append(_timed(f"decoding, a token ({data['decode']['steps']})", data["decode"]))
     lines += [
@@ -82,6 +85,7 @@ def table(data: dict) -> str:
         f"   ({interval['median']:.3f} over {ratio:.3f}, all tokens)",
         f"  over that of visual tokens     {prefill['ratio_over_visual_flops_ratio']:.3f}"
         f"   ({interval['median']:.3f} over {flops['visual']['ratio']:.3f})",
+        *_plain_layers(data),
         f"counted over formula             {flops['counted_over_formula']['vanilla']:.4f} vanilla,"
         f" {flops['counted_over_formula']['compressed']:.4f} compressed",
         f"compressed KV cache              {units.size(cache['compressed'])} = schedule "
@@ -93,7 +97,20 @@ def table(data: dict) -> str:
         f" {data['extra_memory']['ratio']:.2f} × one layer's activations,"
         f" {units.size(data['extra_memory']['one_layer'])}",
     ]
+    if prefill.get("busy"):
+        lines += ["", BUSY]
     return "\n".join(lines)
+
+
+def _plain_layers(data: dict) -> list[str]:
+    """What plain layers take at the lengths of the stages; files of before have nothing of it."""
+    if "plain_layers" not in data:
+        return []
+    plain, measured = data["plain_layers"], data["prefill"]["ratio"]["median"]
+    return [
+        f"plain layers at these lengths    {plain['ratio']:.3f} of vanilla; compressed over that"
+        f" {measured / plain['ratio']:.3f}",
+    ]
 
 
 def _peers(data: dict) -> list[str]:

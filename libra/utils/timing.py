@@ -34,6 +34,21 @@ def now(device: torch.device) -> Moment:
     return Moment(perf_counter(), process_time())
 
 
+BUSY = "the machine was busy, these times mean nothing"
+ROOM = 1.15  # how much longer than its CPU time a run may take, against the run that waited least
+
+
+def was_busy(runs: Sequence[Moment]) -> bool:
+    """Whether others had the processor while these runs were timed on it: wall and CPU time disagree.
+
+    Of a run that has its threads' cores to itself the wall clock shows a fixed share of the CPU time, at most
+    all of it. Busy is a machine where half of the runs took :data:`ROOM` times as long by that measure as the
+    one that waited least, or where that one was off its core for as much.
+    """
+    shares = [run.wall / max(run.cpu, 1e-9) for run in runs]
+    return bool(shares) and (median(shares) > ROOM * min(shares) or min(shares) > ROOM)
+
+
 def in_order(number: int, modes: Sequence[Mode]) -> Sequence[Mode]:
     """The modes in the order of round ``number``: every other round goes backwards, so that a slow drift
     favours no mode."""
