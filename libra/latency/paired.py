@@ -146,7 +146,7 @@ def plain_layers(bench: Bench, pairs: int) -> dict:
     """
     layers, prompt = bench.text.num_hidden_layers, bench.prompt
     counts = budget.actual(bench.compression, layers, [prompt.visual])
-    lengths = list(dict.fromkeys(counts))
+    lengths = list(dict.fromkeys([prompt.visual, *counts]))  # the first is the plain model's
     idle = Compression(layers=(0,))  # of benches that only run the plain model
     made = {n: Bench(bench.model, idle, replace(prompt, visual=n)) for n in lengths}
     ways = {n: (lambda one=one: one.run(False).prefill.wall) for n, one in made.items()}
