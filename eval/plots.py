@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from libra.config import Compression
 from libra.methods import MERGERS
 from libra.rows import Row
 from libra.utils.cli import Parser
-from libra.utils.plotting import Point, label, new_figure, save_both, style_of
+from libra.utils.plotting import COLOURS, Point, label, new_figure, save_both, style_of
 
 from .plan import flops_ratio
 from .statistics import Figure, Spread, is_learned, mean_of
@@ -20,7 +19,6 @@ from .suites import BLIND, NOT_AVERAGED, SuiteRows, Table, get_table, get_task, 
 EXAMPLES = """example:
   python -m eval.plots docs/results/table1.csv"""
 NAMED = 12  # rows that can be named in one picture
-WIDE = 3  # panels of a line
 
 
 class Shown(Protocol):
@@ -36,14 +34,6 @@ class Shown(Protocol):
     def flops_ratio(self, row: str) -> float | None: ...
     def time_ratio(self, row: str) -> Spread | None: ...
     def stages(self, row: str, name: str) -> dict[int, Figure]: ...
-
-
-def method_of(c: Compression) -> str:
-    """A short name for what a row does, whatever its layers, ratio and seed."""
-    if not c.compresses:
-        return "vanilla"
-    name = c.method or f"{c.select} + {c.merge}"
-    return name if c.importance == "last" else f"{name}, mean importance"
 
 
 def accuracy(shown: Shown, path: Path) -> None:
@@ -99,9 +89,9 @@ def _place(shown: Shown, row: str, timed: bool) -> Spread | None:
     return None if ratio is None else Spread(ratio, ratio, ratio)
 
 
-def _panels(count: int, width: float, height: float):
-    """A figure with that many panels in lines of :data:`WIDE`, and the panels."""
-    across = min(WIDE, count)
+def _panels(count: int, width: float, height: float, wide: int):
+    """A figure with that many panels, ``wide`` of them in a line, and the panels."""
+    across = min(wide, count)
     down = -(-count // across)
     figure = new_figure(width * across, height * down)
     panels = figure.subplots(down, across, squeeze=False).flatten().tolist()
@@ -111,29 +101,40 @@ def _panels(count: int, width: float, height: float):
 
 
 def _by_heading(shown: Shown, rows: list[str], path: Path) -> None:
-    """Rows of one heading cost the same, or are told apart by their name: accuracy only, best on top."""
+    """A panel for each heading, whose rows cost the same or are told apart by their names: accuracy only,
+    best on top."""
     headings: dict[str, list[str]] = {}
     for name in rows:
         headings.setdefault(section_of(shown.table, name), []).append(name)
     plain = headings.pop("", [])
-    methods = list(dict.fromkeys(method_of(shown.rows[name].compression) for name in rows))
-    figure, panels = _panels(len(headings), 5.0, 1.1 + 0.2 * max(map(len, headings.values())))
+    most = max(map(len, headings.values()))
+    figure, panels = _panels(len(headings), 5.5, 0.9 + 0.22 * most, 2)
     for panel, (heading, names) in zip(panels, headings.items(), strict=True):
+        panel.sharex(panels[0])
         for name in plain:
             panel.axvline(shown.average(name).value, color="0.7", linewidth=1, linestyle="--", zorder=0)
         names = sorted(names, key=lambda name: shown.average(name).value)
-        for height, name in enumerate(names):
+        heights = range(most - len(names), most)
+        for height, name in zip(heights, names, strict=True):
             average = shown.average(name)
-            style = style_of(methods.index(method_of(shown.rows[name].compression)))
-            panel.errorbar(average.value, height, xerr=average.error, linestyle="", capsize=2, **style)
-        panel.set_yticks(range(len(names)), [shown.rows[name].title for name in names], fontsize=8)
+            panel.errorbar(average.value, height, xerr=average.error, fmt="o", color=COLOURS[0], capsize=2)
+        panel.set_yticks(heights, without_end([shown.rows[name].title for name in names]), fontsize=8)
+        panel.set_ylim(-0.7, most - 0.3)
         shares = {f"{ratio:.0%}" for name in names if (ratio := shown.flops_ratio(name)) is not None}
         cost = f"{shares.pop()} of the FLOPs" if len(shares) == 1 else "FLOPs differ"
-        panel.set_title(f"{heading}\n{cost}", fontsize=9)
+        panel.set_title(f"{heading}\n{cost}", fontsize=9, loc="right")
         panel.grid(alpha=0.3)
     figure.supxlabel(f"{_what(shown)}; dashed: vanilla", fontsize=9)
     figure.suptitle(shown.table.title)
     save_both(figure, path)
+
+
+def without_end(titles: list[str]) -> list[str]:
+    """Titles without the parts that all of them end in, which the heading says."""
+    parts = [title.split(", ") for title in titles]
+    while min(map(len, parts)) > 1 and len({title[-1] for title in parts}) == 1:
+        parts = [title[:-1] for title in parts]
+    return [", ".join(title) for title in parts]
 
 
 def has_traces(shown: Shown) -> bool:
@@ -159,7 +160,7 @@ def traces(shown: Shown, path: Path) -> None:
         "share": ("non-targets in the compensation token, %", 100),
     }
     drawn = [(kind, heading, rows) for kind in kinds for heading, rows in _lines(shown, kind).items()]
-    figure, panels = _panels(len(drawn), 5.2, 3.4)
+    figure, panels = _panels(len(drawn), 5.2, 3.4, 3)
     for panel, (kind, heading, rows) in zip(panels, drawn, strict=True):
         what, scale = kinds[kind]
         points = []

@@ -92,7 +92,14 @@ def test_many_rows_have_a_panel_for_each_heading(tmp_path):
     assert (tmp_path / "arena.png").is_file() and drawn.count("50% of the FLOPs") == len(table.sections) - 1
     for heading, names in table.sections.items():
         assert heading in drawn
-        assert not heading or all(rows[name].title in drawn for name in names)
+        assert not heading or all(rows[name].title.partition(", ")[0] in drawn for name in names)
+
+
+def test_what_all_names_end_in_is_said_once():
+    titles = ["FastV, layer 2, 50%", "random, draw 1, layer 2, 50%"]
+    assert plots.without_end(titles) == ["FastV", "random, draw 1"]
+    assert plots.without_end(["FastV, 50%"]) == ["FastV"]
+    assert plots.without_end(["FastV", "FastV, 50%"]) == ["FastV", "FastV, 50%"]
 
 
 def test_what_is_no_table_is_a_sentence(tmp_path, capsys):
