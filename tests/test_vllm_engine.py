@@ -189,13 +189,14 @@ def write_qwen(folder: Path) -> None:
 
 @pytest.mark.parametrize("method", ["libra", "divprune", "visionzip", "hiprune"])
 def test_qwen_gives_the_same_ids(method, asked, tmp_path):
-    """Pictures of different sizes, one and two a prompt."""
+    """Pictures of different sizes, one and two a prompt. In vLLM each picture has a compensation token of its
+    own, in libra.attach all of a prompt have one: there, one picture a prompt."""
     folder = tmp_path / "qwen"
     write_qwen(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    prompts = []
-    for i, sizes in enumerate([[(48, 64)], [(96, 40)], [(64, 64), (32, 80)], [(104, 104)]]):
+    prompts, second = [], [(32, 80)] if method != "libra" else []
+    for i, sizes in enumerate([[(48, 64)], [(96, 40)], [(64, 64), *second], [(104, 104)]]):
         images = [questions(4)[i][0].resize(size) for size in sizes]
         files = [tmp_path / f"{i}-{j}.png" for j in range(len(images))]
         for image, file in zip(images, files):

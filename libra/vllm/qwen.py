@@ -54,10 +54,11 @@ class LibraQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration
         if wants is not None:
             attentions = [block.attn.attn for block in self.visual.blocks]
             self.sight = sight.Sight(wants, attentions, len(attentions), has_cls=False)
-            self.visual.merger.register_forward_pre_hook(self._hear_features)
+            # Not the merger itself: modules that vLLM may compile are called past their hooks.
+            self.visual.merger.ln_q.register_forward_pre_hook(self._hear_features)
 
-    def _hear_features(self, merger, args):
-        """What goes into the merger are the features of all patches."""
+    def _hear_features(self, norm, args):
+        """What goes into the merger, and first into its norm, are the features of all patches."""
         self.features = args[0].flatten(0, 1)
 
     def embed_multimodal(self, **kwargs):
