@@ -228,13 +228,17 @@ def test_a_batch_is_its_rows_alone_and_the_counts_are_exact(request, kind, numbe
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("kind", ["llava15", "next"])
-def test_each_picture_decides_how_many_tokens_are_kept(request, kind):
+def test_each_picture_decides_how_many_tokens_are_kept(request, kind, alike):
     """The counts of a batch are those of its rows; nothing can be said of them beforehand."""
     model = request.getfixturevalue({"llava15": "llava15", "next": "llava_next"}[kind])[1]
     c = Compression(method="prumerge-plus", keep="adaptive")
     model.set_compression(c)
-    rows, tiles, sizes = shown(kind, [1, 2])
+    rows, tiles, sizes = shown(kind, [1, 1] if alike else [1, 2], seed=3)
+    rows = [rows[0], rows[0]] if alike else rows
+    if alike:  # the same prompt about another picture, which keeps more
+        tiles[1] = tiles[1] * torch.linspace(0, 3, tiles[1].shape[-1])
     logits = model(**padded(rows, "right"), images=tiles, image_sizes=sizes).logits
     stats, first = model.compression_stats, 0
     for b, row in enumerate(rows):
@@ -245,7 +249,8 @@ def test_each_picture_decides_how_many_tokens_are_kept(request, kind):
         torch.testing.assert_close(tiny.own(logits[b], stats["columns"][b], "right"), alone, **CLOSE)
         counts = [layer[b] for layer in stats["visual_tokens"]]
         assert counts == [layer[0] for layer in model.compression_stats["visual_tokens"]]
-        assert 0 < counts[0] < stats["given"][b]
+        assert 0 < counts[0] <= stats["given"][b]
+    assert len(set(stats["visual_tokens"][0])) == 2
     model.set_compression(None)
     with pytest.raises(ConfigError, match="keep: adaptive lets each picture decide"):
         actual(c, 8, [16])

@@ -438,7 +438,8 @@ class VisualTokens:
     def _moved(self, hidden, columns, step: Compressed, new: Columns, extra: list[bool]):
         """The hidden states (B, S', D) in their ``new`` columns, and the old column of each (B, S'): of a
         compensation token that of the last visual token, and a padded column stays the one it is."""
-        if self.columns.alike and self.columns.rows[0].spans and len(set(extra)) == 1:
+        alike = self.columns.alike and len(set(step.layout.keeps)) == 1  # pictures may decide how many stay
+        if alike and self.columns.rows[0].spans and len(set(extra)) == 1:
             return self._joined(hidden, step, extra[0])
         return self._gathered(hidden, columns, step, new, extra)
 
