@@ -6,13 +6,13 @@ A merger says for each visual token which output slot it goes to and how much it
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from . import ops
 from .methods import MERGERS, register_merge
 from .ops import NOWHERE
 from .select import Candidates
+from .utils.once import once
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class Matches:
         """The spans of the rows and the targets that each keeps."""
         return self.candidates.layout
 
-    @cached_property
+    @once
     def pull(self) -> "torch.Tensor":
         """(B, N) float32, α/η."""
         eta = self.candidates.importance_mean if self.eta is None else self.eta
@@ -62,14 +62,14 @@ class Matches:
         """The slot of the compensation token: the one after the targets."""
         return self.layout.targets
 
-    @cached_property
+    @once
     def own_slot(self) -> "torch.Tensor":
         """(B, N): the slot of a target, :data:`NOWHERE` for every other token."""
         slots = self.layout.target_index.expand_as(self.targets)
         own = self.targets.new_full(self.is_target.shape, NOWHERE).scatter(1, self.targets, slots)
         return own.masked_fill(~self.is_target, NOWHERE)
 
-    @cached_property
+    @once
     def order(self) -> "torch.Tensor":
         """(B, T + R): the tokens of each row, targets first and then the others, which
         :attr:`~libra.ops.spans.Spans.rest_missing` does not name."""
@@ -80,12 +80,12 @@ class Matches:
         """(B, R): the tokens that are not targets."""
         return self.order[:, self.layout.targets :]
 
-    @cached_property
+    @once
     def ordered(self) -> "torch.Tensor":
         """(B, T + R, D): the hidden states in that :attr:`order`, a copy."""
         return ops.take(self.hidden, self.order)
 
-    @cached_property
+    @once
     def closest(self) -> tuple["torch.Tensor", "torch.Tensor"]:
         """:attr:`nearest` of only the :attr:`rest`, both (B, R)."""
         from .ops.dispatch import runs_kernels
@@ -117,7 +117,7 @@ class Matches:
         found = torch.zeros_like(self.is_target).scatter(1, self.rest.gather(1, self.lowest), True)
         return found & self.layout.valid & ~self.is_target
 
-    @cached_property
+    @once
     def nearest(self) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Eq. 5: each token's highest cosine similarity to a target of its span, and that target's slot, both
         (B, N).

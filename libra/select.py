@@ -8,11 +8,11 @@ imports torch before it is used, so that a configuration is checked without it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from . import ops
 from .methods import SELECTORS, Context, register_select
+from .utils.once import once
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class Candidates:
     context: Context = Context()
     memo: dict = field(default_factory=dict)  # what a select leaves for the merge of the same method
 
-    @cached_property
+    @once
     def importance_mean(self) -> "torch.Tensor":
         """(B, N) or (B, 1): the mean importance of the visual tokens that share a token's score row."""
         importance, valid = self.importance, self.layout.valid
@@ -69,14 +69,14 @@ class Candidates:
             chosen[index.gather(1, picks)] = True
         return chosen.view(self.layout.valid.shape)
 
-    @cached_property
+    @once
     def flat_index(self) -> "torch.Tensor":
         """(B, N): the number of each token in the rows one after another."""
         rows, tokens = self.layout.valid.shape
         first = self.layout.index.new_ones(rows, 1).cumsum(0) - 1
         return first * tokens + self.layout.index
 
-    @cached_property
+    @once
     def grids(self) -> "list[list[tuple[tuple[int, ...], ...]]]":
         """For each row, for each span, the grids of its parts.
 
@@ -101,7 +101,7 @@ class Candidates:
             for row in self.grids
         ]
 
-    @cached_property
+    @once
     def grid_width(self) -> "torch.Tensor":
         """(B, N): the width of the grid of a token's span, or of its part of the span."""
         widths = [
@@ -111,7 +111,7 @@ class Candidates:
         padded = [row + [1] * (self.layout.tokens - len(row)) for row in widths]
         return self.layout.index.new_tensor(padded)
 
-    @cached_property
+    @once
     def tower_score(self) -> "torch.Tensor":
         """(B, N) float32: the attention of the vision tower's [CLS] token, or the attention received where
         the tower has none; of the last layer given."""

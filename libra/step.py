@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from numbers import Integral
 
 import torch
@@ -15,6 +14,7 @@ from .methods import Context
 from .ops import NOWHERE
 from .ops.spans import Spans, on_device
 from .select import SELECTORS, Candidates, check_targets, tower_score
+from .utils.once import once
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,22 @@ class Compressed:
     has_compensation: torch.Tensor | list[bool] | None = None
     order: torch.Tensor | None = None
 
-    @cached_property
+    @once
     def groups(self) -> torch.Tensor:
         """(B, N), the slot that each visual token went to; -1 if it was dropped or is padding."""
         return self.fates.placed(self.fates.slot, NOWHERE)
 
-    @cached_property
+    @once
     def token_weights(self) -> torch.Tensor:
         """(B, N) float32, each token's weight in its slot."""
         return self.fates.placed(self.fates.weights, 0.0)
 
-    @cached_property
+    @once
     def similarity(self) -> torch.Tensor | None:
         """(B, N) float32, s^max of eq. 5; None where the merge does not ask for it."""
         return self.fates.all_similarities()
 
-    @cached_property
+    @once
     def mask(self) -> torch.Tensor:
         """(B, T[+1]) bool, False in the slots that a row does not fill."""
         mask = self.layout.target_valid
@@ -112,7 +112,7 @@ class Compressed:
             has_one = on_device(has_one, mask.device)
         return torch.cat([mask, has_one[:, None]], 1)
 
-    @cached_property
+    @once
     def compensated(self) -> list[bool]:
         """For each row, whether it has a compensation token; where it is not known beforehand, asking waits
         for the device."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
+from ..utils.once import once
 from .reference import on_device, ordinals, tables_on_device, take
 
 __all__ = ["Spans", "on_device"]
@@ -30,12 +30,12 @@ class Spans:
         :func:`libra.budget.keeps` counts them."""
         return cls(tuple(map(tuple, spans)), tuple(map(tuple, keeps)), torch.device(device))
 
-    @cached_property
+    @once
     def lengths(self) -> list[int]:
         """Visual tokens of each row."""
         return [sum(row) for row in self.spans]
 
-    @cached_property
+    @once
     def target_counts(self) -> list[int]:
         """Target tokens of each row."""
         return [sum(row) for row in self.keeps]
@@ -55,7 +55,7 @@ class Spans:
         """Whether no row has more than one span."""
         return all(len(row) <= 1 for row in self.spans)
 
-    @cached_property
+    @once
     def uniform(self) -> bool:
         """Whether all rows have the same spans and keep the same of them, so that nothing is padded."""
         return len(set(self.spans)) == len(set(self.keeps)) == 1
@@ -98,7 +98,7 @@ class Spans:
             starts = on_device(firsts, self.device, torch.long)
             yield n, k, starts[:, None] + torch.arange(n, device=self.device)
 
-    @cached_property
+    @once
     def _spans(self) -> torch.Tensor:
         """(B, M + 1, 4): of each span its first token, its tokens, its first target and its targets.
 
@@ -114,22 +114,22 @@ class Spans:
             rows.append(row + [[first, 0, target, 0]] * (width - len(row)))
         return on_device(rows, self.device, torch.long).view(-1, width, 4)
 
-    @cached_property
+    @once
     def valid(self) -> torch.Tensor:
         """(B, N) bool."""
         return self._filled(self.lengths)
 
-    @cached_property
+    @once
     def padding(self) -> torch.Tensor:
         """(B, N) bool: where there is no token."""
         return self._filled(self.lengths, False)
 
-    @cached_property
+    @once
     def target_missing(self) -> torch.Tensor:
         """(B, T) bool: where there is no target."""
         return self._filled(self.target_counts, False)
 
-    @cached_property
+    @once
     def target_valid(self) -> torch.Tensor:
         """(B, T) bool."""
         return self._filled(self.target_counts)
@@ -140,12 +140,12 @@ class Spans:
         rows = [[there] * count + [not there] * (width - count) for count in counts]
         return on_device(rows, self.device, torch.bool).view(-1, width)
 
-    @cached_property
+    @once
     def rest_counts(self) -> list[int]:
         """Tokens of each row that are not targets."""
         return [n - kept for n, kept in zip(self.lengths, self.target_counts)]
 
-    @cached_property
+    @once
     def rest_missing(self) -> torch.Tensor | None:
         """(B, R) bool, which of the rows' non-targets are not there; None if all are."""
         return None if len(set(self.rest_counts)) == 1 else self._filled(self.rest_counts, False)
@@ -159,12 +159,12 @@ class Spans:
             return order[:, : self.targets + rest]
         return order.gather(1, self._tables[2])
 
-    @cached_property
+    @once
     def tokens_of_row(self) -> torch.Tensor:
         """(B,): the lengths as a tensor."""
         return on_device(self.lengths, self.device, torch.long)
 
-    @cached_property
+    @once
     def index(self) -> torch.Tensor:
         """(1, N): 0 … N-1."""
         return torch.arange(self.tokens, device=self.device)[None]
@@ -174,17 +174,17 @@ class Spans:
         """(1, T): 0 … T-1."""
         return self.index[:, : self.targets]
 
-    @cached_property
+    @once
     def span(self) -> torch.Tensor:
         """(B, N): the number of a token's span in its row; padding gets the number after the last."""
         return self._tables[0].expand(len(self.spans), -1)
 
-    @cached_property
+    @once
     def target_span(self) -> torch.Tensor:
         """(B, T): the number of a target's span in its row; -1 where there is no target."""
         return self._tables[1].expand(len(self.spans), -1)
 
-    @cached_property
+    @once
     def _tables(self) -> list[torch.Tensor]:
         """:attr:`span`, :attr:`target_span` and the places of :meth:`arranged`, copied together; a row stands
         for all where they are uniform."""
@@ -197,7 +197,7 @@ class Spans:
         spans = _numbered(self.spans[:rows], self.tokens, max(map(len, self.spans), default=0))
         return tables_on_device([spans, _numbered(self.keeps[:rows], self.targets, -1), plan], self.device)
 
-    @cached_property
+    @once
     def _of_token(self) -> tuple[torch.Tensor, ...]:
         return take(self._spans, self.span).unbind(-1)
 
