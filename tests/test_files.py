@@ -2,7 +2,6 @@
 
 import os
 import stat
-import threading
 
 import pytest
 
@@ -75,31 +74,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def test_a_folder_goes_while_a_thread_still_writes_to_it(tmp_path):
-    """As at the page's end, in the middle of an answer: each file that comes late would keep the folder."""
-    folder = tmp_path / "uploads"
-    folder.mkdir()
-    for number in range(2000):
-        (folder / f"upload{number}").touch()
-    late = threading.Event()
-
-    def write():
-        number = 0
-        while not late.is_set():
-            try:
-                (folder / f"late{number}").touch()
-            except FileNotFoundError:
-                return
-            number += 1
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    timer = threading.Timer(0.3, late.set)  # it stops writing well before remove_folder gives up
-    timer.start()
-    files.remove_folder(folder)
-    late.set()
-    writer.join()
-    timer.join()
-    assert not folder.exists()

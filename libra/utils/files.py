@@ -3,12 +3,9 @@
 import os
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-BUSY_FOR = 1.0  # seconds for which a folder that others still write to is tried
 
 
 def write_text(path: Path, text: str) -> None:
@@ -102,13 +99,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder although threads that cannot be stopped still write to it: a file that comes while it
-    is being emptied would keep it. Nothing is raised where it cannot be deleted."""
-    end = time.monotonic() + BUSY_FOR
-    shutil.rmtree(folder, ignore_errors=True)
-    while folder.exists() and time.monotonic() < end:
-        time.sleep(0.01)
-        shutil.rmtree(folder, ignore_errors=True)
