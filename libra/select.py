@@ -6,7 +6,7 @@ imports torch before it is used, so that a configuration is checked without it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,11 @@ class Candidates:
         first = self.layout.index.new_ones(rows, 1).cumsum(0) - 1
         return first * tokens + self.layout.index
 
+    def per_token(self, rows: "Sequence[list]", padding: int) -> "torch.Tensor":
+        """(B, N) int64: for each row a list of one whole number a token, padded with ``padding``."""
+        filled = [[*row, *[padding] * (self.layout.tokens - len(row))] for row in rows]
+        return self.layout.index.new_tensor(filled)
+
     @once
     def grids(self) -> "list[list[tuple[tuple[int, ...], ...]]]":
         """For each row, for each span, the grids of its parts.
@@ -108,8 +113,7 @@ class Candidates:
             [int(part[-1]) for parts in row for part in parts for _ in range(math.prod(part))]
             for row in self.grids
         ]
-        padded = [row + [1] * (self.layout.tokens - len(row)) for row in widths]
-        return self.layout.index.new_tensor(padded)
+        return self.per_token(widths, 1)
 
     @once
     def tower_score(self) -> "torch.Tensor":
@@ -120,8 +124,8 @@ class Candidates:
     @property
     def tower_scores(self) -> "torch.Tensor":
         """(L, B, N) float32: :attr:`tower_score` of each layer given, the one whose features the model takes
-        last."""
-        given = self.context.tower_received if self.context.tower_cls is None else self.context.tower_cls
+        last. Raises ValueError as :func:`tower_score`."""
+        given = _of_tower(self.context)
         return (given if given.ndim == 3 else given[None]).float()
 
     def top(self, scores: "torch.Tensor") -> "torch.Tensor":
@@ -132,12 +136,17 @@ class Candidates:
 def tower_score(context: Context) -> "torch.Tensor":
     """(B, N) float32, see :attr:`Candidates.tower_score`. Raises ValueError where the context has neither
     score."""
+    given = _of_tower(context)
+    return (given if given.ndim == 2 else given[-1]).float()
+
+
+def _of_tower(context: Context) -> "torch.Tensor":
     given = context.tower_received if context.tower_cls is None else context.tower_cls
     if given is None:
         raise ValueError(
             "the score of the vision tower is not given: give context=libra.Context(tower_cls=…)"
         )
-    return (given if given.ndim == 2 else given[-1]).float()
+    return given
 
 
 def check_targets(name: str, is_target, spans: "Spans") -> "torch.Tensor":

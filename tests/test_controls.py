@@ -8,8 +8,8 @@ from transformers import CLIPVisionModel
 
 import libra
 from libra import Compression, Context, compress
-from libra.engine.shrunk import Shrunk
-from libra.methods.downsample import covering, middles, shrunk_grid
+from libra.engine.shrunk import Shrunk, covering
+from libra.methods.downsample import middles, shrunk_grid
 from libra.rows import EMBEDDED
 from llava.model.builder import load_pretrained_model
 

@@ -49,7 +49,7 @@ def strip(tokens: int) -> Block:
 
 
 def blocks_of(inputs: Mapping, image: Image.Image, spans: Sequence[int], processor, config) -> list[Block]:
-    """Where the visual tokens of one image lie, as far as the processor's ``inputs`` tell; else a strip for
+    """Where the visual tokens of one image lie, as far as the processor's ``inputs`` say; else a strip for
     each span.
 
     A place is told only where the number of tokens is exactly the one that it leads to.
@@ -83,7 +83,7 @@ def _overview_and_tiles(inputs: Mapping, whole: Image.Image, processor, config) 
 
 
 def _seen(pixels: torch.Tensor, processor) -> Image.Image:
-    """The picture behind normalised pixels (3, H, W)."""
+    """The picture that was normalised to pixels (3, H, W)."""
     mean, std = (
         torch.tensor(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std")
     )

@@ -1,13 +1,19 @@
 """A picture that goes smaller into a vision tower of one size, for methods whose select `shrinks` it."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from ..budget import keeps
 from ..config import Compression
 from ..methods import SELECTORS
-from ..methods.downsample import covering
+
+
+@lru_cache(maxsize=256)
+def covering(h: int, w: int, down: int, across: int) -> tuple[int, ...]:
+    """For each of the h × w places the number of the one of ``down`` × ``across`` features that covers it."""
+    return tuple((y * down // h) * across + x * across // w for y in range(h) for x in range(w))
 
 
 @dataclass(frozen=True)

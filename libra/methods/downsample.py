@@ -38,12 +38,6 @@ def shrunk_grid(h: int, w: int, k: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def covering(h: int, w: int, down: int, across: int) -> tuple[int, ...]:
-    """For each of the h × w places the number of the one of ``down`` × ``across`` features that covers it."""
-    return tuple((y * down // h) * across + x * across // w for y in range(h) for x in range(w))
-
-
-@lru_cache(maxsize=256)
 def middles(h: int, w: int, k: int) -> tuple[int, ...]:
     """The places, among h × w, of k features of the shrunk picture, ascending."""
     down, across = shrunk_grid(h, w, k)

@@ -7,7 +7,7 @@ come before every other token. The T highest stay, in their order. A span that i
 from .. import ops
 from .registry import Method, register_select
 
-FIRST = 255.0  # the score of the first frame's tokens
+FIRST = 255  # the score of the first frame's tokens
 
 METHOD = Method(
     "evs",
@@ -32,9 +32,9 @@ def evs(candidates, c):
 
 def scores(candidates):
     """(B, N) float32: how much a token differs from the same place of the frame before."""
-    layout, hidden = candidates.layout, candidates.hidden.detach().float()
+    hidden = candidates.hidden.detach().float()
     before, first = [], []
-    for keeps, sizes_of_row in zip(layout.keeps, candidates.frames):
+    for keeps, sizes_of_row in zip(candidates.layout.keeps, candidates.frames):
         start, row_before, row_first = 0, [], []
         for k, sizes in zip(keeps, sizes_of_row):
             row_first += _first_frame(sizes[0], k)
@@ -43,14 +43,13 @@ def scores(candidates):
                 start += previous
                 # A part of another size (a newline after the frames) has no place in the frame before.
                 alike = size == previous
-                row_before += range(start - previous, start) if alike else [-1] * size
-                row_first += [0.0 if alike else FIRST] * size
+                row_before += range(start - previous, start) if alike else [0] * size
+                row_first += [0 if alike else FIRST] * size
             start += sizes[-1]
-        before.append(row_before + [0] * (layout.tokens - len(row_before)))
-        first.append(row_first + [0.0] * (layout.tokens - len(row_first)))
-    place = layout.index.new_tensor(before).clamp(min=0)
-    cosine = _cosine(hidden, ops.take(hidden, place))
-    whole = hidden.new_tensor(first)
+        before.append(row_before)
+        first.append(row_first)
+    cosine = _cosine(hidden, ops.take(hidden, candidates.per_token(before, 0)))
+    whole = candidates.per_token(first, 0).float()
     return whole.where(whole > 0, 1 - cosine)
 
 
@@ -59,7 +58,7 @@ def _cosine(x, y):
     return (x * y).sum(-1) / lengths.clamp(min=1e-8)
 
 
-def _first_frame(size: int, k: int) -> list[float]:
+def _first_frame(size: int, k: int) -> list[int]:
     """Scores of the first frame: all alike, or where only ``k`` of it can stay, more for k even places."""
     found = [FIRST] * size
     for number in range(k if k < size else 0):

@@ -41,9 +41,9 @@ def pool(candidates, c) -> "torch.Tensor":
                 chosen[first + place] = True
             row += [first + places[number] for number in numbers]
             first += n
-        slots.append(row + [0] * (layout.tokens - len(row)))
+        slots.append(row)
         middles.append(chosen)
-    candidates.memo["middle"] = layout.index.new_tensor(slots)
+    candidates.memo["middle"] = candidates.per_token(slots, 0)
     return layout.valid & layout.index.new_tensor(middles).bool()
 
 

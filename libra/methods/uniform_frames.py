@@ -24,8 +24,8 @@ def uniform_frames(candidates, c):
     layout, rows = candidates.layout, []
     for keeps, sizes_of_row in zip(layout.keeps, candidates.frames):
         row = [one for k, sizes in zip(keeps, sizes_of_row) for one in chosen(sizes, k)]
-        rows.append(row + [False] * (layout.tokens - len(row)))
-    return layout.valid & layout.index.new_tensor(rows).bool()
+        rows.append(row)
+    return layout.valid & candidates.per_token(rows, False).bool()
 
 
 def chosen(sizes: list[int], k: int) -> list[bool]:

@@ -36,10 +36,10 @@ METHOD = Method(
 @register_select("vidcom2", reads=("hidden",), needs=("grid",), trusted=True, films=True)
 def vidcom2(candidates, c):
     """The budgets of the frames, then exactly T by score."""
-    layout, rows = candidates.layout, []
+    rows = []
     for sizes in candidates.frames:
         rows.append([number for span in sizes for number, size in enumerate(span) for _ in range(size)])
-    frame = layout.index.new_tensor([row + [0] * (layout.tokens - len(row)) for row in rows])
+    frame = candidates.per_token(rows, 0)
     count = 1 + max((max(row) for row in rows if row), default=0)
 
     def of_spans(k, x, frame):

@@ -41,14 +41,12 @@ METHOD = Method(
 )
 def vscan(candidates, c):
     """The first layer of the tower's scores gives the local tokens, the last one the global ones."""
-    layers, layout = candidates.tower_scores, candidates.layout
-    rows, counts = [], []
+    layers, rows, counts = candidates.tower_scores, [], []
     for parts_of_row in candidates.grids:
         found = [windows(parts) for parts in parts_of_row]
         rows.append([window for numbers in found for window in numbers])
         counts.append([1 + max(numbers) for numbers in found for _ in numbers])
-    padded = [row + [0] * (layout.tokens - len(row)) for row in rows]
-    number = layout.index.new_tensor([row + [1] * (layout.tokens - len(row)) for row in counts])
+    window, count = candidates.per_token(rows, 0), candidates.per_token(counts, 1)
     most = max((max(row) for row in counts if row), default=1)
 
     def of_spans(k, shallow, deep, window, count):
@@ -58,7 +56,7 @@ def vscan(candidates, c):
         first = local.gather(1, by_deep).long().argsort(dim=1, descending=True, stable=True)
         return by_deep.gather(1, first)[:, :k]
 
-    return candidates.choose(of_spans, layers[0], layers[-1], layout.index.new_tensor(padded), number)
+    return candidates.choose(of_spans, layers[0], layers[-1], window, count)
 
 
 @lru_cache(maxsize=256)
