@@ -186,6 +186,24 @@ def test_the_readme_counts_what_there_is():
     assert f"<!-- methods -->{len(compressing)}<!-- /methods -->" in text
 
 
+def test_the_readme_shows_the_published_differences_of_the_field():
+    """Each cell is the difference of the row that its heading, method and column name."""
+    lines = (ROOT / "docs" / "results" / "field.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    whole = {row[0]: row[-1] for row in reversed(cells) if len(row) == len(cells[0])}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- field -->\n(.*?)\n<!-- /field -->", text, re.DOTALL)[1].splitlines()[2:]
+    compared = 0
+    for line in shown:
+        name, *differences = [cell.strip() for cell in line.strip("|").split("|")]
+        if name.startswith("*"):
+            where = "early layer" if "decoder layer" in name else "original positions"
+            continue
+        assert differences == [whole[f"{name}, {where}, {cut}"] for cut in ("1/3", "2/9", "1/9")], name
+        compared += 1
+    assert compared == 16
+
+
 def test_the_readme_shows_the_published_table():
     published = (ROOT / "docs" / "results" / "table1.md").read_text(encoding="utf-8")
     shown = re.search(

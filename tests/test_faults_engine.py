@@ -81,7 +81,10 @@ PLACES = {
     },
     "pyramiddrop": {12: (2, 5, 8), 32: (7, 15, 23), 2: (0,)},
     "fastv": {12: (1,), 32: (3,), 28: (3,), 24: (2,), 80: (9,), 1: (0,)},
+    "sparsevlm": {12: (0, 2, 5), 32: (2, 6, 15), 28: (2, 5, 13), 40: (3, 8, 19)},
+    "dart": {12: (0,), 32: (1,), 28: (1,)},
 }
+PLACES["sparsevlm-v2"] = PLACES["sparsevlm"]
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.places])
@@ -612,13 +615,10 @@ def test_e3_odd_inputs_of_compress_are_sentences():
 
 
 def test_b17_the_docs_know_sparsevlms_lists():
-    text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
-    said = " ".join(text[text.index("**SparseVLM**") :].split("\n\n")[0].split())
-    assert (
-        "fixed list" in said
-        and "300, 200, 110" in said
-        and "is not a number of the configuration" not in said
-    )
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    for method, counts in (("sparsevlm", "300, 200, 110"), ("sparsevlm-v2", "300, 200, 118")):
+        said = text.split(f"\n## {method}\n")[1].split("\n## ")[0]
+        assert "published counts" in said and counts in said
 
 
 # --- D 7: what cannot work is a sentence ---

@@ -344,17 +344,9 @@ def most_similar(
         TOKENS=tile[0], OTHERS=tile[1], WIDTH=tile[2], **options,
     )  # fmt: skip
     if splits > 1:
-        _best_split[(triton.cdiv(count, 64), batch)](
-            part_best,
-            part_place,
-            lengths,
-            best,
-            place,
-            count,
-            splits,
-            TOKENS=64,
-            SPLITS=triton.next_power_of_2(splits),
-        )
+        grid, power = (triton.cdiv(count, 64), batch), triton.next_power_of_2(splits)
+        tables = part_best, part_place, lengths, best, place
+        _best_split[grid](*tables, count, splits, TOKENS=64, SPLITS=power)
     return best, place
 
 
