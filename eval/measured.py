@@ -144,14 +144,14 @@ class Measured:
         ]
 
     def hard(self, row: str) -> Figure | None:
-        """The score on those samples, of all tasks in Avg, that the row's :meth:`control` fails, in per
-        cent."""
+        """The score on those samples, of all tasks in Avg, that the row's :meth:`control` fails, in
+        percent."""
         control = self.control(row)
         found: list[float] = []
         for task in self.averaged if control else ():
             ours, theirs = self.correct(row, task), self.correct(control or "", task)
             if ours is None and self._ok(row, task):
-                continue  # the benchmark's metric is no mean over samples
+                continue  # the benchmark's metric is not a mean over samples
             if ours is None or theirs is None or len(ours) != len(theirs):
                 return None
             found += [mine for mine, shrunk in zip(ours, theirs) if shrunk < FAILED]

@@ -1,11 +1,11 @@
-"""How right one sample is, in [0, 1], where lmms-eval's metric of a sample is no number."""
+"""How right one sample is, in [0, 1], where lmms-eval's metric of a sample is not a number."""
 
 LEAST_OVERLAP = 0.5  # of two boxes, for the answer to count (ACC@0.5)
 
 
 def given(metric: dict) -> float:
-    """What the harness itself says of the sample. Its own sum over OCRBench's samples goes on from run to run
-    of one process, so that it is of no use to a second row."""
+    """The score of the sample by the harness itself. Its own sum over OCRBench's samples goes on from run to
+    run of one process, so that it cannot be used for a second row."""
     return float(metric["score"])
 
 

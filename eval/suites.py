@@ -316,7 +316,7 @@ TABLES = {
             {"": ("vanilla", BLIND), **_video("c33"), **_video("c17"), **_video("c11")},
             blind=True,
             note="The embedded model was trained on single pictures and sees a film as three of them: it "
-            "can tell what is there, not where or in which order, so the questions ask the colour or the "
+            "knows what is there, not where or in which order, so the questions ask the colour or the "
             "value of a digit that moves, of one that is in a single frame, and whether there is one. "
             "Methods for videos look at the frames together, the others before the language model at each by "
             "itself.",
@@ -351,8 +351,8 @@ class Task:
     it is or, where the samples' are in [0, 1], in percent;
     groups: parts of the benchmark with a column of their own; group_by: the key of a sample's metric that
     names its part; learned_at: what the plain model has at least in a type that it has learned, in per cent;
-    sample: which function of :mod:`eval.samples` says how right a sample is, where its metric is no number;
-    the score is then the mean of that."""
+    sample: which function of :mod:`eval.samples` says how right a sample is, where its metric is not a
+        number; the score is then the mean of that."""
 
     name: str
     harness: str

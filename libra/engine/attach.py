@@ -150,8 +150,8 @@ def attach(
 
     Batches may be padded on the left (for ``generate``) or on the right (for a forward pass and the loss).
     The model keeps its attention implementation. With ``trace`` the handle tells what became of each visual
-    token. ``clip``, a :class:`libra.ClipRelevance`, tells methods such as cdpruner how relevant visual tokens
-    are for the question; without it they compare text embeddings.
+    token. ``clip``, a :class:`libra.ClipRelevance`, says to methods such as cdpruner how relevant visual
+    tokens are for the question; without it they compare text embeddings.
 
     Raises:
         ValueError: for a model that is not supported (the sentence lists those that are) or a layer it does

@@ -65,7 +65,7 @@ class Hooks:
         model: with or without an adapter around it.
         compression: what to do; :attr:`compression` has its layers in this model.
         trace: whether to record what becomes of each visual token.
-        clip: tells how relevant visual tokens are for the question; None: text embeddings do.
+        clip: says how relevant visual tokens are for the question; None: text embeddings do.
 
     Raises:
         ValueError: for a model or a compression that cannot work, and for a model that has hooks already.

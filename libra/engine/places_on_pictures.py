@@ -52,7 +52,7 @@ def blocks_of(inputs: Mapping, image: Image.Image, spans: Sequence[int], process
     """Where the visual tokens of one image lie, as far as the processor's ``inputs`` say; else a strip for
     each span.
 
-    A place is told only where the number of tokens is exactly the one that it leads to.
+    Places are given only where they account for exactly the number of tokens.
     """
     tokens, whole = sum(spans), image.copy()
     whole.thumbnail((LONG_SIDE, LONG_SIDE))

@@ -322,8 +322,8 @@ class Listener:
             torch.cat(found, 1) if found else None for found in (self.keys, self.next, self.next_keys)
         )
 
-        def patches(told, axis=1):
-            return None if told is None else told.narrow(axis, first, told.shape[axis] - first)
+        def patches(found, axis=1):
+            return None if found is None else found.narrow(axis, first, found.shape[axis] - first)
 
         return View(
             hidden[:, first:],

@@ -106,8 +106,8 @@ class RowTrace:
 def intervals(trace: RowTrace, stage: int) -> torch.Tensor:
     """The interval (§3.2) of each token at a stage, (n,), counted over all spans.
 
-    An interval is a run of the tokens that were left; those between them that were gone bear the number of
-    the one before.
+    An interval is a run of the tokens that were left; a token between them that was gone has the number of
+    the one before it.
     """
     numbers, first = [], 0
     for fate in trace.stages[stage].fate.split(trace.spans):
@@ -191,7 +191,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class _OnHost:
-    """What is told of a step, on the CPU."""
+    """What a trace keeps of a step, on the CPU."""
 
     layout: Spans
     targets: torch.Tensor
@@ -203,5 +203,5 @@ class _OnHost:
     @classmethod
     def of(cls, step: Compressed) -> "_OnHost":
         similarity = None if step.similarity is None else step.similarity.cpu()
-        told = step.targets, step.groups, step.token_weights, step.importance
-        return cls(step.layout, *(value.cpu() for value in told), similarity)
+        kept = step.targets, step.groups, step.token_weights, step.importance
+        return cls(step.layout, *(value.cpu() for value in kept), similarity)

@@ -1,7 +1,7 @@
 """EVS (Efficient Video Sampling, arXiv 2510.14624, as vLLM has it): what changes from frame to frame.
 
 A token's score is 1 - cosine with the token at the same place of the previous frame; all of the first frame
-come before every other token. The T highest stay, in their order. A span that is no video is its first frame.
+come before every other token. The T highest stay, in their order. A picture counts as the first frame.
 """
 
 from .. import ops

@@ -10,6 +10,7 @@ go to the highest scores of the second last layer.
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from .. import ops
 from .registry import Method, register_select
 
 if TYPE_CHECKING:
@@ -49,5 +50,4 @@ def _of_spans(k: int, shallow, deep, width) -> "torch.Tensor":
     for step in (0, -1, 1, -width[:, :1], width[:, :1]):
         first = first.scatter(1, (anchors + step).clamp(0, n - 1), 1.0)
     # A set: the anchors and their neighbours come before every other token.
-    by_deep = deep.argsort(dim=1, descending=True, stable=True)
-    return by_deep.gather(1, first.gather(1, by_deep).argsort(dim=1, descending=True, stable=True))[:, :k]
+    return ops.preferred(deep.argsort(dim=1, descending=True, stable=True), first.bool(), k)

@@ -26,7 +26,7 @@ METHOD = Method(
     keys={"select": "mmtok", "merge": "drop"},
     places=(),
     place="input",
-    cost="one N × N similarity a span, then T steps over N × N of them: the dearest choice here",
+    cost="one N × N similarity a span, then T steps over N × N of them: the most expensive choice here",
     deviation="the question's tokens are the language model's own embeddings of the text after the picture",
     family="diversity",
 )

@@ -36,7 +36,7 @@ class Select:
         tokens that stay, returns the patches (h', w') that the tower gets;
     films: it looks at the frames of a video together;
     own_count: takes the ``tower_next`` (n,) of a span, returns how many tokens it keeps of its own accord;
-        None where it is always told.
+        None where a budget always says.
     """
 
     function: Callable

@@ -1,7 +1,7 @@
 """A control: whole frames at even distances, as a video model that samples fewer frames would see them.
 
 As many frames as T tokens fill are taken from the middles of even parts of the video. What the last of them
-is short of its tokens is thinned out evenly. A span that is no video is one frame.
+is short of its tokens is thinned out evenly. A picture counts as one frame.
 """
 
 from .registry import Method, register_select

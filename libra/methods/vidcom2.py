@@ -46,8 +46,7 @@ def vidcom2(candidates, c):
         video, own = scores(x, frame, count)
         share = 1 - c.ratio if isinstance(c.ratio, float) else k / x.shape[1]
         kept = ops.rank_within(-(video + own), frame, count) < budgets(video, frame, count, share)
-        by_score = (video + own).argsort(dim=1, stable=True)
-        return by_score.gather(1, (~kept).gather(1, by_score).long().argsort(dim=1, stable=True))[:, :k]
+        return ops.preferred((video + own).argsort(dim=1, stable=True), kept, k)
 
     return candidates.choose(of_spans, candidates.hidden.detach(), frame)
 

@@ -52,9 +52,7 @@ def vscan(candidates, c):
     def of_spans(k, shallow, deep, window, count):
         quota = int(k * LOCAL) // count
         local = ops.rank_within(shallow, window, most) < quota
-        by_deep = deep.argsort(dim=1, descending=True, stable=True)
-        first = local.gather(1, by_deep).long().argsort(dim=1, descending=True, stable=True)
-        return by_deep.gather(1, first)[:, :k]
+        return ops.preferred(deep.argsort(dim=1, descending=True, stable=True), local, k)
 
     return candidates.choose(of_spans, layers[0], layers[-1], window, count)
 

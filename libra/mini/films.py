@@ -2,7 +2,7 @@
 step from cell to cell over a background that stays.
 
 The glyphs and colours are those of :mod:`libra.mini.scenes`. Questions go by what a digit is, not by where:
-the embedded model was never trained on several pictures, and of several it can tell what is there, hardly
+the embedded model was never trained on several pictures, and of several it knows what is there, hardly
 where or in which order.
 """
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .questions import Question, _absent, _single, pick
+from . import questions
+from .questions import Question, _absent, pick
 from .scenes import (
     BIG_SIZES,
     BOARD,
@@ -95,21 +96,12 @@ def _paint(rng: np.random.Generator, image: np.ndarray, digit: Digit, glyph, pai
 
 def attribute(rng: np.random.Generator, film: Film) -> Question | None:
     """The colour of a value, or the value of a colour, that one digit of the film has."""
-    questions = [(f"what color is the {d.value} ?", d.color) for d in _single(film.digits, "value")]
-    questions += [(f"what digit is {d.color} ?", str(d.value)) for d in _single(film.digits, "color")]
-    return pick(rng, questions) if questions else None
+    return questions.attribute(rng, film.digits)
 
 
 def passing(rng: np.random.Generator, film: Film) -> Question | None:
     """The same of the digit that is in one frame only."""
-    last = film.digits[-1:]
-    questions = [
-        (f"what color is the {d.value} ?", d.color) for d in last if d in _single(film.digits, "value")
-    ]
-    questions += [
-        (f"what digit is {d.color} ?", str(d.value)) for d in last if d in _single(film.digits, "color")
-    ]
-    return pick(rng, questions) if questions else None
+    return questions.attribute(rng, film.digits, film.digits[-1:])
 
 
 def exists(rng: np.random.Generator, film: Film) -> Question:

@@ -111,10 +111,15 @@ def find(rng, digits) -> Question:
     return f"where is the {what} ?", place_of(digit)
 
 
-def attribute(rng, digits) -> Question | None:
-    """By content, not by place: the colour of a digit, or the digit of a colour, that is there once."""
-    questions = [(f"what color is the {digit.value} ?", digit.color) for digit in _single(digits, "value")]
-    questions += [(f"what digit is {digit.color} ?", str(digit.value)) for digit in _single(digits, "color")]
+def attribute(rng, digits, among=None) -> Question | None:
+    """By content, not by place: the colour of a digit, or the digit of a colour, that is there once; the
+    digit is one of ``among``, by default any."""
+    by_value, by_color = (
+        [digit for digit in _single(digits, key) if among is None or digit in among]
+        for key in ("value", "color")
+    )
+    questions = [(f"what color is the {digit.value} ?", digit.color) for digit in by_value]
+    questions += [(f"what digit is {digit.color} ?", str(digit.value)) for digit in by_color]
     return pick(rng, questions) if questions else None
 
 

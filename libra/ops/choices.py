@@ -10,7 +10,7 @@ import torch
 
 from .greedy import _first_highest
 
-__all__ = ["cover_most", "density_peaks", "group_mean", "rank_within"]
+__all__ = ["cover_most", "density_peaks", "group_mean", "preferred", "rank_within"]
 
 
 def rank_within(scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
@@ -25,6 +25,13 @@ def rank_within(scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch
     first = (sizes.cumsum(1) - sizes).gather(1, group)
     place = torch.arange(scores.shape[1], device=scores.device).expand_as(by_group)
     return torch.empty_like(by_group).scatter_(1, by_group, place) - first
+
+
+def preferred(order: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """(S, count): of the tokens in ``order`` (S, n) first those where ``chosen`` (S, n) bool is True, then
+    the others."""
+    first = chosen.gather(1, order).long().argsort(dim=1, descending=True, stable=True)
+    return order.gather(1, first)[:, :count]
 
 
 def group_mean(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:

@@ -81,7 +81,7 @@ class LlavaMetaForCausalLM:
         True  # whether each visual token is a feature of the tower, which the projector maps alone
     )
     takes_videos = False  # whether one of them stands for a video
-    clip: ClipRelevance | None = None  # tells how relevant visual tokens are for the question
+    clip: ClipRelevance | None = None  # says how relevant visual tokens are for the question
     _clip_source: tuple[str, object] | None = None
 
     @property
