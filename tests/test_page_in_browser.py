@@ -77,7 +77,9 @@ def shot(tab, name: str) -> None:
         tab.screenshot(path=str(Path(SHOTS, f"{name}.png")), full_page=True)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    "width", [pytest.param(width, marks=[pytest.mark.slow] * (width == 768)) for width in WIDTHS]
+)
 def test_it_fits_and_shows_an_answer_at_once(browser, page, width):
     with opened(browser, page, width) as (tab, _):
         assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
@@ -201,6 +203,7 @@ def test_tokens_by_mouse_and_by_keyboard(browser, page):
         shot(tab, "page-importance")
 
 
+@pytest.mark.slow
 def test_time_is_a_median_with_its_spread_and_only_on_request(browser, page):
     with opened(browser, page) as (tab, seen):
         assert not tab.locator("#times table").count() and not [

@@ -431,6 +431,7 @@ def test_a_client_that_leaves_frees_the_worker(long_server, stream):
     assert long_server.client().chat.completions.create(**named).usage.completion_tokens == 3
 
 
+@pytest.mark.slow
 def test_too_many_requests_at_once_are_told_to_come_later(tmp_path):
     """And SIGTERM ends the server within 5 seconds, while it answers one and another waits."""
     with Served(tmp_path, *endless(tmp_path), "--most-waiting", "2", "--max-tokens", "1000") as running:

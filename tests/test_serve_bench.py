@@ -76,6 +76,7 @@ def test_rates_are_numbers():
             rates.rates_from(text)
 
 
+@pytest.mark.slow
 def test_closed_and_open_loops_against_a_server(tmp_path):
     """Both ask every question as often as they say; failures are counted and do not end the load."""
     asked = [Question(data_uri(png(image)), text) for image, text in questions(3)]
@@ -109,9 +110,10 @@ def test_the_command_writes_figures_and_a_picture(tmp_path, capsys):
     "options, sentence",
     [
         (["--compression", "nope"], "compression: nope is neither a method nor a row"),
-        (
+        pytest.param(
             ["--model", "no/such", "--pictures", str(ROOT / "docs/images")],
             "the vanilla server does not start: ",
+            marks=pytest.mark.slow,
         ),
         (["--pictures", "no/such"], "the folder no/such cannot be read"),
     ],

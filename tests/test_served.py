@@ -214,6 +214,7 @@ def test_grey_pictures_of_the_blind_run(asking):
         assert stub.asked[-1]["messages"][0]["content"][1]["image_url"]["url"] != seen
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_is_waited_for(asking, monkeypatch):
     monkeypatch.setattr(served, "PAUSE", 0.01)
     with Stub() as stub:

@@ -666,7 +666,10 @@ def test_grids_in_markdown_and_latex():
     assert escape("a\\b{c}~^") == r"a\textbackslash{}b\{c\}\textasciitilde{}\textasciicircum{}"
 
 
-@pytest.mark.parametrize("name", list(TABLES))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("arena", "field", "video"))) for name in TABLES],
+)
 def test_every_report_is_latex_without_a_bare_sign(name, tmp_path):
     (tmp_path / "cells").mkdir()
     text = report.write_report(tmp_path, get_table(name))

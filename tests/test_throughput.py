@@ -10,6 +10,7 @@ from libra.lmms.lmms_libra import LibraModel
 from libra.mini import benchmark
 
 
+@pytest.mark.slow
 def test_each_row_runs_at_each_batch_size(tmp_path, monkeypatch, capsys):
     batches, plain = [], LibraModel._finish
 

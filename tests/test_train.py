@@ -463,6 +463,7 @@ def base(tmp_path):
     return base
 
 
+@pytest.mark.slow
 def test_first_stage_then_adapters_on_a_plain_language_model(few, compression, base, tmp_path):
     """The projector alone on a Llama with a tower; LoRA on top of it; each is loaded as the published
     checkpoints are."""
