@@ -640,6 +640,7 @@ def scripts(tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_scripts_give_the_published_settings(scripts, tmp_path):
     for name, rate in {"pretrain": 1e-3, "finetune": 2e-5, "finetune_lora": 2e-4}.items():
         words = scripts(name, "--max_steps", "7", COMPRESSION="configs/llava7b_r50.yaml", BATCH="3")
