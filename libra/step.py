@@ -236,7 +236,7 @@ def _merged(matches: Matches, said, c: Compression):
         tokens = matches.candidates.memo["tokens"]
     else:
         tokens = ops.merge_groups(matches.hidden, slot, weights, spans.targets + (has_one is not None))
-    similarity = vars(matches)["nearest"][0] if "nearest" in vars(matches) else None
+    similarity = vars(matches).get("nearest", (None,))[0]
     return tokens, Fates(spans, slot, weights, similarity=similarity), has_one
 
 

@@ -190,7 +190,7 @@ class VisualTokens:
         self.schedule, self.labels, self._row_seeds = schedule, prefill.labels, prefill.row_seeds
         self._left = None if prefill.seen is None else prefill.seen.left
         self._device = prefill.visual.device
-        self.columns: Columns = prefill.columns or prefill.surveyed(valid).columns
+        self.columns: Columns = prefill.surveyed(valid).columns
         self.valid = valid.bool() if valid is not None and self.columns.is_padded else None
         # Visual tokens of each row, stage by stage, without compensation tokens.
         self.counts = [list(map(sum, self.columns.span_lengths))]

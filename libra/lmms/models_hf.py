@@ -3,7 +3,7 @@
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import libra
@@ -52,17 +52,13 @@ class HuggingFace(Engine):
     def __init__(self, path: str, class_name: str, device: str, dtype: torch.dtype):
         """Raises ValueError for a checkpoint without a chat template, OSError for one that does not load."""
         self.processor = AutoProcessor.from_pretrained(path)
-        # Pillow scales as in the training of these checkpoints; the processor's own argument fails where it
-        # also takes videos.
-        self.processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        huggingface.scale_by_pillow(self.processor, path)
         if not self.processor.chat_template:
             raise ValueError(
                 f"{path} has no chat template, which makes the prompts; add chat_template.jinja to it"
             )
         self.tokenizer = self.processor.tokenizer
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        huggingface.pad_left(self.tokenizer)
         model_class = getattr(transformers, class_name)
         self.model = huggingface.load(model_class, path, dtype=dtype, device_map={"": device}).eval()
         self.takes_videos = bool(placeholder_ids(self.model.config, VIDEO_IDS))

@@ -3,6 +3,14 @@
 from PIL import Image
 
 
+def chat(processor, messages: list[dict], **options):
+    """The inputs (a ``BatchFeature`` of one row) that ask for the answer to a conversation, by the model's
+    chat template; ``messages`` and ``options`` as transformers' ``apply_chat_template`` takes them."""
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
+    )
+
+
 def image_question(processor, image: Image.Image, text: str):
     """The inputs (a ``BatchFeature``) for one question about a picture, by the model's chat template.
 
@@ -10,13 +18,7 @@ def image_question(processor, image: Image.Image, text: str):
     """
     if getattr(processor, "chat_template", None):
         content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        return chat(processor, [{"role": "user", "content": content}])
     if processor.image_token not in text:
         text = f"{processor.image_token}\n{text}"
     return processor(images=[image], text=[text], return_tensors="pt")

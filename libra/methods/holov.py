@@ -100,7 +100,6 @@ def in_order(score: "torch.Tensor", quota: "torch.Tensor", k: int) -> "torch.Ten
     rank = ops.rank_within(score, run, RUNS)
     wanted = quota.gather(1, run)
     whole = wanted == score.new_tensor(sizes(score.shape[1])).long()[run]
-    place = score.new_ones(score.shape).long().cumsum(1) - 1
-    order = run * score.shape[1] + rank.where(~whole, place)
+    order = run * score.shape[1] + rank.where(~whole, ops.token_numbers(score))
     order = order.masked_fill(rank >= wanted, RUNS * score.shape[1])
     return order.argsort(dim=1, stable=True)[:, :k]

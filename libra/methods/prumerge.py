@@ -75,7 +75,7 @@ def with_neighbours(candidates, ranked: "Callable[[int, torch.Tensor], torch.Ten
     memo["number"], memo["into"] = number, into
 
     def of_spans(k, x, keys, score, place):
-        everyone = score.new_ones(score.shape).long().cumsum(1) - 1
+        everyone = ops.token_numbers(score)
         if k == x.shape[1]:
             number[place] = everyone
             return everyone

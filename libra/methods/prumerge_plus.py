@@ -8,6 +8,7 @@ of them, and one sum of the rest comes last, as in :mod:`libra.methods.prumerge`
 
 from typing import TYPE_CHECKING
 
+from .. import ops
 from .prumerge import DEVIATION, NEEDS, outliers, share_of, with_neighbours
 from .registry import Method, register_select
 
@@ -34,8 +35,7 @@ METHOD = Method(
 def own_count(score: "torch.Tensor") -> int:
     """The outliers, every s-th of the others, and one for the rest."""
     outlier = outliers(score.float())[None]
-    place = (outlier.long() * 0 + 1).cumsum(1) - 1
-    spread = int(every_step(len(score), outlier, place).sum())
+    spread = int(every_step(len(score), outlier, ops.token_numbers(outlier)).sum())
     return min(len(score), int(len(score) * share_of(score)) + spread + 1)
 
 
@@ -53,7 +53,7 @@ def ranked(k: int, score: "torch.Tensor", spread) -> "torch.Tensor":
     n = score.shape[1]
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     outlier = outliers(score) & (rank < k - 1)
-    place = (score.new_ones(score.shape).cumsum(1) - 1).long()
+    place = ops.token_numbers(score)
     order = (n + place).where(spread(k, outlier, place), 2 * n + rank)
     return rank.where(outlier, order).argsort(dim=1)
 

@@ -68,8 +68,7 @@ def match_chain(x: "torch.Tensor", removed: list[int]) -> tuple["torch.Tensor", 
     """
     spans, n, width = x.shape
     size = x.new_ones(spans, n, 1)
-    left = x.new_ones(spans, n).long().cumsum(1) - 1
-    into = left.clone()
+    everyone = left = into = ops.token_numbers(x)
     for r in removed:
         even, odd = x[:, 0::2], x[:, 1::2]
         similarity = ops.cosines(even, odd)
@@ -79,9 +78,7 @@ def match_chain(x: "torch.Tensor", removed: list[int]) -> tuple["torch.Tensor", 
         goal = best.indices.gather(1, merged)  # among the odd tokens
         even_left, odd_left = left[:, 0::2], left[:, 1::2]
         # Whoever was merged into such an even token now goes to its odd one.
-        renamed = (left.new_ones(spans, n).cumsum(1) - 1).scatter(
-            1, even_left.gather(1, merged), odd_left.gather(1, goal)
-        )
+        renamed = everyone.scatter(1, even_left.gather(1, merged), odd_left.gather(1, goal))
         into = renamed.gather(1, into)
         size_even, size_odd = size[:, 0::2], size[:, 1::2]
         weighted = (even * size_even).gather(1, merged[:, :, None].expand(-1, -1, width))

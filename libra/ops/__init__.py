@@ -14,6 +14,6 @@ _NAMES = (
     "merge_groups", "most_similar", "ordinals", "score_row", "take",
 )  # fmt: skip
 _GREEDY = ("cat", "cosines", "farthest_first", "greedy_map", "similarities", "thin_out")
-_CHOICES = ("cover_most", "density_peaks", "group_mean", "preferred", "rank_within")
+_CHOICES = ("cover_most", "density_peaks", "group_mean", "preferred", "rank_within", "token_numbers")
 _FILES = {"reference": _NAMES, "greedy": _GREEDY, "choices": _CHOICES}
 __getattr__ = lazily(__name__, {name: file for file, names in _FILES.items() for name in names})

@@ -10,7 +10,12 @@ import torch
 
 from .greedy import _first_highest
 
-__all__ = ["cover_most", "density_peaks", "group_mean", "preferred", "rank_within"]
+__all__ = ["cover_most", "density_peaks", "group_mean", "preferred", "rank_within", "token_numbers"]
+
+
+def token_numbers(like: torch.Tensor) -> torch.Tensor:
+    """(S, n) int64: 0, 1, … n - 1 for each span of ``like`` (S, n, …); not to be written into."""
+    return torch.arange(like.shape[1], device=like.device).expand(like.shape[:2])
 
 
 def rank_within(scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
@@ -23,8 +28,7 @@ def rank_within(scores: torch.Tensor, group: torch.Tensor, groups: int) -> torch
     sizes = torch.zeros(len(group), groups, dtype=torch.long, device=group.device)
     sizes = sizes.scatter_add(1, group, torch.ones_like(group))
     first = (sizes.cumsum(1) - sizes).gather(1, group)
-    place = torch.arange(scores.shape[1], device=scores.device).expand_as(by_group)
-    return torch.empty_like(by_group).scatter_(1, by_group, place) - first
+    return torch.empty_like(by_group).scatter_(1, by_group, token_numbers(scores)) - first
 
 
 def preferred(order: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.cli.serving.model_manager import ModelManager
 
 import libra
@@ -57,12 +57,8 @@ class PinnedManager(ModelManager):
             raise ValueError(
                 f"the model {self.name} has no chat template for pictures; add chat_template.jinja to it"
             )
-        # Pillow scales as in the training of these checkpoints.
-        path = model_id_and_revision.split("@")[0]
-        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        processor.tokenizer.padding_side = "left"
-        if processor.tokenizer.pad_token is None:
-            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        huggingface.scale_by_pillow(processor, model_id_and_revision.split("@")[0])
+        huggingface.pad_left(processor.tokenizer)
         return processor
 
     def _load_model(self, model_id_and_revision, **_):
@@ -73,9 +69,7 @@ class PinnedManager(ModelManager):
             device_map={"": self.device},
         ).eval()
         libra.attach(model, NOTHING).detach()  # which refuses models that cannot be compressed
-        if model.generation_config.pad_token_id is None:
-            ends = model.generation_config.eos_token_id
-            model.generation_config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+        huggingface.pad_by_end(model)
         return model
 
     def get_gen_models(self, cache_dir=None) -> list[dict]:

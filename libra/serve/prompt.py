@@ -6,6 +6,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import BatchFeature
 
+from ..media import asking
 from .models import Model
 
 CHARACTERS = 64  # of text for each token of the model's context; more are refused before they are counted
@@ -57,14 +58,7 @@ class Prompter:
         chat = [{"role": role, "content": self._parts(parts, rest)} for role, parts in messages]
         videos = any(part["type"] == "video" for message in chat for part in message["content"])
         try:
-            return self._processor.apply_chat_template(
-                chat,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                **({"do_sample_frames": False} if videos else {}),
-            )
+            return asking.chat(self._processor, chat, **({"do_sample_frames": False} if videos else {}))
         except TemplateError as error:
             raise ValueError(f"messages: the model's template refuses them: {error}") from error
 

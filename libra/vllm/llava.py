@@ -14,7 +14,7 @@ from vllm.multimodal.processing import PromptReplacement
 
 from ..engine.tower import Wants
 from . import sight
-from .positions import Distances, append, numbered
+from .positions import Distances, Placed, append, numbered
 from .processing import KEPT, Info, Processor, longest_piece
 from .settings import compression_of
 from .shorten import shorten, width
@@ -52,7 +52,7 @@ def _processor(info, dummy_inputs):
 
 
 @MULTIMODAL_REGISTRY.register_processor(_processor, info=_info, dummy_inputs=LlavaDummyInputsBuilder)
-class LibraLlavaForConditionalGeneration(LlavaForConditionalGeneration, SupportsMRoPE):
+class LibraLlavaForConditionalGeneration(Placed, LlavaForConditionalGeneration, SupportsMRoPE):
     """vLLM's own class but for what stands for a picture, and where it stands."""
 
     def __init__(self, *, vllm_config, prefix: str = ""):
@@ -92,11 +92,6 @@ class LibraLlavaForConditionalGeneration(LlavaForConditionalGeneration, Supports
         places = sorted((one.mm_position for one in mm_features), key=lambda place: place.offset)
         pictures = [(place.offset, place.length, self._width(place.length)) for place in places]
         return numbered(len(input_tokens), pictures)
-
-    def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):
-        if multimodal_embeddings and self.compression.compresses:
-            multimodal_embeddings = self.distances.taken(multimodal_embeddings, is_multimodal)
-        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
         if positions.ndim == 2:  # all axes say the same, and the language model has one

@@ -90,3 +90,13 @@ class Distances:
         """``positions`` (A or AXES, S), or (S,) of one axis, with places instead of marks."""
         back = self.back[:, : positions.shape[-1]]
         return torch.where(positions < 0, mark(positions) - back.view(-1, *positions.shape[1:]), positions)
+
+
+class Placed:
+    """In front of a model class of vLLM with a ``compression`` and its ``distances``, which are split off the
+    pictures' embeddings before these go to their columns."""
+
+    def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):
+        if multimodal_embeddings and self.compression.compresses:
+            multimodal_embeddings = self.distances.taken(multimodal_embeddings, is_multimodal)
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)

@@ -12,7 +12,7 @@ from vllm.multimodal.processing import PromptReplacement
 
 from ..engine.tower import Wants
 from . import sight
-from .positions import AXES, Distances, append, numbered
+from .positions import AXES, Distances, Placed, append, numbered
 from .processing import KEPT, Info, Processor, longest_piece
 from .settings import compression_of
 from .shorten import shorten
@@ -43,7 +43,7 @@ class QwenProcessor(Processor, Qwen2_5_VLMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(
     QwenProcessor, info=QwenInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
 )
-class LibraQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
+class LibraQwen2_5_VLForConditionalGeneration(Placed, Qwen2_5_VLForConditionalGeneration):
     """vLLM's own class but for what stands for a picture, and where it stands."""
 
     def __init__(self, *, vllm_config, prefix: str = ""):
@@ -93,11 +93,6 @@ class LibraQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration
             grid = self._grid(*one.data["image_grid_thw"].data.tolist())
             pictures.append((one.mm_position.offset, one.mm_position.length, max(grid)))
         return numbered(len(input_tokens), pictures)
-
-    def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):
-        if multimodal_embeddings and self.compression.compresses:
-            multimodal_embeddings = self.distances.taken(multimodal_embeddings, is_multimodal)
-        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
         if self.compression.compresses:

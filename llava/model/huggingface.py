@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers import AutoImageProcessor
+
 from .settings import check_depth, check_sizes
 from .weights import check_dtype, check_finite, first_line, read_json, stored_in
 
@@ -28,6 +30,27 @@ def load(model_class: type, path: str, **options):
         )
     check_finite(f"the model {path}", model)
     return model
+
+
+def scale_by_pillow(processor, path: str) -> None:
+    """Give a processor the image processor of its checkpoint that scales with Pillow, as in the training of
+    these checkpoints. (Its own argument for that fails where it also takes videos.)"""
+    processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+
+
+def pad_left(tokenizer) -> None:
+    """Have batches padded as generation needs it, by the end token where there is none for padding."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def pad_by_end(model) -> None:
+    """Have ``generate`` pad by an end token where the model names none for padding, instead of warning."""
+    config = model.generation_config
+    if config.pad_token_id is None:
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
 
 
 def check_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from libra import Compression
 from libra.checkpoints import find_checkpoint
@@ -19,6 +19,7 @@ from libra.engine.structure import is_dense, placeholder_ids
 from libra.engine.trace import RowTrace
 from libra.engine.transformers_api import PreTrainedConfig
 from libra.flops import model_flops
+from libra.media import asking
 from libra.rows import spec_of
 from libra.utils.devices import find_device
 
@@ -162,13 +163,7 @@ class HookedSpeaker:
             messages.append({"role": "assistant", "content": [answered]})
         if not getattr(self.processor, "chat_template", None):
             raise ValueError("the model has no chat template; add chat_template.jinja to its folder")
-        inputs = self.processor.apply_chat_template(
-            messages[:-1],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = asking.chat(self.processor, messages[:-1])
         length, limit = inputs["input_ids"].shape[1], getattr(self.config, "max_position_embeddings", None)
         if limit is not None and length >= limit:
             raise ValueError(
@@ -177,10 +172,14 @@ class HookedSpeaker:
         return inputs
 
     def visual_tokens(self, question: Question) -> int:
-        return int(torch.isin(self._inputs(question)["input_ids"], self._visual).sum())
+        return self._visual_in(self._inputs(question))
+
+    def _visual_in(self, inputs) -> int:
+        return int(torch.isin(inputs["input_ids"].cpu(), self._visual).sum())
 
     def views(self, question: Question) -> list[dict]:
-        inputs, spans = self._inputs(question), [self.visual_tokens(question)]
+        inputs = self._inputs(question)
+        spans = [self._visual_in(inputs)]
         return overlay.of_blocks(blocks_of(inputs, question.image, spans, self.processor, self.model.config))
 
     def ask(
@@ -188,7 +187,7 @@ class HookedSpeaker:
     ) -> Spoken:
         inputs = self._inputs(question).to(self.model.device, self.model.dtype)
         length = inputs["input_ids"].shape[1]
-        visual = self.visual_tokens(question)
+        visual = self._visual_in(inputs)
         compressing = nullcontext()
         if compression.compresses:
             compressing = attach(self.model, compression, trace=trace)
@@ -227,16 +226,13 @@ def load(args) -> Speaker:
     device = find_device(args.device)
     try:
         processor = AutoProcessor.from_pretrained(path)
-        # Pillow scales as in the training of these checkpoints.
-        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        huggingface.scale_by_pillow(processor, path)
     except (OSError, ImportError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"the processor of {path} cannot be loaded: {reason}") from error
     dtype = "float32" if device.type == "cpu" else "auto"
     model = huggingface.load(AutoModelForImageTextToText, path, dtype=dtype).to(device).eval()
-    if model.generation_config.pad_token_id is None:
-        ends = model.generation_config.eos_token_id
-        model.generation_config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    huggingface.pad_by_end(model)
     return HookedSpeaker(model, processor)
 
 
