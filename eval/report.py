@@ -15,6 +15,7 @@ from .cells import code, read_cells, read_json
 from .formats import Grid, latex, markdown
 from .measured import Measured
 from .own import Own
+from .pairs import PAIRS, pairs_grid
 from .plan import PUBLISHED, Plan
 from .statistics import Figure
 from .suites import OWN, TABLES, SuiteRows, Table, get_table
@@ -54,6 +55,10 @@ def mini_block(measured: Measured, grids: list[Grid]) -> list[str]:
     if families is not None:
         grids.append(families)
         lines += ["", blocks.FAMILIES, "", *markdown(families)]
+    pairs = pairs_grid(measured)
+    if pairs is not None:
+        grids.append(pairs)
+        lines += ["", PAIRS, "", *markdown(pairs)]
     return lines
 
 

@@ -50,7 +50,8 @@ class Table:
     embedded model's table; trained: checkpoints that were fine-tuned from the suite's own, each of which
     answers every row, as NAME_ROW next to the first one's start_ROW;
     tasks: of the embedded model ("mini") and of the others (""), in place of those that the rows' files name;
-    kinds: kind of question → the embedded model's tasks, by which the report compares families of methods.
+    kinds: kind of question → the embedded model's tasks, by which the report compares families of methods;
+    pairs: rows of one section cost the same, and the report counts the pairs that differ.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Table:
     trained: tuple[str, ...] = ()
     tasks: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     kinds: dict[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    pairs: bool = False
 
     @property
     def stem(self) -> str:
@@ -273,6 +275,7 @@ TABLES = {
             },
             blind=True,
             extras=("sim", "share"),
+            pairs=True,
             note="Within a section of one place and rate all rows compress after the same layers to the "
             "same number of tokens, so they cost the same FLOPs. Random pruning is drawn three times. A "
             "reserved compensation token is counted; with the others it depends on the picture.",

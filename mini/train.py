@@ -19,7 +19,7 @@ def main() -> None:
         "--stage1-steps", type=whole_from(1), default=2500, help="of 32 images (default %(default)s)"
     )
     parser.add_argument(
-        "--stage2-steps", type=whole_from(1), default=3400, help="of 16 images (default %(default)s)"
+        "--stage2-steps", type=whole_from(1), default=2700, help="of 16 images (default %(default)s)"
     )
     parser.add_argument(
         "--validation", type=whole_from(1), default=192, help="images of the curve (default %(default)s)"

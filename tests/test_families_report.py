@@ -1,11 +1,11 @@
-"""What a report says beyond scores: the samples that downsampling fails, and families of methods by kind of
-question."""
+"""What a report says beyond scores: the samples that downsampling fails, families of methods by kind of
+question, and the pairs of rows that differ."""
 
 import numpy as np
 import pytest
 from eval_cells import RUN, stored
 
-from eval import blocks, report
+from eval import blocks, pairs, report
 from eval.measured import Measured
 from eval.statistics import paired_difference
 from eval.suites import SuiteRows, get_table
@@ -105,3 +105,29 @@ def test_kinds_and_the_tasks_of_the_fine_table():
     assert rows["vanilla"].tasks == [task for tasks in fine.kinds.values() for task in tasks]
     llava = SuiteRows(fine, "llava7b")["c22_fastv"]
     assert llava.tasks[0] == "pope" and llava.paper == {"pope": 68.3}
+
+
+def test_pairs_of_a_section_beyond_three_standard_errors():
+    """Counted for each type and over all; draws with other seeds are not compared with each other."""
+    table = get_table("arena")
+    tasks = SuiteRows(table, "mini")["vanilla"].tasks
+    few, many = tasks[:2], tasks[2:]  # of these, fastv differs from the others in 3 of 40 answers, or in 20
+    rows = {"q75_libra": (), "q75_random_0": (0,), "q75_random_1": (1,)}
+    cells = [stored(table, "vanilla", task, answers(), "mini") for task in tasks]
+    cells += [stored(table, "blind", task, answers(*range(38)), "mini") for task in tasks]
+    cells += [stored(table, row, task, answers(*wrong)) for row, wrong in rows.items() for task in tasks]
+    cells += [stored(table, "q75_fastv", task, answers(2, 3, 4)) for task in few]
+    cells += [stored(table, "q75_fastv", task, answers(*range(20))) for task in many]
+    found = Measured(table, "mini", cells, dict.fromkeys(tasks, 10.0), run=RUN)
+    grid = pairs.pairs_grid(found)
+    section = "after layer 2, 75%"
+    # libra, fastv and two draws are six pairs without the one of the draws with each other; fastv is apart
+    # from the three others, in the types where it fails half. 3 of 40 are 1.8 standard errors.
+    assert grid.header[:2] == ["", "pairs"] and grid.header[-1] == "Avg"
+    assert grid.lines[0] == [section, "5", *["0"] * len(few), *["3"] * len(many), grid.lines[0][-1]]
+    # Over all types a difference of one answer, the same in each, is beyond the error of their mean: both
+    # random draws from libra.
+    assert grid.lines[0][-1] == "5"
+    assert grid.lines[-1] == ["all sections", *grid.lines[0][1:]]
+    assert pairs.PAIRS in report.mini_block(found, [])
+    assert pairs.pairs_grid(measured(vanilla=answers(), c33_fastv=answers(1), c33_libra=answers(2))) is None

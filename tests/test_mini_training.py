@@ -305,6 +305,21 @@ def test_both_stages_run_are_killed_go_on_and_give_a_checkpoint(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.glob("checkpoint/**/*")) < 12e6
 
 
+def test_the_command_trains_as_long_as_the_shipped_model_was():
+    log = json.loads((REPOSITORY / "mini/training_log.json").read_text())
+    said = subprocess.run(
+        [sys.executable, "-m", "mini.train", "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for stage in ("stage1", "stage2"):
+        assert re.search(
+            rf"--{stage}-steps.*?\(default {log[stage]['losses'][-1]['step']}\)", said, re.DOTALL
+        )
+
+
 def test_where_the_class_token_looks():
     from mini.attention import area_under_curve
 
