@@ -28,7 +28,7 @@ def _show(figure: Figure | None, digits: int = 1) -> str:
     return "" if figure is None else figure.show(digits)
 
 
-def _difference(figure: Figure | None) -> str:
+def shown_difference(figure: Figure | None) -> str:
     return "" if figure is None else figure.show(1, sign=True) + (" *" if figure.significant else "")
 
 
@@ -92,8 +92,8 @@ def mini_grid(measured: Measured, notes: list[str]) -> Grid:
     def make(row: str) -> list[list[str]]:
         line = [measured.rows[row].title, _percent(measured.flops_ratio(row))]
         line += [cell(row, column.task) for column in measured.columns] + [_show(measured.average(row))]
-        line.append(_difference(measured.difference(row)) if compares(row) else "")
-        line += [_difference(measured.difference(row, measured.above(row)))] * table.above
+        line.append(shown_difference(measured.difference(row)) if compares(row) else "")
+        line += [shown_difference(measured.difference(row, measured.above(row)))] * table.above
         line += [_by_layer(measured.stages(row, "similarity"), 3)] * ("sim" in table.extras)
         if "share" in table.extras:
             line.append(
@@ -158,7 +158,7 @@ def families_grid(measured: Measured) -> Grid | None:
                 families.setdefault(family_of(measured.rows[name].compression), []).append(name)
         found = []
         for family, rows in sorted(families.items()):
-            each = [_difference(measured.family(rows, tasks)) for tasks in kinds.values()]
+            each = [shown_difference(measured.family(rows, tasks)) for tasks in kinds.values()]
             if any(each):
                 found.append([f"{family} ({len(rows)})", *each])
         if found and heading:
@@ -182,7 +182,9 @@ def differences_grid(measured: Measured) -> Grid | None:
     def make(row: str) -> list[list[str]]:
         if not compares(row):
             return []
-        each = [_difference(measured.difference(row, tasks=[column.task])) for column in measured.columns]
+        each = [
+            shown_difference(measured.difference(row, tasks=[column.task])) for column in measured.columns
+        ]
         return [[measured.rows[row].title, *each]]
 
     lines = under_headings(measured, make)
@@ -202,7 +204,7 @@ def turns_grid(measured: Measured, notes: list[str]) -> Grid:
 
     def make(row: str) -> list[list[str]]:
         line = [measured.rows[row].title, _percent(measured.flops_ratio(row)), _show(measured.average(row))]
-        line.append(_difference(measured.difference(row)) if compares(row) else "")
+        line.append(shown_difference(measured.difference(row)) if compares(row) else "")
         turns, reason = measured.turns(row), measured.turns_failed(row)
         for task in measured.tasks:
             if failed := measured.failed(row, task):
@@ -306,7 +308,7 @@ def paper_grid(measured: Measured, notes: list[str]) -> Grid:
         blank = [""] * len(flops)
         lines = [[row.title, *flops, "paper's", *printed, *[""] * (1 + filtered)]]
         if measured.has(name) or not measured.cells:
-            apart_from = _difference(measured.difference(name)) if compares(name) else ""
+            apart_from = shown_difference(measured.difference(name)) if compares(name) else ""
             hard = [_show(measured.hard(name))] * filtered
             lines.append(["", *blank, "ours", *ours, apart_from, *hard])
         if any(figure is not None and key in row.paper for (key, _), figure in zip(keys, figures)):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from libra.utils.cli import Parser
+from libra.utils.cli import Parser, names
 from libra.utils.files import write_bytes, write_text
 from libra.utils.provenance import commit, require_clean
 
@@ -23,6 +23,7 @@ from .training import NOTED, training_block
 
 EXAMPLES = """examples:
   python -m eval.report results/table1
+  python -m eval.report results/table1 --seeds results/table1_seed1,results/table1_seed2
   python -m eval.report results/arena --publish"""
 
 
@@ -309,7 +310,7 @@ def write_report(
     for suffix, content in (("md", text), ("csv", csv_text(suites)), ("tex", "\n".join(map(latex, grids)))):
         _store(problems, output / f"{stem}.{suffix}", lambda path, content=content: write_text(path, content))
     if publish is not None:
-        _require_commits(shown)
+        require_commits(shown)
         _publish(output, publish, stem, drawn)
     return text + "".join(f"\n{problem}\n" for problem in problems)
 
@@ -351,7 +352,7 @@ def _measured(
     return measured
 
 
-def _require_commits(cells: Sequence[dict]) -> None:
+def require_commits(cells: Sequence[dict]) -> None:
     """Raises ValueError unless the checkout is clean and so was that of every cell."""
     require_clean()
     others = [cell for cell, label in zip(cells, commits(cells)) if not is_commit(label)]
@@ -387,6 +388,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--table", choices=[*TABLES, OWN.name], help="the table (default: as the folder is called, else 1)"
     )
+    parser.add_argument(
+        "--seeds",
+        type=names,
+        metavar="DIR,DIR",
+        help="results folders of the same table with other trainings of the embedded model: instead of the"
+        " table itself, each row's value with every seed, their mean and their spread",
+    )
     parser.add_argument("--publish", action="store_true", help="copy the table to docs/results/")
     args = parser.parse_args(argv)
     own = Own.load(args.output)
@@ -395,7 +403,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.output} holds no cells: fill them with python -m eval.run --table {table.name}")
     try:
         own.apply()
-        text = write_report(args.output, table, PUBLISHED if args.publish else None)
+        publish = PUBLISHED if args.publish else None
+        if args.seeds:
+            from .seeds import write_seeds  # here, for it takes what it needs from this module
+
+            text = write_seeds(table, [args.output, *map(Path, args.seeds)], publish)
+        else:
+            text = write_report(args.output, table, publish)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(text)
