@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT))
 
 from libra.config import Compression  # noqa: E402
 from libra.methods import FILES, Method  # noqa: E402
+from libra.vllm.settings import added, reads_the_reader  # noqa: E402
 
 PAGE = ROOT / "docs/methods.md"
 HEAD = """# The methods
@@ -28,10 +29,10 @@ another. LLaVA's door
 
 [docs/method.md](method.md) has the equations of Libra-Merging and what its paper leaves open, \
 [docs/contributing.md](contributing.md)
-says how a method is added.
+says how a method is added, [docs/serving.md](serving.md) what "in vLLM" means.
 
-| method | place | goes by | select × merge | needs | source |
-|---|---|---|---|---|---|
+| method | place | goes by | select × merge | needs | in vLLM | source |
+|---|---|---|---|---|---|---|
 """
 PLACES = {"layers": "after layers", "input": "input", "tower": "tower"}
 
@@ -39,6 +40,16 @@ PLACES = {"layers": "after layers", "input": "input", "tower": "tower"}
 def plain(text: str) -> str:
     """A docstring as Markdown: roles become code."""
     return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
+
+
+def in_vllm(name: str) -> str:
+    """For a cell: whether vLLM can do a method, and what is to be written besides its name."""
+    keys = added(name)
+    if keys is None:
+        return "no"
+    if reads_the_reader(Compression(method=name, **keys)):
+        return "Qwen2.5-VL"
+    return ", ".join(f"`{key}: {value}`" for key, value in keys.items()) or "yes"
 
 
 def row(method: Method) -> str:
@@ -50,7 +61,8 @@ def row(method: Method) -> str:
         parts = f"`{c.select}` × `{c.merge}`"
     else:
         place = ""
-    cells = (f"[`{method.name}`](#{method.name})", place, method.family, parts, needs, method.section)
+    name = f"[`{method.name}`](#{method.name})"
+    cells = (name, place, method.family, parts, needs, in_vllm(method.name), method.section)
     return f"| {' | '.join(cells)} |"
 
 

@@ -6,4 +6,4 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 . "$root/scripts/vllm_env.sh" cpu
 cd "$root"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec python -m pytest -q --all tests/test_vllm.py tests/test_vllm_engine.py "$@"
+exec python -m pytest -q --all tests/test_vllm.py tests/test_vllm_engine.py tests/test_vllm_http.py "$@"

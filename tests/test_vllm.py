@@ -1,8 +1,10 @@
 """The plug-in for vLLM as far as it needs no vLLM: which compressions qualify, counts, positions, cache keys,
 and the tokens of several pictures. What runs in vLLM is in test_vllm_engine.py."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,11 @@ from libra.vllm import positions, settings, shorten, sight
 
 N, WIDTH = 16, 8
 RESERVED = {"method": "libra-input", "compensation": "reserved"}
-SERVED = ("divprune", "fastervlm", "hiprune", "pool", "tome", "vispruner", "visionzip")
+ROOT = Path(__file__).parents[1]
+SERVED = (
+    "divprune", "fastervlm", "hiprune", "holov", "pool", "prumerge", "prumerge-plus", "tome", "vispruner",
+    "visionzip", "vscan",
+)  # fmt: skip
 
 
 def compression(**keys) -> Compression:
@@ -43,6 +49,10 @@ def test_methods_that_see_only_the_picture_qualify(method):
         ({"at": "input", "method": "divprune", "flops": 0.5}, "budget of a whole model"),
         ({"method": "libra-input"}, "write compensation: reserved"),
         ({"method": "downsample"}, "smaller picture"),
+        ({"method": "evs"}, "frames of a video"),
+        ({"method": "vidcom2"}, "frames of a video"),
+        ({"method": "uniform-frames"}, "frames of a video"),
+        ({"method": "prumerge", "keep": "adaptive"}, "nothing can be counted beforehand"),
     ],
 )
 def test_other_compressions_are_refused_in_one_sentence(keys, sentence):
@@ -59,15 +69,33 @@ def test_libra_at_the_input_qualifies_with_a_reserved_slot():
     assert settings.server_compression(c.to_dict()) == c
 
 
-def test_every_method_either_qualifies_or_says_why_not():
-    said = {}
+def listed(text: str) -> set[str]:
+    """The methods that a document names in this text."""
+    return {name for name in re.findall(r"`([a-z0-9-]+)`", text) if name in METHODS}
+
+
+def test_the_methods_that_qualify_are_those_that_the_documents_list():
+    """The column of docs/methods.md is written by the same code."""
+    said = (ROOT / "docs/serving.md").read_text().split("**Which methods.**")[1].split('The column "in')[0]
+    of_both, of_qwen = map(listed, said.split("with Qwen2.5-VL also"))
+    found = {name: settings.added(name) for name in METHODS if name != "vanilla"}
+    qualify = {name: Compression(method=name, **keys) for name, keys in found.items() if keys is not None}
+    assert of_both | of_qwen == set(qualify) >= {*SERVED, "random", "libra-input"}
+    assert of_qwen == {name for name, c in qualify.items() if settings.reads_the_reader(c)}
+    assert found["random"] == {"at": "input"} and found["libra-input"] == {"compensation": "reserved"}
+
+
+def test_methods_that_need_nothing_of_a_tower_are_those_that_the_document_lists():
+    said = (ROOT / "docs/plugin.md").read_text().split("methods that read embeddings only (")[1]
+    blind = set()
     for name in METHODS:
         try:
-            settings.qualified(Compression(method=name))
-        except ConfigError as error:
-            said[name] = str(error)
-    assert set(METHODS) - said.keys() >= {*SERVED, "vanilla"}
-    assert said.keys() >= {"libra", "fastv", "turbo", "pyramiddrop", "cdpruner"}
+            c = Compression(method=name, at="input")
+        except ConfigError:
+            continue
+        if {"text", "relevance|text"}.issuperset(c.needs):
+            blind.add(name)
+    assert listed(said.split("|")[0]) == blind
 
 
 def test_a_list_of_one_step_is_that_step():
@@ -234,6 +262,8 @@ def look(seed: int, n: int = N) -> Look:
         cls=torch.rand(2, n, generator=g),
         received=torch.rand(2, n, generator=g),
         keys=torch.randn(n, WIDTH, generator=g),
+        next=torch.rand(n, generator=g),
+        next_keys=torch.randn(n, WIDTH, generator=g),
     )
 
 
@@ -257,6 +287,8 @@ def test_several_pictures_have_the_tokens_of_libra_compress(method):
             tower_received=seen.received[:, None],
             tower_keys=seen.keys[None],
             tower_hidden=seen.hidden[None],
+            tower_next=seen.next[None],
+            tower_next_keys=seen.next_keys[None],
             grid=[list(seen.grid)],
         )
         own = compression(method=method, keep=count)

@@ -73,7 +73,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         asked = job(write_model(folder), folder, args.requests, args.rounds, args.dtype)
-        said = run(folder / "job", asked, json.loads(args.row))
+        (said,) = run(folder / "job", [asked], json.loads(args.row))
     seconds = {
         ratio: [one["seconds"] for one in said[i :: len(RATIOS)]][1:] for i, ratio in enumerate(RATIOS)
     }

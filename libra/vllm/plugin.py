@@ -6,7 +6,7 @@ from vllm import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from ..utils.sentences import ConfigError
-from .settings import ENVIRONMENT, KEY, RATIO, compression_of, with_request
+from .settings import ENVIRONMENT, KEY, RATIO, compression_of, server_compression, with_request
 
 # Of vLLM's classes, ours, and where it is.
 CLASSES = {
@@ -16,13 +16,36 @@ CLASSES = {
 
 
 def register_models() -> None:
-    """Our classes by their own names and, where the variable says what to do, in place of vLLM's."""
+    """Our classes by their own names and, where the variable says what to do, in place of vLLM's. Every other
+    class is refused where something is to be compressed."""
     for theirs, place in CLASSES.items():
         module, ours = place.split(":")
         names = (ours, theirs) if os.environ.get(ENVIRONMENT) else (ours,)
         for name in names:
             ModelRegistry.register_model(name, f"{__package__}.{module}:{ours}")
             MODELS_CONFIG_MAP[name] = Completed
+    for name in ModelRegistry.get_supported_archs():
+        own = MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig)
+        if own is not Completed and not isinstance(own, Guarded):
+            MODELS_CONFIG_MAP[name] = Guarded(own)
+
+
+class Guarded:
+    """In front of what vLLM does with the configuration of a class that would give all tokens to the language
+    model, whatever was said."""
+
+    def __init__(self, own: type[VerifyAndUpdateConfig]):
+        self.verify_and_update_config = own.verify_and_update_config
+        self.own = own
+
+    def verify_and_update_model_config(self, model_config) -> None:
+        if server_compression(getattr(model_config.hf_config, KEY, None)).compresses:
+            ours = " or ".join(place.split(":")[1] for place in CLASSES.values())
+            raise ConfigError(
+                f"{model_config.architecture}: this class cannot shorten pictures; for LLaVA-1.5 or"
+                f" Qwen2.5-VL name {ours} in --hf-overrides, for others leave {ENVIRONMENT} unset"
+            )
+        self.own.verify_and_update_model_config(model_config)
 
 
 class Completed(VerifyAndUpdateConfig):

@@ -22,6 +22,8 @@ KEY = "libra"  # of vLLM's --hf-overrides
 RATIO = "libra_ratio"  # of a request's mm_processor_kwargs
 QUESTION = {"text", "relevance"}  # fields of a context that are made of the question
 NOTHING = Compression(method="vanilla")
+# What a method may need besides its name so that vLLM can do it.
+ADDED = ({}, {"at": INPUT}, {"compensation": "reserved"})
 
 
 def server_compression(overrides: Any = None) -> Compression:
@@ -61,6 +63,22 @@ def qualified(c: Compression) -> Compression:
     return part
 
 
+def added(method: str) -> dict[str, str] | None:
+    """The keys of :data:`ADDED` that make a method one that vLLM can do; None where none do."""
+    for keys in ADDED:
+        try:
+            qualified(Compression(method=method, **keys))
+        except ConfigError:
+            continue
+        return keys
+    return None
+
+
+def reads_the_reader(c: Compression) -> bool:
+    """Whether it looks at the layer that reads the tower's features, which vLLM does not load for LLaVA."""
+    return bool(OF_THE_READER & {*c.needs})
+
+
 def fitted(c: Compression, config: Any) -> Compression:
     """The same for a model's Hugging Face configuration: at the input where its projector joins patches.
 
@@ -75,7 +93,7 @@ def fitted(c: Compression, config: Any) -> Compression:
                 " original"
             )
         return replace(c, at=INPUT)
-    if OF_THE_READER & {*c.needs}:
+    if reads_the_reader(c):
         raise ConfigError(
             f"{c.name} looks at the layer that reads the features, and vLLM does not load it; use another"
             " method, such as divprune"
@@ -102,6 +120,11 @@ def _problem(part: Compression) -> str:
         return (
             f"{part.name} compares with the question, and vLLM shares what it computed of a picture among"
             " all questions about it; use a method that looks at the picture only, such as divprune"
+        )
+    if SELECTORS[part.select].films:
+        return (
+            f"{part.name} chooses among the frames of a video, and videos are not compressed here; vLLM"
+            " itself has --video-pruning-rate for them"
         )
     if SELECTORS[part.select].shrinks:
         return f"{part.name} gives the vision tower a smaller picture, which is vLLM's processor's to make"

@@ -33,8 +33,7 @@ def shorten(
 
     Args:
         c: what to do, at the tower or the input; its budget is not looked at. Its positions say where a token
-            stands: "original", "compact", or "centre", the whole number at or below the middle of its
-            interval.
+            stands: "original", "compact", or "centre", the whole number next to the middle of its interval.
         embeddings: (N, D) of each picture, as the language model gets them.
         looks: what the tower says of each; None where the method asks nothing of it.
         kept: how many tokens of each are kept; of a picture that keeps all of them nothing changes.
@@ -85,7 +84,7 @@ def _places(targets: torch.Tensor, n: int, positions: str) -> torch.Tensor:
     if positions == "compact":
         return number
     if positions == "centre":
-        return (2 * number + 1) * n // (2 * len(targets))
+        return (2 * number + 1) * n // (2 * len(targets))  # of two that are as near, the later
     return targets
 
 
