@@ -5,11 +5,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from libra.budget import actual
+from libra.budget import actual, keeps
 from libra.config import BUDGETS, Compression
 from libra.identity import code_digests
 from libra.rows import Row, get_model
@@ -130,12 +130,25 @@ def body(server: Server, row: Row) -> dict:
         return {}
     if own and not wanted:
         return {"mm_processor_kwargs": {"libra_ratio": 0}}
-    if own and _but_budget(wanted) == _but_budget(own) and wanted.get("ratio") is not None:
-        return {"mm_processor_kwargs": {"libra_ratio": wanted["ratio"]}}
+    if own and _but_budget(wanted) == _but_budget(own) and (ratio := _ratio(row)) is not None:
+        return {"mm_processor_kwargs": {"libra_ratio": ratio}}
     raise ValueError(
         f"row {row.name}: {server.url} compresses by {json.dumps(own) if own else 'nothing'}, which is not"
-        " this row; start a server with this row, or choose rows of the same method with a ratio"
+        " this row; start a server with this row, or choose rows that differ in ratio or keep only"
     )
+
+
+def _ratio(row: Row) -> float | None:
+    """The share of a picture's tokens that the row removes; None where it does not say one for all
+    pictures."""
+    c, tokens = row.compression, get_model(row.model, row.path).visual_tokens
+    if isinstance(c.ratio, float):
+        return c.ratio
+    if c.keep is None or c.adaptive or len(tokens) != 1:
+        return None
+    wanted = keeps([tokens], c)
+    ratio = 1 - wanted[0][0] / tokens[0]
+    return ratio if keeps([tokens], replace(c, keep=None, ratio=ratio)) == wanted else None
 
 
 def _but_budget(settings: dict) -> dict:

@@ -121,11 +121,13 @@ def test_what_a_request_adds_for_a_row():
     }
     more = Compression(method="divprune", ratio=0.75)
     assert served.body(theirs, row(more)) == {"mm_processor_kwargs": {"libra_ratio": 0.75}}
+    counted = Compression(method="divprune", keep=57)  # of 256
+    assert served.body(theirs, row(counted)) == {"mm_processor_kwargs": {"libra_ratio": 1 - 57 / 256}}
     plain = served.Server("u", "vLLM", "1", "big", {})
     assert served.body(plain, row(Compression(method="vanilla"))) == {}
     for server, c in (
         (theirs, Compression(method="visionzip", ratio=0.5)),
-        (theirs, Compression(method="divprune", keep=64)),
+        (theirs, Compression(method="divprune", keep=57, positions="compact")),
         (plain, DIVPRUNE),
     ):
         with pytest.raises(ValueError, match="which is not this row"):
