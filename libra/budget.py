@@ -70,8 +70,6 @@ def keeps(spans: Sequence[Sequence[int]], c: Compression, left: int = 1) -> list
     and of several ratios the left-th from the end counts. ConfigError where the budget is one of a whole
     model.
     """
-    if c.adaptive:
-        raise ConfigError(UNKNOWN)
     if c.ratio is None and c.keep is None:
         raise ConfigError(
             f"{c.amount.replace(' ', ': ', 1)} is a budget of a whole model; give ratio or keep here"
@@ -80,6 +78,8 @@ def keeps(spans: Sequence[Sequence[int]], c: Compression, left: int = 1) -> list
 
 
 def _kept_of_span(n: int, c: Compression, left: int) -> int:
+    if isinstance(c.keep, str):
+        raise ConfigError(UNKNOWN)
     if c.keep is None:
         return kept(n, c.ratio[-left] if isinstance(c.ratio, tuple) else c.ratio, c.rounding)
     if left == 1 or n <= c.keep:
@@ -115,7 +115,7 @@ def nominal(c: Compression, num_layers: int, n: float) -> list[float]:
 def _share(n: float, c: Compression, left: int) -> float:
     """What one compression leaves of `n` tokens, `left` of them still to come: equal ratios lead to
     `keep`."""
-    if c.adaptive:
+    if isinstance(c.keep, str):
         raise ConfigError(UNKNOWN)
     if c.keep is not None:
         return min(1, c.keep / n) ** (1 / left)

@@ -5,7 +5,7 @@ import torch
 
 from libra import Compression
 from libra.latency.bench import Bench, Prompt
-from libra.latency.operations import of_prefill, of_step, queued
+from libra.latency.operations import Queued, of_prefill, queued
 from libra.latency.paired import plain_layers
 from libra.latency.random_weights import random_model
 from libra.ops import dispatch
@@ -17,12 +17,33 @@ LAYERS = (0, 1, 2)
 HALF = Compression(method="libra", layers=LAYERS, ratio=0.5, tau=0.2)
 UNEVEN = Compression(method="libra", layers=LAYERS, ratio=0.55, tau=0.2)
 RESERVED = Compression(method="libra", layers=LAYERS, ratio=0.5, compensation="reserved")
+ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 ONE, RAGGED = Prompt(60, 16), Prompt(60, 16, 4, (1, 2, 0, 3))
 
 
 @pytest.fixture(scope="module")
 def model():
     return random_model(SPEC, SPEC.layers, torch.float32)
+
+
+def launches(queued: Queued) -> int:
+    """Of kernels, Triton's and torch's own: what is allocated only launches none."""
+    allocated = sum(queued.operations[name] for name in ALLOCATIONS)
+    return queued.kernels.total() + queued.operations.total() - allocated
+
+
+def of_step(bench: Bench) -> dict[str, float]:
+    """What the compression queues beyond the plain prefill, for each of its steps: ``operations``,
+    ``launches``, ``kernels`` and ``questions``; the survey of the prompt is shared out among them."""
+    plain, own = of_prefill(bench, False), of_prefill(bench, True)
+    steps = len(bench.compression.schedule(bench.text.num_hidden_layers))
+    counts = {
+        "operations": own.operations.total() - plain.operations.total(),
+        "launches": launches(own) - launches(plain),
+        "kernels": own.kernels.total(),
+        "questions": own.questions.total() - plain.questions.total(),
+    }
+    return {name: count / steps for name, count in counts.items()}
 
 
 def test_what_counts():

@@ -50,7 +50,8 @@ class Probe:
         self.only = self.by_mask = False
         self.past_keys: torch.Tensor | None = None
         self.over_heads: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self.wants_keys, self.keys = False, None
+        self.wants_keys = False
+        self.keys: torch.Tensor | None = None
 
     @torch.no_grad()
     def read(self, query, key, attention_mask, options: dict) -> None:

@@ -463,7 +463,9 @@ class VisualTokens:
         batch, length, width = hidden.shape
         if columns is None:
             columns = on_device(self.columns.visual(), hidden.device)
-        slots, plan, filled, into = step.tokens.shape[1], [], [], []
+        slots, plan = step.tokens.shape[1], []
+        filled: list[int] = []
+        into: list[int] = []
         for b, (row, moved) in enumerate(zip(self.columns.rows, new.rows)):
             source = [min(column, length - 1) for column in range(new.width)]
             for (begin, end), stop in zip(row.texts(), [*(start for start, _ in moved.spans), moved.end]):

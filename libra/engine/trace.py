@@ -204,4 +204,4 @@ class _OnHost:
     def of(cls, step: Compressed) -> "_OnHost":
         similarity = None if step.similarity is None else step.similarity.cpu()
         kept = step.targets, step.groups, step.token_weights, step.importance
-        return cls(step.layout, *(value.cpu() for value in kept), similarity)
+        return cls(step.layout, *(value.cpu() for value in kept), similarity=similarity)

@@ -29,7 +29,9 @@ def scale_layers(c: Compression, of: int, layers: int) -> Compression:
         ConfigError: where two steps would fall on one layer, or one before the first.
     """
     if c.steps is not None:
-        return Compression(steps=[scale_layers(part, of, layers) for part in c.steps], positions=c.positions)
+        return Compression(
+            steps=tuple(scale_layers(part, of, layers) for part in c.steps), positions=c.positions
+        )
     if c.at is not None:
         return c  # before the first layer, whatever the depth
     c = c.at_depth(of)

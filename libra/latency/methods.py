@@ -28,7 +28,7 @@ def compressions(wanted: list[str] | None, keep: int, ratio: str, layers: int) -
         if name not in known:
             raise ConfigError(f"--methods: {name} is not a method that compresses; use {', '.join(known)}")
         early = METHODS[name].place != "layers"
-        c = Compression(method=name, keep=keep) if early else Compression(method=name, ratio=ratio)
+        c = Compression.from_dict({"method": name} | ({"keep": keep} if early else {"ratio": ratio}))
         found[name] = c.at_depth(layers)
     return found
 

@@ -20,7 +20,6 @@ from .bench import Bench
 TABLE = "lift_fresh"  # what torch calls a tensor from a list
 # What computes nothing, though torch does not call it a view.
 NOTHING = {"_unsafe_view", "promote_types", "_record_function_enter_new", "_record_function_exit"}
-ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 # What brings numbers to the host, or asks how many there are.
 QUESTIONS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "nonzero", "equal"}
 
@@ -32,12 +31,6 @@ class Queued:
     operations: Counter = field(default_factory=Counter)
     kernels: Counter = field(default_factory=Counter)
     questions: Counter = field(default_factory=Counter)
-
-    @property
-    def launches(self) -> int:
-        """Of kernels, Triton's and torch's own."""
-        allocated = sum(self.operations[name] for name in ALLOCATIONS)
-        return self.kernels.total() + self.operations.total() - allocated
 
 
 class _Operations(TorchDispatchMode):
@@ -104,17 +97,3 @@ def of_prefill(bench: Bench, compressed: bool) -> Queued:
     with torch.no_grad(), bench.mode(compressed), queued() as found:
         bench.call(cache)
     return found
-
-
-def of_step(bench: Bench) -> dict[str, float]:
-    """What the compression queues beyond the plain prefill, for each of its steps: ``operations``,
-    ``launches``, ``kernels`` and ``questions``; the survey of the prompt is shared out among them."""
-    plain, own = of_prefill(bench, False), of_prefill(bench, True)
-    steps = len(bench.compression.schedule(bench.text.num_hidden_layers))
-    counts = {
-        "operations": own.operations.total() - plain.operations.total(),
-        "launches": own.launches - plain.launches,
-        "kernels": own.kernels.total(),
-        "questions": own.questions.total() - plain.questions.total(),
-    }
-    return {name: count / steps for name, count in counts.items()}

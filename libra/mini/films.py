@@ -48,7 +48,8 @@ def draw_film(rng: np.random.Generator, split: Split, passing: bool = False) -> 
     canvas = _background(rng, 1.0)
     count = int(rng.integers(FEWEST, MOST + 1))
     cells = rng.permutation(BOARD * BOARD)[:count]
-    stamps, digits = [], []
+    stamps = []
+    digits: list[Digit] = []
     for cell in cells:
         while True:  # no two digits of a film share both value and colour
             value, color = int(rng.integers(10)), pick(rng, COLOR_NAMES)
