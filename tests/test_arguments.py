@@ -4,7 +4,7 @@ itself."""
 import pytest
 import torch
 
-from libra.engine.arguments import Arguments
+from libra.engine.layers import Arguments
 from libra.engine.masks import shortened_mask
 
 SOURCE = torch.tensor(

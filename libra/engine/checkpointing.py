@@ -25,23 +25,25 @@ class Outside:
     """Stands before the checkpointing function of a decoder's layers.
 
     Args:
+        layers: of the decoder.
         before: ``before(i, layer, args, kwargs)`` gives changed arguments of layer i, or None.
         after: ``after(layer, args, output)`` of the last layer, or None.
     """
 
-    def __init__(self, before: Callable, after: Callable | None):
+    def __init__(self, layers: list[torch.nn.Module], before: Callable, after: Callable | None):
+        self._layers = layers if CHECKPOINTS_CALLS else []
         self._before, self._after = before, after
 
-    def enter(self, layers: list[torch.nn.Module]) -> None:
+    def enter(self) -> None:
         """Before a pass: a trainer may have switched checkpointing on since the last one."""
-        for i, layer in enumerate(layers if CHECKPOINTS_CALLS else ()):
+        for i, layer in enumerate(self._layers):
             function = vars(layer).get(_NAME)
             if layer.training and function is not None and not self._is_ours(function):
-                setattr(layer, _NAME, partial(self._run, i, i == len(layers) - 1, function))
+                setattr(layer, _NAME, partial(self._run, i, i == len(self._layers) - 1, function))
 
-    def leave(self, layers: list[torch.nn.Module]) -> None:
+    def leave(self) -> None:
         """Give the layers their own function back."""
-        for layer in layers if CHECKPOINTS_CALLS else ():
+        for layer in self._layers:
             function = vars(layer).get(_NAME)
             if self._is_ours(function):
                 setattr(layer, _NAME, function.args[2])

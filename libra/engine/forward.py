@@ -168,7 +168,8 @@ class CompressedForward:
         self._number, stage = number, self._stages[number]
         ends = [later.first_layer for later in self._stages[number + 1 :]]
         layers = range(stage.first_layer, min(ends, default=self.decoder.config.num_hidden_layers))
-        past = self._past(stage)
+        padded = stage.key_mask is not None or self._valid is not None
+        past = self._past(stage) if padded or self.tokens is not None else 0
         if self.tokens is not None:
             self._held.append((hidden.shape[1], self.tokens.row_lengths, past))
         if not layers:

@@ -33,7 +33,6 @@ from .structure import (
     placeholder_ids,
     scoring_layer,
 )
-from .survey import surveyed
 from .transformers_api import PreTrainedModel, cache_given
 
 REMEMBERED = 1000  # prefills whose statistics are kept
@@ -130,13 +129,14 @@ class Hooks:
                 for module in attention_modules(layers[scoring_layer(step)]):
                     setattr(module, score.MARK, mark)
         self._compresses = bool(schedule)
+        self._borders = {0, *(step.layer + 1 for step in schedule)}  # layers with which a stage begins
         for i, layer in enumerate(layers if schedule else ()):
             self._names.append(arguments_of(layer))
             self._before(layer, partial(self._before_layer, i))
         behind = any(step.layer == len(layers) - 1 for step in schedule)
         if behind:
             self._hooks.append(layers[-1].register_forward_hook(self._after_last_layer))
-        self._outside = Outside(self._change, self._shorten_output if behind else None)
+        self._outside = Outside(layers, self._change, self._shorten_output if behind else None)
 
     def __deepcopy__(self, memo) -> "Hooks":
         other = memo[id(self)] = object.__new__(type(self))
@@ -165,7 +165,7 @@ class Hooks:
         del vars(self.decoder)[OWNER]
         for module in self.decoder.modules():
             vars(module).pop(score.MARK, None)
-        self._outside.leave(layers_of(self.decoder))
+        self._outside.leave()
         score.disable(self.decoder.config)
         forget_compiled_code()
 
@@ -232,7 +232,8 @@ class Hooks:
         call = calls.running(self.decoder) or self._start(whole=False)
         call.padding_mask = kwargs.get("attention_mask")
         call.ids, call.pictures = kwargs.get("input_ids"), dict(kwargs.get("mm_encoder_outputs") or {})
-        call.prefill = surveyed(kwargs, self._token_ids, self.base.get_input_embeddings(), call, self._trace)
+        table = self.base.get_input_embeddings()
+        call.prefill = calls.surveyed(kwargs, self._token_ids, table, call, self._trace)
         return (), kwargs
 
     @torch.compiler.disable
@@ -267,7 +268,7 @@ class Hooks:
         call.given, call.forward = Given(mask, ready, given.get("position_ids"), shape), None
         if self._compresses:
             score.enable(decoder.config)
-            self._outside.enter(layers_of(decoder))
+            self._outside.enter()
 
     @torch.compiler.disable
     def _end_decoder(self, decoder, args, output):
@@ -285,7 +286,16 @@ class Hooks:
     def _before_layer(self, i: int, layer, args, kwargs):
         """Shorten the hidden states after a compression layer, and every argument of the layers that
         follow."""
-        return None if checkpoints_call(layer) else self._change(i, layer, args, kwargs)
+        if self._is_idle(i, kwargs) or checkpoints_call(layer):
+            return None
+        return self._change(i, layer, args, kwargs)
+
+    def _is_idle(self, i: int, kwargs: dict) -> bool:
+        """True where layer ``i`` takes what it is handed: most layers of most calls, so it is asked first."""
+        call = calls.at_layers(self.decoder)
+        if call is None:
+            return True
+        return i not in self._borders and call.forward.is_idle and kwargs.get("attention_mask", i) is None
 
     def _change(self, i: int, layer, args, kwargs) -> tuple[tuple, dict] | None:
         """The arguments of layer ``i`` where some change."""

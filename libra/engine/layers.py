@@ -2,15 +2,17 @@
 
 Before the first layer after a compression layer the hidden states become shorter; so what the decoder does
 between two layers is done at full length. Every argument of the later layers follows: masks by kind of
-attention, the others by shape.
+attention, the others by shape. Decoders hand their layers rotary tables, position ids, type ids, inputs of
+single layers, each under names of its own; what is as long as the call's columns where columns belong is
+gathered.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from ..ops.reference import take, take_last
 from . import score
-from .arguments import Arguments
 from .forward import CompressedForward
 from .masks import POINTWISE, RECURRENT, attention_kind, mask_of, shortened_mask, step_mask
 from .tokens import Shortened
@@ -34,6 +36,61 @@ class Given:
     shape: tuple[int, int] = (0, 0)
 
 
+def gathered(value: torch.Tensor, source: torch.Tensor, length: int) -> torch.Tensor:
+    """``value`` for fewer columns, or itself where it has none.
+
+    Args:
+        value: whole numbers (…, S), with all dimensions before the last two kept, or others (B or 1, S, …)
+            and (axes, B or 1, S, …).
+        source: (B, S'), the column of the call that each column left comes from.
+        length: S, the call's columns.
+    """
+    batch = len(source)
+    if not (value.is_floating_point() or value.is_complex()):
+        if value.ndim == 0 or value.shape[-1] != length:
+            return value
+        return take_last(value[None] if value.ndim == 1 else value, source)
+    for axis in (1, 2):
+        if value.ndim >= axis + 2 and value.shape[axis] == length and value.shape[axis - 1] in (1, batch):
+            tables = [value] if axis == 1 else list(value)
+            taken = [take(table, source) for table in tables]
+            return taken[0] if axis == 1 else torch.stack(taken)
+    return value
+
+
+class Arguments:
+    """Shortens the arguments of a call's layers, each once a stage.
+
+    Args:
+        length: the columns of the call.
+    """
+
+    def __init__(self, length: int):
+        self._length = length
+        self.source: torch.Tensor | None = None  # (B, S'), None as long as nothing was shortened
+        # By the identity of an argument, which is kept with it: decoders hand all their layers the same ones.
+        self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def shorten(self, source: torch.Tensor) -> None:
+        """``source`` (B, S'): the old column of each new one."""
+        self.source = source if self.source is None else self.source.gather(1, source)
+        self._known.clear()
+
+    def fit(self, value):
+        """An argument of a layer, for the columns that are left."""
+        if self.source is None:
+            return value
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self._known:
+                self._known[id(value)] = value, gathered(value, self.source, self._length)
+            return self._known[id(value)][1]
+        if type(value) in (tuple, list):
+            return type(value)(map(self.fit, value))
+        if type(value) is dict:
+            return {name: self.fit(part) for name, part in value.items()}
+        return value
+
+
 class HookedForward(CompressedForward):
     """The stages of one call of a decoder whose own forward runs.
 
@@ -55,6 +112,19 @@ class HookedForward(CompressedForward):
         flat, _ = self._flat(hidden)
         self._arguments = Arguments(flat.shape[1])
         super().__init__(decoder, compression, flat, given.padding_mask, given.position_ids, cache, prefill)
+        self.is_idle = self._changes_nothing()
+
+    def _changes_nothing(self) -> bool:
+        """True for a decoding step in which no row is padded: what the decoder hands its layers fits all of
+        them, but for a mask, which is as long as the first layer's keys."""
+        return (
+            self.tokens is None
+            and self._columns == 1
+            and self._rotary is None
+            and self._valid is None
+            and all(stage.key_mask is None for stage in self._stages)
+            and "flash" not in self.decoder.config._attn_implementation
+        )
 
     # --- what the engine keeps for each column ---
 
