@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from libra.checkpoints import find_checkpoint, find_tower
-from libra.rows import ModelSpec, add_model, spec_of
+from libra.rows import ModelSpec, add_model, patches_across, spec_of
 from libra.utils.files import write_text
 
 from .cells import read_json
@@ -112,4 +112,4 @@ def _tower_squares(values: dict, path: str) -> tuple[int, ...]:
 
 
 def _squares(vision) -> tuple[int, ...]:
-    return ((vision.image_size // vision.patch_size) ** 2,)
+    return (patches_across(vision) ** 2,)

@@ -285,6 +285,12 @@ class ModelSpec:
     note: str = ""
 
 
+def patches_across(vision: Any) -> int:
+    """Patches along an edge of what a vision tower sees, by its configuration; sizes may be pairs."""
+    size, patch = (x if isinstance(x, int) else x[0] for x in (vision.image_size, vision.patch_size))
+    return size // patch
+
+
 def spec_of(config, name: str) -> ModelSpec:
     """The sizes of a Hugging Face text configuration; visual tokens and checkpoint are left empty."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

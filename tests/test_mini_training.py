@@ -63,9 +63,9 @@ def test_scenes_grow_harder_with_difficulty():
 
 
 def test_no_glyph_is_in_two_splits():
-    from libra.mini.scenes import _glyphs
+    from libra.mini.scenes import glyphs
 
-    splits = {split: np.concatenate(numbers) for split, numbers in _glyphs()[1].items()}
+    splits = {split: np.concatenate(numbers) for split, numbers in glyphs()[1].items()}
     numbers = np.concatenate(list(splits.values()))
     assert len(numbers) == len(set(numbers.tolist())) == 1797
     assert set(easy_vqa("train")[0]).isdisjoint(easy_vqa("validation")[0])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..rows import patches_across
 from .tower import grids_of
 
 
@@ -36,13 +37,7 @@ class Plain:
     @property
     def side(self) -> int:
         """Patches along an edge of an input."""
-        return self.side_of(self.body.config.vision_config)
-
-    @staticmethod
-    def side_of(vision) -> int:
-        """The same, by the tower's configuration."""
-        size, patch = (x if isinstance(x, int) else x[0] for x in (vision.image_size, vision.patch_size))
-        return size // patch
+        return patches_across(self.body.config.vision_config)
 
     def __call__(self, number: int, patches: torch.Tensor) -> torch.Tensor:
         return patches[0]

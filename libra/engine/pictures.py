@@ -15,6 +15,7 @@ import torch
 from ..config import Compression
 from ..methods import SELECTORS
 from ..places import BEFORE, INPUT, TOWER
+from ..rows import patches_across
 from . import calls, score
 from .arrangement import ARRANGERS, Plain
 from .families import JOINING, TOWERS
@@ -143,7 +144,7 @@ class Eyes:
                 f" {self.name} takes them in parts or at their own size; make the picture smaller before the"
                 " processor"
             )
-        side = Plain.side_of(self.body.config.vision_config)
+        side = patches_across(self.body.config.vision_config)
         self.shrunk = Shrunk.of(self.compression, self.decoder.config.num_hidden_layers, side)
 
     def _layers(self) -> list[torch.nn.Module]:

@@ -7,6 +7,8 @@ from math import ceil, isqrt
 import torch
 from PIL import Image
 
+from ..rows import patches_across
+
 STRIP = 32  # tokens in a line, where nothing is known of their places
 LONG_SIDE = 1024  # pixels of a picture in a figure or a trace file, at most
 
@@ -75,7 +77,7 @@ def _overview_and_tiles(inputs: Mapping, whole: Image.Image, processor, config) 
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     edge = config.vision_config.image_size
-    side, size = edge // config.vision_config.patch_size, inputs["image_sizes"][0].tolist()
+    side, size = patches_across(config.vision_config), inputs["image_sizes"][0].tolist()
     down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, edge)
     rows, columns = unpad_image(torch.empty(1, side * down, side * across), size).shape[1:]
     overview = Block(side * side, side, _seen(inputs["pixel_values"][0, 0], processor))

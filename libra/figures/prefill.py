@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava.model import huggingface
+from llava.model.settings import is_original
 
 from ..checkpoints import find_checkpoint
 from ..config import Compression
@@ -37,7 +38,7 @@ def load(path: str):
     """A model and its processor. Raises ValueError."""
     path = find_checkpoint(path)
     try:
-        if "mm_vision_tower" in PreTrainedConfig.get_config_dict(path)[0]:
+        if is_original(PreTrainedConfig.get_config_dict(path)[0]):
             command = f"python -m llava.convert {path} {Path(path).name}-hf"
             raise ValueError(f"it is in LLaVA's own format; convert it with {command}")
         processor = AutoProcessor.from_pretrained(path)

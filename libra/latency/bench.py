@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import Compression, ConfigError
 from ..engine.attach import attach
 from ..engine.transformers_api import DynamicCache, ModelOutput, cache_argument, cache_of
+from ..rows import patches_across
 from ..utils.timing import Moment, now
 from .memory import LiveBytes, Step, watch_compression, watch_layer
 from .vision import reads_tower
@@ -265,7 +266,7 @@ class Bench:
 def check_pictures(model, visual: int) -> None:
     """Raises ConfigError where a picture is not ``visual`` tokens, or its features cannot be handed over."""
     vision = getattr(model.config, "vision_config", None)
-    made = 0 if vision is None else (vision.image_size // vision.patch_size) ** 2
+    made = 0 if vision is None else patches_across(vision) ** 2
     if made != visual:
         raise ConfigError(
             f"--visual-tokens: this compression reads the vision tower, which makes {made} tokens of a"

@@ -5,7 +5,7 @@ from math import ceil
 from ..config import Compression, ConfigError
 from ..engine.tower import Wants
 from ..places import TOWER
-from ..rows import ModelSpec
+from ..rows import ModelSpec, patches_across
 from .random_weights import CLIP_L_336
 
 MINI = dict(  # the embedded model's, 256 patches
@@ -44,4 +44,4 @@ def views_of(spec: ModelSpec, vision_config, visual: int) -> int:
     tokens."""
     if visual == sum(spec.visual_tokens):
         return VIEWS.get(spec.name, 1)
-    return ceil(visual / (vision_config.image_size // vision_config.patch_size) ** 2)
+    return ceil(visual / patches_across(vision_config) ** 2)

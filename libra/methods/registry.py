@@ -6,7 +6,7 @@ Nothing here needs torch: a configuration is checked, and FLOPs are counted, wit
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from ..utils.sentences import show
 from .context import Context
@@ -103,6 +103,23 @@ class Method:
     family: str = ""
 
 
+class OfTower(TypedDict, total=False):
+    """Traits of a :class:`Select` that looks at the vision tower or at whole videos."""
+
+    tower_layers: Iterable[Fraction]
+    takes_cls: bool
+    shrinks: Callable[[int, int, int], tuple[int, int]] | None
+    films: bool
+    own_count: Callable[[Any], int] | None
+
+
+class Gives(TypedDict, total=False):
+    """Traits of a :class:`Merge` that returns something else than logits."""
+
+    gives_weights: bool
+    gives_tokens: bool
+
+
 SELECTORS: dict[str, Select] = {}
 MERGERS: dict[str, Merge] = {}
 
@@ -114,7 +131,7 @@ def register_select(
     needs: Iterable[str] = (),
     per_interval: bool = False,
     trusted: bool = False,
-    **of_tower: Any,
+    **of_tower: Unpack[OfTower],
 ) -> Callable[[Callable], Callable]:
     """Decorator that makes a function usable as ``select: name`` in every configuration.
 
@@ -127,8 +144,7 @@ def register_select(
             depends on. A configuration may then refuse keys without effect. None: any of them.
         needs: fields of :class:`libra.Context` that have to be given; "a|b" asks for one of the two.
         per_interval: it takes one token of each even interval of a span, which figures then show.
-        of_tower: ``tower_layers``, ``takes_cls``, ``films``, ``own_count`` and ``shrinks`` of
-            :class:`Select`.
+        of_tower: :class:`OfTower`.
 
     Raises:
         ValueError: for a name that is taken or is not a name, and for unknown words in ``reads`` or
@@ -149,7 +165,7 @@ def register_merge(
     reads: Iterable[str] | None = None,
     needs: Iterable[str] = (),
     trusted: bool = False,
-    **gives: bool,
+    **gives: Unpack[Gives],
 ) -> Callable[[Callable], Callable]:
     """Decorator that makes a function usable as ``merge: name`` in every configuration.
 
@@ -163,8 +179,7 @@ def register_merge(
         compensates: whether it may send tokens to ``matches.compensation``.
         drops: targets stay as they are and nothing else is used.
         reads, needs: as for :func:`register_select`.
-        gives: ``gives_weights``, the second tensor holds the weights themselves, not logits; ``gives_tokens``
-            as of :class:`Merge`.
+        gives: :class:`Gives`.
 
     Raises:
         ValueError: for a name that is taken or is not a name, and for unknown words in ``reads`` or

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from . import questions
-from .questions import Question, _absent, pick
+from .questions import Question, absent_digit, pick
 from .scenes import (
     BIG_SIZES,
     BOARD,
@@ -22,8 +22,8 @@ from .scenes import (
     IMAGE_SIZE,
     Digit,
     Split,
-    _background,
-    _glyphs,
+    background,
+    glyphs,
 )
 
 FRAMES = 3  # of 256 visual tokens; four of them would leave no room for text in the model's 1024 positions
@@ -44,8 +44,8 @@ def draw_film(rng: np.random.Generator, split: Split, passing: bool = False) -> 
 
     passing: one digit, the last of ``digits``, is in a single frame only; otherwise all are in every frame.
     """
-    scaled, by_digit = _glyphs()
-    canvas = _background(rng, 1.0)
+    scaled, by_digit = glyphs()
+    canvas = background(rng, 1.0)
     count = int(rng.integers(FEWEST, MOST + 1))
     cells = rng.permutation(BOARD * BOARD)[:count]
     stamps = []
@@ -108,7 +108,7 @@ def passing(rng: np.random.Generator, film: Film) -> Question | None:
 def exists(rng: np.random.Generator, film: Film) -> Question:
     """Whether a coloured digit is in the film; yes and no are equally likely, and a no is a near miss."""
     truth, digit = bool(rng.integers(2)), pick(rng, film.digits)
-    value, name = (digit.value, digit.color) if truth else _absent(rng, film.digits)
+    value, name = (digit.value, digit.color) if truth else absent_digit(rng, film.digits)
     return f"is there a {name} {value} ?", "yes" if truth else "no"
 
 

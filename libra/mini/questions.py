@@ -34,7 +34,7 @@ def _single(digits, attribute: str) -> list[Digit]:
     return [digit for digit, value in zip(digits, values) if values.count(value) == 1]
 
 
-def _absent(rng, digits) -> tuple[int, str]:
+def absent_digit(rng, digits) -> tuple[int, str]:
     """Value and colour of a digit that is not there, though mostly its value or its colour is: a hard
     negative."""
     present = {(digit.value, digit.color) for digit in digits}
@@ -99,7 +99,7 @@ def find(rng, digits) -> Question:
     """Where something is: a coloured digit, or a digit or a colour that is there once; a fifth of them are
     nowhere."""
     if rng.random() < 0.2:
-        value, name = _absent(rng, digits)
+        value, name = absent_digit(rng, digits)
         return f"where is the {name} {value} ?", "nowhere"
     digit, kind = pick(rng, digits), rng.integers(3)
     if kind == 0 and digit in _single(digits, "value"):
@@ -155,7 +155,7 @@ def yes_no(rng, digits) -> Question:
         value = digit.value if truth else pick(rng, [value for value in range(10) if value not in values])
         question = f"is there a {value} ?"
     else:
-        value, name = (digit.value, digit.color) if truth else _absent(rng, digits)
+        value, name = (digit.value, digit.color) if truth else absent_digit(rng, digits)
         question = f"is there a {name} {value} ?"
     return question, "yes" if truth else "no"
 

@@ -52,7 +52,7 @@ class Scene:
 
 
 @cache
-def _glyphs() -> tuple[dict[int, np.ndarray], dict[str, list[np.ndarray]]]:
+def glyphs() -> tuple[dict[int, np.ndarray], dict[str, list[np.ndarray]]]:
     """Every glyph as an opacity map at every size, and the glyph numbers of each digit in each split."""
     from sklearn.datasets import load_digits
 
@@ -112,7 +112,7 @@ def _clutter(rng: np.random.Generator, canvas: np.ndarray, strokes: bool) -> np.
     )
 
 
-def _background(rng: np.random.Generator, difficulty: float) -> np.ndarray:
+def background(rng: np.random.Generator, difficulty: float) -> np.ndarray:
     """A dark canvas: plain, noisy, cloudy or cluttered; cluttered are 40% of the scenes at difficulty 1, none
     at 0."""
     canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.integers(0, 70), np.float32) + rng.integers(-12, 13, 3)
@@ -158,11 +158,11 @@ def draw_scene(
         difficulty: 0 has big digits and no clutter, 1 the full shares of small digits and of clutter.
         most: digits at most.
     """
-    scaled, by_digit = _glyphs()
+    scaled, by_digit = glyphs()
     share = _share_of_small(rng, difficulty) if small is None else float(small)
     count = int(rng.integers(FEWEST_DIGITS, most + 1))
     cells = np.sort(rng.permutation(BOARD * BOARD)[:count])
-    canvas = _background(rng, difficulty)
+    canvas = background(rng, difficulty)
     digits: list[Digit] = []
     opacity = np.zeros((count, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     for i, cell in enumerate(cells):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..mm_utils import get_model_name_from_path
+from ..model.settings import is_original
 from ..model.weights import local_folder, read_json
 from .folder import staged
 from .to_hf import to_hf
@@ -22,7 +23,7 @@ def detect(source: Path) -> str:
     config = read_json(source / "config.json")
     if isinstance(config.get("text_config"), dict):
         return "hf"
-    if "mm_vision_tower" in config or str(config.get("model_type")).startswith(("llava_", "videollama2")):
+    if is_original(config):
         return "original"
     raise ValueError(
         f"{source} is of type {config.get('model_type')!r}: neither a LLaVA checkpoint in the original's "

@@ -14,6 +14,8 @@ from transformers import (
     MistralConfig,
 )
 
+from libra.rows import patches_across
+
 from ..constants import DEFAULT_IMAGE_TOKEN
 from ..conversation import conv_templates, conversation_name
 from ..mm_utils import _pinpoints
@@ -169,7 +171,7 @@ def _config(
         and (name, value) != ("rope_scaling", None)
     }
     feature = settings.get("mm_vision_select_feature", "patch")
-    patches = (vision.image_size // vision.patch_size) ** 2
+    patches = patches_across(vision) ** 2
     own = {}
     if config_class is LlavaNextConfig:  # (height, width) there, (width, height) here
         own["image_grid_pinpoints"] = [[h, w] for w, h in _pinpoints(settings.get("image_grid_pinpoints"))]

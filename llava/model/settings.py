@@ -58,6 +58,15 @@ _CHOICES = {
 _IGNORED = ("num_labels", "id2label", "label2id", "transformers_weights", "auto_map", "sub_configs")
 
 
+def is_original(config: dict) -> bool:
+    """Whether the values of a config.json are those of a checkpoint in LLaVA's own format. Both formats know
+    the type ``llava``; in transformers' own the sizes of the language model lie in a dictionary of theirs."""
+    if isinstance(config.get("text_config"), dict):
+        return False
+    kind = str(config.get("model_type"))
+    return "mm_vision_tower" in config or kind.startswith(("llava_", "videollama2"))
+
+
 def read_config(config_class: type[PreTrainedConfig], path: Path, values: dict) -> PreTrainedConfig:
     """The configuration of a config.json with these values.
 

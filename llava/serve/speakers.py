@@ -25,6 +25,7 @@ from libra.utils.devices import find_device
 
 from ..mm_utils import as_text, special_spellings
 from ..model import huggingface
+from ..model.settings import is_original
 from . import overlay
 from .session import AnswerStreamer, Loaded, Session, load_model
 
@@ -242,4 +243,4 @@ def _in_llavas_format(path: str) -> bool:
         values = PreTrainedConfig.get_config_dict(path)[0]
     except Exception:  # whatever a damaged file raises
         return True
-    return "mm_vision_tower" in values or not values
+    return is_original(values) or not values

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from libra import Compression
-from libra.rows import compression_from
+from libra.rows import compression_from, patches_across
 
 from ..constants import IGNORE_INDEX
 from .arguments import DataArguments, ModelArguments, TrainingArguments
@@ -186,9 +186,7 @@ def make_collator(start: Start) -> Collator:
     counts = None
     if not start.takes_videos:  # whose length counts only text
         config, tower = start.config, start.tower
-        patches = (tower.image_size // tower.patch_size) ** 2 + (
-            config.mm_vision_select_feature == "cls_patch"
-        )
+        patches = patches_across(tower) ** 2 + (config.mm_vision_select_feature == "cls_patch")
         pinpoints = getattr(config, "image_grid_pinpoints", None)
         counts = VisualTokens(patches, tower.image_size, config.mm_patch_merge_type, pinpoints)
     return Collator(start.tokenizer.pad_token_id, start.limit, start.model_class.placeholders, counts)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from libra.engine.shrunk import Shrunk
 from libra.engine.tower import View, Wants, look
+from libra.rows import patches_across
 
 from ..settings import tower_config
 from .memory import FeatureMemory
@@ -164,7 +165,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def num_patches_per_side(self) -> int:
-        return self.config.image_size // self.config.patch_size
+        return patches_across(self.config)
 
     @property
     def num_patches(self) -> int:
