@@ -13,7 +13,7 @@ from libra.utils.files import write_text
 from .cells import read_json
 from .suites import SUITES, add_tasks
 
-FILE = "own.json"  # in a results folder, so that a report alone knows what the run knew
+FILE = "own.json"  # in a results folder, so that a report by itself knows what the run knew
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,7 @@ def published_times(suite: str, model: str, folder: Path = PUBLISHED) -> list[Ti
 
 def estimate(left: Iterable[Cell], earlier: Iterable[Timed], manifest: dict | None) -> float | None:
     """Seconds of one worker for these cells: what earlier cells of the same model took for a sample of the
-    same task (else of any), scaled by the FLOPs of the visual tokens. None where no earlier cell tells."""
+    same task (else of any), scaled by the FLOPs of the visual tokens. None where no earlier cell says."""
     earlier = list(earlier)
     total = 0.0
     for cell in left:

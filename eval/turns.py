@@ -11,7 +11,7 @@ from libra.lmms.samples import SampleLog
 from libra.rows import Row
 from libra.utils.timing import in_order
 
-TAKEN = ("seconds", "cache_bytes", "peak_bytes")  # what a record tells of each row; a CPU has no peak
+TAKEN = ("seconds", "cache_bytes", "peak_bytes")  # what a record holds of each row; a CPU has no peak
 
 
 class InTurns(lmms):

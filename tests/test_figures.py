@@ -290,7 +290,7 @@ def test_a_trace_file_gives_back_an_equal_record(trace, tmp_path):
     "change, sentence",
     [
         (lambda data: data.pop("trace"), "'trace' is missing"),
-        (lambda data: data["trace"]["stages"][0].pop("slot"), "no trace: 'slot' is missing"),
+        (lambda data: data["trace"]["stages"][0].pop("slot"), "not a trace: 'slot' is missing"),
         (
             lambda data: data["trace"]["stages"][0]["fate"].pop(),
             "layer 2 has not one fate for each of 36 tokens",
@@ -305,12 +305,12 @@ def test_a_trace_file_gives_back_an_equal_record(trace, tmp_path):
         ),
         (
             lambda data: data["trace"]["stages"][0].update(fate=[MERGED] * 36),
-            "merges tokens into one that is no target",
+            "merges tokens into one that is not a target",
         ),
         (lambda data: data["trace"]["stages"][0].update(fate=[GONE] * 36), "a span without a target"),
         (
             lambda data: data["trace"]["stages"][0].update(fate=["target"] * 36),
-            "no trace: too many dimensions",
+            "not a trace: too many dimensions",
         ),
         (lambda data: data["compression"].update(merge="glue"), "merge: glue is unknown"),
         (lambda data: data["blocks"][0].update(columns=0), "a block needs tokens and columns"),

@@ -1,5 +1,5 @@
-"""Compression for stock Hugging Face models: ``with libra.attach(model, compression):`` touches one instance
-alone."""
+"""Compression for stock Hugging Face models: ``with libra.attach(model, compression):`` touches one
+instance only."""
 
 import copy
 import weakref
@@ -212,7 +212,7 @@ def attach(
     such as ``attach(model, "fastv", layers=(2,), ratio=0.75)`` (:func:`libra.rows.compression_from`).
 
     Batches may be padded on the left (for ``generate``) or on the right (for a forward pass and the loss).
-    The model keeps its attention implementation. With ``trace`` the handle tells what became of each visual
+    The model keeps its attention implementation. With ``trace`` the handle shows what became of each visual
     token. ``clip``, a :class:`libra.ClipRelevance`, says to methods such as cdpruner how relevant visual
     tokens are for the question; without it they compare text embeddings.
 

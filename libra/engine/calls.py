@@ -137,7 +137,7 @@ def surveyed(
         trace: whether to record what becomes of each visual token.
 
     Raises:
-        ValueError: where nothing tells which columns are visual tokens, for prompts that are padded on the
+        ValueError: where nothing says which columns are visual tokens, for prompts that are padded on the
             right with a cache, and for several samples packed into one row.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")

@@ -1,5 +1,5 @@
 """Hybrid attention (§4.4): everybody attends as before, and at a compression layer one score row is computed
-beside it.
+next to it.
 
 transformers hands every attention function the finished queries and keys. A :class:`Probe` reaches it in one
 of two ways: as a keyword argument ``score_probe`` that a decoder layer of llava passes down, or, in a model

@@ -362,7 +362,8 @@ class VisualTokens:
             first, end = row.first, row.end
             text = hidden[b, end - tail : end - answers]
             text = text if tail > answers else hidden[b, first : first + before]
-            # A row of nothing but pictures, or without any, compares with itself: no text is no preference.
+            # A row of nothing but pictures, or without any, compares with itself: without text, nothing is
+            # preferred.
             rows.append((text if len(text) else hidden[b, first:end]).detach())
         return rows
 

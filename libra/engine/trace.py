@@ -82,10 +82,10 @@ class RowTrace:
             )
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"this is no trace: {reason}") from None
+            raise ValueError(f"this is not a trace: {reason}") from None
         count = sum(spans)
         for stage in stages:
-            where = f"this is no trace: layer {stage.layer}"
+            where = f"this is not a trace: layer {stage.layer}"
             for name in _PER_TOKEN:
                 if getattr(stage, name).shape != (count,):
                     raise ValueError(f"{where} has not one {name} for each of {count} tokens")
@@ -97,7 +97,7 @@ class RowTrace:
                 raise ValueError(f"{where} has fates or slots that do not exist")
             is_target = stage.fate == TARGET
             if not bool(is_target[stage.slot[stage.fate == MERGED]].all()):
-                raise ValueError(f"{where} merges tokens into one that is no target")
+                raise ValueError(f"{where} merges tokens into one that is not a target")
             if not all(bool(part.any()) for part in is_target.split(spans)):
                 raise ValueError(f"{where} has a span without a target")
         return cls(spans, stages)

@@ -52,7 +52,7 @@ def _is_true(value: bool | str) -> bool:
 
 
 def load_engine(path: str, conversation: str | None, device: str, dtype: torch.dtype) -> Engine:
-    """The model of a checkpoint in LLaVA's own format or in transformers'; its config.json tells which.
+    """The model of a checkpoint in LLaVA's own format or in transformers'; its config.json says which.
 
     Raises ValueError or OSError for a checkpoint of another kind, or one that does not load.
     """
@@ -142,7 +142,7 @@ class LibraModel(lmms):
         """Go over to another row of the same model, without loading it again; ValueError for a layer it does
         not have.
 
-        ``trace``: each record also tells the similarity and the compensation share of each compression layer.
+        ``trace``: each record also holds the similarity and the compensation share of each compression layer.
         """
         self.engine.set_row(row, trace)
         self.blind, self.compression = blind, row.compression

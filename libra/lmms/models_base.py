@@ -1,4 +1,4 @@
-"""What a model behind the plug-in is asked, and what it tells of an answer."""
+"""What a model behind the plug-in is asked, and what it says of an answer."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class Engine(ABC):
 
     @torch.inference_mode()
     def generate(self, samples: list[Sample], asked: dict) -> tuple[list[str], list[dict]]:
-        """Texts, and what else a record tells, of samples that share the task's generation options ``asked``;
+        """Texts, and what else a record holds, of samples that share the task's generation options ``asked``;
         greedy unless the task says otherwise."""
         options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **asked}
         until = options.pop("until", None) or []

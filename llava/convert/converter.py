@@ -15,7 +15,7 @@ FORMATS: dict[str, Callable] = {"hf": to_hf, "original": to_original}
 
 
 def detect(source: Path) -> str:
-    """The format of a checkpoint, "hf" or "original", as its config.json tells.
+    """The format of a checkpoint, "hf" or "original", by its config.json.
 
     Raises:
         ValueError: if it is neither.

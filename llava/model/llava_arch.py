@@ -78,7 +78,7 @@ class LlavaMetaForCausalLM:
 
     placeholders: tuple[int, ...] = (IMAGE_TOKEN_INDEX,)  # the token ids that visual tokens take the place of
     tells_of_tokens = (
-        True  # whether each visual token is a feature of the tower, which the projector maps alone
+        True  # whether each visual token is a feature of the tower, which the projector maps by itself
     )
     takes_videos = False  # whether one of them stands for a video
     clip: ClipRelevance | None = None  # says how relevant visual tokens are for the question
@@ -86,7 +86,7 @@ class LlavaMetaForCausalLM:
 
     @property
     def length_limit(self) -> int | None:
-        """Text and visual tokens of a row; what is behind is cut."""
+        """Text and visual tokens of a row; what comes after is cut."""
         return getattr(self.config, "tokenizer_model_max_length", None)
 
     @property
@@ -154,7 +154,7 @@ class LlavaMetaForCausalLM:
 
     @property
     def compression_stats(self) -> dict | None:
-        """Of the last prefill with images, as :meth:`libra.engine.forward.CompressedForward.stats` tells it;
+        """Of the last prefill with images, as :meth:`libra.engine.forward.CompressedForward.stats` gives it;
         None before it."""
         return self.model.last_stats
 
@@ -424,7 +424,7 @@ class LlavaMetaForCausalLM:
         cache=None,
         **kwargs,
     ):
-        """Answer a batch of prompts; returns the new token ids alone.
+        """Answer a batch of prompts; returns only the new token ids.
 
         Args:
             inputs: (B, S) ids with a placeholder (-200) where an image goes, padded on either side.
@@ -532,7 +532,7 @@ class LlavaMetaForCausalLM:
     ):
         if (
             is_first_iteration
-        ):  # the embeddings are this turn's alone: nothing to slice off for what the cache holds
+        ):  # the embeddings are of this turn only: nothing to slice off for what the cache holds
             kwargs["next_sequence_length"] = None
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
