@@ -245,8 +245,10 @@ class CompressedForward:
     def _asks(self, layer: int) -> bool:
         """Make the probe of a compression layer; True where that layer itself answers it."""
         self._probe = None
+        if self.tokens is None:
+            return False
         step = next((step for step in self._schedule if step.layer == layer), None)
-        if self.tokens is None or step is None or not step.scores:
+        if step is None or not step.scores:
             return False
         self._probe = score.Probe(self.tokens.queries.columns, self._stages[self._number].key_mask)
         self._probe.over_heads, self._probe.wants_keys = self.tokens.over_heads, step.part.compares_keys
