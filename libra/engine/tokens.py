@@ -468,31 +468,31 @@ class VisualTokens:
         filled: list[int] = []
         into: list[int] = []
         for b, (row, moved) in enumerate(zip(self.columns.rows, new.rows)):
-            source = [min(column, length - 1) for column in range(new.width)]
+            origins = [min(column, length - 1) for column in range(new.width)]
             for (begin, end), stop in zip(row.texts(), [*(start for start, _ in moved.spans), moved.end]):
-                source[stop - (end - begin) : stop] = range(begin, end)
+                origins[stop - (end - begin) : stop] = range(begin, end)
             slot = 0
             for start, count in moved.spans:
-                source[start : start + count] = range(length + slot, length + slot + count)
+                origins[start : start + count] = range(length + slot, length + slot + count)
                 into += range(b * new.width + start, b * new.width + start + count)
                 filled += range(b * slots + slot, b * slots + slot + count)
                 slot += count
             if extra[b]:
-                source[moved.last_visual + 1] = row.last_visual
+                origins[moved.last_visual + 1] = row.last_visual
                 into.append(b * new.width + moved.last_visual + 1)
                 filled.append(b * slots + step.layout.targets)
-            plan.append(source)
+            plan.append(origins)
         place = torch.arange(length, device=hidden.device)[None].expand(batch, -1)
         pool = torch.cat([place, columns.gather(1, step.targets)], 1)
-        plan, into, filled = tables_on_device([plan, [into], [filled]], hidden.device)
-        source = pool.gather(1, plan)
+        places, new_places, slots_of = tables_on_device([plan, [into], [filled]], hidden.device)
+        source = pool.gather(1, places)
         new_hidden, tokens = take(hidden, source), step.tokens.reshape(-1, width)
         part = self.step.part
         if part.at == TOWER and self._left.tokens is None or MERGERS[part.merge].drops:
             return new_hidden, source  # the targets are what they were
-        if filled.numel() < len(tokens):
-            tokens = tokens.index_select(0, filled[0])
-        new_hidden.view(-1, width).index_copy_(0, into[0], tokens)
+        if slots_of.numel() < len(tokens):
+            tokens = tokens.index_select(0, slots_of[0])
+        new_hidden.view(-1, width).index_copy_(0, new_places[0], tokens)
         return new_hidden, source
 
     def _carry(self, source: torch.Tensor, new: Columns, compensated: list[bool]) -> None:
