@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from llava.model import huggingface
 from llava.model.settings import is_original
@@ -41,9 +41,8 @@ def load(path: str):
         if is_original(PreTrainedConfig.get_config_dict(path)[0]):
             command = f"python -m llava.convert {path} {Path(path).name}-hf"
             raise ValueError(f"it is in LLaVA's own format; convert it with {command}")
-        processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ImportError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"the model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return huggingface.load(AutoModelForImageTextToText, path, dtype="auto").to(
-        find_device()
-    ).eval(), processor
+    processor = huggingface.load_processor(path)
+    model = huggingface.load(AutoModelForImageTextToText, path, dtype="auto")
+    return model.to(find_device()).eval(), processor

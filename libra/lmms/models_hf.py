@@ -3,7 +3,6 @@
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import libra
@@ -50,9 +49,8 @@ class HuggingFace(Engine):
     """
 
     def __init__(self, path: str, class_name: str, device: str, dtype: torch.dtype):
-        """Raises ValueError for a checkpoint without a chat template, OSError for one that does not load."""
-        self.processor = AutoProcessor.from_pretrained(path)
-        huggingface.scale_by_pillow(self.processor, path)
+        """Raises ValueError for a checkpoint without a chat template, or one that does not load."""
+        self.processor = huggingface.load_processor(path)
         if not self.processor.chat_template:
             raise ValueError(
                 f"{path} has no chat template, which makes the prompts; add chat_template.jinja to it"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoProcessor
 
 from .settings import check_depth, check_sizes
 from .weights import check_dtype, check_finite, first_line, read_json, stored_in
@@ -30,6 +30,20 @@ def load(model_class: type, path: str, **options):
         )
     check_finite(f"the model {path}", model)
     return model
+
+
+def load_processor(path: str):
+    """The processor of a folder or a name of the hub, which scales pictures as :func:`scale_by_pillow` says.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        scale_by_pillow(processor, path)
+    except (OSError, ImportError, ValueError, KeyError) as error:
+        raise ValueError(f"the processor of {path} cannot be loaded: {first_line(error)}") from error
+    return processor
 
 
 def scale_by_pillow(processor, path: str) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from libra import Compression
 from libra.checkpoints import find_checkpoint
@@ -225,12 +225,7 @@ def load(args) -> Speaker:
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is for checkpoints in LLaVA's own format; leave it out")
     device = find_device(args.device)
-    try:
-        processor = AutoProcessor.from_pretrained(path)
-        huggingface.scale_by_pillow(processor, path)
-    except (OSError, ImportError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"the processor of {path} cannot be loaded: {reason}") from error
+    processor = huggingface.load_processor(path)
     dtype = "float32" if device.type == "cpu" else "auto"
     model = huggingface.load(AutoModelForImageTextToText, path, dtype=dtype).to(device).eval()
     huggingface.pad_by_end(model)
