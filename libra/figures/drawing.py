@@ -335,10 +335,15 @@ def _draw_heat(panel: "Axes", canvas: Canvas, importance: torch.Tensor) -> None:
     _fill(panel, canvas, known, facecolors=colormaps[HEAT](ranks.numpy()), alpha=HEAT_VEIL)
 
 
-def _draw_targets(panel: "Axes", canvas: Canvas, stage: StageTrace, runs: torch.Tensor | None) -> None:
+def _veiled(panel: "Axes", canvas: Canvas, stage: StageTrace) -> None:
+    """The picture, dark where tokens are not targets."""
     _backdrop(panel, canvas)
     _fill(panel, canvas, stage.fate > TARGET, facecolors=VEIL_COLOR, alpha=VEIL)
     _fill(panel, canvas, stage.fate == GONE, facecolors=GONE_COLOR, alpha=GONE_VEIL)
+
+
+def _draw_targets(panel: "Axes", canvas: Canvas, stage: StageTrace, runs: torch.Tensor | None) -> None:
+    _veiled(panel, canvas, stage)
     if runs is not None:
         _lines(
             panel, canvas.borders(runs), colors=BORDER_COLOR, linewidths=min(1.2, 22 / canvas.width), zorder=4
@@ -347,9 +352,7 @@ def _draw_targets(panel: "Axes", canvas: Canvas, stage: StageTrace, runs: torch.
 
 
 def _draw_merging(panel: "Axes", canvas: Canvas, stage: StageTrace) -> None:
-    _backdrop(panel, canvas)
-    _fill(panel, canvas, stage.fate > TARGET, facecolors=VEIL_COLOR, alpha=VEIL)
-    _fill(panel, canvas, stage.fate == GONE, facecolors=GONE_COLOR, alpha=GONE_VEIL)
+    _veiled(panel, canvas, stage)
     _fill(panel, canvas, stage.fate == COMPENSATION, facecolors=COMPENSATION_COLOR, alpha=0.85)
     number = groups(stage)
     for k, color in enumerate(GROUP_COLORS):

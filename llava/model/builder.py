@@ -1,17 +1,13 @@
 """Load a LLaVA checkpoint in the original's format: the whole model, or a projector or LoRA adapter for a
 base model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from transformers.utils import logging
 
 from libra import Compression
 
 from . import lora
 from .checkpoint import TOWER, Checkpoint, inspect_checkpoint
-from .weights import check_finite, first_line
+from .weights import check_finite, first_line, quiet_loading
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
@@ -99,7 +95,7 @@ def _weights(model_path: str, parts: Checkpoint, **given):
     """The model with a checkpoint's own weights on top of its base's; the vision tower's may still be
     missing."""
     try:
-        with _quiet():
+        with quiet_loading():
             model, info = parts.model_class.from_pretrained(
                 parts.base,
                 config=parts.config,
@@ -124,7 +120,7 @@ def _tower(model, parts: Checkpoint):
     """The model's vision tower, read from its own folder unless it was among the weights."""
     tower = model.get_vision_tower()
     tower.is_loaded = parts.tower_inside
-    with _quiet():
+    with quiet_loading():
         tower.load_model()
     if not parts.tower_inside:
         tower.to(device=model.device, dtype=model.dtype)
@@ -142,15 +138,3 @@ def _fill(model, values: dict[str, torch.Tensor]) -> None:
             f"{away[0]!r} is not in memory and cannot take the checkpoint's values; choose another device_map"
         )
     model.load_state_dict(values, strict=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report on weights: what is missing comes from other files, and all was checked
-    before."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

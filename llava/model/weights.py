@@ -7,7 +7,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
 from libra.checkpoints import find_checkpoint
 from libra.utils.sentences import one_line
@@ -44,6 +46,18 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # "F32" in a .safetensors file, "float32" in a .bin
     file: Path
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' report on weights, where what is missing comes from other files or is asked for
+    afterwards."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def first_line(error: Exception) -> str:

@@ -1,32 +1,19 @@
 """The CLIP vision tower: pixels in, the features of one hidden layer out."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-from transformers.utils import logging
 
 from libra.engine.shrunk import Shrunk
 from libra.engine.tower import View, Wants, look
 from libra.rows import patches_across
 
 from ..settings import tower_config
+from ..weights import quiet_loading
 from .memory import FeatureMemory
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' report on weights of a checkpoint that the model does not have."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 class CLIPVisionTower(nn.Module):
@@ -75,7 +62,7 @@ class CLIPVisionTower(nn.Module):
             ValueError: if weights are missing, which transformers would make up.
         """
         if not self.is_loaded:
-            with _quiet_loading():  # a whole CLIP also has a text tower; what is missing is asked for below
+            with quiet_loading():  # a whole CLIP also has a text tower; what is missing is asked for below
                 tower, info = CLIPVisionModel.from_pretrained(
                     self.vision_tower_name,
                     config=self._read_config(),
