@@ -15,7 +15,7 @@ from libra.identity import checkpoint_identity, hub_revision, row_identity
 from libra.places import place_name
 from libra.rows import Row, get_model
 from libra.utils import provenance
-from libra.utils.names import spelled
+from libra.utils.sentences import spelled
 
 from .cells import TURNS, Cell, code, finished_elsewhere, read_cells
 from .checkpoints import CheckpointError, require_checkpoint

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from .rows import EMBEDDED, load_models
-from .utils.names import spelled
 from .utils.provenance import REPOSITORY
-from .utils.sentences import ConfigError, did_you_mean, show
+from .utils.sentences import ConfigError, did_you_mean, show, spelled
 
 
 def find_checkpoint(given: str | Path) -> str:

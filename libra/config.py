@@ -13,9 +13,8 @@ from . import merge, select  # noqa: F401  They register what several methods sh
 from .methods import DEFAULTS, MERGERS, METHODS, SELECTORS, natural_layers
 from .places import BEFORE, IN_WORDS, INPUT, LAYERS, TOWER, place_and_layers, place_name
 from .utils import plugins
-from .utils.names import spelled
 from .utils.numbers import is_whole
-from .utils.sentences import ConfigError, did_you_mean, show
+from .utils.sentences import ConfigError, did_you_mean, show, spelled
 
 IMPORTANCES = ("last", "mean", "tower", "raters", "rater-heads")
 SCORE_LAYERS = ("same", "next")

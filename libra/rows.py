@@ -17,9 +17,8 @@ from .budget import solve
 from .config import BUDGETS, Compression, at, check_keys, choice
 from .methods import METHODS
 from .utils import plain_yaml, plugins
-from .utils.names import spelled
 from .utils.provenance import REPOSITORY
-from .utils.sentences import ConfigError, did_you_mean, show
+from .utils.sentences import ConfigError, did_you_mean, show, spelled
 
 _FILE = Path(__file__).with_name("models.yaml")
 _PACKAGE = Path(__file__).resolve().parent

@@ -1,5 +1,5 @@
-"""How errors are worded: one line, whatever the input held, with values shown short and a hint at the word
-that was meant."""
+"""How errors are worded: one line, whatever the input held, with values shown short; and which known
+word a user means by another."""
 
 import difflib
 from collections.abc import Iterable
@@ -43,6 +43,17 @@ def show(value: Any) -> str:
 def _show_part(value: Any) -> str:
     """A value within another one: text with its quotes."""
     return repr(value[:MOST]) if isinstance(value, str) else show(value)
+
+
+def spelled(word: Any, known: Iterable[str]) -> str | None:
+    """The known name (of a method, a row, a model or a task) that a word is, in its own spelling: - and _
+    count as the same. None where it is none of them."""
+    known = list(known)
+    if not isinstance(word, str):
+        return None
+    if word in known:
+        return word
+    return next((name for name in known if name.replace("_", "-") == word.replace("_", "-")), None)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
