@@ -258,7 +258,7 @@ def qwen_video(draw):
 
 
 def qwen3_video(draw):
-    """The same, each step by itself behind the text of its time."""
+    """The same, each step by itself after the text of its time."""
     return Picture(
         [10, 11, START, *[VIDEO] * 8, END, 10, 12, START, *[VIDEO] * 8, END], qwen_video(draw).given
     )
@@ -423,7 +423,7 @@ def by_hand(
     scorers: list[int] | None = None,
     starts: tuple[int, ...] = (0,),
 ) -> plain.Outcome:
-    """A sample with the ids ``said`` behind it, compressed as ``plain`` reads it; ``twin`` has eager
+    """A sample with the ids ``said`` after it, compressed as ``plain`` reads it; ``twin`` has eager
     attention.
 
     It comes in turns that begin at the columns ``starts``; the last column of a turn scores its visual

@@ -118,7 +118,7 @@ def put_base(folder: Path, weights: dict, kind: str = "bin") -> Path:
 
 @pytest.fixture
 def home(tmp_path):
-    """A folder with the vision tower, beside which checkpoints are put."""
+    """A folder with the vision tower, next to which checkpoints are put."""
     shutil.copytree(GOLDEN / "llava15" / "vision_tower", tmp_path / "vision_tower")
     return tmp_path
 
@@ -128,7 +128,7 @@ def home(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("tower", ["inside", "beside"])
+@pytest.mark.parametrize("tower", ["inside", "next to it"])
 def test_a_whole_model_as_one_file_or_in_shards(home, golden, case, kind, count, tower):
     """Inside: the tower's folder has no weights of its own. Older versions' inverse frequencies are left
     aside in silence."""

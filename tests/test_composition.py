@@ -1,4 +1,4 @@
-"""libra.attach beside everything else that people do with a model: ways to generate, copies, threads,
+"""libra.attach next to everything else that people do with a model: ways to generate, copies, threads,
 adapters, pipelines."""
 
 import copy
@@ -121,7 +121,7 @@ def test_beams_and_several_sequences(family):
 @every_family
 @torch.no_grad()
 def test_assisted_generation_is_plain_greedy(family, c):
-    """Guesses stand behind the prompt in its prefill and have no say in what is kept."""
+    """Guesses stand after the prompt in its prefill and have no say in what is kept."""
     model, wrong = families.model(family), families.own_model(family, seed=1)
     right = families.own_model(family)
     given = collate(family, talks_of(family)[:1])
@@ -136,7 +136,7 @@ def test_assisted_generation_is_plain_greedy(family, c):
 @every_family
 @torch.no_grad()
 def test_a_guess_may_repeat_a_placeholder(family):
-    """Prompt lookup guesses what stood behind the same word before, here a picture's marks: without a picture
+    """Prompt lookup guesses what stood after the same word before, here a picture's marks: without a picture
     they are text."""
     model, guessed = families.model(family), False
     few = [token for token in range(families.VOCABULARY) if token not in (5, 6, families.START, IMAGE)]
@@ -182,7 +182,7 @@ def test_a_second_turn_of_text(family):
 @pytest.mark.parametrize("family", [family for family in families.KINDS if not family.startswith("Qwen")])
 @torch.no_grad()
 def test_a_second_turn_with_another_picture(family):
-    """Its tokens alone are compressed, scored by the new last token, beside the shorter first turn. (Qwen's
+    """Its tokens alone are compressed, scored by the new last token, next to the shorter first turn. (Qwen's
     own generate cannot add a picture to a cache.)"""
     model, twin = families.model(family), families.model(family, "", "eager")
     first, second = talk(family, "t2 i t3", 5), talk(family, "t3 i t4", 6)
@@ -214,20 +214,20 @@ def test_a_second_turn_with_another_picture(family):
 @every_family
 @torch.no_grad()
 def test_embeddings(family):
-    """With the pictures beside them; or with the pictures in them, where the handle is told which columns
+    """With the pictures next to them; or with the pictures in them, where the handle is told which columns
     they are."""
     model, given = families.model(family), batch_of(family)
     visual = (given["input_ids"] == IMAGE) | (given["input_ids"] == families.VIDEO)
     want, ids, _ = compressed(family)
     embeds = model.get_input_embeddings()(given["input_ids"])
-    beside = {name: value for name, value in given.items() if name != "input_ids"}
+    others = {name: value for name, value in given.items() if name != "input_ids"}
     told = families.decoder_arguments(model, given)
     inside = {name: told[name] for name in ("inputs_embeds", "position_ids")}
     with libra.attach(model, LIBRA) as handle:
         if not family.startswith("Qwen"):  # which has other positions without ids
-            said = model.generate(inputs_embeds=embeds, **beside, max_new_tokens=STEPS, **SAID)
+            said = model.generate(inputs_embeds=embeds, **others, max_new_tokens=STEPS, **SAID)
             assert torch.equal(said, ids[:, -STEPS:])
-            torch.testing.assert_close(model(inputs_embeds=embeds, **beside).logits, want, **CLOSE)
+            torch.testing.assert_close(model(inputs_embeds=embeds, **others).logits, want, **CLOSE)
         counts = [list(visual.sum(1))] if handle.stats is None else handle.stats["visual_tokens"]
         handle.mark_visual_tokens(visual)
         if family != "Qwen3VLForConditionalGeneration":  # whose pictures come in deeper layers too

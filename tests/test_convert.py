@@ -321,7 +321,7 @@ def test_end_of_turn_ends_generation(tmp_path):
 def test_back_again_is_byte_identical(pair, tmp_path):
     convert(str(pair.folder), str(tmp_path / "back"))
     expected = files(pair.source)
-    if pair.name != "mini":  # its tower lies beside the checkpoint and moves into it
+    if pair.name != "mini":  # its tower lies next to the checkpoint and moves into it
         expected |= {
             f"vision_tower/{name}": data for name, data in files(pair.source.parent / "vision_tower").items()
         }

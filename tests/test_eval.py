@@ -440,7 +440,7 @@ def test_three_kills_lose_no_finished_sample_and_change_no_number(checkpoint, tm
     assert 0 < sum(map(len, kept.values())) < 4 * batches
     files = {path.name: path.read_bytes() for path in (output / "samples").glob("*.jsonl")}
     subprocess.run(command(checkpoint, output, data), cwd=REPOSITORY, check=True, capture_output=True)
-    for name, before in files.items():  # the log was only added to, behind its last whole line
+    for name, before in files.items():  # the log was only added to, after its last whole line
         assert (output / "samples" / name).read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     assert answers(output) == finished and len(finished) == 6
     for path in (whole / "cells").iterdir():

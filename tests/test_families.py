@@ -70,7 +70,7 @@ class Seam:
         return self.before[b][self.valid[b] & ~self.visual[b]]
 
     def text_after(self, b: int) -> torch.Tensor:
-        """Without the compensation token, which is the column behind the last visual one."""
+        """Without the compensation token, which is the column after the last visual one."""
         others = self.valid_after[b] & ~self.visual_after[b]
         if self.compensated[b]:
             others[self.visual_after[b].nonzero()[-1] + 1] = False
@@ -223,7 +223,7 @@ def test_pictures_in_any_order(family, pattern):
 
 
 @pytest.mark.parametrize(
-    "method", ["pyramiddrop", "mean of the instruction", "one layer", "behind the last layer"]
+    "method", ["pyramiddrop", "mean of the instruction", "one layer", "after the last layer"]
 )
 @every_decoder
 @torch.no_grad()
@@ -234,7 +234,7 @@ def test_further_choices(family, text, method):
         "pyramiddrop": dict(method="pyramiddrop", layers=LAYERS),
         "mean of the instruction": dict(method="libra", layers=LAYERS, tau=0.6, importance="mean"),
         "one layer": dict(method="fastv", layers=(2,), ratio=0.75),
-        "behind the last layer": dict(method="turbo", layers=(1, 5)),
+        "after the last layer": dict(method="turbo", layers=(1, 5)),
     }[method]
     model = families.model(family, text)
     if method == "pyramiddrop" and text == "own":
@@ -272,7 +272,7 @@ def test_deep_features_come_before_the_compression():
 
 @dataclass
 class Behaviour:
-    """What a model does with a batch: logits of a prefill and of two steps behind it, ids of greedy search
+    """What a model does with a batch: logits of a prefill and of two steps after it, ids of greedy search
     and of beams."""
 
     logits: list[torch.Tensor]
@@ -353,7 +353,7 @@ def test_ratio_zero_at_every_layer_changes_no_bit(family, text, side):
 @every_decoder
 @torch.no_grad()
 def test_the_loss_is_the_mean_over_the_rows_by_hand(family, text, side):
-    """Each picture is scored by the column before the first answer behind it."""
+    """Each picture is scored by the column before the first answer after it."""
     talks = talks_of(family, ["t2 v t3 i t2 a2", "t1 i t2 a2 t3 v t2 a3", "t6 a4"])
     scorers = []
     for t in talks:
@@ -449,7 +449,7 @@ def test_the_score_row_in_bfloat16(windows):
     model, twin = (families.own_model(family, "mistral", a, **sizes).bfloat16() for a in ("sdpa", "eager"))
     given = collate(family, talks_of(family))
     given["pixel_values"] = given["pixel_values"].bfloat16()
-    # Only the first layer: a near-tie may send the two implementations different ways behind it.
+    # Only the first layer: a near-tie may send the two implementations different ways after it.
     plain = twin(**given, output_attentions=True).attentions[LAYERS[0]]
     with tiny.watched() as steps, libra.attach(model, LIBRA):
         assert model(**given).logits.dtype == torch.bfloat16

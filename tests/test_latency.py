@@ -520,7 +520,7 @@ def test_rows_with_none_one_and_two_pictures():
 
     bench = Bench(random_model(SPEC, SPEC.layers, torch.float32), LIBRA, prompt)
     found = measure(bench, SPEC, pairs=1, steps=1, progress=False)
-    tokens = [[n, n, n // 2, n // 2, n // 4] for n in (0, 24, 48, 0)]  # behind layers 1 and 3 of 5
+    tokens = [[n, n, n // 2, n // 2, n // 4] for n in (0, 24, 48, 0)]  # after layers 1 and 3 of 5
     assert found["tokens_per_layer"]["measured"] == [list(layer) for layer in zip(*tokens)]
     rows = [[row[0]] * 5 for row in tokens], tokens
     whole, short = (sum(model_flops(SPEC, [8 + n for n in row]) for row in kind) for kind in rows)

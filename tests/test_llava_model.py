@@ -78,7 +78,7 @@ def test_logits_and_loss(model, data, case):
 
 @torch.no_grad()
 def test_hidden_states(model, data):
-    """The embeddings, what leaves layers 0 to 6, and what leaves the norm behind layer 7."""
+    """The embeddings, what leaves layers 0 to 6, and what leaves the norm after layer 7."""
     states = model(**prompt(data, "a"), output_hidden_states=True).hidden_states
     torch.testing.assert_close(torch.stack(states), data["a.hidden_states"], **CLOSE)
 

@@ -501,8 +501,8 @@ def test_methods_are_the_papers(method, select, merge):
 # -1) has 0 with target 0 and -1 with target 2.
 FOUR = [[1.0, 0.0], [4.0, 3.0], [0.0, 1.0], [0.0, -1.0]]
 FOUR_ALPHA = [0.4, 0.1, 0.4, 0.1]
-BESIDE_ONE = 1 / (1 + math.exp(1.2))  # weight of token 1 beside target 0
-BESIDE_TWO = 1 / (2 + math.exp(1.2))  # weight of tokens 1 and 3 beside target 0
+NEXT_TO_ONE = 1 / (1 + math.exp(1.2))  # weight of token 1 next to target 0
+NEXT_TO_TWO = 1 / (2 + math.exp(1.2))  # weight of tokens 1 and 3 next to target 0
 
 
 @pytest.mark.parametrize(
@@ -510,8 +510,8 @@ BESIDE_TWO = 1 / (2 + math.exp(1.2))  # weight of tokens 1 and 3 beside target 0
     [
         ("drop", [[1, 0], [0, 1]], [0, -1, 1, -1]),
         ("average", [[5 / 3, 2 / 3], [0, 1]], [0, 0, 1, 0]),
-        ("igm", [[1 + 3 * BESIDE_ONE, 3 * BESIDE_ONE], [0, 1], [0, -1]], [0, 0, 1, 2]),
-        ("igm-pos", [[1 + 2 * BESIDE_TWO, 2 * BESIDE_TWO], [0, 1]], [0, 0, 1, 0]),
+        ("igm", [[1 + 3 * NEXT_TO_ONE, 3 * NEXT_TO_ONE], [0, 1], [0, -1]], [0, 0, 1, 2]),
+        ("igm-pos", [[1 + 2 * NEXT_TO_TWO, 2 * NEXT_TO_TWO], [0, 1]], [0, 0, 1, 0]),
         ("igm-neg", [[1, 0], [0, 1], [2, 1]], [0, 2, 1, 2]),
     ],
 )

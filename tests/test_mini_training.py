@@ -282,7 +282,7 @@ def train(output: Path, *options: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_both_stages_run_are_killed_go_on_and_give_a_checkpoint(tmp_path):
-    """The settings of another run are refused; the checkpoint answers, and holds CLIP's two towers beside
+    """The settings of another run are refused; the checkpoint answers, and holds CLIP's two towers next to
     LLaVA's files."""
     short = ("--stage1-steps", "2", "--stage2-steps", "6", "--validate-every", "3", "--save-every", "1")
     first = train(tmp_path, *short)

@@ -331,7 +331,7 @@ def test_videomme(place, by_hand, measure, subtitled):
     lines = [
         ("00:00:00,000", "00:00:01,500", "the first digit"),
         ("00:00:02,000", "00:00:02,900", "not the last one"),
-        ("00:01:00,000", "00:01:02,000", "behind the end"),
+        ("00:01:00,000", "00:01:02,000", "after the end"),
     ]
     texts, frames = [], []
     for number, question in enumerate(ASKED[:4]):

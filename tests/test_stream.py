@@ -28,7 +28,7 @@ CHOICES = {
     "libra": dict(method="libra", layers=(1, 3), tau=TAU),
     "reserved": dict(method="libra", layers=(1, 3), tau=TAU, compensation="reserved"),
     "one layer": dict(method="libra", layers=(2,), ratio=0.8, tau=TAU),
-    "behind the last layer": dict(method="libra", layers=(0, 5), tau=TAU),
+    "after the last layer": dict(method="libra", layers=(0, 5), tau=TAU),
     "fastv": dict(method="fastv", layers=(1,), ratio=0.75),
     "turbo": dict(method="turbo", layers=(1, 2)),
     "random": dict(method="random", layers=(0, 3)),
@@ -65,7 +65,7 @@ def ragged() -> list[tiny.Row]:
 
 
 def by_hand(model, r: tiny.Row, answer=()) -> plain.Outcome:
-    """Row ``r`` with the ids of ``answer`` behind it, scored by its own last column."""
+    """Row ``r`` with the ids of ``answer`` after it, scored by its own last column."""
     embeds = torch.cat([r.embeds, model.get_input_embeddings()(torch.tensor(answer, dtype=torch.long))])
     prefills = [plain.Prefill.of(r.visual, len(r) - 1, model.compression)]
     return plain.decode(model.model, model.lm_head, embeds, model.compression, prefills)
@@ -461,7 +461,7 @@ def test_text_before_the_first_image_may_fill_the_cache_without_compression(mode
 
 
 def filled(model, c, padded=True) -> Chat:
-    """A chat of three rows behind its prefill; some rows have a compensation token and some do not."""
+    """A chat of three rows after its prefill; some rows have a compensation token and some do not."""
     model.set_compression(c)
     chat = Chat(model, padded)
     chat.turn(ragged()[:3] if padded else ragged()[:1])
@@ -579,7 +579,7 @@ TALKS = {
     "one answer": ("t3 v8 t3 a4", [13]),
     "several turns": ("t3 v8 t3 a2 t2 v6 t2 a3 t1 v7 t1 a2", [13, 25, 37]),
     "two images before an answer": ("v8 t2 v6 t2 a3", [17, 17]),
-    "an image behind the last answer": ("v8 t2 a3 v6 t2", [9, 20]),
+    "an image after the last answer": ("v8 t2 a3 v6 t2", [9, 20]),
     "plain template: no instruction": ("t1 v8 a5", [8]),
     "an answer before the image": ("t2 a3 v8 t2 a2", [14]),
     "nothing supervised": ("t2 v8 t4", [13]),

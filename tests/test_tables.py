@@ -515,7 +515,7 @@ def results(
 
 
 def cells_of(text: str, heading: str) -> list[list[str]]:
-    """The lines of the Markdown table behind a heading."""
+    """The lines of the Markdown table after a heading."""
     part = text[text.index(heading) :].split("\n\n")[1]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()]
 
@@ -746,7 +746,7 @@ def test_sim_of_a_run_is_the_one_computed_by_hand():
     model.set_row(Row.from_yaml(CONFIGS / "mini/table6/libra_r50.yaml"))
     model.generate_until(requests[:1])
     extra = model.records["t", 0]["cache_bytes"] // (2 * 128 * 4) - (12 * text + 2 * 256 + 10 * 128)
-    assert extra in (0, 10)  # a compensation token in the ten layers behind, or none
+    assert extra in (0, 10)  # a compensation token in the ten layers that follow, or none
 
 
 def test_figures_mark_what_exceeds_two_standard_errors():

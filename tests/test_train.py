@@ -284,7 +284,7 @@ def test_golden_loss_and_gradients_as_the_trainer_takes_them(data, tmp_path, che
 
 @pytest.mark.parametrize("importance", ["last", "mean"])
 def test_answers_do_not_change_which_tokens_stay(loaded, tokenizers, importance):
-    """Several images in several turns, each scored by the question before the first answer behind it."""
+    """Several images in several turns, each scored by the question before the first answer after it."""
     _, model, _, _ = loaded
     model.set_compression(
         Compression(method="libra", layers=(1, 3), ratio=0.5, tau=0.3, importance=importance)
@@ -300,7 +300,7 @@ def test_answers_do_not_change_which_tokens_stay(loaded, tokenizers, importance)
             for (_, question), answer in zip(asked, answers)
             for part in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
         ]
-        # Each answer can only be of influence on the images behind it.
+        # Each answer can only be of influence on the images after it.
         first = [{"image": ["image0.png"], "conversations": turns[:2]}]
         whole = [{"image": ["image0.png", "image1.png"], "conversations": [*turns[:1], turns[1], *turns[2:]]}]
         data = dataset(first + whole, tokenizers["sp320_legacyFalse"])

@@ -47,7 +47,7 @@ def _train(rank: int, port: str, said: str, flags: list[str], prepare: Callable[
 def started(
     output: Path, flags: list[str], prepare: Callable[[], None] | None = None
 ) -> Iterator[list[BaseProcess]]:
-    """Two processes that train with ``flags``; what they say goes to a file beside ``output``. Killed when
+    """Two processes that train with ``flags``; what they say goes to a file next to ``output``. Killed when
     left.
 
     ``prepare``, a function of a module, is called first in each of them.
