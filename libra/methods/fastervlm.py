@@ -1,4 +1,4 @@
-"""FasterVLM (arXiv 2412.01818): the tokens that the vision tower's [CLS] token attends to.
+"""FasterVLM (arXiv 2412.01818, whose later versions are VisPruner): what the tower's [CLS] token attends to.
 
 The score is the [CLS] row of the tower's second last layer, averaged over the heads; the T highest stay in
 their order, the rest is dropped. The projector has run on all tokens before.

@@ -1,5 +1,5 @@
-"""HiPrune (Hierarchical attention for visual token pruning, arXiv 2508.00553): anchors, their neighbours,
-registers.
+"""HiPrune (Training-Free Visual Token Pruning via Hierarchical Attention, Findings of ACL 2026): anchors,
+their neighbours, registers.
 
 Both scores are attention received in the vision tower (mean over heads and queries). Anchors are the round(T
 · α / 5) tokens, α = 0.1, with the highest score in a middle layer (9 of CLIP's 24, counted from 1); they stay
@@ -24,7 +24,7 @@ METHOD = Method(
     "hiprune",
     description="tokens that a middle layer of the vision tower attends to, their neighbours, and those"
     " of a deep layer",
-    section="HiPrune, arXiv 2508.00553",
+    section="HiPrune, Findings of ACL 2026",
     keys={"select": "hiprune", "merge": "drop"},
     places=(),
     place="input",

@@ -1,4 +1,4 @@
-"""MMTok (Multimodal Coverage Maximization for Efficient Inference of VLMs, 2025): tokens that cover the
+"""MMTok (Multimodal Coverage Maximization for Efficient Inference of VLMs, ICLR 2026): tokens that cover the
 question and the picture.
 
 Each token of the question spreads a weight over the visual tokens, the softmax of its cosines with their
@@ -22,7 +22,7 @@ ALPHA = 0.5  # weight of the picture's part
 METHOD = Method(
     "mmtok",
     description="the tokens that together cover the question and the rest of the picture best (greedy)",
-    section="MMTok, arXiv 2508.18264",
+    section="MMTok, ICLR 2026",
     keys={"select": "mmtok", "merge": "drop"},
     places=(),
     place="input",

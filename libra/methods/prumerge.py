@@ -1,5 +1,5 @@
-"""PruMerge (LLaVA-PruMerge, ICCV 2025): the tokens that stand out for the [CLS] token, with their neighbours
-added.
+"""PruMerge (LLaVA-PruMerge: Adaptive Token Reduction, ICCV 2025): the tokens that stand out for the [CLS]
+token, with their neighbours added.
 
 Attention and keys are those of the tower's layer that reads the features (CLIP's last one), taken as one head
 over the whole width. Of T tokens T - 1 are those with the highest [CLS] attention. To each the 32 other

@@ -1,4 +1,4 @@
-"""VScan (Rethinking Visual Token Reduction for Efficient Large Vision-Language Models, 2025): local and
+"""VScan (Rethinking Visual Token Reduction for Efficient Large Vision-Language Models, TMLR 2026): local and
 global tokens of two layers of the tower, and the rest averaged into them.
 
 Half of T are local: the picture is cut into 16 windows, and each gives as many of the tokens that a shallow
@@ -24,7 +24,7 @@ METHOD = Method(
     "vscan",
     description="tokens that a shallow layer of the vision tower attends to in each of 16 windows, those that"
     " a deep layer does, and the rest averaged into them",
-    section="VScan, arXiv 2505.22654",
+    section="VScan, TMLR 2026",
     keys={"select": "vscan", "merge": "average"},
     places=(),
     place="input",
