@@ -111,9 +111,10 @@ def _arena(prefix: str, *more: str) -> tuple[str, ...]:
     return tuple(f"{prefix}_{name}" for name in names)
 
 
-_LATE = (
-    "libra", "fastv", "turbo", "windowed_fastv", "random_layer", "dart", "pyramiddrop", "sparsevlm",
-    "sparsevlm_v2", "sparsevlm_list", "sparsevlm_v2_list", "vscan_two",
+_ONE_LAYER = ("libra", "fastv", "turbo", "windowed_fastv", "random_layer", "dart")
+_SEVERAL = (
+    "pyramiddrop", "sparsevlm", "sparsevlm_v2", "sparsevlm_list", "sparsevlm_v2_list", "vscan_two",
+    "libra_quarters", "pyramiddrop_quarters",
 )  # fmt: skip
 _EARLY = (
     "random", "pool", "downsample", "divprune", "cdpruner", "fastervlm", "vispruner", "hiprune", "holov",
@@ -121,11 +122,14 @@ _EARLY = (
 )  # fmt: skip
 
 
-def _field(cut: str, *more: str) -> dict[str, tuple[str, ...]]:
-    """Sections of one budget: after an early layer, and before the language model with each kind of
-    positions."""
+def _field(cut: str) -> dict[str, tuple[str, ...]]:
+    """Sections of one budget: after an early layer, in several steps, and before the language model with each
+    kind of positions."""
     share = {"c33": "1/3", "c22": "2/9", "c11": "1/9", "c06": "1/18"}[cut]
-    sections = {f"{share}, between decoder layers": tuple(f"{cut}_{name}" for name in (*_LATE, *more))}
+    sections = {
+        f"{share}, after one early layer": tuple(f"{cut}_{name}" for name in _ONE_LAYER),
+        f"{share}, in several steps": tuple(f"{cut}_{name}" for name in _SEVERAL),
+    }
     for positions in ("original", "compact"):
         names = tuple(f"{cut}_{name}_{positions}" for name in _EARLY)
         sections[f"{share}, before the language model, {positions} positions"] = names
@@ -134,7 +138,7 @@ def _field(cut: str, *more: str) -> dict[str, tuple[str, ...]]:
 
 _FIELD = {
     "": ("vanilla", BLIND),
-    **_field("c33", "libra_quarters", "pyramiddrop_quarters"),
+    **_field("c33"),
     **_field("c22"),
     **_field("c11"),
     **_field("c06"),

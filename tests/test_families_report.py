@@ -71,6 +71,7 @@ def test_families_by_kind_of_question():
         "vanilla": answers(),
         "c33_fastv": answers(0, 1),
         "c33_pyramiddrop": answers(1, 2, 3),
+        "c33_sparsevlm": answers(0, 1),
         "c33_libra": answers(5),
         "c33_divprune_original": answers(*range(8)),
     }
@@ -83,13 +84,17 @@ def test_families_by_kind_of_question():
         else:
             lines[heading, line[0]] = line[1:]
     assert grid.header[1:] == list(FIELD.kinds)
-    both = np.mean([rows["c33_fastv"], rows["c33_pyramiddrop"]], axis=0).tolist()
+    both = np.mean([rows["c33_pyramiddrop"], rows["c33_sparsevlm"]], axis=0).tolist()
     each = paired_difference(both, rows["vanilla"])
-    shown = lines["1/3, between decoder layers", "attention (2)"]
+    # By hand: of 40 questions the two rows together lose one, and three by half: -2.5 of 40; the sum of
+    # squares is 1.75, so the variance (1.75 - 40 * 0.0625²) / 39.
+    assert each.value == -6.25 and each.stderr == pytest.approx(100 * (1.59375 / 39 / 40) ** 0.5)
+    shown = lines["1/3, in several steps", "attention (2)"]
     for text, tasks in zip(shown, FIELD.kinds.values()):
         error = each.stderr / len(tasks) ** 0.5
         assert text.startswith(f"{each.value:.1f} ± {error:.1f}")
-    assert ("1/3, between decoder layers", "intervals and merging (1)") in lines
+    assert ("1/3, after one early layer", "intervals and merging (1)") in lines
+    assert ("1/3, after one early layer", "attention (1)") in lines
     assert lines["1/3, before the language model, original positions", "diversity (1)"][0].startswith("-20.0")
     assert blocks.FAMILIES in report.mini_block(found, [])
 
