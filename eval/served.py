@@ -138,6 +138,12 @@ def body(server: Server, row: Row) -> dict:
     )
 
 
+def extra(server: Server, row: Row) -> dict:
+    """All that a request adds: :func:`body`, and to vLLM's the tokenizer's first token, which LLaVA's chat
+    templates leave to the tokenizer and vLLM leaves out. Raises ValueError as :func:`body`."""
+    return {**({"add_special_tokens": True} if server.engine == VLLM else {}), **body(server, row)}
+
+
 def _ratio(row: Row) -> float | None:
     """The share of a picture's tokens that the row removes; None where it does not say one for all
     pictures."""
@@ -251,7 +257,7 @@ class ServedHarness(Harness):
             if now != server:
                 raise Refusal(f"{self.url} came back as {_words(now)}; it was {_words(server)}")
 
-        asking = Asking(client.chat.completions, body(server, row), server.url, check)
+        asking = Asking(client.chat.completions, extra(server, row), server.url, check)
         return SimpleNamespace(chat=SimpleNamespace(completions=asking))
 
 

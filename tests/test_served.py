@@ -123,6 +123,8 @@ def test_what_a_request_adds_for_a_row():
     assert served.body(theirs, row(more)) == {"mm_processor_kwargs": {"libra_ratio": 0.75}}
     counted = Compression(method="divprune", keep=57)  # of 256
     assert served.body(theirs, row(counted)) == {"mm_processor_kwargs": {"libra_ratio": 1 - 57 / 256}}
+    assert served.extra(theirs, row(DIVPRUNE)) == {"add_special_tokens": True}
+    assert served.extra(ours, row(DIVPRUNE)) == {"compression": DIVPRUNE.to_dict()}
     plain = served.Server("u", "vLLM", "1", "big", {})
     assert served.body(plain, row(Compression(method="vanilla"))) == {}
     for server, c in (
