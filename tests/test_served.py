@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -13,13 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from vllm_server import VllmServer
 
 import libra
 from eval import served
 from eval.suites import get_table
 from libra import Compression
 from libra.lmms.samples import SampleLog
-from libra.rows import Row
+from libra.rows import EMBEDDED, Row
+from llava.convert import convert
 
 ROOT = Path(__file__).parents[1]
 DIVPRUNE = Compression(method="divprune", ratio=0.5)
@@ -249,59 +250,81 @@ def test_a_server_that_does_something_else_is_not_believed(asking):
 # --- a table ---
 
 
-def start(folder: Path, port: int = 0) -> tuple[subprocess.Popen, int]:
-    command = [sys.executable, "-m", "libra.serve", "--port", str(port), "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with open(folder / "server.log", "a") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-    line = process.stdout.readline()
-    assert "/v1" in line, line + (folder / "server.log").read_text()
-    return process, int(line.split("/v1")[0].rsplit(":", 1)[1])
+class OurServer:
+    """libra.serve, as :class:`vllm_server.VllmServer`: it can be killed and started again."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.port = folder, 0
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "libra.serve", "--port", str(self.port), "--device", "cpu"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with open(self.folder / "server.log", "a") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+
+    def wait(self) -> None:
+        line = self.process.stdout.readline()
+        assert "/v1" in line, line + (self.folder / "server.log").read_text()
+        self.url, _, _ = line[line.index("http") :].partition("/v1")
+        self.port = int(self.url.rsplit(":", 1)[1])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def two_servers(kind: str, folder: Path) -> list:
+    if kind == "libra.serve":
+        return [OurServer(folder) for _ in range(2)]
+    if not (ROOT / ".venv-vllm").exists():
+        pytest.skip("vLLM has an environment of its own: bash scripts/test_vllm.sh makes it")
+    convert(str(EMBEDDED), str(folder / "mini"))
+    return [VllmServer(folder, folder / "mini", "mini/field/c33_divprune_original") for _ in range(2)]
 
 
 @pytest.mark.slow
-def test_a_table_of_two_servers_one_killed_and_restarted_is_the_pools(tmp_path):
-    rows = [
-        "--table",
-        "1",
-        "--rows",
-        "vanilla,r50,fastv,blind",
-        "--tasks",
-        "reading,position",
-        "--limit",
-        "24",
-    ]
-    run = [sys.executable, "-m", "eval.run", *rows, "--benchmark", str(tmp_path / "benchmark")]
+@pytest.mark.parametrize(
+    ("kind", "table", "rows"),
+    [
+        ("libra.serve", "1", "vanilla,r50,fastv,blind"),
+        ("vLLM", "field", "vanilla,c33_divprune_original,c22_divprune_original"),
+    ],
+)
+def test_a_table_of_two_servers_one_killed_and_restarted_is_the_pools(kind, table, rows, tmp_path):
+    servers = two_servers(kind, tmp_path)
+    asked = ["--table", table, "--rows", rows, "--tasks", "reading,position", "--limit", "24"]
+    run = [sys.executable, "-m", "eval.run", *asked, "--benchmark", str(tmp_path / "benchmark")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pool = tmp_path / "pool"
+    pool, output = tmp_path / "pool", tmp_path / "apart" / "served"
     subprocess.run([*run, "--processes", "1", "--output", str(pool)], check=True, cwd=ROOT, env=environment)
-    servers = [start(tmp_path) for _ in range(2)]
     try:
-        output = tmp_path / "apart" / "served"
-        urls = ",".join(f"http://127.0.0.1:{port}" for _, port in servers)
-        table = subprocess.Popen(
-            [*run, "--server", urls, "--batch-size", "4", "--output", str(output)], cwd=ROOT, env=environment
-        )
-        victim, port = servers[0]
-        while not list((output / "samples").glob("*.jsonl")) and table.poll() is None:
+        for server in servers:
+            server.start()
+        for server in servers:
+            server.wait()
+        own = ["--server", ",".join(server.url for server in servers), "--batch-size", "4"]
+        filling = subprocess.Popen([*run, *own, "--output", str(output)], cwd=ROOT, env=environment)
+        while not list((output / "samples").glob("*.jsonl")) and filling.poll() is None:
             time.sleep(0.2)
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
+        servers[0].kill()
         time.sleep(3)
-        servers[0] = start(tmp_path, port)
-        assert table.wait() == 0
+        servers[0].start()
+        servers[0].wait()
+        assert filling.wait() == 0
     finally:
-        for process, _ in servers:
-            process.kill()
-            process.wait()
+        for server in servers:
+            if hasattr(server, "process"):
+                server.kill()
     names = sorted(path.name for path in (pool / "cells").glob("*.json"))
-    assert len(names) == 8 == len(list((output / "cells").glob("*.json")))
+    assert len(names) == 2 * len(rows.split(",")) == len(list((output / "cells").glob("*.json")))
     for name in names:
         own, other = (json.loads((folder / "cells" / name).read_text()) for folder in (output, pool))
         for key in ("score", "stderr", "n", "correct", "groups", "tokens_per_layer"):
             assert own[key] == other[key], (name, key)
-        assert own["server"]["engine"] == "libra.serve" and own["server"]["version"] == libra.__version__
-        assert own["server"]["compression"] and own["config_hash"] != other["config_hash"]
-    assert "answered by servers: libra.serve" in (output / "table1.md").read_text()
+        assert own["server"]["engine"] == kind and libra.__version__ in own["server"]["version"]
+        assert own["config_hash"] != other["config_hash"]
+        asked_for = own["server"]["compression"]  # nothing where the server's own row is the cell's
+        assert asked_for or kind == "vLLM" and "c33" in name
+    assert f"answered by servers: {kind}" in (output / f"table{table}.md").read_text()
