@@ -69,7 +69,11 @@ class ClipRelevance:
             config = AutoConfig.from_pretrained(name)
             if config.model_type != "clip":
                 raise ValueError(f"it is of type {config.model_type!r}")
-            clip, info = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+            clip: CLIPModel
+            info: dict
+            clip, info = CLIPModel.from_pretrained(  # type: ignore[misc]  # two with output_loading_info
+                name, dtype=torch.float32, output_loading_info=True
+            )
             if info["missing_keys"]:
                 raise ValueError(f"{sorted(info['missing_keys'])[0]} is missing")
             read = AutoTokenizer.from_pretrained(name)
@@ -114,7 +118,7 @@ class ClipRelevance:
         """(B, N) float32, from features (B, N, C) of the tower and the B rows' prompts: the mean cosine of a
         token's embedding with those of the question's segments."""
         if self.clip.device != features.device:
-            self.clip.to(features.device)
+            self.clip.to(features.device)  # type: ignore[arg-type]  # transformers wraps torch's
         with torch.autocast(features.device.type, enabled=False):
             seen = self.clip.visual_projection(self.clip.vision_model.post_layernorm(features.float()))
             found = []

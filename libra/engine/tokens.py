@@ -216,7 +216,7 @@ class VisualTokens:
         for kind in {step.part.importance for step in self.schedule if step.part.importance in RATED}:
             asked = Queries.of(self.columns, kind, self._device)
             if asked.weights is not None:
-                text = take(embeds, asked.columns)
+                text = take(embeds, asked.columns)  # type: ignore[arg-type]  # a range has no weights
                 weights = raters(embeds.detach(), text.detach(), self.spans > 0, asked.weights > 0)
                 self._rated[kind] = weights
 
@@ -227,7 +227,7 @@ class VisualTokens:
             return None
         asked = self.queries
         rates = asked.columns >= 0 if asked.weights is None else (asked.weights > 0).any(1)
-        return partial(of_strongest_heads, rates=rates, visual=self.spans > 0)
+        return partial(of_strongest_heads, rates=rates, visual=self.spans > 0)  # type: ignore[arg-type]
 
     @property
     def step(self) -> Step:

@@ -203,5 +203,6 @@ class _OnHost:
     @classmethod
     def of(cls, step: Compressed) -> "_OnHost":
         similarity = None if step.similarity is None else step.similarity.cpu()
-        kept = step.targets, step.groups, step.token_weights, step.importance
-        return cls(step.layout, *(value.cpu() for value in kept), similarity=similarity)
+        targets, groups = step.targets.cpu(), step.groups.cpu()
+        weights, importance = step.token_weights.cpu(), step.importance.cpu()
+        return cls(step.layout, targets, groups, weights, importance, similarity)

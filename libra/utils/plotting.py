@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .files import write_bytes
 
@@ -20,7 +20,7 @@ COLOURS = (
 MARKERS = "oDsP^vX*<>hp"
 HEAT = "inferno"  # a colour map from low to high
 # In points (1/72 inch): from one line of text to the next, a letter, and between a point and its name.
-LINE, LETTER, BESIDE = 11.0, 4.8, 9.0
+LINE, LETTER, SPACING = 11.0, 4.8, 9.0
 
 
 def figure_class():
@@ -60,29 +60,30 @@ def label(axes: "Axes", points: Sequence[Point]) -> None:
 
     The limits of the axes have to be set before.
     """
-    axes.figure.draw_without_rendering()  # the places of the axes follow from all other labels
-    scale = 72 / axes.figure.dpi
+    figure: Any = axes.figure  # a subfigure for matplotlib's types
+    figure.draw_without_rendering()  # the places of the axes follow from all other labels
+    scale = 72 / figure.dpi
     left, right = (x * scale for x in axes.transAxes.transform([(0, 0), (1, 1)])[:, 0])
     where = [axes.transData.transform((point.x, point.y)) * scale for point in points]
-    taken = [(x - BESIDE / 2, x + BESIDE / 2, y) for x, y in where]
+    taken = [(x - SPACING / 2, x + SPACING / 2, y) for x, y in where]
     for point, (x, y) in sorted(zip(points, where), key=lambda pair: pair[0].y):
         width = LETTER * len(point.name)
 
         def badness(place: tuple[int, float], x=x, y=y, width=width) -> float:
             """How many points and names a place covers, then how far away and how unusual it is."""
             side, rise = place
-            start, end = sorted((x + side * BESIDE, x + side * (BESIDE + width)))
+            start, end = sorted((x + side * SPACING, x + side * (SPACING + width)))
             hit = sum(start < b and a < end and abs(y + rise - height) < LINE for a, b, height in taken)
             return 100 * (hit + (start < left) + (end > right)) + abs(rise) + (side < 0) + 0.5 * (rise < 0)
 
         steps = [LINE * step for step in range(-6, 7)]
         side, rise = min(((side, step) for side in (1, -1) for step in steps), key=badness)
-        start, end = sorted((x + side * BESIDE, x + side * (BESIDE + width)))
+        start, end = sorted((x + side * SPACING, x + side * (SPACING + width)))
         taken.append((start, end, y + rise))
         axes.annotate(
             point.name,
             (point.x, point.y),
-            xytext=(side * BESIDE, rise),
+            xytext=(side * SPACING, rise),
             textcoords="offset points",
             ha="left" if side > 0 else "right",
             va="center",
