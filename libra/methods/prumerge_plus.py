@@ -2,8 +2,9 @@
 
 Outliers are the tokens whose [CLS] attention is above the third quartile by more than 1.5 times the distance
 of the quartiles. The released code adds every s-th token that is none of them, s a third of one over the
-outliers' share, so that the picture decides how many are kept, about a quarter. Neighbours are added to all
-of them, and one sum of the rest comes last, as in :mod:`libra.methods.prumerge`.
+outliers' share, so that the picture decides how many are kept, about a quarter; where more than a sixth are
+outliers, s is 1 and all stay. Neighbours are added to all of them, and one sum of the rest comes last, as in
+:mod:`libra.methods.prumerge`.
 """
 
 from typing import TYPE_CHECKING
