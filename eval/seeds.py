@@ -26,7 +26,8 @@ SEED_COLUMNS = ("row", "task", "seed", "score", "stderr", "n", "difference", "di
 
 @dataclass(frozen=True)
 class Seed:
-    """What one training answered; ``name``: of its results folder, without the table's."""
+    """What one training answered; ``name``: of its results folder, without the table's, or "shipped" for the
+    table's own folder and the repository's checkpoint."""
 
     name: str
     measured: Measured
@@ -48,7 +49,8 @@ def read_seed(table: Table, output: Path) -> Seed:
     majority = {f"mini_{kind}": 100 * entry["majority_share"] for kind, entry in benchmark["types"].items()}
     measured = Measured(table, "mini", cells, majority, SuiteRows(table, "mini"))
     name = output.resolve().name
-    return Seed(name.removeprefix(f"{table.stem}_") or name, measured, benchmark)
+    own = name == table.stem and measured.other is None
+    return Seed("shipped" if own else name.removeprefix(f"{table.stem}_") or name, measured, benchmark)
 
 
 def check_comparable(seeds: Sequence[Seed]) -> None:

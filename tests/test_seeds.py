@@ -126,7 +126,7 @@ def test_the_command_writes_and_publishes(tmp_path, capsys, monkeypatch):
     assert "- seed1: another training, sha256 x; 6 cells" in text and str(tmp_path) not in text
     with open(home / "table1_seeds.csv", encoding="utf-8", newline="") as file:
         lines = {(line["row"], line["task"], line["seed"]): line for line in csv.DictReader(file)}
-    assert lines["r50", "avg", "table1"]["difference"] == "-20.0000"
+    assert lines["r50", "avg", "shipped"]["difference"] == "-20.0000"
     assert lines["r50", "avg", "mean"]["difference"] == "-15.0000"
     assert float(lines["r50", "mini_find", "spread"]["score"]) == pytest.approx(10 / sqrt(2), abs=1e-4)
     assert lines["blind", "avg", "mean"]["difference"] == ""
@@ -166,5 +166,5 @@ def test_three_seeds_have_a_deviation(tmp_path):
         for name, percent in (("table1", 70), ("table1_s1", 80), ("table1_s2", 84))
     ]
     text = write_seeds(TABLE, folders)
-    assert "| Avg, table1 | Avg, s1 | Avg, s2 | Avg, mean | over seeds |" in text
+    assert "| Avg, shipped | Avg, s1 | Avg, s2 | Avg, mean | over seeds |" in text
     assert f"| {np.std([70, 80, 84], ddof=1):.1f} |" in text and "trained 3 times" in text
