@@ -86,20 +86,32 @@ class Matches:
         return ops.take(self.hidden, self.order)
 
     @once
+    def precise(self) -> "torch.Tensor":
+        """:attr:`ordered` as the torch definitions compute with it, at least float32; kernels convert what
+        they read."""
+        import torch
+
+        from .ops.dispatch import runs_kernels
+
+        whole = runs_kernels(self.hidden) or self.hidden.dtype == torch.float64
+        return self.ordered if whole else self.ordered.float()
+
+    @once
     def closest(self) -> tuple["torch.Tensor", "torch.Tensor"]:
         """:attr:`nearest` of only the :attr:`rest`, both (B, R)."""
         from .ops.dispatch import runs_kernels
 
         spans, tokens, targets = self.layout, self.ordered.detach(), self.layout.targets
-        lengths = None
+        lengths = floats = None
         if not runs_kernels(tokens):  # they measure what they read
-            tokens = tokens.float()
-            measured = ops.lengths_of(tokens)
+            precise = self.precise.detach()
+            floats, measured = (precise[:, targets:], precise[:, :targets]), ops.lengths_of(precise)
             lengths = measured[:, targets:], measured[:, :targets]
         pair = None
         if not spans.one_span or min(spans.target_counts) != spans.targets:
             pair = spans.span.gather(1, self.rest), spans.target_span
-        return ops.most_similar(tokens[:, targets:], tokens[:, :targets], pair, lengths=lengths)
+        others = tokens[:, :targets]
+        return ops.most_similar(tokens[:, targets:], others, pair, lengths=lengths, floats=floats)
 
     @property
     def lowest(self) -> "torch.Tensor":

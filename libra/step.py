@@ -214,7 +214,7 @@ def _merged_rest(matches: Matches, said: OfRest, c: Compression):
             has_one = (slot == matches.compensation).any(1) if missing is not None else apart.any(1)
     slots, whole = spans.targets + (has_one is not None), spans.uniform
     weights = ops.group_softmax(pull, slot, slots, whole)
-    tokens = ops.merge_groups(matches.ordered, slot, weights, slots, whole)
+    tokens = ops.merge_groups(matches.precise, slot, weights, slots, whole).to(matches.hidden.dtype)
     similarity = vars(matches).get("closest", (None,))[0]  # a cached property: there if it was used
     return tokens, Fates(spans, slot, weights, matches.order, similarity), has_one
 

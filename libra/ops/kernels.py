@@ -301,6 +301,7 @@ def most_similar(
     spans: tuple[torch.Tensor, torch.Tensor] | None = None,
     itself: bool = True,
     lengths: tuple[torch.Tensor, torch.Tensor] | None = None,
+    floats: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch where the tokens fill the GPU; otherwise the others are split, and a second, small one joins
     the parts."""

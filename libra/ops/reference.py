@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .spans import Spans
 
 PIECE = 1 << 24  # similarities held at a time: 64 MB
-HASHED = 1 << 21  # numbers that are hashed at a time: 16 MB
+HASHED = 1 << 21  # words that are hashed at a time: 16 MB
 TABLES = 4  # times as many places as tokens may a table of intervals have
 
 
@@ -97,6 +97,7 @@ def most_similar(
     spans: tuple[torch.Tensor, torch.Tensor] | None = None,
     itself: bool = True,
     lengths: tuple[torch.Tensor, torch.Tensor] | None = None,
+    floats: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each token's highest cosine similarity to one of the others, and which one: the first of equal vectors
     (eq. 5).
@@ -109,27 +110,27 @@ def most_similar(
         itself: False where both are the same tokens and none is to be compared with itself; among equals any
             may be returned then.
         lengths: (B, Q) and (B, K), what :func:`lengths_of` gives for them; None: not known yet.
+        floats: tokens and others in float32, where the caller has them already.
 
     Returns:
         the similarities (B, Q) float32 in [-1, 1], -inf where a token has nothing to be compared with, and
         the places (B, Q).
     """
     batch, count, _ = tokens.shape
-    # Adding 0 removes the sign of zeros, so that equal vectors have equal bits.
     if lengths is None:
         lengths = lengths_of(tokens), lengths_of(others)
-    directions = (others.float() / lengths[1][..., None]).add_(0.0)
+    tokens, columns = (tokens, others) if floats is None else floats
+    columns = columns.float().transpose(1, 2)
     step = max(1, PIECE // max(1, batch * others.shape[1]))
     found = []
     for start in range(0, count, step):
-        piece = tokens[:, start : start + step].float()
-        scores = piece @ directions.transpose(1, 2)  # (B, q, K)
+        # A token's own length does not change which of the others is most similar to it: it comes last.
+        scores = (tokens[:, start : start + step].float() @ columns).div_(lengths[1][:, None])  # (B, q, K)
         if spans is not None:
             scores.masked_fill_(spans[0][:, start : start + step, None] != spans[1][:, None], -torch.inf)
         if not itself:
             scores.diagonal(start, 1, 2).fill_(-torch.inf)
         best, place = scores.max(-1)
-        # A token's own length does not change which of the others is most similar to it: divide by it here.
         found.append((best / lengths[0][:, start : start + step], place))
     if not found:
         return others.new_empty(batch, 0, dtype=torch.float32), others.new_empty(batch, 0, dtype=torch.long)
@@ -137,9 +138,9 @@ def most_similar(
     if spans is None and itself:
         best = best.clamp(-1, 1)  # rounding makes cosines like 1.0000002
     else:
-        best = best.where(best.isinf(), best.clamp(-1, 1))
+        best = best.where(best < -2, best.clamp(-1, 1))  # -inf stays
     if itself:  # a matrix product does not round every column alike, so equal ones may differ in the last bit
-        place = first_equal(directions, None if spans is None else spans[1]).gather(1, place)
+        place = first_equal(others, None if spans is None else spans[1]).gather(1, place)
     return best, place
 
 
@@ -149,21 +150,24 @@ def lengths_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def first_equal(rows: torch.Tensor, spans: torch.Tensor | None = None) -> torch.Tensor:
-    """(B, K): for each vector of ``rows`` (B, K, D), float32, the first one of its span (B, K) that equals
-    it.
+    """(B, K): for each vector of ``rows`` (B, K, D) the first one of its span (B, K) that equals it.
 
     Rows are compared by a 64-bit hash of their bits, added up in whole numbers: exact in any order, on any
-    device. Each number is multiplied by an odd one that its place gives, modulo 2^64; two places never get
-    numbers that are alike in more than the last few bits.
+    device. Their numbers are read as words of up to eight bytes. Each word is multiplied by an odd number
+    that its place gives, modulo 2^64; two places never get numbers that are alike in more than the last few
+    bits. A product says least of the upper half of its word, so that is folded into the lower one before.
     """
     batch, _, width = rows.shape
-    bits = rows.contiguous().view(torch.int32)
-    factors = torch.arange(1, 2 * width, 2, device=rows.device) ** 13
-    parts = bits.split(max(1, HASHED // max(1, batch * width)), dim=1)
-    digests = [(part * factors).sum(-1) for part in parts]
+    whole = (rows + 0.0).contiguous()  # which removes the sign of zeros: equal vectors have equal bits
+    size = width * whole.element_size()
+    word = next(kind for kind in (torch.int64, torch.int32, torch.int16) if size % kind.itemsize == 0)
+    bits = whole.view(word).long()
+    factors = torch.arange(1, 2 * bits.shape[2], 2, device=rows.device) ** 13
+    parts = bits.split(max(1, HASHED // max(1, batch * len(factors))), dim=1)
+    digests = [((part ^ (part >> 32)) * factors).sum(-1) for part in parts]
     digest = digests[0] if len(digests) == 1 else torch.cat(digests, 1)
     if spans is not None:
-        digest = digest + spans * 0x1E3779B97F4A7C15
+        digest = digest.add(spans, alpha=0x1E3779B97F4A7C15)
     ordered, order = digest.sort(dim=1, stable=True)
     return order.gather(1, torch.searchsorted(ordered, digest))
 
@@ -281,6 +285,7 @@ def merge_groups(
     precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     room = slots + (not whole)
     index = flat_rows(slot if whole else slot.masked_fill(slot == NOWHERE, slots), room)
-    parts = (hidden * weights[..., None]).to(precise).flatten(0, 1)
+    # Converted first: torch multiplies numbers of two kinds more slowly.
+    parts = (hidden.to(precise) * weights[..., None]).flatten(0, 1)
     merged = hidden.new_zeros((batch * room, width), dtype=precise).index_add_(0, index, parts)
     return merged.view(batch, room, width)[:, :slots].to(hidden.dtype)
