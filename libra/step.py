@@ -182,9 +182,7 @@ def compress_spans(
 def _dropped(matches: Matches):
     """The targets as they are."""
     spans, targets = matches.layout, matches.targets
-    own = spans.target_index.expand(targets.shape)
-    if not spans.uniform:
-        own = own.masked_fill(spans.target_missing, NOWHERE)
+    own = spans.target_slots
     fates = Fates(spans, own, own.new_ones(own.shape, dtype=torch.float32), targets)
     return ops.take(matches.hidden, targets), fates, None
 
@@ -192,18 +190,15 @@ def _dropped(matches: Matches):
 def _merged_rest(matches: Matches, said: OfRest, c: Compression):
     """What a merger said of the tokens that are no targets, done to all in their order."""
     spans = matches.layout
-    rows, rest = len(spans.spans), max(spans.rest_counts)
-    own = spans.target_index.expand(rows, -1)
+    own, rest = spans.target_slots, max(spans.rest_counts)
     slot, apart = said.slot, said.apart
     if slot is None:
-        slot = own.new_full((rows, rest), matches.compensation)
+        slot = own.new_full((len(own), rest), matches.compensation)
     elif apart is not None:
         slot = slot.masked_fill(apart, matches.compensation)
     missing = spans.rest_missing
     if missing is not None:
         slot = slot.masked_fill(missing, NOWHERE)
-    if len(set(spans.target_counts)) > 1:
-        own = own.masked_fill(spans.target_missing, NOWHERE)
     slot = torch.cat([own, slot], 1)
     pull = matches.pull.gather(1, matches.order) if said.pulls else slot.new_zeros(slot.shape).float()
     has_one: torch.Tensor | list[bool] | None = None

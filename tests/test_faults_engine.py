@@ -27,7 +27,7 @@ from libra.flops import report
 from libra.merge import MERGERS
 from libra.methods import METHODS
 from libra.ops import kernels
-from libra.ops.reference import most_similar
+from libra.ops.reference import first_equal, most_similar
 from libra.rows import Row
 from libra.select import SELECTORS, top_of_span
 from llava.constants import IMAGE_TOKEN_INDEX
@@ -377,6 +377,26 @@ def test_b15_the_first_of_equal_targets_wins_in_every_batch(search):
             for rows in (1, 3):
                 batch = search(tokens.repeat(rows, 1, 1), twins.repeat(rows, 1, 1))[1]
                 assert (batch == first).all(), (width, count, first, last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [64, 33])
+def test_b15_vectors_that_differ_in_a_part_of_a_word_are_not_equal(dtype, width):
+    """Every fourth number is one of few; the hash reads up to four numbers as one word."""
+    draw = torch.Generator().manual_seed(0)
+    for part in range(4):
+        rows = torch.zeros(2, 700, width, dtype=dtype)
+        some = rows[..., part::4]
+        some.copy_(torch.randint(0, 3, some.shape, generator=draw) - 1)
+        rows[:, 500:520] = -rows[:, :20]
+        rows[:, 600:] = rows[:, 100:200]
+        rows[rows == 0] *= -1
+        numbers = rows.float()
+        equal = torch.cdist(numbers, numbers, 1) == 0
+        assert first_equal(rows).equal(equal.int().argmax(2)), part
+    spans = torch.arange(700).div(200, rounding_mode="floor").expand(2, -1)
+    equal &= spans[:, :, None] == spans[:, None]
+    assert first_equal(rows, spans).equal(equal.int().argmax(2))
 
 
 def test_b15_ties_of_information_do_not_depend_on_the_batch():

@@ -284,7 +284,7 @@ def merge_groups(
     batch, _, width = hidden.shape
     precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     room = slots + (not whole)
-    index = flat_rows(slot if whole else slot.masked_fill(slot == NOWHERE, slots), room)
+    index = flat_rows(slot if whole else slot.remainder(room), room)  # NOWHERE, -1, is the last one
     # Converted first: torch multiplies numbers of two kinds more slowly.
     parts = (hidden.to(precise) * weights[..., None]).flatten(0, 1)
     merged = hidden.new_zeros((batch * room, width), dtype=precise).index_add_(0, index, parts)

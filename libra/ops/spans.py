@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..utils.once import once
+from . import NOWHERE
 from .reference import on_device, ordinals, tables_on_device, take
 
 __all__ = ["Spans", "on_device"]
@@ -125,11 +126,6 @@ class Spans:
         return self._filled(self.lengths, False)
 
     @once
-    def target_missing(self) -> torch.Tensor:
-        """(B, T) bool: where there is no target."""
-        return self._filled(self.target_counts, False)
-
-    @once
     def target_valid(self) -> torch.Tensor:
         """(B, T) bool."""
         return self._filled(self.target_counts)
@@ -174,6 +170,13 @@ class Spans:
         """(1, T): 0 … T-1."""
         return self.index[:, : self.targets]
 
+    @property
+    def target_slots(self) -> torch.Tensor:
+        """(B, T): 0 … T-1, :data:`NOWHERE` where there is no target."""
+        if len(set(self.target_counts)) == 1:
+            return self.target_index.expand(len(self.spans), -1)
+        return self._tables[3]
+
     @once
     def span(self) -> torch.Tensor:
         """(B, N): the number of a token's span in its row; padding gets the number after the last."""
@@ -186,8 +189,8 @@ class Spans:
 
     @once
     def _tables(self) -> list[torch.Tensor]:
-        """:attr:`span`, :attr:`target_span` and the places of :meth:`arranged`, copied together; a row stands
-        for all where they are uniform."""
+        """:attr:`span`, :attr:`target_span`, the places of :meth:`arranged` and :attr:`target_slots`, copied
+        together; a row stands for all where they are uniform."""
         rows = 1 if self.uniform else len(self.spans)
         last, rest = self.tokens - 1, max(self.rest_counts, default=0)
         plan = [
@@ -195,7 +198,9 @@ class Spans:
             for kept in self.target_counts[:rows]
         ]
         spans = _numbered(self.spans[:rows], self.tokens, max(map(len, self.spans), default=0))
-        return tables_on_device([spans, _numbered(self.keeps[:rows], self.targets, -1), plan], self.device)
+        targets = _numbered(self.keeps[:rows], self.targets, -1)
+        slots = [[*range(kept), *[NOWHERE] * (self.targets - kept)] for kept in self.target_counts[:rows]]
+        return tables_on_device([spans, targets, plan, slots], self.device)
 
     @once
     def _of_token(self) -> tuple[torch.Tensor, ...]:
