@@ -164,12 +164,18 @@ def first_equal(rows: torch.Tensor, spans: torch.Tensor | None = None) -> torch.
     bits = whole.view(word).long()
     factors = torch.arange(1, 2 * bits.shape[2], 2, device=rows.device) ** 13
     parts = bits.split(max(1, HASHED // max(1, batch * len(factors))), dim=1)
-    digests = [((part ^ (part >> 32)) * factors).sum(-1) for part in parts]
+    digests = [((part ^ _upper(part)) * factors).sum(-1) for part in parts]
     digest = digests[0] if len(digests) == 1 else torch.cat(digests, 1)
     if spans is not None:
         digest = digest.add(spans, alpha=0x1E3779B97F4A7C15)
     ordered, order = digest.sort(dim=1, stable=True)
     return order.gather(1, torch.searchsorted(ordered, digest))
+
+
+def _upper(words: torch.Tensor) -> torch.Tensor:
+    """The upper halves of 64-bit words, of which the processors that torch runs on store the lower one
+    first; a view."""
+    return words.view(torch.int32)[..., 1::2]
 
 
 def cosine(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
