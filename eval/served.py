@@ -226,7 +226,8 @@ class ServedHarness(Harness):
         self.url = settings.device
 
     def __call__(self, cell: Cell, on_samples: Callable[[int], None]) -> dict:
-        """As :class:`~eval.harness.Harness`, with ``server``: what answered."""
+        """As :class:`~eval.harness.Harness`, with ``server``: what answered, what it ``does`` by itself
+        and what it was ``asked`` to do."""
         from libra.lmms.lmms_libra import is_answer
         from libra.lmms.samples import SampleLog
 
@@ -245,7 +246,8 @@ class ServedHarness(Harness):
                 results = self._evaluate(cell, task, model)
             except Refusal as refusal:
                 raise ValueError(str(refusal)) from refusal
-        told = {"url": server.url, **server.identity, "compression": body(server, cell.spec)}
+        told = {"url": server.url, **server.identity, "does": server.compression}
+        told["asked"] = extra(server, cell.spec)
         return {**self._result(results, task, list(model.records.values())), "server": told}
 
     def _client(self, client, server: Server, row: Row) -> SimpleNamespace:
