@@ -26,6 +26,7 @@ from llava.convert.text import chat_template, with_image_token
 from llava.convert.weights import read_folder
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.model.settings import is_original
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -678,3 +679,19 @@ def test_command(tmp_path, capsys):
             and sentence in error
             and error.count("\n") == 1
         )
+
+
+@pytest.mark.parametrize(
+    "config, own",
+    [
+        ({"model_type": "llava", "mm_vision_tower": "openai/clip"}, True),  # before transformers had a LLaVA
+        ({"model_type": "llava", "text_config": {}, "vision_config": {}}, False),
+        ({"model_type": "llava_next", "text_config": {}, "vision_config": {}}, False),
+        ({"model_type": "llava_mistral"}, True),
+        ({"model_type": "videollama2_mistral"}, True),
+        ({"model_type": "qwen2_vl", "vision_config": {}}, False),
+        ({}, False),
+    ],
+)
+def test_which_configuration_is_of_llavas_own_format(config, own):
+    assert is_original(config) is own

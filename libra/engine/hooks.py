@@ -133,10 +133,10 @@ class Hooks:
         for i, layer in enumerate(layers if schedule else ()):
             self._names.append(arguments_of(layer))
             self._before(layer, partial(self._before_layer, i))
-        behind = any(step.layer == len(layers) - 1 for step in schedule)
-        if behind:
+        last = any(step.layer == len(layers) - 1 for step in schedule)
+        if last:
             self._hooks.append(layers[-1].register_forward_hook(self._after_last_layer))
-        self._outside = Outside(layers, self._change, self._shorten_output if behind else None)
+        self._outside = Outside(layers, self._change, self._shorten_output if last else None)
 
     def __deepcopy__(self, memo) -> "Hooks":
         other = memo[id(self)] = object.__new__(type(self))
