@@ -459,6 +459,8 @@ def test_command_times_the_vision_tower_too(capsys, tmp_path, monkeypatch):
     assert main(command(*options, "--json", str(file), "--plot", str(picture), "--decode", "1")) == 0
     out, data = capsys.readouterr().out, json.loads(file.read_text(encoding="utf-8"))
     assert data["vision"]["views"] == 2 * 3 and "vision, 6 picture(s)" in out and "time to first token" in out
+    rows = out.split("KV cache")[0]  # one table
+    assert all(name in rows for name in ("the selection in it", "plain layers", "decoding, a token"))
     for mode in ("vanilla", "compressed"):
         parts = data["vision"][f"{mode}_seconds"], data["prefill"][f"{mode}_seconds"]
         assert min(parts) > 0 and sum(parts) == pytest.approx(

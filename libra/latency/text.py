@@ -67,6 +67,10 @@ def table(data: dict) -> str:
         f"{'  the selection in it':<28}{'–':>12}{units.seconds(data['parts']['sum']):>12}"
         f"{data['parts']['share']:>9.2%}   of the compressed prefill, all parts below",
     ]
+    if "plain_layers" in data:
+        plain, whole = data["plain_layers"]["ratio"], prefill["vanilla_seconds"]
+        times = {"vanilla": whole, "compressed": plain * whole}
+        lines.append(_line("  plain layers, same lengths", times, units.seconds))
     if "vision_and_prefill" in data:
         lines.append(_timed("time to first token", data["vision_and_prefill"], ", vision and prefill"))
     if "decode" in data:
