@@ -26,6 +26,7 @@ from llava.convert import convert
 
 RATIOS = (0, 0.5, 0.75)
 EXPECTED = {0.5: 1.9, 0.75: 3.2}
+ROW = {"method": "libra-input", "compensation": "reserved", "ratio": 0.5}
 SIZES = ModelSpec("random", 8, 1024, 2816, 1024, (576,), "")
 VISION = dict(
     hidden_size=128,
@@ -95,7 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=8, help="of each round and ratio (default 8)")
-    parser.add_argument("--row", default='{"method": "divprune", "ratio": 0.5}', help="JSON of a compression")
+    parser.add_argument("--row", default=json.dumps(ROW), help="JSON of a compression (Libra at the input)")
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
     if min(args.rounds, args.requests) < 1:
