@@ -40,12 +40,13 @@ class Measured:
         rows: Mapping[str, Row] | None = None,
         run: dict | None = None,
     ):
-        self.table, self.suite, self.majority = table, suite, majority or {}
+        self.table, self.suite = table, suite
         self.rows = SuiteRows(table, suite) if rows is None else rows
         fit, self.left_out = fitting([cell for cell in cells if cell["suite"] == suite], self.rows, run)
         self.cells = {(cell["row"], cell["task"]): cell for cell in fit}
         self.other = max(fit, key=lambda cell: cell["date"])["checkpoint"] if fit else None
         self.tasks = list(dict.fromkeys(task for row in self.rows.values() for task in row.tasks))
+        self.majority = {task: share for task, share in (majority or {}).items() if task in self.tasks}
 
     @property
     def model(self) -> str:
@@ -268,3 +269,9 @@ class Measured:
     def title(self, column: Column) -> str:
         """The column's heading, with a dagger where the embedded model has not learned the task."""
         return column.title + (" †" if self.decided.get(column.task) is False else "")
+
+
+def majority_of(benchmark: dict | None) -> dict[str, float]:
+    """Task → percent that the most frequent answer would reach, of a results folder's benchmark.json."""
+    types = {} if benchmark is None else benchmark["types"]
+    return {f"mini_{kind}": 100 * entry["majority_share"] for kind, entry in types.items()}

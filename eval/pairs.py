@@ -10,7 +10,8 @@ from .measured import Measured
 TIMES = 3  # standard errors: with some hundred pairs, two would find several by chance
 PAIRS = (
     f"Pairs of rows of one section that differ by more than {TIMES} standard errors of their paired"
-    " difference; of how many. Draws of one method with other seeds are not compared with each other."
+    " difference; the column pairs counts all. Draws of one method with other seeds are not compared with"
+    " each other."
 )
 
 

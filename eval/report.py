@@ -8,15 +8,16 @@ from pathlib import Path
 
 from libra.utils.cli import Parser, names
 from libra.utils.files import write_bytes, write_text
-from libra.utils.provenance import commit, require_clean
 
 from . import blocks, plots
-from .cells import code, read_cells, read_json
+from .cells import read_cells, read_json
+from .commits import commits, require_commits
 from .formats import Grid, latex, markdown
-from .measured import Measured
+from .measured import Measured, majority_of
 from .own import Own
 from .pairs import PAIRS, pairs_grid
 from .plan import PUBLISHED, Plan
+from .seeds import write_seeds
 from .statistics import Figure
 from .suites import OWN, TABLES, SuiteRows, Table, get_table
 from .training import NOTED, training_block
@@ -142,20 +143,6 @@ def _versions(cells: list[dict]) -> list[str]:
         f"- versions: {most}",
         *(f"- other versions: {text} ({'; '.join(names)})" for text, names in others.items()),
     ]
-
-
-def commits(cells: Sequence[dict]) -> list[str]:
-    """Each cell's commit. A cell of an edited checkout whose code is that of the commit that is here now, to
-    the statement, is that commit's: what was edited then took no part in it."""
-    here, now = None, ""
-    if not all(map(is_commit, (cell["commit"] for cell in cells))) and is_commit(commit()):
-        here, now = code(), commit()
-    return [now if cell["settings"]["run"]["code"] == here else cell["commit"] for cell in cells]
-
-
-def is_commit(label: str) -> bool:
-    """Whether :func:`libra.utils.provenance.commit` named a commit and nothing that was edited after it."""
-    return label != "unknown" and not label.endswith("-dirty")
 
 
 CSV_COLUMNS = (
@@ -345,24 +332,7 @@ def _measured(
         rows, run = plan.rows, plan.run
     else:
         rows, run = SuiteRows(table, suite, own.configs if own.table == table.name else None), None
-    measured = Measured(table, suite, cells, None, rows, run)
-    if suite == "mini" and benchmark is not None:
-        shares = {f"mini_{kind}": 100 * entry["majority_share"] for kind, entry in benchmark["types"].items()}
-        measured.majority = {task: share for task, share in shares.items() if task in measured.tasks}
-    return measured
-
-
-def require_commits(cells: Sequence[dict]) -> None:
-    """Raises ValueError unless the checkout is clean and so was that of every cell."""
-    require_clean()
-    others = [cell for cell, label in zip(cells, commits(cells)) if not is_commit(label)]
-    if others:
-        name = "{suite}.{row}.{task}".format_map(others[0])
-        raise ValueError(
-            f"{len(others)} of {len(cells)} cells were computed in an edited checkout, {name} at "
-            f"{others[0]['commit']}, and their code is not this commit's: run eval.run, which computes them "
-            "again, then publish"
-        )
+    return Measured(table, suite, cells, majority_of(benchmark) if suite == "mini" else None, rows, run)
 
 
 def _store(problems: list[str], path: Path, write: Callable[[Path], None]) -> None:
@@ -405,8 +375,6 @@ def main(argv: list[str] | None = None) -> int:
         own.apply()
         publish = PUBLISHED if args.publish else None
         if args.seeds:
-            from .seeds import write_seeds  # here, for it takes what it needs from this module
-
             text = write_seeds(table, [args.output, *map(Path, args.seeds)], publish)
         else:
             text = write_report(args.output, table, publish)

@@ -14,9 +14,10 @@ from libra.utils.files import write_bytes, write_text
 
 from .blocks import compares, shown_difference, under_headings
 from .cells import TURNS, read_cells, read_json
+from .commits import commits, require_commits
 from .formats import Grid, latex, markdown
-from .measured import Measured
-from .report import commits, require_commits
+from .measured import Measured, majority_of
+from .own import Own
 from .statistics import Figure, mean_of, paired_difference
 from .suites import SuiteRows, Table, get_task
 
@@ -37,7 +38,7 @@ class Seed:
 def read_seed(table: Table, output: Path) -> Seed:
     """The embedded model's cells of a results folder.
 
-    Raises ValueError where it has none, or does not say which questions they answer.
+    Raises ValueError where it has none that fits the rows, or does not say which questions they answer.
     """
     cells = [cell for cell in read_cells(output).values() if cell is not None and cell["suite"] == "mini"]
     benchmark = read_json(output / "benchmark.json")
@@ -46,11 +47,16 @@ def read_seed(table: Table, output: Path) -> Seed:
             f"{output} holds no cells of the embedded model: fill it with python -m eval.run --table"
             f" {table.name} --checkpoint CHECKPOINT --output {output}"
         )
-    majority = {f"mini_{kind}": 100 * entry["majority_share"] for kind, entry in benchmark["types"].items()}
-    measured = Measured(table, "mini", cells, majority, SuiteRows(table, "mini"))
+    own = Own.load(output)
+    rows = SuiteRows(table, "mini", own.configs if own.table == table.name else None)
+    measured = Measured(table, "mini", cells, majority_of(benchmark), rows)
+    if not measured.cells:
+        raise ValueError(
+            f"no cell of {output} fits the rows as they are now ({measured.left_out[0]}): run eval.run again"
+        )
     name = output.resolve().name
-    own = name == table.stem and measured.other is None
-    return Seed("shipped" if own else name.removeprefix(f"{table.stem}_") or name, measured, benchmark)
+    shipped = name == table.stem and measured.other is None
+    return Seed("shipped" if shipped else name.removeprefix(f"{table.stem}_") or name, measured, benchmark)
 
 
 def check_comparable(seeds: Sequence[Seed]) -> None:
@@ -63,6 +69,8 @@ def check_comparable(seeds: Sequence[Seed]) -> None:
                 f"{seed.name} answers another benchmark (sha256 {seed.benchmark['sha256'][:12]}) than"
                 f" {first.name} ({first.benchmark['sha256'][:12]}): run both with one --benchmark"
             )
+        if seed.name in weights.values():
+            raise ValueError(f"two results folders are called {seed.name}: rename one")
         own = _weights(seed)
         if own in weights:
             raise ValueError(
@@ -89,7 +97,9 @@ def _check_cell(place: tuple[str, str], seed: Seed, first: Seed) -> None:
         if mine["settings"][key] != theirs["settings"][key]:
             raise ValueError(f"{where} is {words} with {seed.name} than with {first.name}: run both again")
     if mine["settings"]["run"]["dtype"] != theirs["settings"]["run"]["dtype"]:
-        raise ValueError(f"{where} has another dtype with {seed.name} than with {first.name}: use one")
+        raise ValueError(
+            f"{where} has another dtype with {seed.name} than with {first.name}: run both with one --dtype"
+        )
 
 
 def _weights(seed: Seed) -> str:
@@ -271,10 +281,11 @@ def said_of(seeds: Seeds) -> list[str]:
     """The sentences above the grids."""
     n = len(seeds.names)
     told = [
-        f"The embedded model, trained {n} times; the trainings differ in their seed only and answer the same"
-        f" questions. ± is the questions' standard error, in a mean that of the {n} answers to a question"
-        " together. *Over seeds* is the standard deviation of the values of the seeds (n − 1; of two, their"
-        " difference over √2): what another training changes, which no number of questions makes smaller."
+        f"The embedded model, trained {n} times; the same questions were put to each (mini/README.md says how"
+        f" they were trained). ± is the questions' standard error, in a mean that of the {n} answers to a"
+        " question together. *Over seeds* is the standard deviation of the values of the seeds (n − 1; of"
+        " two, their difference over √2): what another training changes, which no number of questions makes"
+        " smaller."
     ]
     for name, types in seeds.not_averaged.items():
         told.append(f"{name} has not learned {', '.join(types)}: Avg leaves that out for all seeds.")
@@ -309,6 +320,8 @@ def origin(seeds: Seeds) -> list[str]:
     questions = sorted({cell["n"] for one in seeds.each for cell in one.cells.values()})
     many = " or ".join(map(str, questions))
     lines.append(f"- benchmark: {many} questions a type, sha256 {benchmark['sha256']}")
+    for seed in seeds.given:
+        lines += [f"- left out of {seed.name}: {line}" for line in seed.measured.left_out]
     if seeds.left_out:
         more = f" and {len(seeds.left_out) - NAMED} more" if len(seeds.left_out) > NAMED else ""
         lines.append(f"- left out, for not every seed has it: {'; '.join(seeds.left_out[:NAMED])}{more}")

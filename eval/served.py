@@ -140,7 +140,8 @@ def body(server: Server, row: Row) -> dict:
 
 def extra(server: Server, row: Row) -> dict:
     """All that a request adds: :func:`body`, and to vLLM's the tokenizer's first token, which LLaVA's chat
-    templates leave to the tokenizer and vLLM leaves out. Raises ValueError as :func:`body`."""
+    templates leave to the tokenizer and vLLM leaves out. A model whose template writes that token itself
+    would get it twice; those of the tables' rows (LLaVA, Qwen) do not. Raises ValueError as :func:`body`."""
     return {**({"add_special_tokens": True} if server.engine == VLLM else {}), **body(server, row)}
 
 

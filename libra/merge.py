@@ -93,8 +93,8 @@ class Matches:
 
         from .ops.dispatch import runs_kernels
 
-        whole = runs_kernels(self.hidden) or self.hidden.dtype == torch.float64
-        return self.ordered if whole else self.ordered.float()
+        as_is = runs_kernels(self.hidden) or self.hidden.dtype == torch.float64
+        return self.ordered if as_is else self.ordered.float()
 
     @once
     def closest(self) -> tuple["torch.Tensor", "torch.Tensor"]:

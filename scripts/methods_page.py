@@ -36,12 +36,12 @@ says how a method is added, [docs/serving.md](serving.md) what "in vLLM" means.
 """
 LEFT_OUT = """## Not here
 
-FlashVID, for videos, is left out. Its clusters depend on random noise, which changed what was kept in 0 to \
-28 of 30 synthetic videos,
-by setting; it keeps a quarter more than T before the language model and what its ceilings add, a token can \
-come out twice, and what
-is merged over three frames or more is no mean. A form without noise that keeps exactly T would be a method \
-of our own, and the
+FlashVID, for videos, is left out. Its clusters depend on random noise, so what it keeps is not a function \
+of the video;
+it keeps a quarter more than T before the language model and what its ceilings add, a token can come out \
+twice, and what is
+merged over three frames or more is not their mean. A form without noise that keeps exactly T would be a \
+method of our own, and the
 embedded model's films have three frames only. EVS and VidCom2 are the methods for videos here.
 """
 PLACES = {"layers": "after layers", "input": "input", "tower": "tower"}

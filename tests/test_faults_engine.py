@@ -399,6 +399,14 @@ def test_b15_vectors_that_differ_in_a_part_of_a_word_are_not_equal(dtype, width)
     assert first_equal(rows, spans).equal(equal.int().argmax(2))
 
 
+@pytest.mark.parametrize("dtype, number", [(torch.bfloat16, torch.int16), (torch.float32, torch.int32)])
+def test_b15_a_word_and_its_complement_are_not_equal(dtype, number):
+    """An odd width has no words of eight bytes: each number is one."""
+    rows = torch.ones(1, 2, 33, dtype=dtype)
+    rows[0, 1, 5] = (~rows[0, 1, 5:6].view(number)).view(dtype)[0]
+    assert rows[0, 1, 5] < -3.9 and first_equal(rows).tolist() == [[0, 1]]
+
+
 def test_b15_ties_of_information_do_not_depend_on_the_batch():
     """Equal α: tokens that have a twin are all equally redundant, and so are two that are each other's
     nearest."""

@@ -111,16 +111,40 @@ def test_only_rows_and_types_that_all_have_and_types_that_all_have_learned():
     assert found.left_out == ["table1 also has fastv, attribute", "table1 also has fastv, find"]
 
 
-def test_the_command_writes_and_publishes(tmp_path, capsys, monkeypatch):
+def test_what_an_edited_checkout_computed_is_not_published(tmp_path):
+    home = put(tmp_path / "table1", cells({"r50": share(80)}))
+    other = put(tmp_path / "table1_seed1", cells({"r50": share(90)}, OTHER, commit="abc-dirty"))
+    with pytest.raises(ValueError, match="publish"):
+        write_seeds(TABLE, [home, other], tmp_path / "docs")
+    assert not (tmp_path / "docs").exists() and not (home / "table1_seeds.md").exists()
+
+
+def test_two_folders_of_one_name_are_refused(tmp_path):
+    folders = [
+        put(tmp_path / name, cells({"r50": share(80)}, {**RUN, "checkpoint": {"sha256": name}}))
+        for name in ("table1", "a/table1_s1", "b/table1_s1")
+    ]
+    with pytest.raises(ValueError, match="two results folders are called s1"):
+        write_seeds(TABLE, folders)
+
+
+def test_cells_of_rows_that_changed_are_named(tmp_path):
+    home = put(tmp_path / "table1", cells({"r50": share(80)}))
+    stale = cells({"r50": share(90)}, OTHER)
+    for cell in stale:
+        cell["settings"]["row"] = {**cell["settings"]["row"], "compression": "another"}
+    other = put(tmp_path / "table1_seed1", stale)
+    with pytest.raises(ValueError, match="no cell of .*table1_seed1 fits the rows as they are now"):
+        write_seeds(TABLE, [home, other])
+
+
+def test_the_command_writes_its_files(tmp_path, capsys):
     home = put(tmp_path / "table1", cells({"r50": answers(*range(20))}))
     put(tmp_path / "table1_seed1", cells({"r50": answers(*range(10))}, OTHER, checkpoint="out/seed1"))
-    monkeypatch.setattr("eval.report.PUBLISHED", tmp_path / "docs")
-    monkeypatch.setattr("eval.report.require_clean", lambda: None)
-    assert report.main([str(home), "--seeds", str(tmp_path / "table1_seed1"), "--publish"]) == 0
+    assert report.main([str(home), "--seeds", str(tmp_path / "table1_seed1")]) == 0
     text = capsys.readouterr().out
-    for suffix in ("md", "csv", "tex"):
-        written = (home / f"table1_seeds.{suffix}").read_bytes()
-        assert written == (tmp_path / "docs" / f"table1_seeds.{suffix}").read_bytes()
+    assert (home / "table1_seeds.md").read_text() == text.removesuffix("\n")
+    assert (home / "table1_seeds.tex").is_file()
     assert text.startswith("# Table 1: methods on image benchmarks, over seeds")
     assert "80.0 / 90.0" in text and "-15.0" in text
     assert "- seed1: another training, sha256 x; 6 cells" in text and str(tmp_path) not in text

@@ -295,7 +295,9 @@ class Hooks:
         call = calls.at_layers(self.decoder)
         if call is None:
             return True
-        return i not in self._borders and call.forward.is_idle and kwargs.get("attention_mask", i) is None
+        # A ready mask must be shortened; one that is handed by position is not looked for.
+        maskless = "attention_mask" in kwargs and kwargs["attention_mask"] is None
+        return i not in self._borders and call.forward.is_idle and maskless
 
     def _change(self, i: int, layer, args, kwargs) -> tuple[tuple, dict] | None:
         """The arguments of layer ``i`` where some change."""

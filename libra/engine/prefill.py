@@ -22,6 +22,9 @@ Run = Callable[..., torch.Tensor]
 def prefill_of(decoder: torch.nn.Module, compression: Compression) -> Run:
     """The prefill of a text model without what is around it: no tower, no embeddings, no head.
 
+    The decoder must not be attached to. Its attention is set to the one that can be asked for scores, and
+    stays so; what it computes is the same.
+
     >>> run = torch.compile(prefill_of(model.model.language_model, c), fullgraph=True, dynamic=False)
     >>> hidden = run(embeds, Prefill(visual).surveyed())
 
@@ -39,7 +42,9 @@ def prefill_of(decoder: torch.nn.Module, compression: Compression) -> Run:
         visual tokens are constants of a graph: prompts of another layout are traced anew.
 
     Raises:
-        ValueError: for a layer that the decoder does not have.
+        ValueError: for a layer that the decoder does not have, for renumbered positions where it has several
+            axes of them, for a method that needs its final norm where it has none; at the call for a method
+            that reads the vision tower.
     """
     compression = fitted(decoder, compression)
     layers = layers_of(decoder)

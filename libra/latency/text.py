@@ -58,24 +58,7 @@ def table(data: dict) -> str:
         f"{run}; {len(prefill['pairs'])} pairs in turns",
         "",
         f"{'':28}{'vanilla':>12}{'compressed':>12}{'ratio':>9}",
-    ]
-    if "vision" in data:
-        lines.append(_timed(f"vision, {data['vision']['views']} picture(s)", data["vision"]))
-    lines += [
-        _timed("prefill, median", prefill, f", {interval['coverage']:.0%} order-statistic interval"),
-        _timed("  its CPU time", prefill["cpu_time"]),
-        f"{'  the selection in it':<28}{'–':>12}{units.seconds(data['parts']['sum']):>12}"
-        f"{data['parts']['share']:>9.2%}   of the compressed prefill, all parts below",
-    ]
-    if "plain_layers" in data:
-        plain, whole = data["plain_layers"]["ratio"], prefill["vanilla_seconds"]
-        times = {"vanilla": whole, "compressed": plain * whole}
-        lines.append(_line("  plain layers, same lengths", times, units.seconds))
-    if "vision_and_prefill" in data:
-        lines.append(_timed("time to first token", data["vision_and_prefill"], ", vision and prefill"))
-    if "decode" in data:
-        lines.append(_timed(f"decoding, a token ({data['decode']['steps']})", data["decode"]))
-    lines += [
+        *_times(data),
         _line("operations, all tokens", flops["formula"], units.operations),
         _line("operations, visual tokens", flops["visual"], units.operations),
         _line("operations, counted", flops["counted"], units.operations),
@@ -104,6 +87,28 @@ def table(data: dict) -> str:
     if prefill.get("busy"):
         lines += ["", BUSY]
     return "\n".join(lines)
+
+
+def _times(data: dict) -> list[str]:
+    """Tower, prefill and the selection in it, first token, decoding: those that were measured."""
+    prefill, lines = data["prefill"], []
+    if "vision" in data:
+        lines.append(_timed(f"vision, {data['vision']['views']} picture(s)", data["vision"]))
+    lines += [
+        _timed("prefill, median", prefill, f", {prefill['ratio']['coverage']:.0%} order-statistic interval"),
+        _timed("  its CPU time", prefill["cpu_time"]),
+        f"{'  the selection in it':<28}{'–':>12}{units.seconds(data['parts']['sum']):>12}"
+        f"{data['parts']['share']:>9.2%}   of the compressed prefill, all parts below",
+    ]
+    if "plain_layers" in data:
+        plain, whole = data["plain_layers"]["ratio"], prefill["vanilla_seconds"]
+        times = {"vanilla": whole, "compressed": plain * whole}
+        lines.append(_line("  plain layers, same lengths", times, units.seconds))
+    if "vision_and_prefill" in data:
+        lines.append(_timed("time to first token", data["vision_and_prefill"], ", vision and prefill"))
+    if "decode" in data:
+        lines.append(_timed(f"decoding, a token ({data['decode']['steps']})", data["decode"]))
+    return lines
 
 
 def _plain_layers(data: dict) -> list[str]:

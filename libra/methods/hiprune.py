@@ -24,7 +24,7 @@ METHOD = Method(
     "hiprune",
     description="tokens that a middle layer of the vision tower attends to, their neighbours, and those"
     " of a deep layer",
-    section="HiPrune, Findings of ACL 2026",
+    section="HiPrune, Findings of ACL 2026, arXiv 2508.00553",
     keys={"select": "hiprune", "merge": "drop"},
     places=(),
     place="input",

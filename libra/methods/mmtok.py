@@ -22,7 +22,7 @@ ALPHA = 0.5  # weight of the picture's part
 METHOD = Method(
     "mmtok",
     description="the tokens that together cover the question and the rest of the picture best (greedy)",
-    section="MMTok, ICLR 2026",
+    section="MMTok, ICLR 2026, arXiv 2508.18264",
     keys={"select": "mmtok", "merge": "drop"},
     places=(),
     place="input",

@@ -24,7 +24,7 @@ METHOD = Method(
     "vscan",
     description="tokens that a shallow layer of the vision tower attends to in each of 16 windows, those that"
     " a deep layer does, and the rest averaged into them",
-    section="VScan, TMLR 2026",
+    section="VScan, TMLR 2026, arXiv 2505.22654",
     keys={"select": "vscan", "merge": "average"},
     places=(),
     place="input",

@@ -110,7 +110,8 @@ def most_similar(
         itself: False where both are the same tokens and none is to be compared with itself; among equals any
             may be returned then.
         lengths: (B, Q) and (B, K), what :func:`lengths_of` gives for them; None: not known yet.
-        floats: tokens and others in float32, where the caller has them already.
+        floats: tokens (B, Q, D) and others (B, K, D) as they are computed with, at least float32, where the
+            caller has them already.
 
     Returns:
         the similarities (B, Q) float32 in [-1, 1], -inf where a token has nothing to be compared with, and
@@ -155,7 +156,8 @@ def first_equal(rows: torch.Tensor, spans: torch.Tensor | None = None) -> torch.
     Rows are compared by a 64-bit hash of their bits, added up in whole numbers: exact in any order, on any
     device. Their numbers are read as words of up to eight bytes. Each word is multiplied by an odd number
     that its place gives, modulo 2^64; two places never get numbers that are alike in more than the last few
-    bits. A product says least of the upper half of its word, so that is folded into the lower one before.
+    bits. A product says least of the upper half of its word, so that is added to the lower one before: added,
+    since with an exclusive or a negative word of fewer bytes and its complement would be alike.
     """
     batch, _, width = rows.shape
     whole = (rows + 0.0).contiguous()  # which removes the sign of zeros: equal vectors have equal bits
@@ -164,7 +166,7 @@ def first_equal(rows: torch.Tensor, spans: torch.Tensor | None = None) -> torch.
     bits = whole.view(word).long()
     factors = torch.arange(1, 2 * bits.shape[2], 2, device=rows.device) ** 13
     parts = bits.split(max(1, HASHED // max(1, batch * len(factors))), dim=1)
-    digests = [((part ^ _upper(part)) * factors).sum(-1) for part in parts]
+    digests = [((part + _upper(part)) * factors).sum(-1) for part in parts]
     digest = digests[0] if len(digests) == 1 else torch.cat(digests, 1)
     if spans is not None:
         digest = digest.add(spans, alpha=0x1E3779B97F4A7C15)

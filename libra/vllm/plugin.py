@@ -26,26 +26,28 @@ def register_models() -> None:
             MODELS_CONFIG_MAP[name] = Completed
     for name in ModelRegistry.get_supported_archs():
         own = MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig)
-        if own is not Completed and not isinstance(own, Guarded):
-            MODELS_CONFIG_MAP[name] = Guarded(own)
+        if own is not Completed and not hasattr(own, "guarded_by_libra"):
+            MODELS_CONFIG_MAP[name] = guarded(own)
 
 
-class Guarded:
-    """In front of what vLLM does with the configuration of a class that would give all tokens to the language
-    model, whatever was said."""
+def guarded(own: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:
+    """What vLLM does with the configuration of a class, which refuses a compression first: that class would
+    give all tokens to the language model, whatever was said."""
 
-    def __init__(self, own: type[VerifyAndUpdateConfig]):
-        self.verify_and_update_config = own.verify_and_update_config
-        self.own = own
+    class Guarded(own):
+        guarded_by_libra = True  # plug-ins are loaded more than once
 
-    def verify_and_update_model_config(self, model_config) -> None:
-        if server_compression(getattr(model_config.hf_config, KEY, None)).compresses:
-            ours = " or ".join(place.split(":")[1] for place in CLASSES.values())
-            raise ConfigError(
-                f"{model_config.architecture}: this class cannot shorten pictures; for LLaVA-1.5 or"
-                f" Qwen2.5-VL name {ours} in --hf-overrides, for others leave {ENVIRONMENT} unset"
-            )
-        self.own.verify_and_update_model_config(model_config)
+        @staticmethod
+        def verify_and_update_model_config(model_config) -> None:
+            if server_compression(getattr(model_config.hf_config, KEY, None)).compresses:
+                ours = " or ".join(place.split(":")[1] for place in CLASSES.values())
+                raise ConfigError(
+                    f"{model_config.architecture}: this class cannot shorten pictures; for LLaVA-1.5 or"
+                    f" Qwen2.5-VL name {ours} in --hf-overrides, for others leave {ENVIRONMENT} unset"
+                )
+            own.verify_and_update_model_config(model_config)
+
+    return Guarded
 
 
 class Completed(VerifyAndUpdateConfig):
