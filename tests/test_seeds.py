@@ -12,6 +12,7 @@ from eval import report
 from eval.measured import Measured
 from eval.seeds import Seed, Seeds, average_grid, spread, write_seeds
 from eval.suites import get_table
+from libra.identity import digest
 
 TABLE = get_table(1)
 TASKS = ("mini_attribute", "mini_find")
@@ -133,6 +134,7 @@ def test_cells_of_rows_that_changed_are_named(tmp_path):
     stale = cells({"r50": share(90)}, OTHER)
     for cell in stale:
         cell["settings"]["row"] = {**cell["settings"]["row"], "compression": "another"}
+        cell["config_hash"] = digest(cell["settings"])
     other = put(tmp_path / "table1_seed1", stale)
     with pytest.raises(ValueError, match="no cell of .*table1_seed1 fits the rows as they are now"):
         write_seeds(TABLE, [home, other])

@@ -55,10 +55,13 @@ def attention_masks(config, layers: range, hidden, key_mask, position_ids, cache
 
 def mask_of(config, kind: str, layer: int, hidden, key_mask, position_ids, cache):
     """The attention mask of a kind of attention, sized against the keys of ``layer``; transformers' own, but
-    for the commonest, whose function asks the device whether any row is padded: here that is known."""
+    for the commonest, whose function asks the device whether any row is padded: here that is known, and one
+    new token that sees every key needs no mask."""
     plain = kind == "full_attention" and config._attn_implementation == "sdpa" and position_ids is None
-    if plain and isinstance(key_mask, torch.Tensor) and key_mask.dtype == torch.bool:
-        if getattr(config, "is_causal", True):
+    if plain and getattr(config, "is_causal", True):
+        if key_mask is None and hidden.shape[1] == 1:
+            return None
+        if isinstance(key_mask, torch.Tensor) and key_mask.dtype == torch.bool:
             return causal_mask(key_mask, hidden.shape[1])
     return MASKS[kind](
         config=config,
