@@ -33,6 +33,7 @@ from .structure import (
     placeholder_ids,
     scoring_layer,
 )
+from .survey import surveyed
 from .transformers_api import PreTrainedModel, cache_given
 
 REMEMBERED = 1000  # prefills whose statistics are kept
@@ -233,7 +234,7 @@ class Hooks:
         call.padding_mask = kwargs.get("attention_mask")
         call.ids, call.pictures = kwargs.get("input_ids"), dict(kwargs.get("mm_encoder_outputs") or {})
         table = self.base.get_input_embeddings()
-        call.prefill = calls.surveyed(kwargs, self._token_ids, table, call, self._trace)
+        call.prefill = surveyed(kwargs, self._token_ids, table, call, self._trace)
         return (), kwargs
 
     @torch.compiler.disable
