@@ -40,9 +40,8 @@ class Candidates:
     score_rows: "torch.Tensor | None" = None
     row_seeds: "torch.Tensor | None" = None
     context: Context = Context()
-    memo: dict[str, "torch.Tensor"] = field(
-        default_factory=dict
-    )  # what a select leaves for the merge of the same method
+    # What a select leaves for the merge of the same method.
+    memo: dict[str, "torch.Tensor"] = field(default_factory=dict)
 
     @once
     def importance_mean(self) -> "torch.Tensor":

@@ -88,7 +88,7 @@ def test_a_prefill_is_one_graph(name, spots):
 
 
 @torch.no_grad()
-def test_the_papers_rule_is_not():
+def test_ragged_compensation_breaks_the_graph():
     """Whether a row has a compensation token is asked of the device."""
     torch.compiler.reset()
     model = tiny.llava_model(1)

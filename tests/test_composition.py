@@ -245,7 +245,7 @@ def test_embeddings(family):
             **SAID,
         )
         assert beams.shape == (3, 2) and len(handle.stats["visual_tokens"][0]) == 6
-        with pytest.raises(ValueError, match="embeddings alone do not tell"):
+        with pytest.raises(ValueError, match="embeddings without ids do not say"):
             model(**inside, attention_mask=given["attention_mask"])
         handle.mark_visual_tokens(visual[:, 1:])
         with pytest.raises(ValueError, match="the marked visual tokens are .* but the prompt is"):

@@ -27,10 +27,10 @@ def model():
     return random_model(SPEC, SPEC.layers, torch.float32)
 
 
-def launches(queued: Queued) -> int:
+def launches(found: Queued) -> int:
     """Of kernels, Triton's and torch's own: what is allocated only launches none."""
-    allocated = sum(queued.operations[name] for name in ALLOCATIONS)
-    return queued.kernels.total() + queued.operations.total() - allocated
+    allocated = sum(found.operations[name] for name in ALLOCATIONS)
+    return found.kernels.total() + found.operations.total() - allocated
 
 
 def of_step(bench: Bench) -> dict[str, float]:

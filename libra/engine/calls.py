@@ -70,6 +70,7 @@ def _frames() -> Iterator[FrameType]:
 
 def _runs(wanted: FrameType) -> bool:
     """True for a frame of this thread that has not returned."""
+    # A loop of its own, without a generator: it runs before every layer.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not wanted:
         frame = frame.f_back

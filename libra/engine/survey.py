@@ -76,7 +76,7 @@ def _visual_columns(given: dict, token_ids: list[int], table, marked) -> torch.T
         placeholders = table(torch.tensor(token_ids, device=embeds.device)).to(embeds.dtype)
         return (embeds[:, :, None] == placeholders).all(-1).any(-1)
     raise ValueError(
-        "embeddings alone do not tell which columns are visual tokens: give input_ids, or say it before"
+        "embeddings without ids do not say which columns are visual tokens: give input_ids, or say it before"
         " the call with handle.mark_visual_tokens(mask)"
     )
 

@@ -371,7 +371,7 @@ class VisualTokens:
         """How many tokens of each span the tower has left; asking waits for the device."""
         if self._left is None:
             raise ValueError(
-                "a compression in the vision tower needs pictures: embeddings alone cannot go back there;"
+                "a compression in the vision tower needs pictures: embeddings cannot go back there;"
                 " write at: input"
             )
         repeats = len(self.columns.rows) // len(self._left.kept)
