@@ -33,7 +33,8 @@ def shorten(
 
     Args:
         c: what to do, at the tower or the input; its budget is not looked at. Its positions say where a token
-            stands: "original", "compact", or "centre", the whole number nearest to the middle of its interval, of two the later.
+            stands: "original", "compact", or "centre", the whole number nearest to the middle of its
+            interval, of two the later.
         embeddings: (N, D) of each picture, as the language model gets them.
         looks: what the tower says of each; None where the method asks nothing of it.
         kept: how many tokens of each are kept; of a picture that keeps all of them nothing changes.
