@@ -24,7 +24,7 @@ HARD = "where downsampling fails"
 ERRORS = f"its standard error, which is left out under {FEWEST} answers and where all answers are alike"
 
 
-def _show(figure: Figure | None, digits: int = 1) -> str:
+def shown_figure(figure: Figure | None, digits: int = 1) -> str:
     return "" if figure is None else figure.show(digits)
 
 
@@ -85,13 +85,15 @@ def mini_grid(measured: Measured, notes: list[str]) -> Grid:
     def cell(row: str, task: str) -> str:
         reason = measured.failed(row, task)
         if reason is None:
-            return _show(measured.score(row, task))
+            return shown_figure(measured.score(row, task))
         notes.append(f"{measured.rows[row].title}, {get_task(task).title}: failed: {reason}")
         return f"failed ({len(notes)})"
 
     def make(row: str) -> list[list[str]]:
         line = [measured.rows[row].title, _percent(measured.flops_ratio(row))]
-        line += [cell(row, column.task) for column in measured.columns] + [_show(measured.average(row))]
+        line += [cell(row, column.task) for column in measured.columns] + [
+            shown_figure(measured.average(row))
+        ]
         line.append(shown_difference(measured.difference(row)) if compares(row) else "")
         line += [shown_difference(measured.difference(row, measured.above(row)))] * table.above
         line += [_by_layer(measured.stages(row, "similarity"), 3)] * ("sim" in table.extras)
@@ -99,7 +101,7 @@ def mini_grid(measured: Measured, notes: list[str]) -> Grid:
             line.append(
                 " / ".join(_percent(figure.value) for figure in measured.stages(row, "share").values())
             )
-        return [line + [_show(measured.hard(row))] * filtered]
+        return [line + [shown_figure(measured.hard(row))] * filtered]
 
     grid = Grid(header, under_headings(measured, make), caption(measured))
     if measured.majority and table.blind:
@@ -203,7 +205,11 @@ def turns_grid(measured: Measured, notes: list[str]) -> Grid:
     header += ["peak memory, MB"] * gpu
 
     def make(row: str) -> list[list[str]]:
-        line = [measured.rows[row].title, _percent(measured.flops_ratio(row)), _show(measured.average(row))]
+        line = [
+            measured.rows[row].title,
+            _percent(measured.flops_ratio(row)),
+            shown_figure(measured.average(row)),
+        ]
         line.append(shown_difference(measured.difference(row)) if compares(row) else "")
         turns, reason = measured.turns(row), measured.turns_failed(row)
         for task in measured.tasks:
@@ -309,7 +315,7 @@ def paper_grid(measured: Measured, notes: list[str]) -> Grid:
         lines = [[row.title, *flops, "paper's", *printed, *[""] * (1 + filtered)]]
         if measured.has(name) or not measured.cells:
             apart_from = shown_difference(measured.difference(name)) if compares(name) else ""
-            hard = [_show(measured.hard(name))] * filtered
+            hard = [shown_figure(measured.hard(name))] * filtered
             lines.append(["", *blank, "ours", *ours, apart_from, *hard])
         if any(figure is not None and key in row.paper for (key, _), figure in zip(keys, figures)):
             apart = []

@@ -11,7 +11,7 @@ from libra.rows import ModelSpec, add_model, patches_across, spec_of
 from libra.utils.files import write_text
 
 from .cells import read_json
-from .suites import SUITES, add_tasks
+from .suites import SUITES, SuiteRows, Table, add_tasks
 
 FILE = "own.json"  # in a results folder, so that a report by itself knows what the run knew
 
@@ -37,6 +37,10 @@ class Own:
     def suites(self) -> tuple[str, ...]:
         """Of :data:`eval.suites.OWN`."""
         return (*(spec.name for spec in self.models), "mini")
+
+    def rows(self, table: Table, suite: str) -> SuiteRows:
+        """Of a table; with those of one's own folder where it is the table that they fill."""
+        return SuiteRows(table, suite, self.configs if self.table == table.name else None)
 
     def save(self, output: Path) -> None:
         """Into a results folder."""

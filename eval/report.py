@@ -18,8 +18,7 @@ from .own import Own
 from .pairs import PAIRS, pairs_grid
 from .plan import PUBLISHED, Plan
 from .seeds import write_seeds
-from .statistics import Figure
-from .suites import OWN, TABLES, SuiteRows, Table, get_table
+from .suites import OWN, TABLES, Table, get_table
 from .training import NOTED, training_block
 
 EXAMPLES = """examples:
@@ -197,7 +196,7 @@ def csv_text(suites: Sequence[Measured]) -> str:
                 if cell is not None and cell["status"] != "ok":
                     writer.writerow({**line, "status": cell["status"]})
                 elif (figure := measured.score(name, column.task, column.group)) is not None:
-                    line |= {"score": f"{figure.value:.4f}", "stderr": _error(figure)}
+                    line |= {"score": f"{figure.value:.4f}", "stderr": figure.stored_error}
                     writer.writerow(
                         line
                         | ({"status": "ok"} if column.group else _details(measured, name, column.task, cell))
@@ -216,10 +215,6 @@ def csv_text(suites: Sequence[Measured]) -> str:
     return file.getvalue()
 
 
-def _error(figure: Figure) -> str:
-    return "" if figure.error is None else f"{figure.error:.4f}"
-
-
 def _details(measured: Measured, row: str, task: str, cell: dict) -> dict:
     line = {
         "n": cell["n"],
@@ -231,7 +226,7 @@ def _details(measured: Measured, row: str, task: str, cell: dict) -> dict:
     for name, to in (("difference", "vanilla"), ("difference_above", measured.above(row))):
         difference = measured.difference(row, to, [task])
         if difference is not None:
-            line |= {name: f"{difference.value:.4f}", f"{name}_stderr": _error(difference)}
+            line |= {name: f"{difference.value:.4f}", f"{name}_stderr": difference.stored_error}
     for name, key in (("similarity", "similarity"), ("compensation_share", "share")):
         stages = [stage for stage in cell.get("trace") or () if stage[key] is not None]
         line |= {name: " ".join(f"{stage[key]:.4f}" for stage in stages)}
@@ -331,7 +326,7 @@ def _measured(
     if plan is not None and plan.suite == suite:
         rows, run = plan.rows, plan.run
     else:
-        rows, run = SuiteRows(table, suite, own.configs if own.table == table.name else None), None
+        rows, run = own.rows(table, suite), None
     return Measured(table, suite, cells, majority_of(benchmark) if suite == "mini" else None, rows, run)
 
 

@@ -12,14 +12,14 @@ import numpy as np
 
 from libra.utils.files import write_bytes, write_text
 
-from .blocks import compares, shown_difference, under_headings
+from .blocks import compares, shown_difference, shown_figure, under_headings
 from .cells import TURNS, read_cells, read_json
 from .commits import commits, require_commits
 from .formats import Grid, latex, markdown
 from .measured import Measured, majority_of
 from .own import Own
 from .statistics import Figure, mean_of, paired_difference
-from .suites import SuiteRows, Table, get_task
+from .suites import Table, get_task
 
 NAMED = 6  # pairs of rows that are named one by one
 SEED_COLUMNS = ("row", "task", "seed", "score", "stderr", "n", "difference", "difference_stderr")
@@ -47,9 +47,7 @@ def read_seed(table: Table, output: Path) -> Seed:
             f"{output} holds no cells of the embedded model: fill it with python -m eval.run --table"
             f" {table.name} --checkpoint CHECKPOINT --output {output}"
         )
-    own = Own.load(output)
-    rows = SuiteRows(table, "mini", own.configs if own.table == table.name else None)
-    measured = Measured(table, "mini", cells, majority_of(benchmark), rows)
+    measured = Measured(table, "mini", cells, majority_of(benchmark), Own.load(output).rows(table, "mini"))
     if not measured.cells:
         raise ValueError(
             f"no cell of {output} fits the rows as they are now ({measured.left_out[0]}): run eval.run again"
@@ -225,10 +223,6 @@ def _spread(figures: Sequence[Figure | None]) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _show(figure: Figure | None) -> str:
-    return "" if figure is None else figure.show()
-
-
 def average_grid(seeds: Seeds) -> Grid:
     """Avg and the difference to vanilla: with each seed, their mean, their spread."""
     header = [""]
@@ -238,7 +232,12 @@ def average_grid(seeds: Seeds) -> Grid:
     def make(row: str) -> list[list[str]]:
         tasks = seeds.averaged
         each = seeds.scores(row, tasks)
-        line = [seeds.first.rows[row].title, *map(_show, each), _show(seeds.mean(row, tasks)), _spread(each)]
+        line = [
+            seeds.first.rows[row].title,
+            *map(shown_figure, each),
+            shown_figure(seeds.mean(row, tasks)),
+            _spread(each),
+        ]
         if not compares(row):
             return [line + [""] * (len(header) - len(line))]
         each = seeds.differences(row, tasks)
@@ -358,8 +357,7 @@ def seeds_csv(seeds: Seeds) -> str:
 def _columns(figure: Figure | None, key: str, prefix: str) -> dict[str, str]:
     if figure is None:
         return {}
-    error = "" if figure.error is None else f"{figure.error:.4f}"
-    return {key: f"{figure.value:.4f}", f"{prefix}stderr": error}
+    return {key: f"{figure.value:.4f}", f"{prefix}stderr": figure.stored_error}
 
 
 def write_seeds(table: Table, outputs: Sequence[Path], publish: Path | None = None) -> str:

@@ -27,6 +27,11 @@ class Figure:
         return self.stderr if self.stderr and self.n >= FEWEST else None
 
     @property
+    def stored_error(self) -> str:
+        """:attr:`error` for a CSV; empty where there is none."""
+        return "" if self.error is None else f"{self.error:.4f}"
+
+    @property
     def significant(self) -> bool:
         """Whether a difference exceeds two of its standard errors."""
         return self.error is not None and abs(self.value) > 2 * self.error

@@ -68,15 +68,6 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _runs(wanted: FrameType) -> bool:
-    """True for a frame of this thread that has not returned."""
-    # A loop of its own, without a generator: it runs before every layer.
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return frame is not None
-
-
 @torch.compiler.disable
 def running(decoder: torch.nn.Module) -> Call | None:
     """The call of ``decoder``'s model that is on its way, if one is.
@@ -85,7 +76,7 @@ def running(decoder: torch.nn.Module) -> Call | None:
     a call is found here: its frame no longer runs.
     """
     call = _CALL.get()
-    while call is not None and not _runs(call.frame):
+    while call is not None and not any(frame is call.frame for frame in _frames()):
         call = call.outer
         _CALL.set(call)
     return call if call is not None and call.decoder is decoder else None

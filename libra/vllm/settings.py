@@ -23,7 +23,7 @@ RATIO = "libra_ratio"  # of a request's mm_processor_kwargs
 QUESTION = {"text", "relevance"}  # fields of a context that are made of the question
 NOTHING = Compression(method="vanilla")
 # What a method may need besides its name so that vLLM can do it.
-ADDED = ({}, {"at": INPUT}, {"compensation": "reserved"})
+ADDED: tuple[dict[str, Any], ...] = ({}, {"at": INPUT}, {"compensation": "reserved"})
 
 
 def server_compression(overrides: Any = None) -> Compression:
