@@ -101,6 +101,9 @@ class CompressedForward:
         # A decoding step adds a valid token to every row.
         decodes = prefill is None and inputs_embeds.shape[1] == 1 and self._first_stage.key_mask is None
         self._valid = None if padding_mask is None or decodes else padding_mask[:, past:].bool()
+        if decodes and self._is_plain_step(inputs_embeds):
+            self._schedule = ()
+            return
         # Of each stage: its columns of this call, each row's valid ones, and the columns of earlier calls.
         self._held: list[tuple[int, list[int], int]] = []
         prefill = None if prefill is None else prefill.surveyed(self._valid)
@@ -141,6 +144,14 @@ class CompressedForward:
             for stage in stages:
                 stage.key_mask = padding_mask[:, :past].bool()
         return stages
+
+    def _is_plain_step(self, hidden: torch.Tensor) -> bool:
+        """True where nothing of a decoding step differs between the stages but the lengths of their caches:
+        every layer sees all its keys without a mask, and positions go on as they came. Most are such."""
+        if self.compression.positions == "compact" or any(s.key_mask is not None for s in self._stages):
+            return False
+        self._masks = self._masks_of(range(self.decoder.config.num_hidden_layers), hidden, None)
+        return all(mask is None for mask in self._masks.values())
 
     def _number_columns(self, position_ids, past: int, hidden: torch.Tensor) -> None:
         """Positions and rotary embeddings of this call's columns."""

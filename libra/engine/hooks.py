@@ -130,7 +130,6 @@ class Hooks:
                 for module in attention_modules(layers[scoring_layer(step)]):
                     setattr(module, score.MARK, mark)
         self._compresses = bool(schedule)
-        self._borders = {0, *(step.layer + 1 for step in schedule)}  # layers with which a stage begins
         for i, layer in enumerate(layers if schedule else ()):
             self._names.append(arguments_of(layer))
             self._before(layer, partial(self._before_layer, i))
@@ -298,7 +297,7 @@ class Hooks:
             return True
         # A ready mask must be shortened; one that is handed by position is not looked for.
         maskless = "attention_mask" in kwargs and kwargs["attention_mask"] is None
-        return i not in self._borders and call.forward.is_idle and maskless
+        return i > 0 and call.forward.is_idle and maskless
 
     def _change(self, i: int, layer, args, kwargs) -> tuple[tuple, dict] | None:
         """The arguments of layer ``i`` where some change."""

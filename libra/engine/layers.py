@@ -112,19 +112,9 @@ class HookedForward(CompressedForward):
         flat, _ = self._flat(hidden)
         self._arguments = Arguments(flat.shape[1])
         super().__init__(decoder, compression, flat, given.padding_mask, given.position_ids, cache, prefill)
-        self.is_idle = self._changes_nothing()
-
-    def _changes_nothing(self) -> bool:
-        """True for a decoding step in which no row is padded: what the decoder hands its layers fits all of
-        them, but for a mask, which is as long as the first layer's keys."""
-        return (
-            self.tokens is None
-            and self._columns == 1
-            and self._rotary is None
-            and self._valid is None
-            and all(stage.key_mask is None for stage in self._stages)
-            and "flash" not in self.decoder.config._attn_implementation
-        )
+        # What the decoder hands its layers fits all of them, but for a mask, which is as long as the first
+        # layer's keys. (Flash attention must not see position ids.)
+        self.is_idle = not self._schedule and "flash" not in decoder.config._attn_implementation
 
     # --- what the engine keeps for each column ---
 
@@ -237,24 +227,24 @@ class HookedForward(CompressedForward):
     def _mask(self, layer: int, handed, columns: torch.Tensor):
         """The mask of a layer that gets the hidden states ``columns`` and that the decoder hands
         ``handed``."""
-        kind, stage = attention_kind(self.decoder.config, layer), self._stages[self._number]
+        kind, number = attention_kind(self.decoder.config, layer), self._stage_of(layer)
         if kind in POINTWISE:
             return handed
         if kind in RECURRENT:
             return self._recurrent_mask(handed)
-        known = self._given.padding_mask is not None or stage.key_mask is None
-        if self._number == 0 and known:
+        known = self._given.padding_mask is not None or self._stages[number].key_mask is None
+        if number == 0 and known:
             return handed  # all columns are there
         hidden, _ = self._flat(columns)
-        if kind not in self._masks:
-            self._masks[kind] = self._new_mask(layer, kind, handed, hidden)
-        mask = self._masks[kind]
+        if (number, kind) not in self._masks:
+            self._masks[number, kind] = self._new_mask(layer, kind, handed, hidden)
+        mask = self._masks[number, kind]
         if isinstance(mask, torch.Tensor) and mask.ndim == 4 and hidden.shape[1] < mask.shape[2]:
             return mask[:, :, -hidden.shape[1] :]  # Gemma 4 goes on with the last columns of the call
         return mask
 
     def _new_mask(self, layer: int, kind: str, handed, hidden: torch.Tensor):
-        config, stage = self.decoder.config, self._stages[self._number]
+        config, stage = self.decoder.config, self._stages[self._stage_of(layer)]
         if self.tokens is None and hidden.shape[1] == 1:
             if stage.key_mask is None and (handed is None or kind == "full_attention"):
                 return None  # one token sees every key there is
@@ -276,6 +266,10 @@ class HookedForward(CompressedForward):
 
     def _recurrent_mask(self, handed):
         """(B, S) of a layer whose state runs along the sequence: which columns are valid."""
-        if self._number == 0 or self.tokens is None and self._columns == 1:
+        if self.tokens is None and self._columns == 1 or self._number == 0:
             return handed
         return self._valid
+
+    def _stage_of(self, layer: int) -> int:
+        """The number of the stage whose layers ``layer`` is among."""
+        return sum(stage.first_layer <= layer for stage in self._stages) - 1
