@@ -7,10 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from lmms_eval.models.simple.openai import OpenAICompatible
-from PIL import Image
 
 from libra.identity import digest
-from libra.lmms.lmms_libra import GREY
+from libra.lmms.lmms_libra import blinded
 from libra.lmms.models_base import cut
 
 FAILED = "[LMMS_EVAL_REQUEST_FAILED"  # how the client's answer begins where there is none
@@ -89,7 +88,7 @@ class ServedModel(OpenAICompatible):
         text, options, doc_to_visual, *place = request.args
 
         def grey(document):
-            return [Image.new("RGB", image.size, GREY) for image in doc_to_visual(document)]
+            return blinded(doc_to_visual(document))
 
         return SimpleNamespace(args=(text, options, grey, *place))
 

@@ -24,7 +24,12 @@ from llava.video import load_frames
 from .models_base import Engine, Sample
 from .samples import SampleLog
 
-GREY = (127, 127, 127)
+
+def blinded(visual):
+    """A picture, or the list of a video's frames, in grey: what the blind row is shown."""
+    if isinstance(visual, list):
+        return [blinded(frame) for frame in visual]
+    return Image.new("RGB", visual.size, (127, 127, 127))
 
 
 class _Request(NamedTuple):
@@ -240,15 +245,8 @@ class LibraModel(lmms):
                 one = open_visual(visual, self.engine.frames)
             except ValueError as error:
                 raise ValueError(f"{request.name}: {error}") from error
-            shown.append(self._blinded(one) if self.blind else one)
+            shown.append(blinded(one) if self.blind else one)
         return Sample(request.name, request.text, shown)
-
-    def _blinded(self, one):
-        return (
-            [self._blinded(frame) for frame in one]
-            if isinstance(one, list)
-            else Image.new("RGB", one.size, GREY)
-        )
 
     def _records(self, batch: list[_Request], samples: list[Sample]) -> list[dict]:
         """Answer a batch; rows that show nothing are generated apart from those that do."""
