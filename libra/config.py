@@ -3,7 +3,7 @@ instead."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
@@ -144,10 +144,20 @@ class Compression:
             ("seed", _seed(self.seed)),
         ):
             object.__setattr__(self, key, value)
+        self._check_pair()
         self._check_place()
         for key, why in self._without_effect().items():
             if getattr(self, key) != _default(key, self.method):
                 raise ConfigError(f"{key}: {show(getattr(self, key))} has no effect: {why}; remove {key}")
+
+    def _check_pair(self) -> None:
+        """Raises ConfigError for a merge that goes on from another select."""
+        follows = MERGERS[self.merge].follows
+        if self.acts and follows and self.select not in follows:
+            raise ConfigError(
+                f"merge: {self.merge} goes on from what select {' or '.join(follows)} leaves it, and select"
+                f" is {self.select}; write select: {follows[0]}, or another merge"
+            )
 
     def _check_place(self) -> None:
         """Raises ConfigError where this cannot be done at its place, whatever the model."""
@@ -169,6 +179,7 @@ class Compression:
                 f"layers: {self.name} compares keys of a decoder layer, and before the language model there"
                 " are none; compress after a layer"
             )
+        _check_grid((self,))
         if self.adaptive and (self.at != TOWER or SELECTORS[self.select].own_count is None):
             able = [name for name, traits in SELECTORS.items() if traits.own_count is not None]
             raise ConfigError(
@@ -214,7 +225,9 @@ class Compression:
         places = [place for part in steps for place in ((TOWER,) if part.at == TOWER else part.layers or ())]
         if len(set(places)) < len(places):
             twice = next(place for place in places if places.count(place) > 1)
-            raise ConfigError(f"steps: two of them are at {show(twice)}; give each a place of its own")
+            twice = twice if twice == TOWER else place_name(twice)
+            raise ConfigError(f"steps: two of them are at {twice}; give each a place of its own")
+        _check_grid(steps)
         layers = None
         if all(part.layers is not None for part in steps):
             layers = tuple(sorted(layer for part in steps for layer in part.layers))
@@ -512,6 +525,19 @@ class Step:
 def _readers(what: str, key: str) -> list[str]:
     table = SELECTORS if what == "select" else MERGERS
     return [name for name, traits in table.items() if key in (traits.reads or ())]
+
+
+def _check_grid(parts: Sequence[Compression]) -> None:
+    """Raises ConfigError for one that reads the grid of a picture after another has taken tokens out of
+    it."""
+    places = [(layer, part.at != TOWER, part) for part in parts for layer in part.layers or ()]
+    ordered = sorted(places, key=lambda place: place[:2])
+    for part in [part for *_, part in ordered[1:] if "grid" in part.needs]:
+        where = "give it one place" if part is ordered[0][2] else "put it before the others"
+        raise ConfigError(
+            f"layers: {part.name} reads the grid of a picture, which is whole only before the first"
+            f" compression; {where}"
+        )
 
 
 _NAMES = tuple(f.name for f in fields(Compression))

@@ -218,6 +218,10 @@ def all_compressions():
             continue
         if select and SELECTORS[select].shrinks and layers != ():
             continue  # before the language model only
+        if select and layers and "grid" in SELECTORS[select].needs:
+            continue  # once only
+        if merge and MERGERS[merge].follows and select not in MERGERS[merge].follows:
+            continue
         early = method and METHODS[method].place != "layers"
         keys = {"at": "input", "importance": "tower"} if early and select else {"layers": layers}
         yield Compression(method=method, select=select, merge=merge, **keys)
@@ -443,6 +447,7 @@ def test_steps_are_compressions_one_after_another():
         ({"steps": STEPS, "ratio": 0.5}, "ratio: 0.5 has no effect next to steps; write it in a step"),
         ({"steps": STEPS, "method": "libra"}, "method: libra has no effect next to steps"),
         ({"steps": STEPS + STEPS[1:]}, "steps: two of them are at 15"),
+        ({"steps": [STEPS[0], {"at": -1, "method": "tome"}]}, "steps: two of them are at input; give each"),
         ({"steps": [{"method": "vanilla"}]}, "steps: method vanilla compresses nothing; remove it"),
         ({"steps": [Compression(steps=STEPS)]}, "steps: a step has steps of its own"),
         ({"steps": [{"method": "pyramiddrop"}, STEPS[0]]}, "positions: the steps have compact and original"),
@@ -453,11 +458,38 @@ def test_steps_are_compressions_one_after_another():
         ({"at": "somewhere"}, "at: somewhere is not a place; write tower, input, or the number"),
         ({"at": "input", "layers": [3]}, "at: input and layers: .* both say where"),
         ({"at": 40}, "layers: 40 is out of range: the model has layers 0 to 31"),
+        ({"method": "evs", "layers": [-1, 3]}, "layers: method evs reads the grid .* give it one place"),
+        ({"select": "vidcom2", "merge": "drop"}, "layers: select vidcom2 with merge drop reads the grid"),
+        ({"steps": [STEPS[1], {"at": 20, "method": "pool"}]}, "method pool .* put it before the others"),
+        (
+            {"steps": [{"at": "tower", "method": "tome"}, {"method": "vscan"}]},
+            "vscan reads the grid of a pic",
+        ),
+        (
+            {"steps": [{"method": "fastv"}, {"select": "evs", "merge": "igm", "at": 9}]},
+            "evs with merge igm reads the grid",
+        ),
     ],
 )
 def test_what_a_place_or_a_list_of_steps_cannot_be(keys, message):
     with pytest.raises(ConfigError, match=message):
         Compression(**keys).at_depth(32)
+
+
+def test_what_reads_the_grid_comes_first():
+    first = Compression(steps=[STEPS[1], {"method": "vscan", "keep": 9}])
+    assert [step.part.method for step in first.at_depth(32).schedule(32)] == ["vscan", "fastv"]
+
+
+@pytest.mark.parametrize("merge", [name for name, traits in MERGERS.items() if traits.follows])
+def test_a_merge_that_goes_on_from_certain_selects_is_refused_with_others(merge):
+    """It would fail in the middle of a call: what it reads is not there."""
+    follows = MERGERS[merge].follows
+    for select in follows:
+        assert Compression(select=select, merge=merge, layers=[3]).merge == merge
+    for select in SELECTORS.keys() - follows:
+        with pytest.raises(ConfigError, match=f"merge: {merge} goes on from .* write select: {follows[0]}"):
+            Compression(select=select, merge=merge, layers=[3])
 
 
 @pytest.mark.parametrize(

@@ -268,3 +268,7 @@ def test_what_a_model_cannot_give_is_said():
     model = zoo.model(CLASSES["qwen"])
     with libra.attach(model, Compression(method="visionzip")) as handle:
         assert handle.compression.place == "input"  # its projector joins patches
+    both = [{"at": "tower", "method": "tome"}, {"at": "input", "method": "divprune"}]
+    for c in (Compression(method="prumerge", keep="adaptive"), Compression(steps=both)):
+        with pytest.raises(ValueError, match="at: a Qwen2_5_VL.* joins patches .* so that tower is input"):
+            libra.attach(model, c)

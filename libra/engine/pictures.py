@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import Compression
+from ..config import Compression, ConfigError
 from ..methods import SELECTORS
 from ..places import BEFORE, INPUT, TOWER
 from ..rows import patches_across
@@ -108,7 +108,7 @@ class Eyes:
         self.wants = Wants.of(compression, self.has_cls, clip is not None)
         self._shrink()
         if self.kind in JOINING and any(part.at == TOWER for part in compression.parts):
-            self.compression = _at_input(compression)
+            self.compression = _at_input(compression, name)
         if self.wants is None:
             return
         layers = self._layers()
@@ -332,11 +332,17 @@ def _placed(rows, tokens: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.
     return found
 
 
-def _at_input(c: Compression) -> Compression:
-    """A compression in the tower of a model whose projector joins patches: at the input."""
-    if c.steps is None:
-        return replace(c, at=INPUT)
-    return replace(c, steps=tuple(replace(p, at=INPUT) if p.at == TOWER else p for p in c.steps), layers=None)
+def _at_input(c: Compression, name: str) -> Compression:
+    """A compression in the tower of a model whose projector joins patches: at the input. Raises ConfigError
+    where it cannot be done there."""
+    try:
+        if c.steps is None:
+            return replace(c, at=INPUT)
+        steps = (replace(p, at=INPUT) if p.at == TOWER else p for p in c.steps)
+        return replace(c, steps=tuple(steps), layers=None)
+    except ConfigError as error:
+        problem = f"at: a {name} joins patches after its vision tower, so that tower is input here; {error}"
+        raise ConfigError(problem) from None
 
 
 _NOTHING = context_of([])

@@ -47,7 +47,7 @@ def pool(candidates, c) -> "torch.Tensor":
     return layout.valid & layout.index.new_tensor(middles).bool()
 
 
-@register_merge("pool", compensates=False, reads=("hidden",), trusted=True)
+@register_merge("pool", compensates=False, reads=("hidden",), trusted=True, follows=("pool",))
 def mean_of_windows(matches, c):
     """Each token goes to the slot of the middle of its window, with the same weight as the others."""
     slot = matches.own_slot.gather(1, matches.candidates.memo["middle"])

@@ -114,6 +114,7 @@ def added(
     gives_weights=True,
     gives_tokens=True,
     trusted=True,
+    follows=("prumerge", "prumerge-plus"),
 )
 def take_what_they_became(matches, c):
     """A token has a part in several of them; its slot is its own, or that of the sum of the rest."""

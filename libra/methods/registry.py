@@ -61,6 +61,7 @@ class Merge:
     gives_weights: it returns the weights themselves, not logits of a softmax within each slot;
     gives_tokens: it leaves the tokens (B, T, D) that become of the targets in ``candidates.memo["tokens"]``,
         where a token has a part in several of them; weights are then for traces only;
+    follows: the selects that it goes on from, by what they leave in ``candidates.memo``; empty: it takes any;
     reads, needs, trusted: as of :class:`Select`.
     """
 
@@ -69,6 +70,7 @@ class Merge:
     drops: bool = False
     gives_weights: bool = False
     gives_tokens: bool = False
+    follows: tuple[str, ...] = ()
     reads: frozenset[str] | None = None
     needs: tuple[str, ...] = ()
     trusted: bool = False
@@ -114,10 +116,11 @@ class OfTower(TypedDict, total=False):
 
 
 class Gives(TypedDict, total=False):
-    """Traits of a :class:`Merge` that returns something else than logits."""
+    """Traits of a :class:`Merge` that returns something else than logits, or goes on from certain selects."""
 
     gives_weights: bool
     gives_tokens: bool
+    follows: Iterable[str]
 
 
 SELECTORS: dict[str, Select] = {}
@@ -187,6 +190,7 @@ def register_merge(
     """
     traits = {"reads": _known("reads", reads, READABLE), "needs": _known("needs", needs, CONTEXT)}
     traits |= {"compensates": compensates and not drops, "drops": drops, "trusted": trusted, **gives}
+    traits["follows"] = tuple(gives.get("follows", ()))
     return _register(MERGERS, "merge", name, Merge, traits)
 
 

@@ -58,7 +58,7 @@ def sparsevlm(candidates, c):
     return candidates.choose(of_spans, candidates.hidden.detach(), candidates.importance, flat)
 
 
-@register_merge("sparsevlm", compensates=False, reads=("hidden",), trusted=True)
+@register_merge("sparsevlm", compensates=False, reads=("hidden",), trusted=True, follows=("sparsevlm",))
 def recycle(matches, c):
     """Each recycled token goes to the slot of its centre, as a plain mean; the others are gone."""
     into = matches.candidates.memo["into"]

@@ -41,7 +41,7 @@ def tome(candidates, c):
     return candidates.choose(of_spans, candidates.hidden.detach(), flat)
 
 
-@register_merge("tome", compensates=False, reads=("hidden",), trusted=True)
+@register_merge("tome", compensates=False, reads=("hidden",), trusted=True, follows=("tome",))
 def merge_matched(matches, c):
     """Each token goes to the slot of the token it was merged into; plain means, which chains of weighted
     means are."""

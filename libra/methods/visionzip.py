@@ -56,7 +56,13 @@ def visionzip(candidates, c):
 
 
 @register_merge(
-    "visionzip", compensates=False, reads=("hidden",), needs=("tower_keys",), gives_weights=True, trusted=True
+    "visionzip",
+    compensates=False,
+    reads=("hidden",),
+    needs=("tower_keys",),
+    gives_weights=True,
+    trusted=True,
+    follows=("visionzip",),
 )
 def merge_into_contextual(matches, c):
     """Each token that is not a target joins the contextual target of its span with the most similar tower
