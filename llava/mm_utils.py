@@ -11,6 +11,7 @@ from tokenizers import pre_tokenizers
 from transformers import StoppingCriteria
 
 from libra.media import COMMAND, FILES, check_size, open_image, to_rgb
+from libra.utils.sentences import check_characters
 
 from .constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
@@ -227,8 +228,10 @@ def as_text(text: str, tokenizer, spellings: set[str]) -> str:
     prompt.
 
     Raises:
-        ValueError: where the tokenizer, which may change letters first, finds one all the same.
+        ValueError: where the tokenizer, which may change letters first, finds one all the same, and for what
+            is not a character.
     """
+    check_characters(text, "the text")
     longest_first = "|".join(re.escape(spelling) for spelling in sorted(spellings, key=len, reverse=True))
     text = re.sub(longest_first, lambda found: f"{found[0][0]} {found[0][1:]}", text) if spellings else text
     tokens = set(tokenizer.convert_tokens_to_ids(sorted(spellings))) - {tokenizer.unk_token_id, None}

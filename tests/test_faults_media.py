@@ -22,7 +22,7 @@ from llava.eval import run_llava
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.serve import cli
-from llava.serve.asked import Mistake, Reader
+from llava.serve.asked import Example, Mistake, Reader
 from llava.serve.session import Loaded, Session
 from llava.serve.speakers import LlavaSpeaker
 from llava.train.data import VisualTokens
@@ -330,6 +330,20 @@ def test_e6_an_image_that_would_lose_its_tiles_is_refused(tmp_path):
         loaded, tmp_path, "line.png", "wide.png", pictures=config, visual_tokens=counts
     )
     assert [bool(data[0]["unreadable"]), bool(data[1]["unreadable"])] == [True, False]
+
+
+def test_half_a_character_is_refused_and_a_very_low_temperature_takes_the_likeliest(loaded):
+    """A byte that is not UTF-8 comes from the command line as half of a surrogate pair."""
+    chat = Session(*loaded, "mini", [Image.new("RGB", (96, 96))])
+    with pytest.raises(ValueError, match="the text has half of a surrogate pair"):
+        chat.ask("caf\udce9 ?", max_new_tokens=1)
+    read = Reader(LlavaSpeaker(Loaded(*loaded, "mini")), {}, [Example(Image.new("RGB", (96, 96)), "")], 1)
+    with pytest.raises(Mistake, match="half of a surrogate pair") as mistake:
+        read(json.dumps({"picture": "example:0", "question": "half \ud800"}).encode())
+    assert mistake.value.field == "question"
+    greedy = chat.ask("what digit is it ?", max_new_tokens=2).text
+    again = Session(*loaded, "mini", [Image.new("RGB", (96, 96))])
+    assert again.ask("what digit is it ?", max_new_tokens=2, temperature=1e-300).text == greedy
 
 
 def test_e7_special_tokens_that_somebody_types_are_text(loaded):

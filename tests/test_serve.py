@@ -264,6 +264,8 @@ def test_a_seed_repeats_a_sampled_answer(ask):
         return ask(message("hello"), **named).choices[0].message.content
 
     assert said(1) == said(1) and len({said(seed) for seed in range(4)}) > 1
+    greedy, cold = (ask(message("hello"), temperature=number, max_tokens=20) for number in (0, 1e-300))
+    assert cold.choices[0].message.content == greedy.choices[0].message.content
 
 
 WRONG = [
@@ -286,6 +288,7 @@ WRONG = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "with a data URI"),
     ({"messages": [{"role": "system", "content": "be kind"}]}, "the model's template refuses them"),
     ({"messages": [{"role": "user", "content": "see <image> here"}]}, "the text has <image>"),
+    ({"messages": [{"role": "user", "content": "half \ud800"}]}, "the text has half of a surrogate pair"),
     ({"messages": [{"role": "user", "content": "long " * 2000}]}, "the model takes 1,024"),
     ({"messages": [{"role": "user", "content": "x" * 10**6}]}, "the texts have more than 65,536 characters"),
     ({"messages": [{"role": "user", "content": [], "tool_calls": [1]}]}, "tools are not offered"),

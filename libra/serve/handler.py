@@ -13,6 +13,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState, _GenerationCancelled
 
 from ..media import Limits
+from ..utils.numbers import COLDEST
 from .models import Model
 from .pictures import Album
 from .prompt import Prompter
@@ -103,7 +104,7 @@ class ChatHandler(ChatCompletionHandler):
         settings.max_new_tokens = min(asked.sampling.get("max_tokens", self.longest), room)
         settings.max_length = None
         if "temperature" in asked.sampling:
-            settings.do_sample = asked.sampling["temperature"] > 0
+            settings.do_sample = asked.sampling["temperature"] >= COLDEST
         if not settings.do_sample:
             settings.temperature = settings.top_p = settings.top_k = None
         return inputs, settings

@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 from transformers import BatchFeature
 
 from ..media import asking
+from ..utils.sentences import check_characters
 from .models import Model
 
 CHARACTERS = 64  # of text for each token of the model's context; more are refused before they are counted
@@ -41,14 +42,16 @@ class Prompter:
             shown: a picture or a list of frames for each part that is not text, in order.
 
         Raises:
-            ValueError: for a text that hides a place for a picture, and what the model's template or
-                processor does not take.
+            ValueError: for a text that hides a place for a picture or holds what is not a character, and what
+                the model's template or processor does not take.
         """
         texts = [part[1] for _, parts in messages for part in parts if part[0] == "text"]
         if sum(map(len, texts)) > self._most:
             raise ValueError(
                 f"the texts have more than {self._most:,} characters, which no prompt of this model holds"
             )
+        for text in texts:
+            check_characters(text, "the text")
         for mark in self._marks:
             if any(mark in text for text in texts):
                 raise ValueError(

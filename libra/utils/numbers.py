@@ -2,6 +2,9 @@
 
 from numbers import Integral
 
+# A lower sampling temperature takes the likeliest token: divided by it, logits might become infinite.
+COLDEST = 1e-6
+
 
 def is_whole(value: object) -> bool:
     """Whether a value is a whole number; True and False are not."""

@@ -21,6 +21,17 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def check_characters(text: str, what: str) -> None:
+    """Raises ValueError for half of a surrogate pair in a text, which no tokenizer takes: JSON can say one,
+    and a command's argument has one for each byte that is not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{what} has half of a surrogate pair, which is not a character; correct it (as UTF-8)"
+        ) from None
+
+
 def show(value: Any) -> str:
     """A value as it stands in a file, no longer than a line: text without quotes as long as it can be told
     from nothing."""

@@ -18,6 +18,7 @@ from libra.engine.cache import bytes_at
 from libra.media import COMMAND, open_image, split_names
 from libra.rows import compression_from
 from libra.utils.devices import find_device
+from libra.utils.numbers import COLDEST
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from ..conversation import conv_templates, conversation_name
@@ -390,7 +391,7 @@ class Session:
         stop = None if turn.stop == self.tokenizer.eos_token else turn.stop
         streamer = AnswerStreamer(self.tokenizer, stop, stream) if lasting else None
         options: dict = {"do_sample": False}
-        if temperature > 0:
+        if temperature >= COLDEST:
             options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         options |= {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "streamer": streamer}
         new = self._generate(ids, held, stop, options)

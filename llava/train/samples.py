@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from libra.utils.sentences import ConfigError, show
+from libra.utils.sentences import ConfigError, check_characters, show
 
 from ..constants import DEFAULT_IMAGE_TOKEN
 from ..conversation import Conversation, SeparatorStyle
@@ -355,11 +355,9 @@ def _turn(turn) -> tuple[str, str]:
     if not isinstance(text, str):
         raise wrong
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Fault(
-            "text", "its text has half of a surrogate pair, which is not a character; correct it"
-        ) from error
+        check_characters(text, "its text")
+    except ValueError as error:
+        raise Fault("text", str(error)) from error
     return SPEAKERS[speaker], text
 
 
