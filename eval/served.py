@@ -267,6 +267,7 @@ class ServedHarness(Harness):
 def tokens(row: Row) -> list[int]:
     """The visual tokens that each layer sees by the row; empty where they depend on the picture."""
     spec = get_model(row.model, row.path)
-    if len(spec.visual_tokens) != 1 or not row.compression.compresses:
+    c = row.compression
+    if len(spec.visual_tokens) != 1 or not c.compresses or c.adaptive:
         return []
-    return actual(row.compression, spec.layers, spec.visual_tokens)
+    return actual(c, spec.layers, spec.visual_tokens)

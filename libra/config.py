@@ -418,8 +418,8 @@ class Compression:
 
     @property
     def adaptive(self) -> bool:
-        """Whether each picture decides how many tokens are kept."""
-        return self.keep == ADAPTIVE
+        """Whether each picture decides how many tokens are kept, in one of its steps at least."""
+        return any(part.keep == ADAPTIVE for part in self.parts)
 
     @property
     def amount(self) -> str:

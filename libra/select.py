@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from . import ops
 from .methods import SELECTORS, Context, register_select
+from .utils.numbers import is_whole
 from .utils.once import once
+from .utils.sentences import show
 
 if TYPE_CHECKING:
     import torch
@@ -86,17 +88,21 @@ class Candidates:
     def grids(self) -> "list[list[tuple[tuple[int, ...], ...]]]":
         """For each row, for each span, the grids of its parts.
 
-        Raises ValueError where they do not have as many places as their span has tokens.
+        Raises ValueError where they are not those of the spans, or do not have as many places as their span
+        has tokens.
         """
-        found: list[list] = []
-        for spans, grids in zip(self.layout.spans, self.context.grid, strict=True):
-            found.append([])
-            for n, grid in zip(spans, grids, strict=True):
-                parts = (tuple(grid),) if isinstance(grid[0], int) else tuple(map(tuple, grid))
+        given = self.context.grid
+        found = [list(map(_parts, row)) if isinstance(row, (list, tuple)) else [] for row in given]
+        if list(map(len, found)) != list(map(len, self.layout.spans)) or any(() in row for row in found):
+            raise ValueError(
+                f"grid: {show(given)} does not tell of each row the (h, w) or (t, h, w) of each of its spans;"
+                " write such as [[(24, 24)]]"
+            )
+        for spans, grids in zip(self.layout.spans, found):
+            for n, parts in zip(spans, grids):
                 if sum(map(math.prod, parts)) != n:
-                    places = sum(map(math.prod, parts))
-                    raise ValueError(f"grid: {tuple(grid)} has {places} places and its span {n} tokens")
-                found[-1].append(parts)
+                    places, grid = sum(map(math.prod, parts)), parts[0] if len(parts) == 1 else parts
+                    raise ValueError(f"grid: {grid} has {places} places and its span {n} tokens")
         return found
 
     @property
@@ -132,6 +138,15 @@ class Candidates:
     def top(self, scores: "torch.Tensor") -> "torch.Tensor":
         """:func:`top_of_span` of these spans."""
         return top_of_span(scores, self.layout)
+
+
+def _parts(grid) -> tuple[tuple[int, ...], ...]:
+    """The grids of a span's parts; () for what is none."""
+    if not isinstance(grid, (list, tuple)) or not grid:
+        return ()
+    parts = tuple(part for part in ([grid] if is_whole(grid[0]) else grid) if isinstance(part, (list, tuple)))
+    whole = all(len(part) in (2, 3) and all(is_whole(n) and n > 0 for n in part) for part in parts)
+    return tuple(tuple(map(int, part)) for part in parts) if whole else ()
 
 
 def tower_score(context: Context) -> "torch.Tensor":

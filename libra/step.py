@@ -264,8 +264,11 @@ def compress(
         raise ValueError(
             "libra.compress needs a libra.Compression that compresses, such as Compression(method='libra')"
         )
+    if c.steps is not None:
+        raise ValueError("libra.compress does one step; give it one of the compression's steps after another")
     context = context or Context()
     if isinstance(hidden, torch.Tensor) and hidden.ndim == 3:
+        context.check_rows(len(hidden))
         context = context.cut(hidden.shape[1])
     if missing := context.missing([need for need in c.needs if importance is None or need != TOWER_SCORE]):
         what = missing.replace("|", " or ")

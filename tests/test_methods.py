@@ -260,11 +260,34 @@ def test_libra_at_the_input_is_libra_with_the_towers_scores():
             Context(tower_cls=torch.zeros(1, 5)),
             "context.tower_cls has 5 tokens a row; give all 8",
         ),
+        ("fastervlm", Context(tower_cls=torch.zeros(2, 8)), "context.tower_cls has 2 rows, and there are 1"),
+        ("fastervlm", Context(tower_cls=torch.zeros(3, 2, 8)), "context.tower_cls has 2 rows"),
+        ("cdpruner", Context(text=[torch.zeros(1, 2)] * 2), "context.text has 2 rows"),
+        *(
+            ("evs", Context(grid=grid), r"grid: .* does not tell .* write such as \[\[\(24, 24\)\]\]")
+            for grid in (
+                [(2, 4)],
+                [[]],
+                [[(2.0, 4)]],
+                [["ab"]],
+                [[(-2, -4)]],
+                [[(8,)]],
+                [[()]],
+                [[(2, 2)] * 2],
+            )
+        ),
+        ("pool", Context(grid=torch.tensor([[[2, 4]]])), "grid: .* does not tell"),
     ],
 )
 def test_what_a_method_lacks_is_said(method, context, missing):
     with pytest.raises(ValueError, match=missing):
         compress(torch.ones(1, 8, 2), None, Compression(method=method, keep=4), context=context)
+
+
+def test_a_list_of_steps_is_no_step():
+    steps = [{"method": "divprune", "keep": 3}, {"method": "fastv", "layers": [3]}]
+    with pytest.raises(ValueError, match="libra.compress does one step; give it one of the compression's"):
+        compress(torch.ones(1, 8, 2), torch.ones(1, 8), Compression(steps=steps))
 
 
 def test_needs_and_reads_name_what_exists():

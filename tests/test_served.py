@@ -139,6 +139,15 @@ def test_what_a_request_adds_for_a_row():
         served.body(ours, row(DIVPRUNE, "eager"))
 
 
+def test_tokens_that_each_picture_decides_are_not_counted_beforehand():
+    """Its cells failed: the field's rows of PruMerge are such."""
+    adaptive = {"method": "prumerge", "keep": "adaptive"}
+    assert served.tokens(Row("mini", Compression.from_dict(adaptive))) == []
+    two = {"steps": [adaptive, {"method": "libra", "layers": [5]}]}
+    assert served.tokens(Row("mini", Compression.from_dict(two))) == []
+    assert served.tokens(Row("mini", Compression(method="divprune", keep=9))) == [9] * 12
+
+
 def test_tables_that_take_times_or_trained_checkpoints_need_this_machine():
     server = served.Server("u", "libra.serve", "1", "mini")
     assert served.check_rows(get_table("1"), {"r": row(DIVPRUNE)}, [server]) == server.identity

@@ -13,6 +13,7 @@ PER_TOKEN = (
     *LAYERED, "tower_keys", "tower_hidden", "tower_next", "tower_next_keys", "relevance", "outside",
     "layer_keys", "final_hidden",
 )  # fmt: skip
+PER_ROW = ("text", "grid", "text_keys", "final_text")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,16 @@ class Context:
             if value is not None:
                 return len(value[0]) if name in LAYERED and value.ndim == 3 else len(value)
         return len(self.grid or ())
+
+    def check_rows(self, rows: int) -> None:
+        """Raises ValueError where a field has not so many rows."""
+        for name in (*PER_TOKEN, *PER_ROW):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            given = len(value[0]) if name in LAYERED and value.ndim == 3 else len(value)
+            if given != rows:
+                raise ValueError(f"context.{name} has {given} rows, and there are {rows}; give one for each")
 
     def repeated(self, times: int) -> "Context":
         """Each row so many times, one after another, as beams and returned sequences repeat them."""
