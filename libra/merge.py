@@ -50,12 +50,15 @@ class Matches:
         """The spans of the rows and the targets that each keeps."""
         return self.candidates.layout
 
+    @property
+    def divisor(self) -> "torch.Tensor | float":
+        """η: (B, N), (B, 1) or a number."""
+        return self.candidates.importance_mean if self.eta is None else self.eta
+
     @once
     def pull(self) -> "torch.Tensor":
         """(B, N) float32, α/η."""
-        eta = self.candidates.importance_mean if self.eta is None else self.eta
-        # Where every α is 0 the quotient is 0/0: equal logits, hence uniform weights.
-        return (self.candidates.importance / eta).nan_to_num(nan=0.0)
+        return ops.pull(self.candidates.importance, self.divisor)
 
     @property
     def compensation(self) -> int:
@@ -158,13 +161,14 @@ class Matches:
 class OfRest:
     """What a merger of this module says: only of the tokens that are not targets.
 
-    slot: (B, R), the slot of each; None: all go to the compensation token. apart: (B, R) bool, which of them
-    go there nevertheless; pulls: whether weights come from importance (:attr:`Matches.pull`), otherwise they
-    are equal.
+    closest: the similarity and the slot of each, both (B, R); None: all go to the compensation token. tau:
+    those at most so similar go there nevertheless; lowest: (B, 1), one that goes there in any case; pulls:
+    whether weights come from importance (:attr:`Matches.pull`), otherwise they are equal.
     """
 
-    slot: "torch.Tensor | None"
-    apart: "torch.Tensor | None" = None
+    closest: "tuple[torch.Tensor, torch.Tensor] | None"
+    tau: float | None = None
+    lowest: "torch.Tensor | None" = None
     pulls: bool = True
 
 
@@ -219,24 +223,21 @@ def drop(matches: Matches, c: "Compression"):
 @register_merge("average", compensates=False, reads=("hidden",), trusted=True)
 def average(matches: Matches, c: "Compression"):
     """Every token joins its most similar target, as a plain mean of the group (Turbo)."""
-    return OfRest(matches.closest[1], pulls=False)
+    return OfRest(matches.closest, pulls=False)
 
 
 @register_merge("igm", reads=("hidden", "importance", "tau", "eta"), trusted=True)
 def igm(matches: Matches, c: "Compression"):
     """Importance-informed grouped merging (§3.3): tokens more similar than τ join their target, the others
     the compensation token."""
-    similarity, slot = matches.closest
-    apart = similarity <= c.tau
-    if c.reserves and any(matches.layout.rest_counts):
-        apart = apart.scatter(1, matches.lowest, True)
-    return OfRest(slot, apart)
+    reserves = c.reserves and any(matches.layout.rest_counts)
+    return OfRest(matches.closest, c.tau, matches.lowest if reserves else None)
 
 
 @register_merge("igm-pos", compensates=False, reads=("hidden", "importance", "eta"), trusted=True)
 def igm_pos(matches: Matches, c: "Compression"):
     """Table 5: all tokens are in the positive set."""
-    return OfRest(matches.closest[1])
+    return OfRest(matches.closest)
 
 
 @register_merge("igm-neg", reads=("importance", "eta"), trusted=True)

@@ -48,11 +48,12 @@ class Candidates:
     @once
     def importance_mean(self) -> "torch.Tensor":
         """(B, N) or (B, 1): the mean importance of the visual tokens that share a token's score row."""
-        importance, valid = self.importance, self.layout.valid
+        importance = self.importance
         if self.score_rows is None and self.layout.uniform:
             return importance.mean(1, keepdim=True)
         if self.score_rows is None:
             return importance.sum(1, keepdim=True) / self.layout.tokens_of_row[:, None]
+        valid = self.layout.valid
         index = (self.score_rows + 1).masked_fill(~valid, 0)
         empty = importance.new_zeros((len(index), importance.shape[1] + 1))  # no more score rows than tokens
         total = empty.scatter_add(1, index, importance)

@@ -1,5 +1,6 @@
 """One compression step: choose targets, treat the rest. Tensor maths on visual tokens, without a model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -189,29 +190,21 @@ def _dropped(matches: Matches):
 
 def _merged_rest(matches: Matches, said: OfRest, c: Compression):
     """What a merger said of the tokens that are no targets, done to all in their order."""
-    spans = matches.layout
-    own, rest = spans.target_slots, max(spans.rest_counts)
-    slot, apart = said.slot, said.apart
-    if slot is None:
-        slot = own.new_full((len(own), rest), matches.compensation)
-    elif apart is not None:
-        slot = slot.masked_fill(apart, matches.compensation)
-    missing = spans.rest_missing
-    if missing is not None:
-        slot = slot.masked_fill(missing, NOWHERE)
-    slot = torch.cat([own, slot], 1)
-    pull = matches.pull.gather(1, matches.order) if said.pulls else slot.new_zeros(slot.shape).float()
-    has_one: torch.Tensor | list[bool] | None = None
-    if MERGERS[c.merge].compensates and rest:
-        if c.reserves or said.slot is None:
-            has_one = [count > 0 for count in spans.rest_counts]
-        else:
-            has_one = (slot == matches.compensation).any(1) if missing is not None else apart.any(1)
+    spans, order = matches.layout, matches.order
+    eta = matches.divisor if said.pulls else math.inf
+    has_one: torch.Tensor | list[bool] | None
+    slot, logits, has_one = ops.slots_and_logits(
+        matches.candidates.importance, eta, order, spans, said.closest, said.tau, said.lowest
+    )
+    if not (MERGERS[c.merge].compensates and any(spans.rest_counts)):
+        has_one = None
+    elif has_one is None:
+        has_one = [count > 0 for count in spans.rest_counts]
     slots, whole = spans.targets + (has_one is not None), spans.uniform
-    weights = ops.group_softmax(pull, slot, slots, whole)
+    weights = ops.group_softmax(logits, slot, slots, whole)
     tokens = ops.merge_groups(matches.precise, slot, weights, slots, whole).to(matches.hidden.dtype)
-    similarity = vars(matches).get("closest", (None,))[0]  # a cached property: there if it was used
-    return tokens, Fates(spans, slot, weights, matches.order, similarity), has_one
+    similarity = None if said.closest is None else said.closest[0]
+    return tokens, Fates(spans, slot, weights, order, similarity), has_one
 
 
 def _merged(matches: Matches, said, c: Compression):

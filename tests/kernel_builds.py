@@ -111,9 +111,13 @@ def launches(dtype: torch.dtype) -> None:
         kernels.group_softmax(empty(2, length), numbers(2, length), length // 2)
         kernels.ordinals(empty(2, length, dtype=torch.bool), length // 2)
         for spans in ([[length]] * 2, [[length // 4, length // 2], [length]]):
-            kernels.best_of_intervals(
-                empty(2, length), Spans.build(spans, keeps(spans, Compression()), "meta")
-            )
+            layout = Spans.build(spans, keeps(spans, Compression()), "meta")
+            rest = max(layout.rest_counts)
+            order = numbers(2, layout.targets + rest)
+            asked = empty(2, length), empty(2, 1), order, layout, (empty(2, rest), numbers(2, rest)), 0.7
+            kernels.best_of_intervals(empty(2, length), layout)
+            kernels.slots_and_logits(*asked)
+            kernels.slots_and_logits(*asked, numbers(2, 1))
 
 
 def builds(capabilities: list[int], one: bool):

@@ -5,7 +5,9 @@ tests/conftest.py has Triton interpret kernels where there is no GPU. That a com
 checked without a GPU by tests/kernel_builds.py.
 """
 
+import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,11 +32,13 @@ from libra.ops.reference import (
     most_similar,
     ordinals,
     score_row,
+    slots_and_logits,
 )
 from libra.ops.spans import Spans
 from libra.step import compress
 
 kernels = pytest.importorskip("libra.ops.kernels", reason="Triton is not installed")
+greedy_kernels = pytest.importorskip("libra.ops.greedy_kernels", reason="Triton is not installed")
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUILDS = Path(__file__).with_name("kernel_builds.py")
@@ -46,6 +50,7 @@ NAMES = {
     "merge_groups",
     "ordinals",
     "best_of_intervals",
+    "slots_and_logits",
 }
 TOOLS = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin"
 needs_assembler = pytest.mark.skipif(
@@ -203,6 +208,28 @@ def test_the_first_of_equals_is_the_most_similar(device, dtype, multiprocessors,
             ).sum() > 5  # as similar to an earlier one as to itself
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.8])
+def test_slots_and_logits(device, ratio):
+    """The same bits: similarities that are τ as float32 has it, rows of several lengths, η of every shape."""
+    normal, whole = drawn(int(100 * ratio), device)
+    for spans in [[1]], [[150]], [[37]] * 3, [[20, 7, 13], [5], [1, 1, 1, 40]], [[2500, 11], [140, 140]]:
+        layout = Spans.build(spans, keeps(spans, Compression(ratio=ratio)), device)
+        importance = whole(0, 5, len(spans), layout.tokens) / 4
+        order = layout.arranged(best_of_intervals.__wrapped__(importance, layout))
+        rest = order.shape[1] - layout.targets
+        closest = whole(-10, 11, len(spans), rest) / 10, whole(0, layout.targets, len(spans), rest)
+        lowest = whole(0, rest, len(spans), 1) if rest else None
+        varied, nothing = whole(0, 2, *importance.shape) / 1.0, importance.new_zeros(len(spans), 1)
+        for eta in importance.mean(1, keepdim=True) + 1e-9, varied, nothing, 0.3, math.inf:
+            for tau, least in (0.7, None), (0.1, None), (-1.0, lowest), (None, None):
+                asked = importance, eta, order, layout, closest, tau, least
+                got, want = kernels.slots_and_logits(*asked), slots_and_logits.__wrapped__(*asked)
+                assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+                assert (got[2] is None) == (want[2] is None) == (tau is None or least is not None)
+                assert want[2] is None or torch.equal(got[2], want[2])
+    assert kernels.slots_and_logits(importance, 0.3, order, layout) is NotImplemented
+
+
 @pytest.mark.parametrize("batch, count, slots", [(1, 1, 1), (2, 140, 12), (1, 60, 55), (3, 40, 1)])
 def test_group_softmax_and_merge_groups(device, batch, count, slots):
     normal, whole = drawn(count, device)
@@ -325,17 +352,15 @@ def test_the_same_bits_every_time():
         assert all(torch.equal(first, kernel(*asked)) for _ in range(20))
 
 
-@pytest.mark.parametrize("select, merge", [
-    ("intervals", "igm"), ("intervals", "igm-neg"), ("topk", "drop"), ("information", "average"),
-    ("random", "igm-pos"),
+@pytest.mark.parametrize("select, merge, keys", [
+    ("intervals", "igm", {"tau": 0.2}), ("intervals", "igm", {"tau": -1.0, "compensation": "reserved"}),
+    ("intervals", "igm-neg", {}), ("topk", "drop", {}), ("information", "average", {}),
+    ("random", "igm-pos", {}),
 ])  # fmt: skip
-def test_a_step_of_kernels_is_the_torch_step(device, select, merge, launched, monkeypatch):
+def test_a_step_of_kernels_is_the_torch_step(device, select, merge, keys, launched, monkeypatch):
     normal, _ = drawn(5, device)
     hidden, importance = normal(2, 75, 20), normal(2, 75).softmax(1)
-    c, spans = (
-        Compression(select=select, merge=merge, ratio=0.6, **({"tau": 0.2} if merge == "igm" else {})),
-        [[40, 35], [60]],
-    )
+    c, spans = Compression(select=select, merge=merge, ratio=0.6, **keys), [[40, 35], [60]]
     got = compress(hidden, importance, c, spans=spans)
     assert set(launched) >= {"ordinals"} | (set() if merge == "drop" else {"group_softmax", "merge_groups"})
     monkeypatch.undo()
@@ -452,9 +477,10 @@ def builds(tmp_path, *arguments: str) -> list[dict]:
 
 def check_builds(found: list[dict]) -> None:
     """A few registers may spill: less than a line of cache for each thread."""
-    assert {entry["kernel"] for entry in found} == {
-        name for name, k in vars(kernels).items() if hasattr(k, "arg_names")
-    }
+    source = inspect.getsource(kernels) + inspect.getsource(greedy_kernels)
+    jitted = {name for name, k in vars(kernels).items() if hasattr(k, "arg_names")}
+    # Others are part of the kernels that call them.
+    assert {entry["kernel"] for entry in found} == {name for name in jitted if f" {name}[" in source}
     for entry in found:
         assert entry["shared"] <= SHARED_LIMIT and entry["spilled"] <= 64, entry
 

@@ -11,7 +11,7 @@ NOWHERE = -1  # the output slot of a dropped token
 
 _NAMES = (
     "best_of_intervals", "cosine", "first_equal", "flat_rows", "group_softmax", "lengths_of",
-    "merge_groups", "most_similar", "ordinals", "score_row", "take",
+    "merge_groups", "most_similar", "ordinals", "pull", "score_row", "slots_and_logits", "take",
 )  # fmt: skip
 _GREEDY = ("cat", "cosines", "farthest_first", "greedy_map", "similarities", "thin_out")
 _CHOICES = ("cover_most", "density_peaks", "group_mean", "preferred", "rank_within", "token_numbers")

@@ -351,6 +351,83 @@ def most_similar(
     return best, place
 
 
+@triton.jit
+def _pull(importance, eta):
+    """α/η as torch's division and nan_to_num have it: NaN is 0, an infinite number the largest one."""
+    quotient = tl.div_rn(importance, eta)
+    quotient = tl.where(quotient == quotient, quotient, 0.0)
+    return tl.minimum(tl.maximum(quotient, -3.4028234663852886e38), 3.4028234663852886e38)
+
+
+@triton.jit(do_not_specialize=["targets", "rest", "order_row", "importance_row", "eta_row"])
+def _slots_and_logits(
+    order, nearest, similarity, lowest, importance, eta, counts, slot_of, logits, has_one,
+    targets, rest, order_row, importance_row, eta_row, eta_token, tau,
+    RAGGED: tl.constexpr, LOWEST: tl.constexpr, NOWHERE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One row, whose targets come first and stay in their own slots; the compensation token's is the one
+    after them."""
+    row = tl.program_id(0).to(tl.int64)
+    kept, left = targets, rest
+    if RAGGED:
+        kept = tl.load(counts + 2 * row).to(tl.int32)
+        left = tl.load(counts + 2 * row + 1).to(tl.int32)
+    total = targets + rest
+    any_apart = tl.zeros((), dtype=tl.int32)
+    for start in range(0, total, CHUNK):
+        place = start + tl.arange(0, CHUNK)
+        other = place - targets  # the number of a token that is not a target
+        is_other = (other >= 0) & (other < left)
+        own = tl.where(place < kept, place, NOWHERE)
+        apart = tl.load(similarity + row * rest + other, mask=is_other, other=0.0) <= tau
+        if LOWEST:
+            apart = apart | (other == tl.load(lowest + row))
+        joined = tl.load(nearest + row * rest + other, mask=is_other, other=0)
+        slot = tl.where(is_other, tl.where(apart, targets, joined), own)
+        any_apart += tl.sum((slot == targets).to(tl.int32), 0)
+        token = tl.load(order + row * order_row + place, mask=place < total, other=0)
+        alpha = tl.load(importance + row * importance_row + token)
+        logit = _pull(alpha, tl.load(eta + row * eta_row + token * eta_token))
+        tl.store(slot_of + row * total + place, slot, mask=place < total)
+        tl.store(logits + row * total + place, logit, mask=place < total)
+    tl.store(has_one + row, (any_apart > 0).to(tl.uint8))
+
+
+def slots_and_logits(
+    importance: torch.Tensor,
+    eta: torch.Tensor | float,
+    order: torch.Tensor,
+    spans: Spans,
+    closest: tuple[torch.Tensor, torch.Tensor] | None = None,
+    tau: float | None = None,
+    lowest: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """One launch; of the spans only their sizes are copied to the device, and only if they differ."""
+    batch, total = order.shape
+    if closest is None or importance.dtype != torch.float32 or not 0 < total <= LONGEST_ROW or batch == 0:
+        return NotImplemented
+    device = importance.device
+    importance, order = _whole_rows(importance), _whole_rows(order)
+    if not isinstance(eta, torch.Tensor):
+        eta = importance.new_full((1, 1), eta)
+    eta = eta.expand(importance.shape)
+    similarity, nearest = (of_rest.contiguous() for of_rest in closest)
+    counts = list(zip(spans.target_counts, spans.rest_counts))
+    ragged = len(set(counts)) > 1
+    table = on_device(counts, device, torch.long) if ragged else order
+    slot = torch.empty(batch, total, dtype=torch.long, device=device)
+    logits = torch.empty(batch, total, device=device)
+    has_one = torch.empty(batch, dtype=torch.bool, device=device)
+    _slots_and_logits[(batch,)](
+        order, nearest, similarity, order if lowest is None else lowest, importance, eta, table,
+        slot, logits, _bytes(has_one),
+        spans.targets, total - spans.targets, order.stride(0), importance.stride(0), *eta.stride(),
+        -math.inf if tau is None else tau,
+        RAGGED=ragged, LOWEST=lowest is not None, NOWHERE=-1, CHUNK=_chunk(total), num_warps=8,
+    )  # fmt: skip
+    return slot, logits, has_one if tau is not None and lowest is None else None
+
+
 @triton.jit(do_not_specialize=["count"])
 def _group_softmax(
     logits, slots, weights, count, NOWHERE: tl.constexpr, TOKENS: tl.constexpr, OTHERS: tl.constexpr

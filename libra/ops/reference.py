@@ -263,6 +263,53 @@ def take_last(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.expand(*shape[:-1], x.shape[-1]).gather(-1, index.expand(shape))
 
 
+def pull(importance: torch.Tensor, eta: torch.Tensor | float) -> torch.Tensor:
+    """α/η (eq. 6), of ``importance`` (B, N) float32, ``eta`` (B, N), (B, 1) or a number."""
+    # Where every α is 0 the quotient is 0/0: equal logits, hence uniform weights.
+    return (importance / eta).nan_to_num(nan=0.0)
+
+
+@fused
+def slots_and_logits(
+    importance: torch.Tensor,
+    eta: torch.Tensor | float,
+    order: torch.Tensor,
+    spans: "Spans",
+    closest: tuple[torch.Tensor, torch.Tensor] | None = None,
+    tau: float | None = None,
+    lowest: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Which output slot each token of a row goes to, and the logit of its weight there (§3.3).
+
+    Args:
+        importance, eta: as of :func:`pull`; infinite where all weights of a slot are equal.
+        order: (B, T + R), the tokens of each row, its targets first, as :meth:`Spans.arranged` puts them.
+        closest: the similarity (B, R) float32 of each non-target to its most similar target, and that
+            target's slot (B, R); None: they all go to the compensation token, the slot after the targets.
+        tau: those at most so similar go there; None: none does.
+        lowest: (B, 1), which of the non-targets goes there in any case.
+
+    Returns:
+        the slots (B, T + R), :data:`NOWHERE` for what a row does not have, the logits (B, T + R) float32, and
+        which rows have a token in the compensation token, (B,) bool; None where that needs no ``tau``.
+    """
+    own, missing = spans.target_slots, spans.rest_missing
+    if closest is None:
+        slot = own.new_full((len(order), order.shape[1] - spans.targets), spans.targets)
+    else:
+        similarity, slot = closest
+    if tau is not None:
+        apart = similarity <= tau
+        if lowest is not None:
+            apart = apart.scatter(1, lowest, True)
+        slot = slot.masked_fill(apart, spans.targets)
+    if missing is not None:
+        slot = slot.masked_fill(missing, NOWHERE)
+    depends = tau is not None and lowest is None
+    has_one = (slot == spans.targets).any(1) if depends else None
+    return torch.cat([own, slot], 1), pull(importance, eta).gather(1, order), has_one
+
+
 @fused
 def group_softmax(logits: torch.Tensor, slot: torch.Tensor, slots: int, whole: bool = False) -> torch.Tensor:
     """Softmax of ``logits`` (B, N) over the tokens of the same output slot (eq. 6).
