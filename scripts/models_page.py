@@ -31,7 +31,8 @@ with random weights, a few layers and a real vision tower, for Libra-Merging, Fa
 float32 on a CPU ([test_matrix.py](../tests/test_matrix.py)): without compression and after `detach` no bit
 differs; at ratio 0 no bit differs; a batch padded on the left gives what its samples give; decoding with the
 cache gives what a pass without one gives; and what enters each layer is what a reference computes layer by
-layer from the model's own eager run ([by_hand.py](../tests/by_hand.py)). No real checkpoint of these classes
+layer from the model's own eager run ([by_hand.py](../tests/by_hand.py)). SparseVLM and DART are tested in
+the same way but for the last two, DART not on Gemma 3n, which it refuses. No real checkpoint of these classes
 was run for this page.
 
 ## Tested: {tested}

@@ -5,6 +5,7 @@ The fast suite takes each class with one check and one method, such that every c
 """
 
 import runpy
+from contextlib import ExitStack
 from itertools import cycle, product
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from families import SAID, Talk
 import libra
 from libra import Compression
 from libra.engine.families import TESTED
+from libra.engine.structure import final_norm, layers_of
 
 METHODS = {
     "libra": dict(method="libra", tau=0.9),
@@ -152,11 +154,29 @@ CELLS = [
 @pytest.mark.parametrize("name, method, check", CELLS)
 @torch.no_grad()
 def test_a_class(name, method, check):
-    if method == "pyramiddrop" and name in zoo.NO_NEXT:
-        with pytest.raises(ValueError, match=zoo.NO_NEXT[name]):
+    if reason := zoo.NOT_BY.get(method, {}).get(name):
+        with pytest.raises(ValueError, match=reason):
             libra.attach(zoo.model(name), compression(name, method))
     else:
         check(name, method)
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in zoo.NOT_BY["dart"]])
+@torch.no_grad()
+def test_the_final_norm_gets_what_leaves_the_last_layer(name):
+    decoder, told = zoo.decoder(zoo.model(name)), []
+
+    def left(layer, args, output):
+        told.append(output[0] if isinstance(output, tuple) else output)
+
+    def entered(norm, args, kwargs):
+        told.append(next(iter((*args, *kwargs.values()))))
+
+    with ExitStack() as hooks:
+        hooks.callback(layers_of(decoder)[-1].register_forward_hook(left).remove)
+        hooks.callback(final_norm(decoder).register_forward_pre_hook(entered, with_kwargs=True).remove)
+        zoo.model(name)(**zoo.collate(name, talks(name)[:1]))
+    assert len(told) == 2 and torch.equal(*told)
 
 
 @pytest.mark.parametrize("name", list(filter(zoo.possible, zoo.REASONS)))

@@ -70,6 +70,11 @@ TESTED = (
     "VideoLlavaForConditionalGeneration",
     "VipLlavaForConditionalGeneration",
 )
+# The names of the norm between a decoder's last layer and the head.
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "norm_f")
+# The names under which configurations say how many streams of hidden states layers hand on, where it is not
+# one.
+STREAMS = ("altup_num_inputs", "hc_mult")
 # The names under which configurations keep the placeholder ids of visual tokens.
 IMAGE_IDS = ("image_token_id", "image_token_index", "image_patch_id")
 # Names under which models take pictures besides those with pixel_values in them.

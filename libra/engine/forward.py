@@ -17,36 +17,10 @@ from ..places import BEFORE
 from . import score
 from .cache import Stage, StagedCache, bytes_of, holds_keys
 from .masks import attention_kind, attention_masks, joined
+from .structure import final_norm, fitted, position_axes
 from .tokens import Deep, Prefill, Shortened, VisualTokens
 from .trace import Recorder
 from .transformers_api import cache_argument
-
-
-def position_axes(decoder) -> int:
-    """How many position numbers a token has: 3 with multi-axis rotary embeddings (time, height, width),
-    otherwise 1."""
-    return 3 if hasattr(getattr(decoder, "rotary_emb", None), "mrope_section") else 1
-
-
-def fitted(decoder, compression: Compression) -> Compression:
-    """The compression with its layers in this decoder, the natural ones where none are named.
-
-    Raises ValueError for a layer that the decoder does not have, and for positions that cannot be renumbered.
-    """
-    compression = compression.at_depth(decoder.config.num_hidden_layers)
-    if compression.positions != "original" and position_axes(decoder) > 1:
-        raise ValueError(
-            f"positions: {compression.positions} cannot renumber the multi-axis positions of "
-            f"{type(decoder).__name__};"
-            " add `positions: original`"
-        )
-    for part in compression.parts:
-        if part.compares_keys and not hasattr(decoder, "norm"):
-            raise ValueError(
-                f"{part.name} compares hidden states after the decoder's final norm, and nobody has looked"
-                f" for that of {type(decoder).__name__}; choose another method"
-            )
-    return compression
 
 
 class CompressedForward:
@@ -284,7 +258,7 @@ class CompressedForward:
         attention = self._probe.attention[:, :, -columns:] if step.scores else None
         if step.part.compares_keys:
             with torch.no_grad():
-                self.tokens.deep = Deep(self._probe.keys[:, -columns:], self.decoder.norm(hidden))
+                self.tokens.deep = Deep(self._probe.keys[:, -columns:], final_norm(self.decoder)(hidden))
         hidden, shortened, outcome = self.tokens.compress(hidden, attention)
         if self.recorder is not None:
             self.recorder.add(step.layer, outcome, spans)

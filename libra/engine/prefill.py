@@ -12,8 +12,8 @@ import torch
 from ..config import Compression
 from ..places import BEFORE
 from . import score
-from .forward import CompressedForward, fitted
-from .structure import layers_of
+from .forward import CompressedForward
+from .structure import final_norm, fitted, layers_of
 from .tokens import Prefill
 
 Run = Callable[..., torch.Tensor]
@@ -29,8 +29,8 @@ def prefill_of(decoder: torch.nn.Module, compression: Compression) -> Run:
     >>> hidden = run(embeds, Prefill(visual).surveyed())
 
     Args:
-        decoder: with ``layers``, ``rotary_emb``, ``norm`` and ``config``; its layers take hidden states and
-            the keyword arguments of Llama's, and pass on those that they do not know to their attention.
+        decoder: with ``layers``, ``rotary_emb``, a final norm and ``config``; its layers take hidden states
+            and the keyword arguments of Llama's, and pass on those that they do not know to their attention.
         compression: a graph is whole where no length depends on a number: ``compensation: reserved``, or a
             merge that never compensates.
 
@@ -43,11 +43,11 @@ def prefill_of(decoder: torch.nn.Module, compression: Compression) -> Run:
 
     Raises:
         ValueError: for a layer that the decoder does not have, for renumbered positions where it has several
-            axes of them, for a method that needs its final norm where it has none; at the call for a method
-            that reads the vision tower.
+            axes of them, for a decoder without a final norm; at the call for a method that reads the vision
+            tower.
     """
     compression = fitted(decoder, compression)
-    layers = layers_of(decoder)
+    layers, norm = layers_of(decoder), final_norm(decoder)
     score.enable(decoder.config)  # a registry of functions: not in the graph
 
     def run(
@@ -59,6 +59,6 @@ def prefill_of(decoder: torch.nn.Module, compression: Compression) -> Run:
         hidden = forward.compress(BEFORE, inputs_embeds)
         for i, layer in enumerate(layers):
             hidden = forward.compress(i, layer(hidden, **forward.inputs(i)))
-        return decoder.norm(hidden)
+        return norm(hidden)
 
     return run

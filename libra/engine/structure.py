@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import Compression, Step
-from .families import IMAGE_IDS, LAYER_ARGUMENTS, TESTED, VIDEO_IDS
-from .forward import fitted
+from .families import FINAL_NORMS, IMAGE_IDS, LAYER_ARGUMENTS, STREAMS, TESTED, VIDEO_IDS
 from .masks import MASKS, POINTWISE, RECURRENT, attends, attention_kind
 from .transformers_api import GenerationMixin, PreTrainedModel
 
@@ -69,6 +68,27 @@ def earliest_place(config) -> int:
 def layers_of(decoder) -> list[torch.nn.Module]:
     """The layers that a decoder runs."""
     return list(decoder.layers)[: decoder.config.num_hidden_layers]
+
+
+def final_norm(decoder) -> torch.nn.Module:
+    """The norm of a decoder between its last layer and the head.
+
+    Raises:
+        ValueError: where it has none by a name that is known.
+    """
+    for name in FINAL_NORMS:
+        norm = getattr(decoder, name, None)
+        if isinstance(norm, torch.nn.Module):
+            return norm
+    raise ValueError(
+        f"{type(decoder).__name__} has no final norm by a name that libra knows ({', '.join(FINAL_NORMS)})"
+    )
+
+
+def position_axes(decoder) -> int:
+    """How many position numbers a token has: 3 with multi-axis rotary embeddings (time, height, width),
+    otherwise 1."""
+    return 3 if hasattr(getattr(decoder, "rotary_emb", None), "mrope_section") else 1
 
 
 def arguments_of(layer: torch.nn.Module) -> list[str]:
@@ -148,6 +168,39 @@ def _decoder_of(base) -> torch.nn.Module:
     if len(stacks) != 1:
         raise _unsupported(base, f"it has {len(stacks)} stacks of text layers where one is needed")
     return stacks[0]
+
+
+def fitted(decoder, compression: Compression) -> Compression:
+    """The compression with its layers in this decoder, the natural ones where none are named.
+
+    Raises ValueError for a layer that the decoder does not have, for positions that cannot be renumbered, and
+    for a method that compares hidden states after a final norm where a layer does not give them.
+    """
+    compression = compression.at_depth(decoder.config.num_hidden_layers)
+    if compression.positions != "original" and position_axes(decoder) > 1:
+        raise ValueError(
+            f"positions: {compression.positions} cannot renumber the multi-axis positions of "
+            f"{type(decoder).__name__};"
+            " add `positions: original`"
+        )
+    for part in compression.parts:
+        if part.compares_keys:
+            _check_final_norm(decoder, part.name)
+    return compression
+
+
+def _check_final_norm(decoder, name: str) -> None:
+    """``name`` compares what leaves a layer as the head would see it."""
+    reads = f"{name} compares hidden states after the decoder's final norm"
+    if any(getattr(decoder.config, streams, None) for streams in STREAMS):
+        raise ValueError(
+            f"{reads}, and the layers of {type(decoder).__name__} hand on several streams of them, which are"
+            " joined after the last layer; choose another method"
+        )
+    try:
+        final_norm(decoder)
+    except ValueError as error:
+        raise ValueError(f"{reads}, and {error}; choose another method") from None
 
 
 def examined(model: PreTrainedModel, compression: Compression) -> tuple[Structure, Compression]:
@@ -256,7 +309,7 @@ def _check_places(found: Structure, compression: Compression) -> None:
 
 
 def _check_positions(found: Structure, compression: Compression) -> None:
-    """Positions of several axes are :func:`~libra.engine.forward.fitted`'s."""
+    """Positions of several axes are :func:`fitted`'s."""
     if not compression.compresses or compression.positions == "original":
         return
     rotary = getattr(found.decoder, "rotary_emb", None)

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..engine.structure import final_norm
 from ..places import BEFORE
 
 RANGE = "libra."  # what the names of compression's record_function ranges begin with
@@ -154,7 +155,7 @@ def watch_compression(meter: LiveBytes, decoder, layers: tuple[int, ...]) -> Ite
                 (decoder.layers[0], True, lambda step=step: meter.close(step.whole)),
             ]
             continue
-        follower = decoder.layers[layer + 1] if layer + 1 < len(decoder.layers) else decoder.norm
+        follower = decoder.layers[layer + 1] if layer + 1 < len(decoder.layers) else final_norm(decoder)
         pairs += [
             (decoder.layers[layer], True, lambda step=step: begin(step)),
             (decoder.layers[layer], False, lambda step=step: meter.open(step.whole)),

@@ -15,7 +15,8 @@ import torch
 
 from ..budget import kept
 from ..config import Compression, ConfigError
-from ..engine.forward import attention_kind, position_axes
+from ..engine.masks import attention_kind
+from ..engine.structure import final_norm, position_axes
 from ..engine.transformers_api import CausalLMOutputWithPast, cache_argument, create_causal_mask
 from ..utils.timing import Moment, now
 from .bench import Bench, Prompt, Run
@@ -112,7 +113,7 @@ class Peer:
         mask, rotary = self._mask(hidden, cache, scoring + 1), decoder.rotary_emb(hidden, columns)
         for layer in range(scoring + 1, len(decoder.layers)):
             hidden = through(layer)
-        logits = model.get_output_embeddings()(decoder.norm(hidden[:, -1:]))
+        logits = model.get_output_embeddings()(final_norm(decoder)(hidden[:, -1:]))
         return CausalLMOutputWithPast(logits=logits, **cache_argument(cache))
 
     def kept_columns(self, attention: torch.Tensor) -> torch.Tensor:

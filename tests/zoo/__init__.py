@@ -46,6 +46,14 @@ NO_NEXT = {
     "Qwen3_5ForConditionalGeneration": RECURRENT,
     "Qwen3_5MoeForConditionalGeneration": RECURRENT,
 }
+# Which methods a class refuses at its places, and what is said of it.
+NOT_BY = {
+    "pyramiddrop": NO_NEXT,
+    "dart": {
+        "Gemma3nForConditionalGeneration": "method dart compares hidden states after the decoder's final"
+        " norm, and the layers of Gemma3nTextModel hand on several streams of them, which are joined after"
+    },
+}
 
 
 def places(name: str) -> tuple[int, ...]:
