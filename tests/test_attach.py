@@ -153,6 +153,33 @@ def test_ratio_zero_at_every_layer_changes_no_bit(attention):
     assert_untouched(model)
 
 
+@pytest.mark.parametrize("positions", ["original", "compact", "centre"])
+@torch.no_grad()
+def test_keys_that_are_compared_do_not_count_padding_where_positions_do(model, positions):
+    """Nobody gives positions, so those of a row begin after its padding."""
+    with libra.attach(model, Compression(method="dart", layers=(0, 2), ratio=0.5, positions=positions)):
+        together = model(**collate(TALKS)).logits
+        for b, t in enumerate(TALKS):
+            alone = model(**collate([t])).logits[0]
+            torch.testing.assert_close(together[b, -len(alone) :], alone, **CLOSE)
+
+
+@torch.no_grad()
+def test_two_compressions_that_ask_the_same_layer(model):
+    """The first after layer 1, by the attention of layer 2, and then the one after layer 2."""
+    ours, t = tiny.llava_model(), TALKS[1]
+    ours.model.load_state_dict(model.model.language_model.state_dict())
+    ours.lm_head.load_state_dict(model.lm_head.state_dict())
+    part = dict(select="topk", merge="drop", ratio=0.5)
+    c = Compression(steps=[{**part, "layers": [1], "score_layer": "next"}, {**part, "layers": [2]}])
+    ours.set_compression(c)
+    (embeds,) = embeddings(model, [t])
+    want = ours(inputs_embeds=embeds[None], visual_mask=(t["ids"] == tiny.IMAGE)[None]).logits
+    with libra.attach(model, c) as handle:
+        torch.testing.assert_close(model(**collate([t])).logits, want, **CLOSE)
+        assert handle.stats["visual_tokens"] == [[32], [32], [16], [8], [8], [8]]
+
+
 @every_choice
 @torch.no_grad()
 def test_generate(model, name):

@@ -32,8 +32,6 @@ METHODS = {
 }
 # Not in the reference by hand; their scores and answers are tests/test_methods_inside.py's.
 BY_PARTS = ("sparsevlm", "sparsevlm-v2", "dart")
-# Reads keys with their positions, which a forward without position_ids counts from the padding on.
-BY_POSITIONS = ("dart",)
 PATTERNS = ("t4 i i t5", "t2 i t3 v t7")  # an image where the class takes no videos
 STEPS = 4
 CLASSES = [name for name in zoo.NAMES if name in TESTED]
@@ -91,8 +89,7 @@ def batch(name: str, method: str) -> None:
         said = model.generate(**zoo.collate(name, rows), **options)
         for row, t in enumerate(rows):
             logits = model(**zoo.collate(name, [t])).logits[0]
-            if method not in BY_POSITIONS:
-                close(together[row, -len(logits) :], logits, name)
+            close(together[row, -len(logits) :], logits, name)
             alone = model.generate(**zoo.collate(name, [t]), **options)
             close(torch.stack(said.logits)[:, row], torch.stack(alone.logits)[:, 0], name)
             assert torch.equal(said.sequences[row, -STEPS:], alone.sequences[0, -STEPS:])

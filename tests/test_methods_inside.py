@@ -268,6 +268,53 @@ def test_a_batch_is_its_rows_alone_and_the_counts_are_exact(method, side):
         assert len(alone) == len(row) - sum(spans) + sum(min(5, n) for n in spans)
 
 
+@pytest.fixture
+def loudest():
+    """A select by the keys of the layer that scores."""
+
+    def choose(candidates, c):
+        return candidates.top(candidates.context.layer_keys.float().abs().sum(2))
+
+    libra.register_select("loudest", reads=("importance",), needs=("layer_keys",))(choose)
+    yield dict(select="loudest", merge="drop")
+    del SELECTORS["loudest"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"positions": "compact"}, {"positions": "centre"}, {"score_layer": "next"}],
+    ids=["original", "compact", "centre", "next"],
+)
+@torch.no_grad()
+def test_keys_that_are_compared_do_not_count_padding_where_positions_do(more, loudest):
+    """Nobody gives positions, so those of a row begin after its padding."""
+    model = tiny.llava_model(layers=4)
+    asks = loudest if "score_layer" in more else dict(method="dart")  # which reads no score
+    model.set_compression(Compression(layers=(0, 2), ratio=0.5, **asks, **more))
+    rows = [tiny.row(pattern, seed) for seed, pattern in enumerate(PATTERNS)]
+    batch = tiny.collate(rows, "left")
+    counted = {**batch, "position_ids": torch.arange(batch["visual_mask"].shape[1])[None]}
+    del batch["position_ids"]
+    for given in (batch, counted):
+        whole, lengths = model(**given).logits, model.compression_stats["columns"]
+        for b, row in enumerate(rows):
+            alone = model(**tiny.alone(row)).logits[0]
+            torch.testing.assert_close(whole[b, -lengths[b] :], alone, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_positions_that_do_not_count_padding_are_taken_as_they_are():
+    """Of one row that is padded, where their shape does not say whose they are."""
+    model, row = tiny.llava_model(layers=4), tiny.row(PATTERNS[0], 0)
+    model.set_compression(Compression(method="dart", layers=(0, 2), ratio=0.5))
+    alone = model(**tiny.alone(row)).logits[0]
+    batch = {name: value[:1] for name, value in tiny.collate([row, tiny.row("t3 v20 t9", 1)], "left").items()}
+    assert not batch["attention_mask"].all()
+    for positions in (batch["position_ids"], torch.arange(batch["attention_mask"].shape[1])[None], None):
+        whole = model(**{**batch, "position_ids": positions}).logits[0]
+        torch.testing.assert_close(whole[-len(alone) :], alone, atol=2e-5, rtol=1e-4)
+
+
 @contextmanager
 def replayed(recorded: list[tiny.Step]) -> Iterator[Compression]:
     """A compression that does at each place what was recorded there, whatever is asked."""

@@ -5,7 +5,7 @@ Both doors (``llava``'s decoder and :func:`libra.attach`) run the same loop::
     forward = CompressedForward(decoder, compression, hidden, …)
     hidden = forward.compress(BEFORE, hidden)
     for i, layer in enumerate(decoder.layers):
-        hidden = layer(hidden, **forward.inputs(i))
+        hidden = layer(hidden, **forward.inputs(i, hidden))
         hidden = forward.compress(i, hidden)
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch.profiler import record_function
 
 from ..config import Compression, Step
+from ..ops.spans import on_device
 from ..places import BEFORE
 from . import score
 from .cache import Stage, StagedCache, bytes_of, holds_keys
@@ -60,6 +61,8 @@ class CompressedForward:
         # have lost them.
         self._first: torch.Tensor | None = None
         self._last: torch.Tensor | None = None
+        self._compact: torch.Tensor | None = None  # (B, S): compact positions of the columns that are left
+        self._shift: torch.Tensor | None = None
         self.tokens: VisualTokens | None = None
         self.recorder: Recorder | None = None
         if self.compression is None:
@@ -85,6 +88,7 @@ class CompressedForward:
             self.tokens = VisualTokens(self._schedule, prefill, self._valid)
             self._valid = self.tokens.valid
             self.tokens.rate(inputs_embeds)
+            self._shift = self._padding_counted(position_ids, inputs_embeds.device)
             if self.compression.positions == "centre":
                 self._starts = self.tokens.starts(self._positions)
             self.recorder = Recorder() if prefill.trace else None
@@ -131,6 +135,26 @@ class CompressedForward:
         """Positions and rotary embeddings of this call's columns."""
         self._text_positions, self._positions = self._split(position_ids, past, hidden)
         self._rotary = self.decoder.rotary_emb(hidden, self._positions)
+
+    def _padding_counted(self, position_ids, device) -> torch.Tensor | None:
+        """(B, 1): how many columns of padding before a row its positions count, so that the row alone would
+        have them lower by as many. None where none do, or nobody asks for keys, which have positions in them.
+
+        A caller who gives each row its own positions knows what they count. But some models hand all rows the
+        same ones, and transformers does where none are given.
+        """
+        columns = self.tokens.columns
+        asked = any(step.part.compares_keys for step in self._schedule)
+        first = [[row.first] for row in columns.rows]
+        if not asked or not any(map(any, first)):
+            return None
+        shift = on_device(first, device, torch.long)
+        if position_ids is None:
+            return shift
+        if position_ids.ndim != 2 or len(position_ids) > 1:
+            return None
+        own = position_ids.expand(len(first), -1)
+        return shift * (own.gather(1, shift) - own[:, :1] == shift)
 
     def _split(self, position_ids, past: int, hidden: torch.Tensor):
         """Positions for the masks, None where the plain model gives none, and those for the rotary
@@ -193,6 +217,7 @@ class CompressedForward:
             if self._last is None:
                 self._last = self._of_valid(self._positions, last=True)
             stage.shift = self._last - self._of_valid(positions, last=True)
+        self._compact = positions
         self._rotary = self.decoder.rotary_emb(hidden, positions)
 
     def _of_valid(self, positions: torch.Tensor, last: bool) -> torch.Tensor:
@@ -216,19 +241,20 @@ class CompressedForward:
             self._first = self._of_valid(original, last=False)
         return self._first - lag + (valid.cumsum(1) - 1).clamp(min=0)
 
-    def inputs(self, layer: int) -> dict:
-        """Keyword arguments of decoder layer ``layer``: mask, positions, cache and, at a compression layer,
-        the probe."""
+    def inputs(self, layer: int, hidden: torch.Tensor) -> dict:
+        """Keyword arguments of decoder layer ``layer``, which gets ``hidden`` (B, S, D): mask, positions,
+        cache and, at a compression layer, the probe."""
         mask = self._masks[attention_kind(self.decoder.config, layer)]
         given = {"attention_mask": mask, "position_embeddings": self._rotary, **cache_argument(self.cache)}
         if self.compression is None:
             return {**given, "position_ids": self._text_positions}
-        if self._asks(layer):
+        if self._asks(layer, hidden):
             given["score_probe"] = self._probe
         return {**given, "position_ids": None}
 
-    def _asks(self, layer: int) -> bool:
-        """Make the probe of a compression layer; True where that layer itself answers it."""
+    def _asks(self, layer: int, hidden: torch.Tensor) -> bool:
+        """Make the probe of a compression layer, which gets ``hidden``; True where that layer itself answers
+        it."""
         self._probe = None
         if self.tokens is None:
             return False
@@ -237,7 +263,26 @@ class CompressedForward:
             return False
         self._probe = score.Probe(self.tokens.queries.columns, self._stages[self._number].key_mask)
         self._probe.over_heads, self._probe.wants_keys = self.tokens.over_heads, step.part.compares_keys
-        return step.part.score_layer == "same"
+        itself = step.part.score_layer == "same"
+        if itself and step.part.compares_keys:
+            self._probe.keys = self._keys_alone(layer, hidden)
+        return itself
+
+    def _keys_alone(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """(B, S, C): the keys that a layer would make of ``hidden``, which goes into it, did the positions of
+        each row not count its padding; None where they do not."""
+        rotary = None if self._shift is None else self._rotary_alone(hidden)
+        if rotary is None:
+            return None
+        probe = score.Probe(range(1), None)
+        probe.wants_keys = True
+        self._ask_layer(layer, hidden, rotary, probe)
+        return probe.keys
+
+    def _rotary_alone(self, hidden: torch.Tensor):
+        """The rotary embeddings of each row of a padded batch as the row alone has them."""
+        positions = self._positions if self._compact is None else self._compact
+        return self.decoder.rotary_emb(hidden, positions - self._shift)
 
     def compress(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the next layer gets: ``hidden`` (B, S, D) itself, or a shorter sequence after a compression
@@ -289,11 +334,14 @@ class CompressedForward:
                 rotary = self.decoder.rotary_emb(hidden, self._compact_positions(stage, hidden))
         lengths = self._past(stage), hidden.shape[1]
         self._probe.key_mask = joined(stage.key_mask, self._valid, lengths, hidden)
-        self._ask_next(layer, hidden, rotary, past_keys)
+        self._probe.past_keys = past_keys
+        if self._probe.wants_keys:
+            self._probe.keys = self._keys_alone(layer, hidden)
+        self._ask_layer(layer, hidden, rotary, self._probe)
 
-    def _ask_next(self, layer: int, hidden: torch.Tensor, rotary, past_keys) -> None:
-        """Make queries and keys of ``hidden`` with the next layer's projections."""
-        score.next_layer_attention(self.decoder.layers[layer], hidden, rotary, self._probe, past_keys)
+    def _ask_layer(self, layer: int, hidden: torch.Tensor, rotary, probe: score.Probe) -> None:
+        """Answer a probe with the queries and keys that a layer makes of ``hidden``, which goes into it."""
+        score.ask_layer(self.decoder.layers[layer], hidden, rotary, probe)
 
     def stats(self) -> dict:
         """Of a call with visual tokens, once it is through.

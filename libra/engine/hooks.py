@@ -126,7 +126,7 @@ class Hooks:
         schedule = self.compression.schedule(len(layers)) if self.compression.compresses else ()
         for step in schedule:
             if step.scores:
-                mark = self._marks[step.layer] = score.Mark()
+                mark = self._marks.setdefault(scoring_layer(step), score.Mark())
                 for module in attention_modules(layers[scoring_layer(step)]):
                     setattr(module, score.MARK, mark)
         self._compresses = bool(schedule)

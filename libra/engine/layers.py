@@ -90,6 +90,13 @@ class Arguments:
             return {name: self.fit(part) for name, part in value.items()}
         return value
 
+    def earlier(self, value, shift: torch.Tensor):
+        """An argument of a layer, of the columns ``shift`` (B, 1) before those that are left."""
+        columns = torch.arange(self._length, device=shift.device) if self.source is None else self.source
+        before = Arguments(self._length)
+        before.shorten((columns - shift).clamp(min=0))
+        return before.fit(value)
+
 
 class HookedForward(CompressedForward):
     """The stages of one call of a decoder whose own forward runs.
@@ -161,18 +168,19 @@ class HookedForward(CompressedForward):
         """The arguments of decoder layer ``layer`` that change, by name; ``given``: all, the hidden states
         first."""
         changed, first = {}, next(iter(given))
+        self._full = given
         if any(step.layer == layer - 1 for step in self._schedule):
-            self._full = given
             changed[first] = self.shorten(layer - 1, given[first])
-            self._full = None
         columns = changed.get(first, given[first])
         for name, value in given.items():
             if name != first:
                 new = self._argument(layer, name, value, columns)
                 if new is not value:
                     changed[name] = new
-        if self._asks(layer):
+        self._full = {**given, first: columns}
+        if self._asks(layer, columns):
             score.ask(self._marks[layer], self._probe)
+        self._full = None
         return changed
 
     def _argument(self, layer: int, name: str, value, columns: torch.Tensor):
@@ -186,8 +194,8 @@ class HookedForward(CompressedForward):
             return self._rotary
         return self._arguments.fit(value)
 
-    def _asks(self, layer: int) -> bool:
-        asks = super()._asks(layer)
+    def _asks(self, layer: int, hidden: torch.Tensor) -> bool:
+        asks = super()._asks(layer, hidden)
         if self._probe is not None:
             # A window counts the keys that are left, as the score row does; any other mask is read itself.
             kind = attention_kind(self.decoder.config, layer)
@@ -202,10 +210,9 @@ class HookedForward(CompressedForward):
         else:
             super()._score_with(layer, hidden)
 
-    def _ask_next(self, layer: int, hidden: torch.Tensor, rotary, past_keys) -> None:
-        """The layer runs up to its attention, whatever comes before that in it; nothing is added to the
-        cache."""
-        self._probe.only, self._probe.past_keys = True, past_keys
+    def _ask_layer(self, layer: int, hidden: torch.Tensor, rotary, probe: score.Probe) -> None:
+        """As the layer's own arguments have it, but for the mask and the cache."""
+        probe.only = True
         first, *others = self._full
         given = dict.fromkeys(others)
         for name in given.keys() - {"attention_mask", *CACHES}:
@@ -213,7 +220,7 @@ class HookedForward(CompressedForward):
             given[name] = self._recurrent_mask(value) if name == "conv_mask" else self._arguments.fit(value)
         if "position_embeddings" in given:  # Inkling's layers have none
             given["position_embeddings"] = rotary
-        score.ask(self._marks[layer - 1], self._probe)
+        score.ask(self._marks[layer], probe)
         try:
             with torch.no_grad():
                 self.decoder.layers[layer].forward(self._full[first], **given)
@@ -221,6 +228,12 @@ class HookedForward(CompressedForward):
             pass
         finally:
             score.forget()
+
+    def _rotary_alone(self, hidden: torch.Tensor):
+        """None where a layer is given none, as Inkling's are."""
+        if self._positions is not None:
+            return super()._rotary_alone(hidden)
+        return self._arguments.earlier(self._full.get("position_embeddings"), self._shift)
 
     # --- masks ---
 

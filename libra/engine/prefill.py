@@ -58,7 +58,7 @@ def prefill_of(decoder: torch.nn.Module, compression: Compression) -> Run:
         )
         hidden = forward.compress(BEFORE, inputs_embeds)
         for i, layer in enumerate(layers):
-            hidden = forward.compress(i, layer(hidden, **forward.inputs(i)))
+            hidden = forward.compress(i, layer(hidden, **forward.inputs(i, hidden)))
         return norm(hidden)
 
     return run

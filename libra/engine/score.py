@@ -41,7 +41,8 @@ class Probe:
     those on their way into a layer, and the copy would get the answer. With ``by_mask`` the layer's own
     attention mask says which keys a token sees, instead of ``key_mask`` and the layer's window.
     ``over_heads`` makes (B, R, K) of the attention of each head (B, H, R, K); None for their mean. With
-    ``wants_keys`` it also hears ``keys`` (B, K, H_kv · head_dim), those of all heads side by side.
+    ``wants_keys`` it also hears ``keys`` (B, K, H_kv · head_dim), those of all heads side by side, unless it
+    knows them already.
     """
 
     def __init__(self, rows: torch.Tensor | range, key_mask: torch.Tensor | None):
@@ -62,7 +63,7 @@ class Probe:
         with record_function("libra.score"):
             if self.past_keys is not None:
                 key = torch.cat([self.past_keys, key], 2)
-            if self.wants_keys:
+            if self.wants_keys and self.keys is None:
                 self.keys = key.transpose(1, 2).flatten(2)
             own = self.by_mask and attention_mask is not None and not _is_padding(attention_mask)
             if cap is None and bias is None and not own and self.over_heads is None:
@@ -207,24 +208,18 @@ def disable(config) -> None:
         config._attn_implementation = "eager"
 
 
-def next_layer_attention(
-    layer, hidden: torch.Tensor, position_embeddings, probe: Probe, past_keys=None
-) -> None:
-    """Answer ``probe`` with the projections of the layer that comes next, as PyramidDrop scores.
+def ask_layer(layer, hidden: torch.Tensor, position_embeddings, probe: Probe) -> None:
+    """Answer ``probe`` with a decoder layer that runs only up to its attention, whatever comes before that in
+    it; no cache hears of it.
 
-    ``hidden`` (B, S, D) leaves the compression layer; ``position_embeddings`` are cosines and sines (B or 1,
-    S, head_dim); ``past_keys`` (B, H_kv, P, head_dim) are the keys that the next layer already holds. The
-    layer's own attention module makes queries and keys, whatever norms it has on them, and is left before it
-    attends.
+    ``hidden`` (B, S, D) goes into the layer; ``position_embeddings`` are cosines and sines (B or 1, S,
+    head_dim).
     """
-    probe.only, probe.past_keys = True, past_keys
+    probe.only = True
     try:
         with torch.no_grad():
-            layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden),
-                position_embeddings=position_embeddings,
-                attention_mask=None,
-                score_probe=probe,
+            layer.forward(
+                hidden, position_embeddings=position_embeddings, attention_mask=None, score_probe=probe
             )
     except Answered:
         pass

@@ -26,8 +26,8 @@ METHOD = Method(
     cost="8 × N similarities a span, and 8 sorts of N",
     deviation="the released code takes the pivots in the order of a Python set, and an equal number of tokens"
     " for each, so about T; ours takes visual pivots first, by descending norm, and the first ones take one"
-    " token more where T asks for it. Keys have their positions in them, so a batch that is padded on the"
-    " left gives what its rows do only with position_ids, as generate makes them",
+    " token more where T asks for it. Keys have their positions in them: a row's are those that it has alone,"
+    " however a batch is padded, but for a later turn on a padded cache without position_ids",
     family="diversity",
 )
 

@@ -66,7 +66,7 @@ class LlavaDecoder(LlavaMetaModel):
         )
         hidden = forward.compress(BEFORE, hidden)  # at the input, the place before layer 0
         for i, layer in enumerate(self.layers):
-            hidden = layer(hidden, **forward.inputs(i), use_cache=use_cache, **kwargs)
+            hidden = layer(hidden, **forward.inputs(i, hidden), use_cache=use_cache, **kwargs)
             hidden = forward.compress(i, hidden)  # after a compression layer the sequence is shorter
 
         labels = None if prefill is None else prefill.labels
