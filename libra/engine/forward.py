@@ -62,7 +62,8 @@ class CompressedForward:
         self._first: torch.Tensor | None = None
         self._last: torch.Tensor | None = None
         self._compact: torch.Tensor | None = None  # (B, S): compact positions of the columns that are left
-        self._shift: torch.Tensor | None = None
+        self._counted: torch.Tensor | None = None  # (B, 1), see _padding_counted
+        self._number = 0  # of the current stage
         self.tokens: VisualTokens | None = None
         self.recorder: Recorder | None = None
         if self.compression is None:
@@ -76,7 +77,7 @@ class CompressedForward:
         self._schedule = self.compression.schedule(decoder.config.num_hidden_layers)
         self._stages = self._stages_of(cache, past, padding_mask)
         # A decoding step adds a valid token to every row.
-        decodes = prefill is None and inputs_embeds.shape[1] == 1 and self._first_stage.key_mask is None
+        decodes = prefill is None and inputs_embeds.shape[1] == 1 and self._stage_of(0).key_mask is None
         self._valid = None if padding_mask is None or decodes else padding_mask[:, past:].bool()
         if decodes and self._is_plain_step(inputs_embeds):
             self._schedule = ()
@@ -88,7 +89,7 @@ class CompressedForward:
             self.tokens = VisualTokens(self._schedule, prefill, self._valid)
             self._valid = self.tokens.valid
             self.tokens.rate(inputs_embeds)
-            self._shift = self._padding_counted(position_ids, inputs_embeds.device)
+            self._counted = self._padding_counted(position_ids, inputs_embeds.device)
             if self.compression.positions == "centre":
                 self._starts = self.tokens.starts(self._positions)
             self.recorder = Recorder() if prefill.trace else None
@@ -96,10 +97,9 @@ class CompressedForward:
                 cache.compressed_until = past + self.tokens.last_visual + 1
         self._enter(0, inputs_embeds)
 
-    @property
-    def _first_stage(self) -> Stage:
-        """The stage of layer 0: where the input is shortened, the stage before that has no layers."""
-        return next(stage for stage in reversed(self._stages) if stage.first_layer == 0)
+    def _stage_of(self, layer: int) -> Stage:
+        """The stage that a layer is in. (Where the input is shortened, stage 0 has no layers.)"""
+        return next(stage for stage in reversed(self._stages) if stage.first_layer <= layer)
 
     def _stages_of(self, cache, past: int, padding_mask) -> list[Stage]:
         """The stages of this call: those that the cache carries from earlier calls, where there is one.
@@ -125,7 +125,8 @@ class CompressedForward:
 
     def _is_plain_step(self, hidden: torch.Tensor) -> bool:
         """True where nothing of a decoding step differs between the stages but the lengths of their caches:
-        every layer sees all its keys without a mask, and positions go on as they came. Most are such."""
+        every layer sees all its keys without a mask, and positions go on as they came. Most are such. Their
+        masks are made here; those of an attached model's layers only when one is handed its own."""
         if self.compression.positions == "compact" or any(s.key_mask is not None for s in self._stages):
             return False
         self._masks = self._masks_of(range(self.decoder.config.num_hidden_layers), hidden, None)
@@ -143,18 +144,16 @@ class CompressedForward:
         A caller who gives each row its own positions knows what they count. But some models hand all rows the
         same ones, and transformers does where none are given.
         """
-        columns = self.tokens.columns
-        asked = any(step.part.compares_keys for step in self._schedule)
-        first = [[row.first] for row in columns.rows]
-        if not asked or not any(map(any, first)):
+        first = [[row.first] for row in self.tokens.columns.rows]
+        if not self.compression.compares_keys or not any(map(any, first)):
             return None
-        shift = on_device(first, device, torch.long)
+        padding = on_device(first, device, torch.long)
         if position_ids is None:
-            return shift
+            return padding
         if position_ids.ndim != 2 or len(position_ids) > 1:
             return None
-        own = position_ids.expand(len(first), -1)
-        return shift * (own.gather(1, shift) - own[:, :1] == shift)
+        own = position_ids[0]
+        return padding * (own[padding] - own[0] == padding)
 
     def _split(self, position_ids, past: int, hidden: torch.Tensor):
         """Positions for the masks, None where the plain model gives none, and those for the rotary
@@ -263,15 +262,17 @@ class CompressedForward:
             return False
         self._probe = score.Probe(self.tokens.queries.columns, self._stages[self._number].key_mask)
         self._probe.over_heads, self._probe.wants_keys = self.tokens.over_heads, step.part.compares_keys
-        itself = step.part.score_layer == "same"
-        if itself and step.part.compares_keys:
-            self._probe.keys = self._keys_alone(layer, hidden)
-        return itself
+        if step.part.score_layer == "next":
+            return False
+        self._probe.keys = self._keys_alone(layer, hidden)
+        return True
 
     def _keys_alone(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """(B, S, C): the keys that a layer would make of ``hidden``, which goes into it, did the positions of
-        each row not count its padding; None where they do not."""
-        rotary = None if self._shift is None else self._rotary_alone(hidden)
+        each row not count its padding; None where they do not, or the probe wants no keys."""
+        if self._counted is None or not self._probe.wants_keys:
+            return None
+        rotary = self._rotary_alone(hidden)
         if rotary is None:
             return None
         probe = score.Probe(range(1), None)
@@ -282,7 +283,7 @@ class CompressedForward:
     def _rotary_alone(self, hidden: torch.Tensor):
         """The rotary embeddings of each row of a padded batch as the row alone has them."""
         positions = self._positions if self._compact is None else self._compact
-        return self.decoder.rotary_emb(hidden, positions - self._shift)
+        return self.decoder.rotary_emb(hidden, positions - self._counted)
 
     def compress(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the next layer gets: ``hidden`` (B, S, D) itself, or a shorter sequence after a compression
@@ -310,19 +311,21 @@ class CompressedForward:
         if step.layer == BEFORE and self.cache is not None:
             self.cache.lag += columns - hidden.shape[1]
         with record_function("libra.gather"):
-            self._follow(shortened)
+            self._follow(shortened, hidden)
             self._enter(self._number + 1, hidden)
         return hidden
 
-    def _follow(self, shortened: Shortened) -> None:
-        """Shorten what the engine keeps for each column of this call."""
+    def _follow(self, shortened: Shortened, hidden: torch.Tensor) -> None:
+        """Shorten what the engine keeps for each column of this call, of which ``hidden`` are left."""
+        self._valid = shortened.valid
+        if self._positions is None:
+            return  # an attached model's original positions: its layers are handed theirs
         self._positions = shortened.gather(self._positions, dim=-1)
         if self.compression.positions == "centre":
             self._positions = self.tokens.centred(self._positions, self._starts)
-            self._rotary = self.decoder.rotary_emb(self._rotary[0], self._positions)
-        else:
+            self._rotary = self.decoder.rotary_emb(hidden, self._positions)
+        elif self.compression.positions == "original":  # compact ones are counted anew
             self._rotary = tuple(shortened.gather(table) for table in self._rotary)
-        self._valid = shortened.valid
 
     def _score_with(self, layer: int, hidden: torch.Tensor) -> None:
         """Answer the probe with the next layer, whose keys of earlier calls are those of its own, shorter
@@ -335,13 +338,13 @@ class CompressedForward:
         lengths = self._past(stage), hidden.shape[1]
         self._probe.key_mask = joined(stage.key_mask, self._valid, lengths, hidden)
         self._probe.past_keys = past_keys
-        if self._probe.wants_keys:
-            self._probe.keys = self._keys_alone(layer, hidden)
+        self._probe.keys = self._keys_alone(layer, hidden)
         self._ask_layer(layer, hidden, rotary, self._probe)
 
     def _ask_layer(self, layer: int, hidden: torch.Tensor, rotary, probe: score.Probe) -> None:
         """Answer a probe with the queries and keys that a layer makes of ``hidden``, which goes into it."""
-        score.ask_layer(self.decoder.layers[layer], hidden, rotary, probe)
+        given = {"position_embeddings": rotary, "attention_mask": None, "score_probe": probe}
+        score.ask_layer(self.decoder.layers[layer], hidden, given, probe)
 
     def stats(self) -> dict:
         """Of a call with visual tokens, once it is through.

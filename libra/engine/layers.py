@@ -115,12 +115,14 @@ class HookedForward(CompressedForward):
         self._given, self._marks = given, marks
         self._batch: int
         self._columns: int
+        # Of the layer that is being called: the hidden states as they are now, all else as it is handed.
+        self._full: dict = {}
         self._batch, self._columns = hidden.shape[:2] if hidden.ndim == 3 else given.shape
         flat, _ = self._flat(hidden)
         self._arguments = Arguments(flat.shape[1])
         super().__init__(decoder, compression, flat, given.padding_mask, given.position_ids, cache, prefill)
-        # What the decoder hands its layers fits all of them, but for a mask, which is as long as the first
-        # layer's keys. (Flash attention must not see position ids.)
+        # In a plain decoding step what the decoder hands its layers fits all of them, but for a mask, which
+        # is as long as the first layer's keys. (Flash attention must not see position ids.)
         self.is_idle = not self._schedule and "flash" not in decoder.config._attn_implementation
 
     # --- what the engine keeps for each column ---
@@ -131,17 +133,12 @@ class HookedForward(CompressedForward):
         if self.compression.positions != "original":
             self._text_positions, self._positions = self._split(position_ids, past, hidden)
 
-    def _follow(self, shortened: Shortened) -> None:
+    def _follow(self, shortened: Shortened, hidden: torch.Tensor) -> None:
         self._arguments.shorten(shortened.source)
-        self._valid = shortened.valid
-        if self._positions is not None:
-            self._positions = shortened.gather(self._positions, dim=-1)
-        if self.compression.positions == "centre":
-            self._positions = self.tokens.centred(self._positions, self._starts)
-            self._rotary = self.decoder.rotary_emb(self._like, self._positions)
+        super()._follow(shortened, hidden)
 
     def _masks_of(self, layers: range, hidden: torch.Tensor, key_mask) -> dict:
-        """Made when the first layer of a kind is given its own; until then none."""
+        """Made when the first layer of a stage and a kind is handed its own; until then none."""
         self._columns = hidden.shape[1]
         return {}
 
@@ -158,8 +155,6 @@ class HookedForward(CompressedForward):
     def shorten(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the layer after compression layer ``layer`` gets."""
         flat, back = self._flat(hidden)
-        if self.tokens is not None and self.compression.positions == "centre":
-            self._like = flat[:1, :1, :1]
         return back(self.compress(layer, flat))
 
     # --- a layer ---
@@ -171,16 +166,16 @@ class HookedForward(CompressedForward):
         self._full = given
         if any(step.layer == layer - 1 for step in self._schedule):
             changed[first] = self.shorten(layer - 1, given[first])
-        columns = changed.get(first, given[first])
+            self._full = {**given, **changed}
+        columns = self._full[first]
         for name, value in given.items():
             if name != first:
                 new = self._argument(layer, name, value, columns)
                 if new is not value:
                     changed[name] = new
-        self._full = {**given, first: columns}
         if self._asks(layer, columns):
             score.ask(self._marks[layer], self._probe)
-        self._full = None
+        self._full = {}
         return changed
 
     def _argument(self, layer: int, name: str, value, columns: torch.Tensor):
@@ -202,30 +197,19 @@ class HookedForward(CompressedForward):
             self._probe.by_mask = self._given.ready or kind == "chunked_attention"
         return asks
 
-    def _score_with(self, layer: int, hidden: torch.Tensor) -> None:
-        if self._rotary is None:
-            self._rotary = self._arguments.fit(self._full.get("position_embeddings"))
-            super()._score_with(layer, hidden)
-            self._rotary = None
-        else:
-            super()._score_with(layer, hidden)
-
     def _ask_layer(self, layer: int, hidden: torch.Tensor, rotary, probe: score.Probe) -> None:
-        """As the layer's own arguments have it, but for the mask and the cache."""
-        probe.only = True
+        """As the layer's own arguments have it, but for the mask, the cache and, where they are counted here,
+        positions."""
         first, *others = self._full
         given = dict.fromkeys(others)
         for name in given.keys() - {"attention_mask", *CACHES}:
             value = self._full[name]
             given[name] = self._recurrent_mask(value) if name == "conv_mask" else self._arguments.fit(value)
-        if "position_embeddings" in given:  # Inkling's layers have none
+        if rotary is not None and "position_embeddings" in given:  # Inkling's layers have none
             given["position_embeddings"] = rotary
         score.ask(self._marks[layer], probe)
         try:
-            with torch.no_grad():
-                self.decoder.layers[layer].forward(self._full[first], **given)
-        except score.Answered:
-            pass
+            score.ask_layer(self.decoder.layers[layer], self._full[first], given, probe)
         finally:
             score.forget()
 
@@ -233,31 +217,32 @@ class HookedForward(CompressedForward):
         """None where a layer is given none, as Inkling's are."""
         if self._positions is not None:
             return super()._rotary_alone(hidden)
-        return self._arguments.earlier(self._full.get("position_embeddings"), self._shift)
+        return self._arguments.earlier(self._full.get("position_embeddings"), self._counted)
 
     # --- masks ---
 
     def _mask(self, layer: int, handed, columns: torch.Tensor):
         """The mask of a layer that gets the hidden states ``columns`` and that the decoder hands
         ``handed``."""
-        kind, number = attention_kind(self.decoder.config, layer), self._stage_of(layer)
+        kind, stage = attention_kind(self.decoder.config, layer), self._stage_of(layer)
         if kind in POINTWISE:
             return handed
         if kind in RECURRENT:
             return self._recurrent_mask(handed)
-        known = self._given.padding_mask is not None or self._stages[number].key_mask is None
-        if number == 0 and known:
+        known = self._given.padding_mask is not None or stage.key_mask is None
+        if stage is self._stages[0] and known:
             return handed  # all columns are there
         hidden, _ = self._flat(columns)
-        if (number, kind) not in self._masks:
-            self._masks[number, kind] = self._new_mask(layer, kind, handed, hidden)
-        mask = self._masks[number, kind]
+        which = stage.first_layer, kind
+        if which not in self._masks:
+            self._masks[which] = self._new_mask(layer, kind, handed, hidden)
+        mask = self._masks[which]
         if isinstance(mask, torch.Tensor) and mask.ndim == 4 and hidden.shape[1] < mask.shape[2]:
             return mask[:, :, -hidden.shape[1] :]  # Gemma 4 goes on with the last columns of the call
         return mask
 
     def _new_mask(self, layer: int, kind: str, handed, hidden: torch.Tensor):
-        config, stage = self.decoder.config, self._stages[self._stage_of(layer)]
+        config, stage = self.decoder.config, self._stage_of(layer)
         if self.tokens is None and hidden.shape[1] == 1:
             if stage.key_mask is None and (handed is None or kind == "full_attention"):
                 return None  # one token sees every key there is
@@ -282,7 +267,3 @@ class HookedForward(CompressedForward):
         if self.tokens is None and self._columns == 1 or self._number == 0:
             return handed
         return self._valid
-
-    def _stage_of(self, layer: int) -> int:
-        """The number of the stage whose layers ``layer`` is among."""
-        return sum(stage.first_layer <= layer for stage in self._stages) - 1

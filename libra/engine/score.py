@@ -208,18 +208,15 @@ def disable(config) -> None:
         config._attn_implementation = "eager"
 
 
-def ask_layer(layer, hidden: torch.Tensor, position_embeddings, probe: Probe) -> None:
-    """Answer ``probe`` with a decoder layer that runs only up to its attention, whatever comes before that in
-    it; no cache hears of it.
+def ask_layer(layer, hidden: torch.Tensor, given: dict, probe: Probe) -> None:
+    """Answer ``probe``, which the layer's attention is to find, with a decoder layer that runs only up to
+    that, whatever comes before it in the layer; no cache hears of it.
 
-    ``hidden`` (B, S, D) goes into the layer; ``position_embeddings`` are cosines and sines (B or 1, S,
-    head_dim).
+    ``hidden`` (B, S, D) goes into the layer; ``given``: its other arguments, by name.
     """
     probe.only = True
     try:
         with torch.no_grad():
-            layer.forward(
-                hidden, position_embeddings=position_embeddings, attention_mask=None, score_probe=probe
-            )
+            layer.forward(hidden, **given)
     except Answered:
         pass

@@ -190,7 +190,8 @@ def fitted(decoder, compression: Compression) -> Compression:
 
 
 def _check_final_norm(decoder, name: str) -> None:
-    """``name`` compares what leaves a layer as the head would see it."""
+    """Raises ValueError where what leaves a layer cannot be made what the head would see, which the method
+    ``name`` compares."""
     reads = f"{name} compares hidden states after the decoder's final norm"
     if any(getattr(decoder.config, streams, None) for streams in STREAMS):
         raise ValueError(
