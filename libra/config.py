@@ -532,7 +532,8 @@ def _check_grid(parts: Sequence[Compression]) -> None:
     it."""
     places = [(layer, part.at != TOWER, part) for part in parts for layer in part.layers or ()]
     ordered = sorted(places, key=lambda place: place[:2])
-    for part in [part for *_, part in ordered[1:] if "grid" in part.needs]:
+    part = next((part for *_, part in ordered[1:] if "grid" in part.needs), None)
+    if part is not None:
         where = "give it one place" if part is ordered[0][2] else "put it before the others"
         raise ConfigError(
             f"layers: {part.name} reads the grid of a picture, which is whole only before the first"

@@ -142,11 +142,13 @@ class Candidates:
 
 
 def _parts(grid) -> tuple[tuple[int, ...], ...]:
-    """The grids of a span's parts; () for what is none."""
+    """The grids of a span's parts; () for what is none of a span."""
     if not isinstance(grid, (list, tuple)) or not grid:
         return ()
-    parts = tuple(part for part in ([grid] if is_whole(grid[0]) else grid) if isinstance(part, (list, tuple)))
-    whole = all(len(part) in (2, 3) and all(is_whole(n) and n > 0 for n in part) for part in parts)
+    parts = [grid] if is_whole(grid[0]) else grid
+    if not all(isinstance(part, (list, tuple)) and len(part) in (2, 3) for part in parts):
+        return ()
+    whole = all(is_whole(n) and n > 0 for part in parts for n in part)
     return tuple(tuple(map(int, part)) for part in parts) if whole else ()
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import libra
 from libra import Compression, Context, compress, ops
-from libra.methods import METHODS
+from libra.methods import MERGERS, METHODS
 from libra.methods.pool import windows
 from libra.methods.tome import halvings, match_chain
 
@@ -273,6 +273,7 @@ def test_libra_at_the_input_is_libra_with_the_towers_scores():
                 [[(-2, -4)]],
                 [[(8,)]],
                 [[()]],
+                [[((2, 4), None)]],
                 [[(2, 2)] * 2],
             )
         ),
@@ -296,6 +297,12 @@ def test_needs_and_reads_name_what_exists():
             register("mine", needs=("tower_clss",))
         with pytest.raises(ValueError, match="reads: layers is unknown; use "):
             register("mine", reads=("layers",))
+
+
+def test_one_word_needs_no_list_around_it():
+    libra.register_merge("mine", reads="hidden", needs="grid", follows="tome")(lambda matches, c: None)
+    mine = MERGERS.pop("mine")
+    assert (mine.reads, mine.needs, mine.follows) == ({"hidden"}, ("grid",), ("tome",))
 
 
 def test_a_select_that_needs_nothing_runs_after_layers_too():

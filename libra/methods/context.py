@@ -72,23 +72,24 @@ class Context:
                 changed[name] = change(name, value, row, row + 1)
         return replace(self, **changed)
 
+    def _rows_of(self, name: str) -> int | None:
+        """The rows of a field, None where it is not given."""
+        value = getattr(self, name)
+        if value is None:
+            return None
+        return len(value[0]) if name in LAYERED and value.ndim == 3 else len(value)
+
     @property
     def rows(self) -> int:
         """B, as the fields have it; 0 where none does."""
-        for name in PER_TOKEN:
-            value = getattr(self, name)
-            if value is not None:
-                return len(value[0]) if name in LAYERED and value.ndim == 3 else len(value)
-        return len(self.grid or ())
+        given = map(self._rows_of, (*PER_TOKEN, "grid"))
+        return next((rows for rows in given if rows is not None), 0)
 
     def check_rows(self, rows: int) -> None:
         """Raises ValueError where a field has not so many rows."""
         for name in (*PER_TOKEN, *PER_ROW):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            given = len(value[0]) if name in LAYERED and value.ndim == 3 else len(value)
-            if given != rows:
+            given = self._rows_of(name)
+            if given not in (None, rows):
                 raise ValueError(f"context.{name} has {given} rows, and there are {rows}; give one for each")
 
     def repeated(self, times: int) -> "Context":

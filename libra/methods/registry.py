@@ -190,14 +190,19 @@ def register_merge(
     """
     traits = {"reads": _known("reads", reads, READABLE), "needs": _known("needs", needs, CONTEXT)}
     traits |= {"compensates": compensates and not drops, "drops": drops, "trusted": trusted, **gives}
-    traits["follows"] = tuple(gives.get("follows", ()))
+    traits["follows"] = _words(gives.get("follows", ()))
     return _register(MERGERS, "merge", name, Merge, traits)
+
+
+def _words(given: Iterable[str]) -> tuple[str, ...]:
+    """One word may be given without a list around it."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _known(what: str, words: Iterable[str] | None, known: frozenset[str]):
     if words is None:
         return None
-    words = (words,) if isinstance(words, str) else tuple(words)
+    words = _words(words)
     for word in words:
         if not set(word.split("|")) <= known:
             raise ValueError(f"{what}: {show(word)} is unknown; use {', '.join(sorted(known))}")

@@ -282,7 +282,7 @@ def slots_and_logits(
     """Which output slot each token of a row goes to, and the logit of its weight there (§3.3).
 
     Args:
-        importance, eta: as of :func:`pull`; infinite where all weights of a slot are equal.
+        importance, eta: as of :func:`pull`; with an infinite η all weights of a slot are equal.
         order: (B, T + R), the tokens of each row, its targets first, as :meth:`Spans.arranged` puts them.
         closest: the similarity (B, R) float32 of each non-target to its most similar target, and that
             target's slot (B, R); None: they all go to the compensation token, the slot after the targets.
@@ -291,7 +291,7 @@ def slots_and_logits(
 
     Returns:
         the slots (B, T + R), :data:`NOWHERE` for what a row does not have, the logits (B, T + R) float32, and
-        which rows have a token in the compensation token, (B,) bool; None where that needs no ``tau``.
+        which rows have a token in the compensation token, (B,) bool; None where no similarity decides that.
     """
     own, missing = spans.target_slots, spans.rest_missing
     if closest is None:
