@@ -1,4 +1,5 @@
-"""Write docs/models.md from what the tests know: python scripts/models_page.py (a test compares the two).
+"""Write docs/models.md, and the number of models in README.md, from what the tests know: python
+scripts/models_page.py (a test compares them).
 
 The names are those of libra/engine/families.py; what a class can do is asked of the tiny models of tests/zoo.
 """
@@ -9,11 +10,12 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import transformers  # noqa: E402
 import zoo  # noqa: E402
+from methods_page import README, counted  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # noqa: E402
 
 from libra.engine.families import TESTED  # noqa: E402
@@ -102,3 +104,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(counted("models", len(TESTED)), encoding="utf-8")
