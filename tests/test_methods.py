@@ -1,5 +1,5 @@
 """Methods that choose before the language model, against what the original codes keep
-(tests/golden/selection)."""
+(tests/golden/selection), and what every method keeps to."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from libra.methods.pool import windows
 from libra.methods.tome import halvings, match_chain
 
 GOLDEN = Path(__file__).parent / "golden/selection"
-EARLY = [name for name, method in METHODS.items() if method.place != "layers"]
+ALL = [name for name, method in METHODS.items() if method.compresses]
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -184,19 +184,30 @@ def context_of(batch: int, tokens: int, grid, width: int = 8) -> Context:
         relevance=torch.randn(batch, tokens, generator=draw),
         text=[torch.randn(2 + row, width, generator=draw) for row in range(batch)],
         grid=grid,
+        layer_keys=torch.randn(batch, tokens, 6, generator=draw),
+        text_keys=[torch.randn(2 + row, 6, generator=draw) for row in range(batch)],
+        final_hidden=torch.randn(batch, tokens, width, generator=draw),
+        final_text=[torch.randn(2 + row, width, generator=draw) for row in range(batch)],
     )
 
 
-@pytest.mark.parametrize("method", EARLY)
+def importance_of(method: str, batch: int, tokens: int) -> torch.Tensor | None:
+    """Scores of the decoder's attention, for the methods that go by them."""
+    reads = METHODS[method].place == "layers" and Compression(method=method).reads_importance
+    return torch.rand(batch, tokens, generator=torch.Generator().manual_seed(2)) if reads else None
+
+
+@pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("keep", [1, 5, 12, 100])
 def test_a_row_of_a_ragged_batch_is_that_row_alone(method, keep):
     """Exactly min(T, n) tokens of each span, whatever stands in the padding."""
     spans, grid = [[12, 20], [6], [20, 3, 12]], [[(3, 4), (4, 5)], [(2, 3)], [(4, 5), (1, 3), (2, 6)]]
     hidden = torch.randn(3, 37, 9, generator=torch.Generator().manual_seed(0))
     context, c = context_of(3, 37, grid, width=9), Compression(method=method, keep=keep)
-    out = compress(hidden, None, c, spans=spans, context=context)
+    scores = importance_of(method, 3, 37)
+    out = compress(hidden, scores, c, spans=spans, context=context)
     hidden[0, 32:] = hidden[1, 6:] = 1e6
-    assert torch.equal(compress(hidden, None, c, spans=spans, context=context).targets, out.targets)
+    assert torch.equal(compress(hidden, scores, c, spans=spans, context=context).targets, out.targets)
     for row, lengths in enumerate(spans):
         n, t = sum(lengths), sum(min(keep, length) for length in lengths)
         alone_context = Context(
@@ -209,17 +220,23 @@ def test_a_row_of_a_ragged_batch_is_that_row_alone(method, keep):
             relevance=context.relevance[row : row + 1, :n],
             text=context.text[row : row + 1],
             grid=grid[row : row + 1],
+            layer_keys=context.layer_keys[row : row + 1, :n],
+            text_keys=context.text_keys[row : row + 1],
+            final_hidden=context.final_hidden[row : row + 1, :n],
+            final_text=context.final_text[row : row + 1],
         )
-        alone = compress(hidden[row : row + 1, :n], None, c, spans=[lengths], context=alone_context)
+        own = None if scores is None else scores[row : row + 1, :n]
+        alone = compress(hidden[row : row + 1, :n], own, c, spans=[lengths], context=alone_context)
         assert alone.targets.shape == (1, t) and len(set(alone.targets[0].tolist())) == t
         assert torch.equal(out.targets[row, :t], alone.targets[0])
         torch.testing.assert_close(out.tokens[row, :t], alone.tokens[0, :t])
 
 
-@pytest.mark.parametrize("method", EARLY)
+@pytest.mark.parametrize("method", ALL)
 def test_half_precision_and_gradients(method):
     hidden = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    out = compress(hidden, None, Compression(method=method, keep=6), context=context_of(1, 24, [[(4, 6)]]))
+    scores, context = importance_of(method, 1, 24), context_of(1, 24, [[(4, 6)]])
+    out = compress(hidden, scores, Compression(method=method, keep=6), context=context)
     assert out.tokens.dtype == torch.bfloat16 and out.mask.sum() == out.tokens.shape[1]
     out.tokens.float().sum().backward()
     assert hidden.grad.isfinite().all() and hidden.grad.abs().sum() > 0

@@ -514,7 +514,7 @@ def test_downloading_lays_the_data_where_a_run_reads_it(place, harness, hub, mon
 
 def test_every_task_of_the_rows_is_known_to_the_harness_and_to_eval_data(harness):
     named = {table: data.tasks_of([table]) for table in suites.TABLES if suites.TABLES[table].suites}
-    assert set(named) == {*"1234567", "field", "fine"} and all(named.values())
+    assert {*"1234567", "field", "fine"} <= {*named} and all(named.values())
     for task in {task for tasks in named.values() for task in tasks}:
         assert suites.get_task(task).harness in harness.tasks.all_tasks and task in data.DATA
     assert named["2"] == ["videomme", "videomme_w_subtitle"]
