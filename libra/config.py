@@ -225,7 +225,7 @@ class Compression:
         places = [place for part in steps for place in ((TOWER,) if part.at == TOWER else part.layers or ())]
         if len(set(places)) < len(places):
             twice = next(place for place in places if places.count(place) > 1)
-            twice = twice if twice == TOWER else place_name(twice)
+            twice = place_name(twice) if isinstance(twice, int) else twice
             raise ConfigError(f"steps: two of them are at {twice}; give each a place of its own")
         _check_grid(steps)
         layers = None
