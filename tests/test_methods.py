@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import libra
 from libra import Compression, Context, compress, ops
 from libra.methods import MERGERS, METHODS
+from libra.methods.context import PER_ROW
 from libra.methods.pool import windows
 from libra.methods.tome import halvings, match_chain
 
@@ -240,6 +241,17 @@ def test_half_precision_and_gradients(method):
     assert out.tokens.dtype == torch.bfloat16 and out.mask.sum() == out.tokens.shape[1]
     out.tokens.float().sum().backward()
     assert hidden.grad.isfinite().all() and hidden.grad.abs().sum() > 0
+
+
+def test_rows_that_are_repeated_keep_all_that_is_known_of_them():
+    one = context_of(2, 6, [[(2, 3)], [(6, 1)]])
+    three = one.repeated(3)
+    three.check_rows(6)
+    for name in PER_ROW:
+        rows = getattr(three, name)
+        assert [row is getattr(one, name)[b // 3] for b, row in enumerate(rows)] == [True] * 6
+    assert torch.equal(three.tower_received[:, 4], one.tower_received[:, 1])
+    assert Context().repeated(2) == Context()
 
 
 def test_libra_at_the_input_is_libra_with_the_towers_scores():

@@ -94,9 +94,10 @@ class Context:
 
     def repeated(self, times: int) -> "Context":
         """Each row so many times, one after another, as beams and returned sequences repeat them."""
-        grid = None if self.grid is None else [row for row in self.grid for _ in range(times)]
         again = self._changed(lambda name, value, row, _: value.repeat_interleave(times, row))
-        return replace(again, grid=grid)
+        given = {name: getattr(self, name) for name in PER_ROW if getattr(self, name) is not None}
+        lists = {name: [row for row in rows for _ in range(times)] for name, rows in given.items()}
+        return replace(again, **lists)
 
     def at(self, tokens: "torch.Tensor") -> "Context":
         """What is known of only ``tokens`` (B, T); they are a grid no longer."""
