@@ -126,8 +126,9 @@ class Hooks:
         schedule = self.compression.schedule(len(layers)) if self.compression.compresses else ()
         for step in schedule:
             if step.scores:
-                mark = self._marks.setdefault(scoring_layer(step), score.Mark())
-                for module in attention_modules(layers[scoring_layer(step)]):
+                scoring = scoring_layer(step)
+                mark = self._marks.setdefault(scoring, score.Mark())
+                for module in attention_modules(layers[scoring]):
                     setattr(module, score.MARK, mark)
         self._compresses = bool(schedule)
         for i, layer in enumerate(layers if schedule else ()):

@@ -264,6 +264,6 @@ class HookedForward(CompressedForward):
 
     def _recurrent_mask(self, handed):
         """(B, S) of a layer whose state runs along the sequence: which columns are valid."""
-        if self.tokens is None and self._columns == 1 or self._number == 0:
+        if self._number == 0 or self.tokens is None and self._columns == 1:
             return handed
         return self._valid

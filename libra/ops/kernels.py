@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import NOWHERE
 from .greedy_kernels import _farthest, _greedy_map, greedy_map, pick_farthest  # noqa: F401  Found by name.
 from .spans import Spans, on_device
 
@@ -423,7 +424,7 @@ def slots_and_logits(
         slot, logits, _bytes(has_one),
         spans.targets, total - spans.targets, order.stride(0), importance.stride(0), *eta.stride(),
         -math.inf if tau is None else tau,
-        RAGGED=ragged, LOWEST=lowest is not None, NOWHERE=-1, CHUNK=_chunk(total), num_warps=8,
+        RAGGED=ragged, LOWEST=lowest is not None, NOWHERE=NOWHERE, CHUNK=_chunk(total), num_warps=8,
     )  # fmt: skip
     return slot, logits, has_one if tau is not None and lowest is None else None
 
@@ -469,7 +470,7 @@ def group_softmax(logits: torch.Tensor, slot: torch.Tensor, slots: int, whole: b
     logits, slot = logits.contiguous(), slot.contiguous()
     weights = torch.empty_like(logits)
     _group_softmax[(triton.cdiv(count, 32), batch)](
-        logits, slot, weights, count, NOWHERE=-1, TOKENS=32, OTHERS=128
+        logits, slot, weights, count, NOWHERE=NOWHERE, TOKENS=32, OTHERS=128
     )
     return weights
 
