@@ -1,6 +1,7 @@
 """The KV cache of a compressed model: layers of different lengths, and with them each stage's own mask."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -62,6 +63,8 @@ class StagedCache(DynamicCache):
     """
 
     stages: list[Stage]
+    # The compression that was asked for at the last call, the same with its layers, and its steps.
+    plan: tuple = (None, None, ())
     lag = 0  # columns that were taken out of the calls' inputs, before the first layer
     compressed_until = 0  # columns of layer 0 up to the last visual token that was compressed
     # A compressed forward sets it before its first layer. Without one the model would give all layers one
@@ -109,9 +112,8 @@ class StagedCache(DynamicCache):
             ValueError: at the first layer of a call without compression, which takes all layers to hold as
                 many keys.
         """
-        if layer_idx == next((i for i, layer in enumerate(self.layers) if holds_keys(layer)), 0):
-            lengths = {layer.get_seq_length() for layer in self.layers if holds_keys(layer)}
-            if not self.expects_a_call and (self.lag or len(lengths) > 1):
+        if layer_idx == self._first_with_keys:
+            if not self.expects_a_call and self._is_shortened():
                 raise ValueError(
                     "this KV cache was filled with compression after layers "
                     f"{[s.first_layer - 1 for s in self.stages[1:]]}, and now the model is called without "
@@ -119,6 +121,16 @@ class StagedCache(DynamicCache):
                 )
             self.expects_a_call = False
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @cached_property
+    def _first_with_keys(self) -> int:
+        return next((i for i, layer in enumerate(self.layers) if holds_keys(layer)), 0)
+
+    def _is_shortened(self) -> bool:
+        """True where the layers do not all hold as many keys as the calls had columns."""
+        return (
+            bool(self.lag) or len({layer.get_seq_length() for layer in self.layers if holds_keys(layer)}) > 1
+        )
 
     def _to_stages(self, change) -> None:
         for stage in self.stages:

@@ -57,7 +57,7 @@ class Call:
     recorder: object | None = None
 
 
-_CALL: ContextVar[Call | None] = ContextVar("libra_call", default=None)
+CALL: ContextVar[Call | None] = ContextVar("libra_call", default=None)
 
 
 def _frames() -> Iterator[FrameType]:
@@ -68,23 +68,29 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-@torch.compiler.disable
 def running(decoder: torch.nn.Module) -> Call | None:
     """The call of ``decoder``'s model that is on its way, if one is.
 
     torch runs no hook at the end of a call that Ctrl-C interrupts, nor of a compiled one that fails, so such
     a call is found here: its frame no longer runs.
     """
-    call = _CALL.get()
-    while call is not None and not any(frame is call.frame for frame in _frames()):
+    call = CALL.get()
+    while call is not None and not _runs(call.frame):
         call = call.outer
-        _CALL.set(call)
+        CALL.set(call)
     return call if call is not None and call.decoder is decoder else None
+
+
+def _runs(frame: FrameType) -> bool:
+    here: FrameType | None = sys._getframe(2)
+    while here is not None and here is not frame:  # several times a decoding step: no generator, no any
+        here = here.f_back
+    return here is not None
 
 
 def at_layers(decoder: torch.nn.Module) -> Call | None:
     """The same between the layers of a decoder that runs, where nothing needs to be looked for."""
-    call = _CALL.get()
+    call = CALL.get()
     return call if call is not None and call.decoder is decoder else None
 
 
@@ -92,15 +98,17 @@ def begin(decoder: torch.nn.Module, modules: tuple[str, ...], **keys) -> Call:
     """A new call is on its way: that of the innermost frame which is neither torch's compiler's nor in one of
     ``modules``, and so runs a hook."""
     skipped = (__name__, *modules, "torch._dynamo", "torch._compile")
-    frame = next(frame for frame in _frames() if not frame.f_globals.get("__name__", "").startswith(skipped))
-    call = Call(decoder, frame, outer=_CALL.get(), **keys)
-    _CALL.set(call)
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").startswith(skipped):
+        frame = frame.f_back
+    call = Call(decoder, frame, outer=CALL.get(), **keys)
+    CALL.set(call)
     return call
 
 
 def end(call: Call) -> None:
     """The call is over."""
-    _CALL.set(call.outer)
+    CALL.set(call.outer)
 
 
 def assisted(model: torch.nn.Module) -> bool:

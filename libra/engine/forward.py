@@ -52,9 +52,10 @@ class CompressedForward:
         prefill: Prefill | None = None,
     ):
         self.decoder, self.cache = decoder, cache
-        compresses = compression is not None and compression.compresses
-        self.compression = fitted(decoder, compression) if compresses else None
+        self.compression: Compression | None = None
         self._schedule: tuple[Step, ...] = ()
+        if compression is not None and compression.compresses:
+            self.compression, self._schedule = self._planned(compression)
         past = 0 if cache is None else cache.get_seq_length()
         self._number_columns(position_ids, past, inputs_embeds)
         # (B, 1), the positions of each row's first and last column, where they are compact: later stages may
@@ -73,9 +74,9 @@ class CompressedForward:
             )
             return
 
-        score.enable(decoder.config)
-        self._schedule = self.compression.schedule(decoder.config.num_hidden_layers)
         self._stages = self._stages_of(cache, past, padding_mask)
+        if isinstance(cache, StagedCache):
+            cache.plan = compression, self.compression, self._schedule
         # A decoding step adds a valid token to every row.
         decodes = prefill is None and inputs_embeds.shape[1] == 1 and self._stage_of(0).key_mask is None
         self._valid = None if padding_mask is None or decodes else padding_mask[:, past:].bool()
@@ -86,6 +87,7 @@ class CompressedForward:
         self._held: list[tuple[int, list[int], int]] = []
         prefill = None if prefill is None else prefill.surveyed(self._valid)
         if prefill is not None and any(row.spans for row in prefill.columns.rows):
+            score.enable(decoder.config)
             self.tokens = VisualTokens(self._schedule, prefill, self._valid)
             self._valid = self.tokens.valid
             self.tokens.rate(inputs_embeds)
@@ -96,6 +98,14 @@ class CompressedForward:
             if cache is not None:
                 cache.compressed_until = past + self.tokens.last_visual + 1
         self._enter(0, inputs_embeds)
+
+    def _planned(self, compression: Compression) -> tuple[Compression, tuple[Step, ...]]:
+        """``compression`` with its layers in this decoder, and its steps. The cache remembers both for the
+        decoding steps, which cost little else."""
+        if isinstance(self.cache, StagedCache) and self.cache.plan[0] is compression:
+            return self.cache.plan[1:]
+        own = fitted(self.decoder, compression)
+        return own, own.schedule(self.decoder.config.num_hidden_layers)
 
     def _stage_of(self, layer: int) -> Stage:
         """The stage that a layer is in. (Where the input is shortened, stage 0 has no layers.)"""

@@ -19,7 +19,7 @@ import torch
 
 from ..config import Compression
 from . import calls, score
-from .calls import Call
+from .calls import CALL, Call
 from .checkpointing import Outside, checkpoints_call
 from .families import VIDEO_IDS
 from .layers import Given, HookedForward
@@ -233,8 +233,8 @@ class Hooks:
         call = calls.running(self.decoder) or self._start(whole=False)
         call.padding_mask = kwargs.get("attention_mask")
         call.ids, call.pictures = kwargs.get("input_ids"), dict(kwargs.get("mm_encoder_outputs") or {})
-        table = self.base.get_input_embeddings()
-        call.prefill = surveyed(kwargs, self._token_ids, table, call, self._trace)
+        embeddings = self.base.get_input_embeddings
+        call.prefill = surveyed(kwargs, self._token_ids, embeddings, call, self._trace)
         return (), kwargs
 
     @torch.compiler.disable
@@ -268,7 +268,6 @@ class Hooks:
         shape = (0, 0) if columns is None else tuple(columns.shape[:2])
         call.given, call.forward = Given(mask, ready, given.get("position_ids"), shape), None
         if self._compresses:
-            score.enable(decoder.config)
             self._outside.enter()
 
     @torch.compiler.disable
@@ -283,22 +282,24 @@ class Hooks:
         if output is not None and forward is not None and forward.tokens is not None:
             call.stats, call.recorder, call.labels = forward.stats(), forward.recorder, forward.labels
 
-    @torch.compiler.disable
+    @torch.compiler.disable(recursive=False)
     def _before_layer(self, i: int, layer, args, kwargs):
         """Shorten the hidden states after a compression layer, and every argument of the layers that
         follow."""
-        if self._is_idle(i, kwargs) or checkpoints_call(layer):
+        # Most layers of most calls take what they are handed. That is found without calling anything: in
+        # caches that a layer's weights have gone through, each call costs as much as a small operation.
+        call = CALL.get()
+        if call is None or call.decoder is not self.decoder:
             return None
-        return self._change(i, layer, args, kwargs)
-
-    def _is_idle(self, i: int, kwargs: dict) -> bool:
-        """True where layer ``i`` takes what it is handed: most layers of most calls, so it is asked first."""
-        call = calls.at_layers(self.decoder)
-        if call is None:
-            return True
         # A ready mask must be shortened; one that is handed by position is not looked for.
         maskless = "attention_mask" in kwargs and kwargs["attention_mask"] is None
-        return i > 0 and call.forward.is_idle and maskless
+        if i > 0 and call.forward.is_idle and maskless:
+            return None
+        return self._change_at(i, layer, args, kwargs)
+
+    @torch.compiler.disable
+    def _change_at(self, i: int, layer, args, kwargs) -> tuple[tuple, dict] | None:
+        return None if checkpoints_call(layer) else self._change(i, layer, args, kwargs)
 
     def _change(self, i: int, layer, args, kwargs) -> tuple[tuple, dict] | None:
         """The arguments of layer ``i`` where some change."""
@@ -316,6 +317,8 @@ class Hooks:
                 cache_given(given),
                 call.prefill,
             )
+            if call.forward.is_idle and given.get("attention_mask") is None:
+                return None
         changed = call.forward.before(i, given)
         if not changed:
             return None
