@@ -8,6 +8,7 @@ TESTED = (
     "CohereCompassForConditionalGeneration",
     "Cosmos3EdgeForConditionalGeneration",
     "Cosmos3OmniForConditionalGeneration",
+    "DeepseekOcr2ForConditionalGeneration",
     "DeepseekVLForConditionalGeneration",
     "DeepseekVLHybridForConditionalGeneration",
     "Ernie4_5_VLMoeForConditionalGeneration",

@@ -3,7 +3,7 @@
 import torch
 from families import IMAGE, Kind
 
-from .sizes import DEPTH, WIDTH
+from .sizes import DEPTH, TINY_TOWER, WIDTH
 
 FULL = ["full_attention"] * DEPTH
 SLIDING = ["sliding_attention", "sliding_attention", "full_attention"] * (DEPTH // 3)
@@ -20,6 +20,10 @@ SAM = dict(
     window_size=4,
     global_attn_indexes=[1],
     mlp_dim=32,
+)
+DEEPSEEK_OCR = dict(
+    sam_config={**SAM, "downsample_channels": [8, 16]},
+    encoder_config={**TINY_TOWER, "vocab_size": 20},
 )
 PERCEIVER = dict(
     hidden_size=WIDTH,

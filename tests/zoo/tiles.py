@@ -1,9 +1,11 @@
 """Classes whose towers take square tiles."""
 
-from families import Picture, noise
+import torch
+from families import IMAGE, Picture, noise
 
 from .parts import (
     CHUNKED,
+    DEEPSEEK_OCR,
     DEPTH,
     EFFICIENTNET,
     FASTVIT,
@@ -28,6 +30,16 @@ def with_high_resolution(draw):
     return Picture(picture.ids, {**picture.given, "high_res_pixel_values": noise(draw, 1, 3, 64, 64)})
 
 
+def with_a_crop(draw):
+    """A crop and the whole, 144 queries each whatever the number of patches, and a separator."""
+    given = {
+        "pixel_values": noise(draw, 1, 3, 64, 64),
+        "pixel_values_local": noise(draw, 1, 3, 64, 64),
+        "num_local_patches": torch.tensor([1]),
+    }
+    return Picture([IMAGE] * (144 + 144 + 1), given)
+
+
 def fixed(name: str, tokens: int, text=None, vision=None, image=None, marks=nothing, **top):
     """A class whose image is one tile of 28 x 28 pixels."""
     return {name: kind(recipe(name, text, vision, **top), image or tile(tokens), marks=marks)}
@@ -39,6 +51,13 @@ KINDS = {
     **fixed("AyaVisionForConditionalGeneration", 4, dict(layer_types=SLIDING)),
     **fixed(
         "Cohere2VisionForConditionalGeneration", 4, dict(layer_types=SLIDING), alignment_intermediate_size=32
+    ),
+    **fixed(
+        "DeepseekOcr2ForConditionalGeneration",
+        289,
+        dict(mlp_layer_types=["dense"] + ["sparse"] * 5),
+        image=with_a_crop,
+        vision_config=DEEPSEEK_OCR,
     ),
     **fixed("DeepseekVLForConditionalGeneration", 16),
     **fixed(
