@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 
 import torch
-from torch.profiler import record_function
 
 from . import budget, ops
 from .config import TOWER_SCORE, Compression
@@ -16,6 +15,7 @@ from .ops import NOWHERE
 from .ops.spans import Spans, on_device
 from .select import SELECTORS, Candidates, check_targets, tower_score
 from .utils.once import once
+from .utils.ranges import profiled
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def compress_spans(
         row_seeds: (B,) integers that pseudo-random selection draws from; None for zeros.
     """
     select, merge = SELECTORS[c.select], MERGERS[c.merge]
-    with record_function("libra.select"):
+    with profiled("libra.select"):
         importance = importance.detach().float()
         if not spans.uniform:
             importance = importance.masked_fill(spans.padding, 0.0)
@@ -165,11 +165,11 @@ def compress_spans(
         if not select.trusted:
             is_target = check_targets(c.select, is_target, spans)
         matches = Matches(candidates, None if isinstance(c.eta, str) else c.eta, is_target)
-    with record_function("libra.similarity"):
+    with profiled("libra.similarity"):
         said = merge.function(matches, c)
         if not merge.trusted:
             said = check_slots(c.merge, said, matches)
-    with record_function("libra.merge"):
+    with profiled("libra.merge"):
         if merge.drops:
             tokens, fates, has_one = _dropped(matches)
         elif isinstance(said, OfRest):

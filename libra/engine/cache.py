@@ -1,10 +1,10 @@
 """The KV cache of a compressed model: layers of different lengths, and with them each stage's own mask."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
+from ..utils.once import once
 from .transformers_api import CACHE, DynamicCache, empty_layers
 
 
@@ -122,7 +122,7 @@ class StagedCache(DynamicCache):
             self.expects_a_call = False
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    @cached_property
+    @once
     def _first_with_keys(self) -> int:
         return next((i for i, layer in enumerate(self.layers) if holds_keys(layer)), 0)
 

@@ -10,14 +10,15 @@ Both doors (``llava``'s decoder and :func:`libra.attach`) run the same loop::
 """
 
 import torch
-from torch.profiler import record_function
 
 from ..config import Compression, Step
 from ..ops.spans import on_device
 from ..places import BEFORE
+from ..utils.once import once
+from ..utils.ranges import profiled
 from . import score
 from .cache import Stage, StagedCache, bytes_of, holds_keys
-from .masks import attention_kind, attention_masks, joined
+from .masks import attention_kinds, attention_masks, joined
 from .structure import final_norm, fitted, position_axes
 from .tokens import Deep, Prefill, Shortened, VisualTokens
 from .trace import Recorder
@@ -106,6 +107,11 @@ class CompressedForward:
             return self.cache.plan[1:]
         own = fitted(self.decoder, compression)
         return own, own.schedule(self.decoder.config.num_hidden_layers)
+
+    @once
+    def _kinds(self) -> list[str]:
+        """The kind of attention of each layer."""
+        return attention_kinds(self.decoder.config)
 
     def _stage_of(self, layer: int) -> Stage:
         """The stage that a layer is in. (Where the input is shortened, stage 0 has no layers.)"""
@@ -253,7 +259,7 @@ class CompressedForward:
     def inputs(self, layer: int, hidden: torch.Tensor) -> dict:
         """Keyword arguments of decoder layer ``layer``, which gets ``hidden`` (B, S, D): mask, positions,
         cache and, at a compression layer, the probe."""
-        mask = self._masks[attention_kind(self.decoder.config, layer)]
+        mask = self._masks[self._kinds[layer]]
         given = {"attention_mask": mask, "position_embeddings": self._rotary, **cache_argument(self.cache)}
         if self.compression is None:
             return {**given, "position_ids": self._text_positions}
@@ -320,7 +326,7 @@ class CompressedForward:
             self.recorder.add(step.layer, outcome, spans)
         if step.layer == BEFORE and self.cache is not None:
             self.cache.lag += columns - hidden.shape[1]
-        with record_function("libra.gather"):
+        with profiled("libra.gather"):
             self._follow(shortened, hidden)
             self._enter(self._number + 1, hidden)
         return hidden
@@ -372,6 +378,7 @@ class CompressedForward:
         boundaries = [step.layer for step in self._schedule]
         counts, added = self.tokens.counts, dict(zip(boundaries, self.tokens.compensated))
         stage_of = [sum(layer > boundary for boundary in boundaries) for layer in range(layers)]
+        sizes = [] if self.cache is None else [bytes_of(layer) for layer in self.cache.layers]
         return {
             "given": counts[0],
             "visual_tokens": [counts[stage] for stage in stage_of],
@@ -379,16 +386,16 @@ class CompressedForward:
             "compensation_at_input": [int(c) for c in added.get(BEFORE, [])],
             "columns": self.tokens.row_lengths,
             "padding": self.tokens.padding,
-            "cache": None if self.cache is None else self._cache_bytes(stage_of),
-            "cache_plain": None if self.cache is None else self._plain_cache_bytes(),
+            "cache": None if self.cache is None else self._cache_bytes(stage_of, sizes),
+            "cache_plain": None if self.cache is None else self._plain_cache_bytes(sizes),
         }
 
-    def _plain_cache_bytes(self) -> int:
-        """Bytes of a cache whose layers hold all columns, or as many as their window takes."""
+    def _plain_cache_bytes(self, sizes: list[int]) -> int:
+        """Bytes of a cache whose layers hold all columns, or as many as their window takes; ``sizes``: what
+        its layers hold now."""
         columns, _, past = self._held[0]
         total = 0
-        for layer in self.cache.layers:
-            size = bytes_of(layer)
+        for layer, size in zip(self.cache.layers, sizes):
             if not holds_keys(layer):
                 total += size
                 continue
@@ -398,12 +405,10 @@ class CompressedForward:
             total += size * whole // held
         return total
 
-    def _cache_bytes(self, stage_of: list[int]) -> dict[str, int]:
+    def _cache_bytes(self, stage_of: list[int], sizes: list[int]) -> dict[str, int]:
         split = dict.fromkeys(("visual", "compensation", "text", "padding", "earlier", "window"), 0)
-        total = 0
-        for layer, stage in zip(self.cache.layers, stage_of):
-            size = bytes_of(layer)
-            total += size
+        total = sum(sizes)
+        for layer, stage, size in zip(self.cache.layers, stage_of, sizes):
             if not holds_keys(layer):
                 split["state"] = split.get("state", 0) + size
                 continue

@@ -14,7 +14,7 @@ import torch
 from ..ops.reference import take, take_last
 from . import score
 from .forward import CompressedForward
-from .masks import POINTWISE, RECURRENT, attention_kind, mask_of, shortened_mask, step_mask
+from .masks import POINTWISE, RECURRENT, mask_of, shortened_mask, step_mask
 from .tokens import Shortened
 from .transformers_api import CACHES
 
@@ -113,6 +113,7 @@ class HookedForward(CompressedForward):
         self, decoder, compression, hidden, given: Given, marks: dict[int, score.Mark], cache, prefill
     ):
         self._given, self._marks = given, marks
+        self._flash = "flash" in decoder.config._attn_implementation
         self._batch: int
         self._columns: int
         # Of the layer that is being called: the hidden states as they are now, all else as it is handed.
@@ -123,7 +124,7 @@ class HookedForward(CompressedForward):
         super().__init__(decoder, compression, flat, given.padding_mask, given.position_ids, cache, prefill)
         # In a plain decoding step what the decoder hands its layers fits all of them, but for a mask, which
         # is as long as the first layer's keys. (Flash attention must not see position ids.)
-        self.is_idle = not self._schedule and "flash" not in decoder.config._attn_implementation
+        self.is_idle = not self._schedule and not self._flash
 
     # --- what the engine keeps for each column ---
 
@@ -183,7 +184,7 @@ class HookedForward(CompressedForward):
             return self._mask(layer, value, columns)
         if name == "conv_mask":
             return self._recurrent_mask(value)
-        if name == "position_ids" and "flash" in self.decoder.config._attn_implementation:
+        if name == "position_ids" and self._flash:
             return None  # flash attention takes their gaps for the borders of packed sequences
         if name == "position_embeddings" and self._rotary is not None:
             return self._rotary
@@ -193,7 +194,7 @@ class HookedForward(CompressedForward):
         asks = super()._asks(layer, hidden)
         if self._probe is not None:
             # A window counts the keys that are left, as the score row does; any other mask is read itself.
-            kind = attention_kind(self.decoder.config, layer)
+            kind = self._kinds[layer]
             self._probe.by_mask = self._given.ready or kind == "chunked_attention"
         return asks
 
@@ -224,7 +225,7 @@ class HookedForward(CompressedForward):
     def _mask(self, layer: int, handed, columns: torch.Tensor):
         """The mask of a layer that gets the hidden states ``columns`` and that the decoder hands
         ``handed``."""
-        kind, stage = attention_kind(self.decoder.config, layer), self._stage_of(layer)
+        kind, stage = self._kinds[layer], self._stage_of(layer)
         if kind in POINTWISE:
             return handed
         if kind in RECURRENT:

@@ -24,12 +24,18 @@ MASKS = {
 }
 
 
-def attention_kind(config, layer: int) -> str:
-    """Which keys a decoder layer sees, by the names of transformers' ``layer_types``."""
+def attention_kinds(config) -> list[str]:
+    """Which keys each decoder layer sees, by the names of transformers' ``layer_types``."""
     kinds = getattr(config, "layer_types", None)
     if kinds:
-        return BOTH.get(kinds[layer], kinds[layer])
-    return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        return [BOTH.get(kind, kind) for kind in kinds]
+    window = getattr(config, "sliding_window", None)
+    return ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+
+
+def attention_kind(config, layer: int) -> str:
+    """That of one layer."""
+    return attention_kinds(config)[layer]
 
 
 def attends(config, layer: int) -> bool:
@@ -45,8 +51,9 @@ def attention_masks(config, layers: range, hidden, key_mask, position_ids, cache
     if isinstance(key_mask, dict):
         return key_mask
     first: dict[str, int] = {}
+    kinds = attention_kinds(config)
     for layer in layers:
-        first.setdefault(attention_kind(config, layer), layer)
+        first.setdefault(kinds[layer], layer)
     return {
         kind: mask_of(config, kind, layer, hidden, key_mask, position_ids, cache)
         for kind, layer in first.items()

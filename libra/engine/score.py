@@ -13,9 +13,9 @@ from contextvars import ContextVar
 from functools import wraps
 
 import torch
-from torch.profiler import record_function
 
 from ..ops.reference import score_row
+from ..utils.ranges import profiled
 from .transformers_api import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -60,7 +60,7 @@ class Probe:
         arguments."""
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
         window, cap, bias = (options.get(name) for name in ("sliding_window", "softcap", "position_bias"))
-        with record_function("libra.score"):
+        with profiled("libra.score"):
             if self.past_keys is not None:
                 key = torch.cat([self.past_keys, key], 2)
             if self.wants_keys and self.keys is None:

@@ -12,7 +12,7 @@ import torch
 
 from ..config import Compression, Step
 from .families import FINAL_NORMS, IMAGE_IDS, LAYER_ARGUMENTS, STREAMS, TESTED, VIDEO_IDS
-from .masks import MASKS, POINTWISE, RECURRENT, attends, attention_kind
+from .masks import MASKS, POINTWISE, RECURRENT, attends, attention_kind, attention_kinds
 from .transformers_api import GenerationMixin, PreTrainedModel
 
 
@@ -246,7 +246,7 @@ def _check_layers(found: Structure) -> None:
         raise _unsupported(
             found.base, f"its decoder layers take {', '.join(strange)}, which nobody can shorten"
         )
-    kinds = {attention_kind(config, layer) for layer in range(len(layers))}
+    kinds = set(attention_kinds(config)[: len(layers)])
     if unknown := sorted(kinds - {*MASKS, *RECURRENT, *POINTWISE}):
         raise _unsupported(found.base, f"its decoder has layers of type {', '.join(unknown)}")
 
@@ -300,7 +300,7 @@ def _check_places(found: Structure, compression: Compression) -> None:
     shared = getattr(config, "num_kv_shared_layers", 0) or 0
     if shared and schedule:
         first = len(layers) - shared
-        kinds = [attention_kind(config, layer) for layer in range(len(layers))]
+        kinds = attention_kinds(config)[: len(layers)]
         sources = [max(i for i in range(first) if kinds[i] == kind) for kind in {*kinds[first:]}]
         if schedule[-1].layer >= min(sources):
             raise ValueError(

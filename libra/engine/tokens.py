@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch.profiler import record_function
 
 from ..budget import keeps
 from ..config import TOWER_SCORE, Compression, Step
@@ -15,6 +14,7 @@ from ..ops.spans import Spans, on_device
 from ..places import TOWER
 from ..select import tower_score
 from ..step import Compressed, Fates, compress_spans
+from ..utils.ranges import profiled
 from .columns import IGNORE_INDEX, Columns, Scorer, survey
 
 # Kinds of importance that read the rows of all the text after the picture, and those that choose among them.
@@ -308,13 +308,13 @@ class VisualTokens:
             ValueError: where the context lacks what the step needs.
         """
         part = self.step.part
-        with record_function("libra.layout"):
+        with profiled("libra.layout"):
             # A row without visual tokens gets a span of one column, so that shapes stay valid; nothing is
             # made of it.
             spans = [row or [1] for row in self.span_lengths]
             kept = self._left_of_spans() if part.at == TOWER else keeps(spans, part, self.step.left)
             layout = Spans.build(spans, kept, hidden.device)
-        with record_function("libra.gather"):
+        with profiled("libra.gather"):
             visual, columns = self._visual(hidden)
         if part.at == TOWER:
             step = self._left_by_tower(visual, layout)
@@ -327,7 +327,7 @@ class VisualTokens:
             step = compress_spans(visual, importance, part, layout, owner, self._row_seeds, context)
         if len(self.counts) < len(self.schedule):
             self._context = self._context.at(step.targets)
-        with record_function("libra.gather"):
+        with profiled("libra.gather"):
             new_hidden, shortened = self._shorten(hidden, columns, step)
         return new_hidden, shortened, step
 

@@ -15,7 +15,7 @@ import torch
 
 from ..budget import kept
 from ..config import Compression, ConfigError
-from ..engine.masks import attention_kind
+from ..engine.masks import attention_kinds
 from ..engine.structure import final_norm, position_axes
 from ..engine.transformers_api import CausalLMOutputWithPast, cache_argument, create_causal_mask
 from ..utils.timing import Moment, now
@@ -58,7 +58,7 @@ def check_peer(decoder, c: Compression, prompt: Prompt) -> None:
         )
     if set(prompt.pictures) != {1}:
         raise ConfigError("--peer: FastV knows one picture a row; leave --images out")
-    kinds = {attention_kind(decoder.config, layer) for layer in range(decoder.config.num_hidden_layers)}
+    kinds = set(attention_kinds(decoder.config))
     if position_axes(decoder) > 1 or kinds != {"full_attention"}:
         raise ConfigError(
             f"--peer: FastV needs plain positions and full attention, and {type(decoder).__name__} has others"

@@ -70,7 +70,7 @@ class Context:
             if value is not None:
                 row = 1 if name in LAYERED and value.ndim == 3 else 0
                 changed[name] = change(name, value, row, row + 1)
-        return replace(self, **changed)
+        return replace(self, **changed) if changed else self
 
     def _rows_of(self, name: str) -> int | None:
         """The rows of a field, None where it is not given."""

@@ -12,11 +12,11 @@ class once:
         self.function, self.__doc__, self.name = function, function.__doc__, function.__name__
 
     def __get__(self, instance, owner=None):
-        from torch.compiler import is_compiling
+        import torch  # here: the configuration starts without it
 
         if instance is None:
             return self
         value = self.function(instance)
-        if not is_compiling():
+        if not torch.compiler.is_compiling():
             instance.__dict__[self.name] = value
         return value
