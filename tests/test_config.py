@@ -58,6 +58,7 @@ def test_without_a_method_it_is_intervals_and_igm():
         ("fastv", "topk", "drop"),
         ("turbo", "information", "average"),
         ("windowed-fastv", "intervals", "drop"),
+        ("libra-mean", "intervals", "igm"),
         ("random", "random", "drop"),
         ("pyramiddrop", "topk", "drop"),
     ],
@@ -67,6 +68,12 @@ def test_a_method_expands(method, select, merge):
     assert (c.select, c.merge) == (select, merge)
     others = ("next", "compact", "floor") if method == "pyramiddrop" else ("same", "original", "round")
     assert (c.score_layer, c.positions, c.rounding) == others
+
+
+def test_libra_mean_is_libra_but_for_who_scores():
+    mean, libra = (Compression(method=method, layers=(3,), ratio=0.6) for method in ("libra-mean", "libra"))
+    assert (mean.importance, libra.importance) == ("mean", "last")
+    assert dataclasses.replace(mean, method="libra", importance="last") == libra
 
 
 def test_explicit_keys_override_the_method():

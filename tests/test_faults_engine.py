@@ -85,6 +85,7 @@ PLACES = {
     "dart": {12: (0,), 32: (1,), 28: (1,)},
 }
 PLACES["sparsevlm-v2"] = PLACES["sparsevlm"]
+PLACES["libra-mean"] = PLACES["libra"]
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.places])

@@ -17,6 +17,7 @@ from . import (
     holov,
     libra,
     libra_input,
+    libra_mean,
     mmtok,
     pool,
     prumerge,
@@ -65,8 +66,8 @@ DEFAULTS = {
 }
 
 FILES = (
-    vanilla, libra, fastv, turbo, windowed_fastv, random, pyramiddrop, sparsevlm, sparsevlm_v2, dart,
-    libra_input, fastervlm, divprune, cdpruner, vispruner, hiprune, holov, vscan, mmtok, visionzip,
+    vanilla, libra, libra_mean, fastv, turbo, windowed_fastv, random, pyramiddrop, sparsevlm, sparsevlm_v2,
+    dart, libra_input, fastervlm, divprune, cdpruner, vispruner, hiprune, holov, vscan, mmtok, visionzip,
     prumerge, prumerge_plus, tome, pool, downsample, evs, vidcom2, uniform_frames,
 )  # fmt: skip
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in FILES}
