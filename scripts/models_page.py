@@ -56,10 +56,8 @@ images.
 OTHERS = """
 ## Not tried
 
-{others}.
-
-They and any other class are accepted with a warning where their structure is one that can be compressed, and
-otherwise refused with the reason.
+{others}. A class that is in no table is accepted with a warning where its structure is one that can be
+compressed, and otherwise refused with the reason.
 """
 
 
@@ -98,7 +96,7 @@ def page() -> str:
         + tested
         + REFUSED.format(refused=len(zoo.REASONS))
         + refused
-        + OTHERS.format(others=", ".join(others))
+        + OTHERS.format(others=", ".join(others) or "None of this version's image-text-to-text classes")
     )
 
 

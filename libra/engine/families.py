@@ -4,6 +4,7 @@
 TESTED = (
     "AriaForConditionalGeneration",
     "AyaVisionForConditionalGeneration",
+    "ChameleonForConditionalGeneration",
     "Cohere2VisionForConditionalGeneration",
     "CohereCompassForConditionalGeneration",
     "Cosmos3EdgeForConditionalGeneration",
@@ -11,6 +12,7 @@ TESTED = (
     "DeepseekOcr2ForConditionalGeneration",
     "DeepseekVLForConditionalGeneration",
     "DeepseekVLHybridForConditionalGeneration",
+    "Emu3ForConditionalGeneration",
     "Ernie4_5_VLMoeForConditionalGeneration",
     "Exaone4_5_ForConditionalGeneration",
     "FastVlmForConditionalGeneration",

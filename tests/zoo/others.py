@@ -6,8 +6,9 @@ import transformers
 from families import END, IMAGE, START, VIDEO, Kind, Picture, modalities, noise
 from packaging.version import Version
 
-from .parts import GRANITE, LINEAR, MOLMO, OPT, QFORMER, SLIDING, kind, nothing
-from .sizes import AUDIO, INTERLEAVED, TEXT, TINY_TOWER, WIDTH, has, recipe
+from .parts import CODES, GRANITE, LINEAR, MOLMO, OPT, QFORMER, SLIDING, kind, nothing
+from .pictures import tile
+from .sizes import AUDIO, INTERLEAVED, TEXT, TINY_TOWER, WIDTH, has, recipe, small
 
 
 def phi4_config(_):
@@ -28,6 +29,22 @@ def phi4_config(_):
     )
 
 
+def chameleon_config(_):
+    """Its 16 codes are words of the vocabulary, with their numbers in letters."""
+    letters = [str(code).translate(str.maketrans("0123456789", "ABCDEFGHIJ")) for code in range(16)]
+    words = {f"IMGIMG{one}Z": 60 + code for code, one in enumerate(letters)}
+    changes = dict(vq_config={**CODES, "num_embeddings": 16}, vocabulary_map={**words, "<image>": IMAGE})
+    return small(transformers.ChameleonConfig(), TEXT, changes)
+
+
+EMU3 = dict(
+    vq_config={**CODES, "codebook_size": 16, "hidden_size": 32, "temporal_downsample_factor": 2},
+    vocabulary_map={
+        **{f"<|visual token {code:06d}|>": 60 + code for code in range(16)},
+        "<|extra_200|>": 80,
+        "<image>": IMAGE,
+    },
+)
 IMAGE_AND_POSITIONS = dict(patch_size=4, pooling_kernel_size=2, position_embedding_size=16)
 
 
@@ -166,6 +183,14 @@ def instructed(draw):
     return Picture(queried(draw).ids, {**queried(draw).given, **told})
 
 
+def emu3(draw):
+    """4 x 6 codes, and a word that ends a line after each row of them."""
+    return Picture(
+        [START, *[IMAGE] * (4 * 7), END],
+        {"pixel_values": noise(draw, 1, 3, 8, 12), "image_sizes": torch.tensor([[8, 12]])},
+    )
+
+
 def llava_next_video_image(draw):
     return Picture(
         [IMAGE] * (16 + 4 * 9),
@@ -180,6 +205,8 @@ def llava_next_video_video(draw):
 
 MINICPM = dict(image_size=32, patch_size=4, insert_layer_id=0)
 KINDS = {
+    "ChameleonForConditionalGeneration": kind(chameleon_config, tile(16, 8)),
+    "Emu3ForConditionalGeneration": kind(recipe("Emu3ForConditionalGeneration", **EMU3), emu3),
     "LlavaNextVideoForConditionalGeneration": kind(
         recipe("LlavaNextVideoForConditionalGeneration", image_grid_pinpoints=[[28, 56], [56, 28]]),
         llava_next_video_image,

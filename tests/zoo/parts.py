@@ -33,15 +33,8 @@ PERCEIVER = dict(
     resampler_head_dim=8,
     num_key_value_heads=2,
 )
-VQ = dict(
-    embed_dim=8,
-    num_embeddings=16,
-    base_channels=32,
-    latent_channels=32,
-    channel_multiplier=[1, 1],
-    num_res_blocks=1,
-    num_patches=4,
-)
+CODES = dict(embed_dim=8, base_channels=32, latent_channels=32, channel_multiplier=[1, 1], num_res_blocks=1)
+VQ = {**CODES, "num_embeddings": 16, "num_patches": 4}
 PERCEPTION = dict(
     architecture="vit_pe_core_large_patch14_336",
     model_args=dict(

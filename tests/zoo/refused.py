@@ -34,6 +34,7 @@ REASONS = {
     "PPFormulaNetForConditionalGeneration": PLACEHOLDER,
     "Pix2StructForConditionalGeneration": PLACEHOLDER,
     "Qwen2_5OmniForConditionalGeneration": PLACEHOLDER,
+    "Qwen4ExpForConditionalGeneration": "its decoder layers take ple_input_ids, which nobody can shorten",
     "T5Gemma2ForConditionalGeneration": ENCODER,
     "UdopForConditionalGeneration": PLACEHOLDER,
     "UnlimitedOcrForConditionalGeneration": "its decoder has layers of type reference_sliding_attention",

@@ -83,6 +83,11 @@ TEXT = dict(
     # sparse attention
     index_head_dim=8,
     index_n_heads=2,
+    indexer_n_heads=2,
+    indexer_kv_heads=1,
+    indexer_head_dim=8,
+    indexer_budget=8,
+    indexer_compress_ratio=2,
     rotary_dim=8,
 )
 TINY_TOWER = dict(
