@@ -89,15 +89,16 @@ def _place(shown: Shown, row: str, timed: bool) -> Spread | None:
     return None if ratio is None else Spread(ratio, ratio, ratio)
 
 
-def _panels(count: int, width: float, height: float, wide: int):
-    """A figure with that many panels, ``wide`` of them in a line, and the panels."""
-    across = min(wide, count)
-    down = -(-count // across)
-    figure = new_figure(width * across, height * down)
-    panels = figure.subplots(down, across, squeeze=False).flatten().tolist()
-    for panel in panels[count:]:
+def _panels(heights: list[float], width: float, wide: int):
+    """A figure with a panel of each of the heights, ``wide`` of them in a line, which is as high as its
+    highest; and the panels."""
+    across = min(wide, len(heights))
+    lines = [max(heights[i : i + across]) for i in range(0, len(heights), across)]
+    figure = new_figure(width * across, sum(lines))
+    panels = figure.subplots(len(lines), across, squeeze=False, height_ratios=lines).flatten().tolist()
+    for panel in panels[len(heights) :]:
         panel.axis("off")
-    return figure, panels[:count]
+    return figure, panels[: len(heights)]
 
 
 def _by_heading(shown: Shown, rows: list[str], path: Path) -> None:
@@ -107,19 +108,18 @@ def _by_heading(shown: Shown, rows: list[str], path: Path) -> None:
     for name in rows:
         headings.setdefault(section_of(shown.table, name), []).append(name)
     plain = headings.pop("", [])
-    most = max(map(len, headings.values()))
-    figure, panels = _panels(len(headings), 5.5, 0.9 + 0.22 * most, 2)
+    figure, panels = _panels([0.9 + 0.22 * len(names) for names in headings.values()], 5.5, 2)
     for panel, (heading, names) in zip(panels, headings.items(), strict=True):
         panel.sharex(panels[0])
         for name in plain:
             panel.axvline(shown.average(name).value, color="0.7", linewidth=1, linestyle="--", zorder=0)
         names = sorted(names, key=lambda name: shown.average(name).value)
-        heights = range(most - len(names), most)
-        for height, name in zip(heights, names, strict=True):
+        for height, name in enumerate(names):
             average = shown.average(name)
             panel.errorbar(average.value, height, xerr=average.error, fmt="o", color=COLOURS[0], capsize=2)
-        panel.set_yticks(heights, without_end([shown.rows[name].title for name in names]), fontsize=8)
-        panel.set_ylim(-0.7, most - 0.3)
+        titles = without_end([shown.rows[name].title for name in names])
+        panel.set_yticks(range(len(names)), titles, fontsize=8)
+        panel.set_ylim(-0.7, len(names) - 0.3)
         shares = {f"{ratio:.0%}" for name in names if (ratio := shown.flops_ratio(name)) is not None}
         cost = f"{shares.pop()} of the FLOPs" if len(shares) == 1 else "FLOPs differ"
         panel.set_title(f"{heading}\n{cost}", fontsize=9, loc="right")
@@ -160,17 +160,18 @@ def traces(shown: Shown, path: Path) -> None:
         "share": ("non-targets in the compensation token, %", 100),
     }
     drawn = [(kind, heading, rows) for kind in kinds for heading, rows in _lines(shown, kind).items()]
-    figure, panels = _panels(len(drawn), 5.2, 3.4, 3)
+    figure, panels = _panels([3.4] * len(drawn), 5.2, 3)
     for panel, (kind, heading, rows) in zip(panels, drawn, strict=True):
         what, scale = kinds[kind]
         points = []
         section = [name for name in shown.rows if section_of(shown.table, name) == heading]
-        for name, figures in rows.items():
+        titles = without_end([shown.rows[name].title for name in rows])
+        for title, (name, figures) in zip(titles, rows.items(), strict=True):
             style, layers = style_of(section.index(name)), list(figures)
             values = [scale * one.value for one in figures.values()]
             errors = [scale * (one.error or 0.0) for one in figures.values()]
             panel.errorbar(layers, values, yerr=errors, capsize=2, markersize=5, linewidth=1, **style)
-            points.append(Point(layers[-1], values[-1], shown.rows[name].title, style["color"]))
+            points.append(Point(layers[-1], values[-1], title, style["color"]))
         panel.set_title(heading or shown.table.title, fontsize=9)
         panel.set_xlabel("after layer", fontsize=8)
         panel.set_ylabel(what, fontsize=8)

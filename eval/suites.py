@@ -111,6 +111,14 @@ def _arena(prefix: str, *more: str) -> tuple[str, ...]:
     return tuple(f"{prefix}_{name}" for name in names)
 
 
+# Of the arena: where is compressed and how much goes → how its rows' names begin, and further methods there.
+_PLACES = {
+    "after layer 2, 50%": ("q50",),
+    "after layer 2, 75%": ("q75",),
+    "after layer 2, 87.5%": ("q87",),
+    "after layers 2, 5, 8, 50% each": ("h50", "pyramiddrop"),
+    "after layers 2, 5, 8, 75% each": ("h75",),
+}
 _ONE_LAYER = ("libra", "fastv", "turbo", "windowed_fastv", "random_layer", "dart")
 _SEVERAL = (
     "pyramiddrop", "sparsevlm", "sparsevlm_v2", "sparsevlm_list", "sparsevlm_v2_list", "vscan_two",
@@ -260,21 +268,21 @@ TABLES = {
             (),
             {
                 "": ("vanilla", BLIND),
-                "after layer 2, 50%": _arena("q50"),
-                "after layer 2, 75%": _arena("q75"),
-                "after layer 2, 87.5%": _arena("q87"),
-                "after layers 2, 5, 8, 50% each": _arena("h50", "pyramiddrop"),
-                "after layers 2, 5, 8, 75% each": _arena("h75"),
-                "importance: mean over the question's tokens": tuple(
-                    f"{place}_{name}_mean"
-                    for place in ("q75", "q87", "h50")
-                    for name in ("fastv", "windowed_fastv", "libra")
-                ),
-                "positions: compact": tuple(
-                    f"{place}_{name}_compact"
-                    for place in ("q75", "h50")
-                    for name in ("windowed_fastv", "libra")
-                ),
+                **{where: _arena(*names) for where, names in _PLACES.items()},
+                **{
+                    f"importance: mean, {where}": tuple(
+                        f"{place}_{name}_mean" for name in ("fastv", "windowed_fastv", "libra")
+                    )
+                    for where, (place, *_) in _PLACES.items()
+                    if place in ("q75", "q87", "h50")
+                },
+                **{
+                    f"positions: compact, {where}": tuple(
+                        f"{place}_{name}_compact" for name in ("windowed_fastv", "libra")
+                    )
+                    for where, (place, *_) in _PLACES.items()
+                    if place in ("q75", "h50")
+                },
                 "compensation: reserved": ("h50_libra_reserved", "h50_libra_mean_reserved"),
             },
             blind=True,

@@ -1,5 +1,6 @@
 """The look of the pictures, and a table's pictures from its cells' figures or its published CSV."""
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,9 +65,19 @@ def test_a_published_table_is_drawn_from_its_csv(tmp_path):
     for name, row in shown.rows.items():
         assert f"| {shown.average(name).show()} |" in text, name
         assert row.title.replace("&", "&amp;") in drawn["table3"], name
-    assert "R = 80%" in drawn["table3_traces"] and "Hierarchical + PTI + IGM, 80%" in drawn["table3_traces"]
+    assert "R = 80%" in drawn["table3_traces"] and "Hierarchical + PTI + IGM<" in drawn["table3_traces"]
     assert not shown.stages("hierarchical_r50", "share")  # an average has no compensation token
     assert list(shown.stages("libra_r50", "share")) == [2, 5, 8]
+
+
+def test_names_leave_room_for_the_lines(tmp_path):
+    """The arena's titles say layers and rate again, which its headings say."""
+    (tmp_path / "arena.csv").write_bytes((RESULTS / "arena.csv").read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # axes that collapse
+        assert plots.main([str(tmp_path / "arena.csv")]) == 0
+    drawn = (tmp_path / "arena_traces.svg").read_text(encoding="utf-8")
+    assert ">Libra-Merging<" in drawn and "Libra-Merging, layers" not in drawn
 
 
 def test_averages_leave_out_what_is_not_learned():
