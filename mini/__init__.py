@@ -3,5 +3,5 @@
 from libra.utils.cli import only_commands
 from libra.utils.other_llava import warn_if_llava_is_another
 
-only_commands("mini", "background", "card", "finetune", "hello", "look", "train")
+only_commands("mini", "background", "card", "finetune", "hello", "look", "pace", "train")
 warn_if_llava_is_another()

@@ -1,6 +1,7 @@
 """The embedded model: it answers questions about images it has never seen, alone and in a batch, whole and
 compressed."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from libra import Compression
 from libra.mini.questions import SCENE_TYPES
 from libra.mini.scenes import draw_scene
 from llava.mm_utils import process_images, tokenizer_image_token
+from mini import pace
 
 CHECKPOINT = Path(__file__).parents[1] / "mini" / "checkpoint"
 
@@ -74,3 +76,17 @@ def test_a_prompt_without_an_image_is_refused_where_compression_is_asked(loaded)
         model.generate(ids, do_sample=False, max_new_tokens=2)
     model.set_compression(None)
     assert model.generate(ids, do_sample=False, max_new_tokens=2).shape[0] == 1
+
+
+def test_its_pace_is_measured_in_turns(capsys):
+    assert pace.main(["--pairs", "1", "--row", "mini/r67"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, part in zip(lines, ("prefill", "decode")):
+        assert re.fullmatch(part + r": \d+\.\d\d ms of CPU time, compressed \d\.\d{3} of it \[.*\]", line)
+
+
+def test_its_pace_has_no_checkpoint_elsewhere(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        pace.main(["--checkpoint", str(tmp_path / "none"), "--pairs", "1"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and str(tmp_path / "none") in said
