@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parent
 SOURCE = """
 import pytest
@@ -39,6 +41,7 @@ def pytest_in(folder: Path, *options: str) -> str:
     return answer.stdout.splitlines()[-1].split(" in ")[0]
 
 
+@pytest.mark.slow
 def test_a_second_soak_goes_on_and_changed_code_begins_again(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
