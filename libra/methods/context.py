@@ -96,7 +96,9 @@ class Context:
         """Each row so many times, one after another, as beams and returned sequences repeat them."""
         again = self._changed(lambda name, value, row, _: value.repeat_interleave(times, row))
         given = {name: getattr(self, name) for name in PER_ROW if getattr(self, name) is not None}
-        lists = {name: [row for row in rows for _ in range(times)] for name, rows in given.items()}
+        lists: dict[str, Any] = {
+            name: [row for row in rows for _ in range(times)] for name, rows in given.items()
+        }
         return replace(again, **lists)
 
     def at(self, tokens: "torch.Tensor") -> "Context":
