@@ -119,6 +119,19 @@ _PLACES = {
     "after layers 2, 5, 8, 50% each": ("h50", "pyramiddrop"),
     "after layers 2, 5, 8, 75% each": ("h75",),
 }
+_INTERVALS = ("windowed_fastv", "libra")
+
+
+def _variants(what: str, ending: str, places: tuple[str, ...], names: tuple[str, ...]) -> dict:
+    """Sections of the arena's rows NAME_ENDING, one for each of some places, so that all its rows cost the
+    same."""
+    return {
+        f"{what}, {where}": tuple(f"{place}_{name}_{ending}" for name in names)
+        for where, (place, *_) in _PLACES.items()
+        if place in places
+    }
+
+
 _ONE_LAYER = ("libra", "fastv", "turbo", "windowed_fastv", "random_layer", "dart")
 _SEVERAL = (
     "pyramiddrop", "sparsevlm", "sparsevlm_v2", "sparsevlm_list", "sparsevlm_v2_list", "vscan_two",
@@ -269,20 +282,8 @@ TABLES = {
             {
                 "": ("vanilla", BLIND),
                 **{where: _arena(*names) for where, names in _PLACES.items()},
-                **{
-                    f"importance: mean, {where}": tuple(
-                        f"{place}_{name}_mean" for name in ("fastv", "windowed_fastv", "libra")
-                    )
-                    for where, (place, *_) in _PLACES.items()
-                    if place in ("q75", "q87", "h50")
-                },
-                **{
-                    f"positions: compact, {where}": tuple(
-                        f"{place}_{name}_compact" for name in ("windowed_fastv", "libra")
-                    )
-                    for where, (place, *_) in _PLACES.items()
-                    if place in ("q75", "h50")
-                },
+                **_variants("importance: mean", "mean", ("q75", "q87", "h50"), ("fastv", *_INTERVALS)),
+                **_variants("positions: compact", "compact", ("q75", "h50"), _INTERVALS),
                 "compensation: reserved": ("h50_libra_reserved", "h50_libra_mean_reserved"),
             },
             blind=True,

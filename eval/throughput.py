@@ -41,7 +41,7 @@ def measure(
 
     cells: row → its cells. Each repeat goes through all rows and sizes, every other one backwards.
     """
-    from libra.utils.timing import run_in_turns  # here: it needs torch, and --help does not
+    from libra.utils.timing import run_warm_in_turns  # here: it needs torch, and --help does not
 
     harness = Harness(settings)
 
@@ -57,7 +57,7 @@ def measure(
 
     ways = {(name, size): partial(rate, name, size) for name, size in product(cells, sizes)}
     with tqdm(total=(repeats + 1) * len(ways), unit=" runs") as bar:
-        runs = run_in_turns(ways, repeats + 1, lambda _: bar.update())[1:]  # the first warms up
+        runs = run_warm_in_turns(ways, repeats, lambda _: bar.update())
     return {name: {size: [run[name, size] for run in runs] for size in sizes} for name in cells}
 
 

@@ -25,7 +25,7 @@ def measure(folder: str, row: str, dtype: str, pairs: int) -> dict:
     from libra.lmms.models_llava import Llava
     from libra.mini.benchmark import scene_sample
     from libra.rows import Row
-    from libra.utils.timing import Moment, now, paired_ratio, run_in_turns, was_busy
+    from libra.utils.timing import Moment, now, one_thread, paired_ratio, run_warm_in_turns, was_busy
     from llava.mm_utils import process_images, tokenizer_image_token
 
     engine = Llava(folder, None, "cpu", getattr(torch, dtype))
@@ -47,13 +47,8 @@ def measure(folder: str, row: str, dtype: str, pairs: int) -> dict:
         return {"prefill": prefilled.since(start), "decode": now(model.device).since(prefilled)}
 
     ways = {"plain": lambda: answer(None), "compressed": lambda: answer(compression)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tqdm(total=2 * (pairs + 1), unit=" answers") as bar:
-            runs = run_in_turns(ways, pairs + 1, lambda _: bar.update())[1:]  # the first calls are slower
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), tqdm(total=2 * (pairs + 1), unit=" answers") as bar:
+        runs = run_warm_in_turns(ways, pairs, lambda _: bar.update())
     found: dict = {"busy": was_busy([moments["prefill"] for run in runs for moments in run.values()])}
     for part, calls in (("prefill", 1), ("decode", STEPS)):
         seconds = [{mode: moments[part].cpu for mode, moments in run.items()} for run in runs]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from libra import Compression
 from libra.budget import actual
 from libra.flops import layer_flops
-from libra.utils.timing import now, paired_ratio, peak_memory, run_in_turns
+from libra.utils.timing import now, one_thread, paired_ratio, peak_memory, run_warm_in_turns
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
 
@@ -105,8 +105,6 @@ def in_turns(sizes: Sizes, base: Compression, pairs: int) -> dict:
     """Forward and backward of the language model, compressed against whole, in turns in this process, one
     thread."""
     compression = sizes.compression(base)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     model, given = _model(sizes)
 
     def seconds(chosen: Compression | None) -> float:
@@ -116,11 +114,8 @@ def in_turns(sizes: Sizes, base: Compression, pairs: int) -> dict:
         return now(torch.device("cpu")).since(start).cpu
 
     ways = {"whole": lambda: seconds(None), "compressed": lambda: seconds(compression)}
-    try:
-        with tqdm(total=2 * (pairs + 1), desc=sizes.name, unit=" steps") as bar:
-            runs = run_in_turns(ways, pairs + 1, lambda _: bar.update())[1:]  # the first calls are slower
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), tqdm(total=2 * (pairs + 1), desc=sizes.name, unit=" steps") as bar:
+        runs = run_warm_in_turns(ways, pairs, lambda _: bar.update())
     return {
         "sizes": asdict(sizes),
         "pairs": pairs,

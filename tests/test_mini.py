@@ -81,7 +81,7 @@ def test_a_prompt_without_an_image_is_refused_where_compression_is_asked(loaded)
 def test_its_pace_is_measured_in_turns(capsys):
     assert pace.main(["--pairs", "1", "--row", "mini/r67"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for line, part in zip(lines, ("prefill", "decode")):
+    for line, part in zip(lines[:2], ("prefill", "decode"), strict=True):
         assert re.fullmatch(part + r": \d+\.\d\d ms of CPU time, compressed \d\.\d{3} of it \[.*\]", line)
 
 

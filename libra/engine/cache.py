@@ -128,9 +128,8 @@ class StagedCache(DynamicCache):
 
     def _is_shortened(self) -> bool:
         """True where the layers do not all hold as many keys as the calls had columns."""
-        return (
-            bool(self.lag) or len({layer.get_seq_length() for layer in self.layers if holds_keys(layer)}) > 1
-        )
+        held = {layer.get_seq_length() for layer in self.layers if holds_keys(layer)}
+        return self.lag > 0 or len(held) > 1
 
     def _to_stages(self, change) -> None:
         for stage in self.stages:

@@ -82,8 +82,10 @@ def running(decoder: torch.nn.Module) -> Call | None:
 
 
 def _runs(frame: FrameType) -> bool:
-    here: FrameType | None = sys._getframe(2)
-    while here is not None and here is not frame:  # several times a decoding step: no generator, no any
+    """True as long as the function of a frame has not returned. Asked several times a decoding step, hence
+    without the generator."""
+    here: FrameType | None = sys._getframe(1)
+    while here is not None and here is not frame:
         here = here.f_back
     return here is not None
 
@@ -98,9 +100,7 @@ def begin(decoder: torch.nn.Module, modules: tuple[str, ...], **keys) -> Call:
     """A new call is on its way: that of the innermost frame which is neither torch's compiler's nor in one of
     ``modules``, and so runs a hook."""
     skipped = (__name__, *modules, "torch._dynamo", "torch._compile")
-    frame = sys._getframe(1)
-    while frame.f_globals.get("__name__", "").startswith(skipped):
-        frame = frame.f_back
+    frame = next(frame for frame in _frames() if not frame.f_globals.get("__name__", "").startswith(skipped))
     call = Call(decoder, frame, outer=CALL.get(), **keys)
     CALL.set(call)
     return call

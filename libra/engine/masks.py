@@ -16,6 +16,7 @@ from .transformers_api import MASKS_OF_LAYER_TYPES, cache_argument
 
 # Layers whose state runs along the sequence, and layers that look at no other token: neither has scores.
 RECURRENT, POINTWISE = ("linear_attention", "conv"), ("mlp", "moe")
+WITHOUT_SCORES = {*RECURRENT, *POINTWISE}
 # Layers that have both an attention and a short convolution, and the kind of their attention.
 BOTH = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
 # By the kind of attention, transformers' own function that makes its mask.
@@ -31,16 +32,6 @@ def attention_kinds(config) -> list[str]:
         return [BOTH.get(kind, kind) for kind in kinds]
     window = getattr(config, "sliding_window", None)
     return ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
-
-
-def attention_kind(config, layer: int) -> str:
-    """That of one layer."""
-    return attention_kinds(config)[layer]
-
-
-def attends(config, layer: int) -> bool:
-    """True for a decoder layer that attends, and so has scores and keys."""
-    return attention_kind(config, layer) not in (*RECURRENT, *POINTWISE)
 
 
 def attention_masks(config, layers: range, hidden, key_mask, position_ids, cache) -> dict:

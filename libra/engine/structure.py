@@ -12,7 +12,7 @@ import torch
 
 from ..config import Compression, Step
 from .families import FINAL_NORMS, IMAGE_IDS, LAYER_ARGUMENTS, STREAMS, TESTED, VIDEO_IDS
-from .masks import MASKS, POINTWISE, RECURRENT, attends, attention_kind, attention_kinds
+from .masks import MASKS, WITHOUT_SCORES, attention_kinds
 from .transformers_api import GenerationMixin, PreTrainedModel
 
 
@@ -108,7 +108,7 @@ def is_dense(config) -> bool:
     )
     return (
         not getattr(config, "is_heterogeneous", False)
-        and all(attends(config, layer) for layer in range(config.num_hidden_layers))
+        and WITHOUT_SCORES.isdisjoint(attention_kinds(config)[: config.num_hidden_layers])
         and isinstance(getattr(config, "intermediate_size", None), int)
         and isinstance(getattr(config, "num_key_value_heads", None), int)
         and not any(getattr(config, name, None) for name in experts)
@@ -247,7 +247,7 @@ def _check_layers(found: Structure) -> None:
             found.base, f"its decoder layers take {', '.join(strange)}, which nobody can shorten"
         )
     kinds = set(attention_kinds(config)[: len(layers)])
-    if unknown := sorted(kinds - {*MASKS, *RECURRENT, *POINTWISE}):
+    if unknown := sorted(kinds - {*MASKS} - WITHOUT_SCORES):
         raise _unsupported(found.base, f"its decoder has layers of type {', '.join(unknown)}")
 
 
@@ -275,17 +275,17 @@ def _check_places(found: Structure, compression: Compression) -> None:
     decoder, config = found.decoder, found.decoder.config
     layers = layers_of(decoder)
     schedule = compression.schedule(len(layers)) if compression.compresses else ()
-    able = [i for i, layer in enumerate(layers) if attends(config, i) and attention_modules(layer)]
+    kinds = attention_kinds(config)[: len(layers)]
+    able = [
+        i for i, layer in enumerate(layers) if kinds[i] not in WITHOUT_SCORES and attention_modules(layer)
+    ]
     for step in schedule:
         if step.scores and scoring_layer(step) not in able:
             raise ValueError(
                 f"layers: {scoring_layer(step)} of {found.name} has no attention whose scores could be read; "
                 f"choose from {able}"
             )
-        if (
-            step.part.score_layer == "next"
-            and attention_kind(config, scoring_layer(step)) == "chunked_attention"
-        ):
+        if step.part.score_layer == "next" and kinds[scoring_layer(step)] == "chunked_attention":
             raise ValueError(
                 f"score_layer: next cannot read layer {scoring_layer(step)} of {found.name}, which attends "
                 "by chunks;"
@@ -300,7 +300,6 @@ def _check_places(found: Structure, compression: Compression) -> None:
     shared = getattr(config, "num_kv_shared_layers", 0) or 0
     if shared and schedule:
         first = len(layers) - shared
-        kinds = attention_kinds(config)[: len(layers)]
         sources = [max(i for i in range(first) if kinds[i] == kind) for kind in {*kinds[first:]}]
         if schedule[-1].layer >= min(sources):
             raise ValueError(

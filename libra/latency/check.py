@@ -17,7 +17,7 @@ from ..config import Compression
 from ..rows import ModelSpec
 from ..utils.files import write_text
 from ..utils.provenance import machine, versions
-from ..utils.timing import paired_ratio, run_in_turns
+from ..utils.timing import one_thread, paired_ratio, run_warm_in_turns
 from .bench import Bench, Prompt
 from .operations import of_prefill
 from .random_weights import random_model
@@ -91,7 +91,7 @@ def time_ratios(made: dict[str, Bench], pairs: int = PAIRS, progress: bool = Tru
     }
     total = (pairs + 1) * len(ways)
     with tqdm(total=total, desc="timing", unit=" prefills", disable=not progress) as bar:
-        times = run_in_turns(ways, pairs + 1, lambda _: bar.update())[1:]  # the first calls are slower
+        times = run_warm_in_turns(ways, pairs, lambda _: bar.update())
     return {name: paired_ratio(times, name, "vanilla").median for name in made}
 
 
@@ -154,9 +154,7 @@ def check(update: bool = False, path: Path = EXPECTED, progress: bool = True) ->
         ValueError: if the committed figures cannot be read.
     """
     expected = None if update else read(path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         made = benches()
         counts = count(made)
         ratios = time_ratios(made, progress=progress)
@@ -166,8 +164,6 @@ def check(update: bool = False, path: Path = EXPECTED, progress: bool = True) ->
                 again = time_ratios({name: made[name] for name in slow}, progress=progress)
                 ratios |= again
                 slow = time_deviations(again, expected["time_ratios"])
-    finally:
-        torch.set_num_threads(threads)
     here = versions(("torch", "transformers"))
     if update:
         figures = {

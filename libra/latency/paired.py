@@ -12,7 +12,7 @@ from .. import budget
 from ..config import Compression
 from ..flops import model_flops
 from ..rows import ModelSpec
-from ..utils.timing import paired_ratio, peak_memory, run_in_turns, was_busy
+from ..utils.timing import paired_ratio, peak_memory, run_in_turns, run_warm_in_turns, was_busy
 from .bench import Bench, Counted, Run
 from .parts import profile_parts
 from .peer import EAGER, MIXED, Peer, check_peer
@@ -150,7 +150,7 @@ def plain_layers(bench: Bench, pairs: int) -> dict:
     idle = Compression(layers=(0,))  # of benches that only run the plain model
     made = {n: Bench(bench.model, idle, replace(prompt, visual=n)) for n in lengths}
     ways = {n: (lambda one=one: one.run(False).prefill.wall) for n, one in made.items()}
-    rounds = run_in_turns(ways, pairs + 1)[1:]  # the first calls are slower
+    rounds = run_warm_in_turns(ways, pairs)
     ratios = [sum(one[n] for n in counts) / (layers * one[prompt.visual]) for one in rounds]
     return {
         "lengths": lengths,

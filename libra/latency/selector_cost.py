@@ -10,7 +10,7 @@ from ..config import Compression
 from ..methods import METHODS, Context
 from ..rows import ModelSpec
 from ..step import compress
-from ..utils.timing import median_interval, now, run_in_turns
+from ..utils.timing import median_interval, now, run_warm_in_turns
 from .random_weights import random_model
 from .selectors import TEXT
 
@@ -76,7 +76,7 @@ def shares(
         if method.place != "layers":
             c = Compression(method=name, keep=keep)
             ways[name] = partial(timed, partial(compress, hidden, None, c, context=context))
-    rounds = run_in_turns(ways, pairs + 1)[1:]
+    rounds = run_warm_in_turns(ways, pairs)
     scale = spec.layers / layers
     return {
         name: {

@@ -3,7 +3,8 @@
 import math
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -62,8 +63,7 @@ def run_in_turns(
 ) -> list[dict[Mode, Result]]:
     """Run every way once in each round, see :func:`in_order`; of each round mode → result.
 
-    ``after_each`` is called with the mode after every run, such as to move a bar. The first call of a kind
-    pays for what later ones have: warm up before, or leave the first round out.
+    ``after_each`` is called with the mode after every run, such as to move a bar.
     """
     results: list[dict[Mode, Result]] = [{} for _ in range(rounds)]
     for number, result in enumerate(results):
@@ -71,6 +71,27 @@ def run_in_turns(
             result[mode] = ways[mode]()
             after_each(mode)
     return results
+
+
+def run_warm_in_turns(
+    ways: Mapping[Mode, Callable[[], Result]],
+    rounds: int,
+    after_each: Callable[[Mode], object] = lambda mode: None,
+) -> list[dict[Mode, Result]]:
+    """:func:`run_in_turns` after one round more, which does not count: the first call of a kind pays for what
+    later ones have."""
+    return run_in_turns(ways, rounds + 1, after_each)[1:]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A block in which torch computes on a single thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
