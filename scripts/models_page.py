@@ -19,7 +19,7 @@ from methods_page import README, counted  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES  # noqa: E402
 
 from libra.engine.families import TESTED  # noqa: E402
-from libra.engine.masks import attends  # noqa: E402
+from libra.engine.masks import WITHOUT_SCORES, attention_kinds  # noqa: E402
 from libra.engine.structure import earliest_place  # noqa: E402
 
 PAGE = ROOT / "docs/models.md"
@@ -64,8 +64,7 @@ compressed, and otherwise refused with the reason.
 def layers_of(name: str) -> str:
     """Which layers of a class can compress, in words."""
     config = zoo.decoder(zoo.model(name)).config
-    kinds = getattr(config, "layer_types", None) or []
-    others = sorted({kind for layer, kind in enumerate(kinds) if not attends(config, layer)})
+    others = sorted(WITHOUT_SCORES & set(attention_kinds(config)))
     found = f"those of attention, not {', '.join(f'`{kind}`' for kind in others)}" if others else "all"
     if earliest_place(zoo.model(name).config) >= 0:
         found += ", from the last at which visual features are added"

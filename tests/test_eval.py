@@ -352,11 +352,11 @@ def test_report_of_an_empty_folder(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """The embedded model untrained: answers are noise, but the same noise every time."""
-    from mini.build import build_model, build_tokenizer, build_vision_tower
+    from mini.build import build_clip, build_model, build_tokenizer, save_clip
 
     folder = tmp_path_factory.mktemp("checkpoint")
     tokenizer = build_tokenizer()
-    build_vision_tower(folder / "vision_tower", 0)
+    save_clip(build_clip(tokenizer, 0), tokenizer, folder / "vision_tower")
     model = build_model(folder / "vision_tower", tokenizer, 0)
     model.config.mm_vision_tower = "vision_tower"
     model.save_pretrained(folder)
