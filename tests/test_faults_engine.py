@@ -16,6 +16,7 @@ import plain
 import pytest
 import tiny
 import torch
+import zoo
 from transformers import DynamicCache
 
 import libra
@@ -23,6 +24,7 @@ from libra import Compression
 from libra.budget import actual, kept, nominal
 from libra.config import ConfigError
 from libra.engine.layers import HookedForward
+from libra.engine.transformers_api import cache_argument, cache_of
 from libra.flops import report
 from libra.merge import MERGERS
 from libra.methods import METHODS
@@ -65,6 +67,7 @@ def prompt(*parts: int, answer: bool = False, seed: int = 0) -> dict[str, torch.
 LIBRA = Compression(method="libra", layers=(1, 3), ratio=0.5, tau=0.9)
 ONE = prompt(5, 7, tiny.IMAGE, 6, 8, 9, answer=True)
 OTHER = prompt(4, tiny.IMAGE, 11, 12, answer=True, seed=1)
+OTHER_ASKED = {k: v for k, v in OTHER.items() if k != "labels"}
 
 
 # --- B 13: layers default to each method's natural places ---
@@ -848,3 +851,125 @@ def test_d9_attach_tells_on_which_side_the_logits_are_padded(labelled):
                 stats["columns"][b]
             ]
             torch.testing.assert_close(logits[b, -len(alone) :], alone, atol=1e-4, rtol=1e-4)
+
+
+# --- what a person met who tried to break the plug-in ---
+
+
+@torch.no_grad()
+def followed(model, name: str, rows: list, *turns: int) -> torch.Tensor:
+    """(turns, B, V): what is said after a batch of prompts, and after turns of so many words on its cache."""
+    given = zoo.collate(name, rows)
+    mask, said, cache = given["attention_mask"], [], None
+    for words in (0, *turns):
+        if words:
+            ids = torch.arange(5, 5 + words).expand(len(rows), -1)
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            given = {"input_ids": ids, "attention_mask": mask, **cache_argument(cache)}
+        output = model(**given, use_cache=True)
+        cache = cache_of(output)
+        said.append(output.logits[:, -1])
+    return torch.stack(said)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{family}ForConditionalGeneration"
+        for family in ("Gemma3", "Gemma4Unified", "Inkling", "PaliGemma")
+        if f"{family}ForConditionalGeneration" in zoo.NAMES  # a version may lack some
+    ],
+)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(layers=(1, 3), ratio=0.0),  # a stage that begins with a window and goes on with full attention
+        dict(layers=(1, 3), ratio=0.75),  # a row has more padding than a stage has keys
+        dict(method="divprune", keep=2),  # no layer holds all columns
+    ],
+    ids=["zero", "layers", "input"],
+)
+def test_a_later_turn_of_a_padded_batch_where_the_model_makes_the_masks(name, keys):
+    """Its own columns were hidden from a row, or another's padding was seen by it, without a word."""
+    model, c = zoo.model(name), Compression(**keys)
+    rows = [zoo.talk(name, pattern, seed) for seed, pattern in enumerate(("t4 i i i t5", "t2 i t7", "t5"))]
+    with libra.attach(model, c):
+        together = followed(model, name, rows, 1, 3, 1, 2)
+        for row, talk in enumerate(rows):
+            alone = followed(model, name, [talk], 1, 3, 1, 2)
+            torch.testing.assert_close(together[:, row], alone[:, 0], atol=1e-4, rtol=1e-4)
+
+
+OUTSIDES = {
+    "model": lambda model: model(**OTHER_ASKED).logits,
+    "body": lambda model: model.model(**OTHER_ASKED).last_hidden_state,
+    "decoder": lambda model: model.model.language_model(torch.tensor([[5, 6, 7]])).last_hidden_state,
+    "generate": lambda model: model.generate(**OTHER_ASKED, max_new_tokens=3, pad_token_id=0),
+}
+INSIDES = (
+    "vision_tower",
+    "language_model.layers.0",
+    "language_model.layers.1.self_attn",
+    "language_model.layers.2",
+    "language_model.norm",
+)
+
+
+@pytest.mark.parametrize(
+    "outside, inside", [p for p in itertools.product(OUTSIDES, INSIDES) if p != ("decoder", INSIDES[0])]
+)
+@pytest.mark.parametrize("method", ["libra", "pyramiddrop"])
+@torch.no_grad()
+def test_a_model_that_is_called_inside_its_own_call(outside, inside, method):
+    """By somebody's hook, say: each call has its own visual tokens, masks and statistics."""
+    model, called = tiny.hf_model(), []
+
+    def call_again(*_):
+        if not called:
+            called.append(None)
+            called.append(OUTSIDES[outside](model))
+
+    asked = {k: v for k, v in ONE.items() if k != "labels"}
+    with libra.attach(model, Compression(method=method, layers=(1, 3), ratio=0.5)) as handle:
+        inner, outer, stats = OUTSIDES[outside](model), model(**ONE), None
+        outer, stats = (outer.loss, model(**asked).logits), handle.stats
+        module = model.model.get_submodule(inside)
+        for given, want in ((asked, outer[1]), (ONE, outer[0])):
+            called.clear()
+            hook = module.register_forward_pre_hook(call_again)
+            got = model(**given)
+            hook.remove()
+            assert torch.equal(got.logits if given is asked else got.loss, want) and handle.stats[
+                "given"
+            ] == [16]
+            assert torch.equal(called[1], inner)
+            assert given is ONE or handle.stats == stats
+
+
+@torch.no_grad()
+def test_an_emptied_cache_goes_to_another_compression_and_to_a_model_of_fewer_layers():
+    model, given = tiny.hf_model(), {k: v for k, v in ONE.items() if k != "labels"}
+    config = copy.deepcopy(model.config)
+    config.text_config.num_hidden_layers = 4
+    config.text_config.layer_types = (getattr(config.text_config, "layer_types", None) or [])[:4] or None
+    small, cache = type(model)(config).eval(), DynamicCache()
+    for one, c in ((model, LIBRA), (model, Compression(method="fastv", layers=(2,))), (small, LIBRA)):
+        with libra.attach(one, c) as handle:
+            want, stats = one(**given, use_cache=True).logits, handle.stats
+            assert torch.equal(one(**given, use_cache=True, **cache_argument(cache)).logits, want)
+            assert handle.stats == stats
+        cache.reset()
+
+
+@torch.no_grad()
+def test_the_next_layers_score_in_a_later_turn_where_attention_has_a_bias():
+    name = "InklingForConditionalGeneration"
+    if name not in zoo.NAMES:
+        pytest.skip("this version lacks the class")
+    model, given = zoo.model(name), zoo.collate(name, [zoo.talk(name, "t2 i t3", 0)])
+    with libra.attach(model, "pyramiddrop", layers=(1, 3), ratio=0.5, positions="original"):
+        cache = cache_of(model(**given, use_cache=True))
+        given["attention_mask"] = torch.cat([given["attention_mask"]] * 2, 1)
+        with pytest.raises(ValueError, match="score_layer: next .* choose score_layer: same") as error:
+            model(**given, use_cache=True, **cache_argument(cache))
+        refused(error)

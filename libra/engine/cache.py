@@ -70,6 +70,8 @@ class StagedCache(DynamicCache):
     # A compressed forward sets it before its first layer. Without one the model would give all layers one
     # mask, made for the length of the first.
     expects_a_call = False
+    # While a model's body makes the masks itself, out of the caller's padding mask, which has all columns.
+    tells_all_columns = False
 
     @classmethod
     def adopt(cls, cache, first_layers: list[int]) -> "StagedCache":
@@ -87,7 +89,11 @@ class StagedCache(DynamicCache):
                 f"compression needs a DynamicCache, whose layers can differ in length, but got"
                 f" {type(cache).__name__}; leave cache_implementation and {CACHE} unset"
             )
-        elif [stage.first_layer for stage in cache.stages] != first_layers:
+        elif [stage.first_layer for stage in cache.stages] == first_layers:
+            pass
+        elif not cache.get_seq_length():  # emptied, or never filled
+            cache.stages = [Stage(layer) for layer in first_layers]
+        else:
             raise ValueError(
                 "this KV cache was filled with compression after layers "
                 f"{[s.first_layer - 1 for s in cache.stages[1:]]}, not "
@@ -99,6 +105,20 @@ class StagedCache(DynamicCache):
         """Columns of the calls so far as they came in, also where the input was shortened; those that a layer
         holds where ``layer_idx`` names one."""
         return super().get_seq_length(layer_idx or 0) + (self.lag if layer_idx is None else 0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """How many keys a layer's mask is for, and the number of the first of them."""
+        if not self.tells_all_columns or layer_idx >= len(self.layers):
+            return super().get_mask_sizes(query_length, layer_idx)
+        past, window = self.get_seq_length(), getattr(self.layers[layer_idx], "sliding_window", None)
+        first = 0 if window is None else max(past - window + 1, 0)
+        return past - first + query_length, first
+
+    def get_query_offset(self, layer_idx: int = 0):
+        """The number of the first column of a call in its mask."""
+        if self.tells_all_columns:
+            return self.get_seq_length()
+        return super().get_query_offset(layer_idx)
 
     def columns_of(self, layers: range) -> int:
         """Columns that the first of ``layers`` which holds keys has of them; 0 where none does yet."""

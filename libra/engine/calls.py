@@ -16,6 +16,8 @@ from .layers import Given, HookedForward
 from .tokens import Prefill
 from .transformers_api import ASSISTED_GENERATION
 
+BEGUN, IN_BODY, IN_DECODER, AFTER_BODY = range(4)
+
 
 @dataclass
 class Call:
@@ -27,6 +29,10 @@ class Call:
         outer: the call in which this one was made.
         whole: False where the model's body was called by itself.
         bare: True where its decoder was.
+        began: the module at whose call it began, where that was the model or what is around it.
+        level: where it stands, one of the levels below. A layer, a tower or a user's hook may call the model
+            again; that call begins where this one has been already, and so is known to be another.
+        asked: what the call around it had asked an attention when its decoder began.
         labels: which the model does not see.
         score_offset: how far before the last column the scoring token stands.
         marked: what the user said of this call's visual tokens.
@@ -44,6 +50,9 @@ class Call:
     outer: "Call | None" = None
     whole: bool = True
     bare: bool = False
+    began: torch.nn.Module | None = None
+    level: int = BEGUN
+    asked: tuple | None = None
     labels: torch.Tensor | None = None
     score_offset: int = 0
     marked: torch.Tensor | None = None

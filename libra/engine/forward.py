@@ -128,7 +128,7 @@ class CompressedForward:
             stages = [Stage(start) for start in starts]
         else:
             stages = StagedCache.adopt(cache, starts).stages
-            cache.expects_a_call = True
+            cache.expects_a_call, cache.tells_all_columns = True, False
         if padding_mask is not None and (isinstance(padding_mask, dict) or padding_mask.ndim != 2):
             raise ValueError(
                 "compression needs a 2D attention mask (batch, tokens): a ready 4D mask cannot be shortened"
@@ -378,7 +378,8 @@ class CompressedForward:
         boundaries = [step.layer for step in self._schedule]
         counts, added = self.tokens.counts, dict(zip(boundaries, self.tokens.compensated))
         stage_of = [sum(layer > boundary for boundary in boundaries) for layer in range(layers)]
-        sizes = [] if self.cache is None else [bytes_of(layer) for layer in self.cache.layers]
+        # A cache that was emptied may have had more layers in another model.
+        sizes = [] if self.cache is None else [bytes_of(layer) for layer in self.cache.layers[:layers]]
         return {
             "given": counts[0],
             "visual_tokens": [counts[stage] for stage in stage_of],

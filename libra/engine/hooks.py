@@ -19,6 +19,7 @@ import torch
 
 from ..config import Compression
 from . import calls, score
+from .cache import StagedCache
 from .calls import CALL, Call
 from .checkpointing import Outside, checkpoints_call
 from .families import VIDEO_IDS
@@ -194,10 +195,11 @@ class Hooks:
     @torch.compiler.disable
     def _begin(self, model, args, kwargs):
         """Take the labels aside, and note how many of the last columns are an answer that is being tried."""
-        if calls.running(self.decoder) is not None:
+        call = calls.running(self.decoder)
+        if call is not None and call.level == calls.BEGUN:
             return None
         kwargs = named(model, args, kwargs)
-        call = self._start(labels=kwargs.pop("labels", None))
+        call = self._start(began=model, labels=kwargs.pop("labels", None))
         tried = kwargs.get("logits_to_keep", 0)
         if isinstance(tried, int) and tried > 1 and calls.assisted(self.base):
             call.score_offset = tried - 1  # the guesses have no say in what is kept
@@ -206,7 +208,7 @@ class Hooks:
     @torch.compiler.disable
     def _end(self, model, args, kwargs, output):
         call = calls.running(self.decoder)
-        if call is None:
+        if call is None or call.began is not model:
             return None
         calls.end(call)
         if output is None:  # an exception is on its way
@@ -230,7 +232,13 @@ class Hooks:
     @torch.compiler.disable
     def _begin_body(self, body, args, kwargs):
         kwargs = named(body, args, kwargs)
-        call = calls.running(self.decoder) or self._start(whole=False)
+        call = calls.running(self.decoder)
+        if call is None or call.level != calls.BEGUN:
+            call = self._start(whole=False)
+        call.level = calls.IN_BODY
+        cache = cache_given(kwargs)
+        if isinstance(cache, StagedCache):
+            cache.tells_all_columns = True
         call.padding_mask = kwargs.get("attention_mask")
         call.ids, call.pictures = kwargs.get("input_ids"), dict(kwargs.get("mm_encoder_outputs") or {})
         embeddings = self.base.get_input_embeddings
@@ -240,7 +248,10 @@ class Hooks:
     @torch.compiler.disable
     def _end_body(self, body, args, output):
         call = calls.running(self.decoder)
-        if call is not None and not call.whole:
+        if call is None:
+            return
+        call.level = calls.AFTER_BODY
+        if not call.whole:
             calls.end(call)
             self._remember(call)
 
@@ -254,8 +265,11 @@ class Hooks:
     @torch.compiler.disable
     def _begin_decoder(self, decoder, args, kwargs):
         """A new pass through the layers: nothing of an earlier one is left."""
+        call = calls.running(decoder)
+        if call is None or call.level >= calls.IN_DECODER:
+            call = self._start(whole=False, bare=True)
+        call.level, call.asked = calls.IN_DECODER, None if call.outer is None else score.asked()
         score.forget()
-        call = calls.running(decoder) or self._start(whole=False, bare=True)
         given = named(decoder, args, kwargs)
         mask, ready = given.get("attention_mask"), False
         if not call.bare and (isinstance(mask, dict) or mask is not None and mask.ndim == 4):
@@ -272,10 +286,11 @@ class Hooks:
 
     @torch.compiler.disable
     def _end_decoder(self, decoder, args, output):
-        score.forget()
         call = calls.running(decoder)
+        score.forget(None if call is None else call.asked)
         if call is None:
             return
+        call.level = calls.IN_BODY
         if call.bare:
             calls.end(call)
         forward, call.forward = call.forward, None

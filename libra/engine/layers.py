@@ -259,7 +259,11 @@ class HookedForward(CompressedForward):
             window = config.sliding_window if kind == "sliding_attention" else None
             keys = None if self.cache is None else self.cache.get_mask_sizes(hidden.shape[1], layer)[0]
             source = self._arguments.source
-            mask = shortened_mask(handed, source, self._valid, stage.key_mask, self._past(stage), window)
+            # The cache may hold this call's keys too, those of other layers of the stage; the key mask knows
+            # how many there were before. (Without one, too many ones in front do no harm.)
+            whole = stage.key_mask
+            past = self._past(stage) if whole is None else whole.shape[1] - self._columns
+            mask = shortened_mask(handed, source, self._valid, whole, past, window)
             return mask if keys is None else mask[..., -keys:]
         return mask_of(config, kind, layer, hidden, stage.key_mask, None, self.cache)
 

@@ -62,6 +62,12 @@ class Probe:
         window, cap, bias = (options.get(name) for name in ("sliding_window", "softcap", "position_bias"))
         with profiled("libra.score"):
             if self.past_keys is not None:
+                if bias is not None:  # which the layer, asked without its cache, made for its own keys only
+                    raise ValueError(
+                        "score_layer: next cannot score a later turn on the same cache where attention has a"
+                        " bias by distance, as this model's has; choose score_layer: same, or start with an"
+                        " empty cache"
+                    )
                 key = torch.cat([self.past_keys, key], 2)
             if self.wants_keys and self.keys is None:
                 self.keys = key.transpose(1, 2).flatten(2)
@@ -150,9 +156,14 @@ def ask(mark: Mark, probe: Probe) -> None:
     _ASKED.set((mark, probe))
 
 
-def forget() -> None:
-    """Nothing is asked any longer in this thread."""
-    _ASKED.set(None)
+def asked() -> tuple[Mark, Probe] | None:
+    """What is asked in this thread."""
+    return _ASKED.get()
+
+
+def forget(until: tuple[Mark, Probe] | None = None) -> None:
+    """Nothing is asked any longer in this thread, or again what was asked before an inner call."""
+    _ASKED.set(until)
 
 
 @torch.compiler.disable
