@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from libra.checkpoints import find_checkpoint, find_tower
+from libra.checkpoints import find_reachable, find_tower
 from libra.rows import ModelSpec, add_model, patches_across, spec_of
 from libra.utils.files import write_text
 
@@ -79,7 +79,7 @@ def model_of(text: str) -> ModelSpec:
     from llava.conversation import conv_templates
 
     path, _, template = path.rpartition(":") if path.rpartition(":")[2] in conv_templates else (path, "", "")
-    sizes, visual = _sizes(find_checkpoint(path), name)
+    sizes, visual = _sizes(find_reachable(path), name)
     given = asdict(sizes) | {"checkpoint": path, "visual_tokens": visual, "conversation": template or None}
     return ModelSpec(**given)
 

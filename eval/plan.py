@@ -117,8 +117,10 @@ def _chosen(table: Table, suite: str, known: Mapping[str, Row], rows: Sequence[s
     names = [spelled(name, known) or name for name in rows]
     for name in names:
         if name not in known:
+            other = f"; its other models are {', '.join(table.suites)}" if table.suites else ""
             raise ValueError(
                 f"row {name} is unknown in suite {suite} of table {table.name}; use one of {', '.join(known)}"
+                f"{other}"
             )
     return [name for name in known if not names or name in names]
 

@@ -29,6 +29,33 @@ def find_checkpoint(given: str | Path) -> str:
     return name
 
 
+def find_reachable(given: str | Path) -> str:
+    """What :func:`find_checkpoint` finds, after the hub was asked once where that is no folder.
+
+    ``from_pretrained`` asks five times for each file of a checkpoint: without a network a wrong name would
+    take minutes to be called wrong.
+
+    Raises:
+        ValueError: if it is no folder, and neither the hub nor the local cache has a config.json of it.
+    """
+    name = find_checkpoint(given)
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = snapshot_download(name, allow_patterns=["config.json"])
+    except HFValidationError as error:
+        raise ValueError(f"there is no folder {name}") from error
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name} is not a folder here, and the hub does not give it: {reason}") from error
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{name} on the hub has no config.json; name a model")
+    return name
+
+
 def find_tower(name: str, folder: Path) -> Path | None:
     """The folder of the vision tower that a LLaVA checkpoint in ``folder`` names: in it or next to it; None
     for other names."""

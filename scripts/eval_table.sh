@@ -4,7 +4,7 @@
 # Which tables, suites and rows there are is declared in eval/suites.py.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
-[ $# -gt 0 ] || { echo "error: name a table, such as 1" >&2 && exit 2; }
+[ $# -gt 0 ] && [ "${1#-}" = "$1" ] || { echo "error: name a table, such as 1" >&2 && exit 2; }
 . "$root/scripts/env.sh" eval
 cd "$root"
 exec python -m eval.run --table "$@"

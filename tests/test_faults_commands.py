@@ -7,6 +7,7 @@ import os
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import hostile
 import pytest
@@ -238,3 +239,76 @@ def test_d1_command_lines(command, tmp_path, capsys, monkeypatch):
             ended.value.code == 2 and error.startswith("error: ") and error.isprintable() and len(error) < 700
         ), (flag, error)
         assert flag in error or str(value)[:20].split("\n")[0] in error, (flag, value, error)
+
+
+def served(name):
+    from libra.serve.models import load
+
+    load(name, None, "cpu", "auto")
+
+
+def drawn(name):
+    from libra.figures.prefill import load
+
+    load(name)
+
+
+def spoken(name):
+    from llava.serve.speakers import load
+
+    load(SimpleNamespace(model_path=name, model_base=None))
+
+
+def harnessed(name):
+    from libra.lmms.lmms_libra import LibraModel
+
+    LibraModel(config="mini/r50", pretrained=name, device="cpu")
+
+
+def owned(name):
+    from eval.own import model_of
+
+    model_of(f"mine={name}")
+
+
+@pytest.mark.parametrize("door", [served, drawn, spoken, harnessed, owned])
+def test_a_name_that_nobody_has_is_asked_for_once(door, monkeypatch):
+    """from_pretrained asks five times for each of a dozen files, which takes minutes without a network."""
+    asked = []
+
+    def unreachable(name, **options):
+        asked.append(name)
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(
+        ValueError, match="^nosuch/model is not a folder here, and the hub does not give it: no network$"
+    ):
+        door("nosuch/model")
+    assert asked == ["nosuch/model"]
+
+
+def test_the_harness_without_a_row():
+    from libra.lmms.lmms_libra import LibraModel
+
+    with pytest.raises(ValueError, match="config= is missing: name a row, such as config=mini/r50"):
+        LibraModel(pretrained="mini", device="cpu")
+
+
+def test_attaching_to_what_is_no_model():
+    for given in ("llava-hf/llava-1.5-7b-hf", None, SimpleNamespace(model=1)):
+        with pytest.raises(
+            ValueError, match=f"takes a loaded model of transformers, not {type(given).__name__}:"
+        ):
+            libra.attach(given)
+
+
+def test_a_suite_that_is_misspelled(capsys):
+    """A first word that is no suite is a row's name, so the sentence has both lists."""
+    from eval.run import main
+
+    with pytest.raises(SystemExit):
+        main(["--table", "1", "lava7b", "--dry-run"])
+    said = capsys.readouterr().err
+    assert "row lava7b is unknown in suite mini of table 1; use one of vanilla, fastv" in said
+    assert said.rstrip().endswith("; its other models are llava7b, llava13b, next8b")

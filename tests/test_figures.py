@@ -536,13 +536,11 @@ def test_what_cannot_be_drawn_is_one_sentence(checkpoint, scene, tmp_path, capsy
     too_deep = tmp_path / "deep.yaml"
     too_deep.write_text("method: libra\nlayers: [40]\n")
     assert "layers: 40 is out of range" in refused(capsys, *arguments(checkpoint, scene, output, too_deep))
-    for model, why in (
-        (tmp_path / "nothing", ""),
-        (ROOT / "mini/checkpoint", "it is in LLaVA's own format; convert it with"),
-    ):
-        assert f"the model {model} cannot be loaded: {why}" in refused(
-            capsys, *arguments(model, scene, output)
-        )
+    nothing, original = tmp_path / "nothing", ROOT / "mini/checkpoint"
+    assert f"there is no folder {nothing}" in refused(capsys, *arguments(nothing, scene, output))
+    assert f"the model {original} cannot be loaded: it is in LLaVA's own format; convert it with" in refused(
+        capsys, *arguments(original, scene, output)
+    )
     monkeypatch.setattr(prefill, "load", lambda path: (torch.nn.Linear(1, 1), None))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert refused(capsys, *given) == "error: drawing needs matplotlib; pip install matplotlib"

@@ -1,8 +1,10 @@
 """Fine-tune a Hugging Face vision-language model while its visual tokens are compressed, with LoRA.
 
-    python docs/examples/finetune_hf.py --model Qwen/Qwen2.5-VL-3B-Instruct --data samples.json --output_dir
-    runs/try DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 docs/examples/finetune_hf.py … --deepspeed
-    scripts/zero2.json
+    export PYTHONPATH=.     # in a clone, where the package is not installed
+    python docs/examples/finetune_hf.py --model Qwen/Qwen2.5-VL-3B-Instruct \\
+        --data samples.json --output_dir runs/try
+    DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 docs/examples/finetune_hf.py … \\
+        --deepspeed scripts/zero2.json
 
 samples.json is a list of {"image": FILE, "question": TEXT, "answer": TEXT}; files are found from its folder.
 All other flags are transformers' TrainingArguments.

@@ -157,6 +157,11 @@ def attach(
         ValueError: for a model that is not supported (the sentence lists those that are) or a layer it does
             not have.
     """
+    if not hasattr(model, "forward") or not hasattr(model, "config"):  # a pipeline, or a name
+        raise ValueError(
+            f"libra.attach takes a loaded model of transformers, not {type(model).__name__}: load it with "
+            "from_pretrained; of a pipeline give its .model"
+        )
     return Attachment(model, compression_from(compression, **keys), trace, clip)
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 from llava.model import huggingface
 from llava.model.settings import is_original
 
-from ..checkpoints import find_checkpoint
+from ..checkpoints import find_reachable
 from ..config import Compression
 from ..engine.attach import attach
 from ..engine.places_on_pictures import blocks_of
@@ -36,7 +36,7 @@ def trace_image(model, processor, compression: Compression, image: Image.Image, 
 
 def load(path: str):
     """A model and its processor. Raises ValueError."""
-    path = find_checkpoint(path)
+    path = find_reachable(path)
     try:
         if is_original(PreTrainedConfig.get_config_dict(path)[0]):
             command = f"python -m llava.convert {path} {Path(path).name}-hf"

@@ -14,7 +14,7 @@ import torch
 from lmms_eval.api.model import lmms
 from PIL import Image
 
-from libra.checkpoints import find_checkpoint
+from libra.checkpoints import find_reachable
 from libra.identity import checkpoint_identity, code_identity, digest, row_identity
 from libra.media import BROKEN, is_picture, open_image
 from libra.rows import Row, get_model
@@ -101,7 +101,7 @@ class LibraModel(lmms):
 
     def __init__(
         self,
-        config: str | Row,
+        config: str | Row | None = None,
         pretrained: str | None = None,
         device: str | None = None,
         batch_size: int | str = 8,
@@ -113,6 +113,8 @@ class LibraModel(lmms):
         """Raises ValueError for a bad row, an unknown dtype, a bad number, and a checkpoint that does not
         load."""
         super().__init__()
+        if config is None:
+            raise ValueError("config= is missing: name a row, such as config=mini/r50 or mini/vanilla")
         row = config if isinstance(config, Row) else Row.from_yaml(config, needs_model=False)
         if not row.model and not pretrained:
             raise ValueError(
@@ -128,7 +130,7 @@ class LibraModel(lmms):
             device = rank_device()
         self.device, self.batch_size = torch.device(device), int(batch_size)
         spec = get_model(row.model, row.path) if row.model else None
-        path = find_checkpoint(pretrained or spec.checkpoint)
+        path = find_reachable(pretrained or spec.checkpoint)
         self.engine = load_engine(path, spec.conversation if spec else None, device, getattr(torch, dtype))
         if frames:
             self.engine.frames = int(frames)

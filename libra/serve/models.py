@@ -15,7 +15,7 @@ import libra
 from llava.convert.converter import convert, detect
 from llava.model import huggingface
 
-from ..checkpoints import find_checkpoint
+from ..checkpoints import find_reachable
 from ..rows import EMBEDDED
 from ..utils.devices import find_device
 from .usage import NOTHING
@@ -90,7 +90,7 @@ def load(given: str, name: str | None, device: str, dtype: str) -> Model:
     Raises:
         ValueError: in one sentence, for what cannot be loaded or compressed.
     """
-    path = find_checkpoint(given)
+    path = find_reachable(given)
     device = str(find_device(device))
     if dtype == "auto" and device == "cpu":
         dtype = "float32"  # half precision is slower there

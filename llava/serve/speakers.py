@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from libra import Compression
-from libra.checkpoints import find_checkpoint
+from libra.checkpoints import find_reachable
 from libra.engine.attach import attach
 from libra.engine.cache import bytes_at
 from libra.engine.places_on_pictures import blocks_of, strip
@@ -217,7 +217,7 @@ def load(args) -> Speaker:
     Raises:
         ValueError: for one that cannot be loaded or compressed, and for options that it does not have.
     """
-    path = find_checkpoint(args.model_path)
+    path = find_reachable(args.model_path)
     if args.model_base or _in_llavas_format(path):
         return LlavaSpeaker(load_model(args))
     for option in ("load_8bit", "load_4bit", "conv_mode"):
