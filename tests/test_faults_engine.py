@@ -386,7 +386,7 @@ def test_b15_the_first_of_equal_targets_wins_in_every_batch(search):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("width", [64, 33])
 def test_b15_vectors_that_differ_in_a_part_of_a_word_are_not_equal(dtype, width):
-    """Every fourth number is one of few; the hash reads up to four numbers as one word."""
+    """Every fourth number is one of few; the hash reads one or two numbers as one word."""
     draw = torch.Generator().manual_seed(0)
     for part in range(4):
         rows = torch.zeros(2, 700, width, dtype=dtype)
@@ -403,9 +403,24 @@ def test_b15_vectors_that_differ_in_a_part_of_a_word_are_not_equal(dtype, width)
     assert first_equal(rows, spans).equal(equal.int().argmax(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_b15_vectors_of_powers_of_two_are_told_apart(dtype):
+    """Their bits end in zeros: of 14,641 vectors of four float32 numbers 1,254 were taken for others."""
+    numbers = (0, 0.25, -0.25, 0.5, -0.5, 1, -1, 2, -2, 4, -4)
+    whole = torch.tensor(list(itertools.product(numbers, repeat=4)), dtype=dtype)
+    pairs = torch.combinations(torch.arange(66))  # in a wide vector of ones two places differ
+    apart = torch.ones(len(pairs), 24, 66, dtype=dtype)
+    others = [pair for pair in itertools.product((0, 1, -1, 2, -2), repeat=2) if pair != (1, 1)]
+    index = pairs[:, None].expand(-1, 24, -1)
+    apart.scatter_(2, index, torch.tensor(others, dtype=dtype).expand_as(index))
+    twice = apart.flatten(0, 1).unique(dim=0)
+    for rows in (whole, twice):
+        assert first_equal(rows[None])[0].equal(torch.arange(len(rows)))
+
+
 @pytest.mark.parametrize("dtype, number", [(torch.bfloat16, torch.int16), (torch.float32, torch.int32)])
 def test_b15_a_word_and_its_complement_are_not_equal(dtype, number):
-    """An odd width has no words of eight bytes: each number is one."""
+    """Each number is a word by itself."""
     rows = torch.ones(1, 2, 33, dtype=dtype)
     rows[0, 1, 5] = (~rows[0, 1, 5:6].view(number)).view(dtype)[0]
     assert rows[0, 1, 5] < -3.9 and first_equal(rows).tolist() == [[0, 1]]

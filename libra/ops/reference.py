@@ -154,30 +154,21 @@ def first_equal(rows: torch.Tensor, spans: torch.Tensor | None = None) -> torch.
     """(B, K): for each vector of ``rows`` (B, K, D) the first one of its span (B, K) that equals it.
 
     Rows are compared by a 64-bit hash of their bits, added up in whole numbers: exact in any order, on any
-    device. Their numbers are read as words of up to eight bytes. Each word is multiplied by an odd number
-    that its place gives, modulo 2^64; two places never get numbers that are alike in more than the last few
-    bits. A product says least of the upper half of its word, so that is added to the lower one before: added,
-    since with an exclusive or a negative word of fewer bytes and its complement would be alike.
+    device. Their numbers are read as words of at most four bytes, and each word is multiplied by an odd
+    number that its place gives, modulo 2^64. A word is in the lower half of its 64 bits, since of one that
+    ends in zeros, as the bits of powers of two do, a product holds only the last bits of the factor.
     """
     batch, _, width = rows.shape
     whole = (rows + 0.0).contiguous()  # which removes the sign of zeros: equal vectors have equal bits
-    size = width * whole.element_size()
-    word = next(kind for kind in (torch.int64, torch.int32, torch.int16) if size % kind.itemsize == 0)
-    bits = whole.view(word).long()
-    factors = torch.arange(1, 2 * bits.shape[2], 2, device=rows.device) ** 13
-    parts = bits.split(max(1, HASHED // max(1, batch * len(factors))), dim=1)
-    digests = [((part + _upper(part)) * factors).sum(-1) for part in parts]
+    words = whole.view(torch.int16 if width * whole.element_size() % 4 else torch.int32)
+    factors = torch.arange(1, 2 * words.shape[2], 2, device=rows.device) ** 13
+    parts = words.split(max(1, HASHED // max(1, batch * len(factors))), dim=1)
+    digests = [part.long().mul_(factors).sum(-1) for part in parts]
     digest = digests[0] if len(digests) == 1 else torch.cat(digests, 1)
     if spans is not None:
         digest = digest.add(spans, alpha=0x1E3779B97F4A7C15)
     ordered, order = digest.sort(dim=1, stable=True)
     return order.gather(1, torch.searchsorted(ordered, digest))
-
-
-def _upper(words: torch.Tensor) -> torch.Tensor:
-    """The upper halves of 64-bit words, of which the processors that torch runs on store the lower one
-    first; a view."""
-    return words.view(torch.int32)[..., 1::2]
 
 
 def cosine(tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
