@@ -26,6 +26,7 @@ ELSEWHERE = {
     r"libra\.latency|eval\.throughput|serve\.bench": "minutes of measuring: test_latency.py",
     r"pip install|uv build": "test_wheel.py",
     r"my_rows|results/own": "test_own.py",
+    r"results/table1 --seeds": "needs the two tables that the commands before it filled: test_seeds.py",
     r"llava\.convert llava-1\.5": "needs the folder that the command before it wrote",
     r"^(for|done)\b": "a loop around servers",
     r"-m lmms_eval": "needs the installed package: test_wheel.py",

@@ -389,7 +389,7 @@ def test_nothing_imports_the_plug_in():
         name
         for name, path in FILES.items()
         if not name.startswith("libra.vllm")
-        for other in imported(name, path)
+        for other in imported(path)
         if other.startswith("libra.vllm")
     }
     assert not users
