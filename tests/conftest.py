@@ -58,7 +58,16 @@ def odd(tmp_path_factory):
     return odd_files.write(tmp_path_factory.mktemp("odd files"))
 
 
+def pytest_configure(config):
+    if config.getoption("run_slow"):  # the order of pytest_collection_modifyitems, not that of most tests
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("run_slow"):
+        # A file is one worker's. One that takes minutes comes early, so that no worker is left alone with it.
+        long = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in long)
     skips = {}
     if not config.getoption("run_slow") and not config.getoption("soak"):
         skips["slow"] = pytest.mark.skip(reason="slow: run with --all")
