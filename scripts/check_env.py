@@ -164,6 +164,9 @@ def problem(extras: list[str]) -> str:
         return f"{sys.executable} lacks {', '.join(missing)}"
     key = fingerprint(extras)
     known = remembered(key)
+    if known is None and remembered(fingerprint(["test"])) == "":
+        if set(requirements) <= set(required(["test"])):
+            known = ""  # all of it was tried together with more
     if known is None:
         print("Trying the installed packages (once, about half a minute) …", file=sys.stderr)
         known = try_out(extras, requirements)

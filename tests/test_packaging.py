@@ -141,6 +141,23 @@ def test_an_environment_is_tried_once_and_again_when_it_changes(checkout, tmp_pa
     assert tries.read_text() == "xxxx"
 
 
+def test_what_works_for_the_tests_is_not_tried_again_for_less(checkout, tmp_path):
+    tries = tmp_path / "tries"
+    (checkout / "setup.py").write_text(
+        """CORE, EXTRAS = [], {"test": ["pillow"], "eval": ["pillow"], "lora": ["numpy"]}"""
+    )
+    (checkout / "scripts/try_env.py").write_text(
+        f"open({str(tries)!r}, 'a').write('x')\nprint('all works')\n"
+    )
+    for extra, tried in (("eval", "x"), ("test", "xx"), ("eval", "xx"), ("lora", "xxx")):
+        assert check(checkout, extra)[0] == 0 and tries.read_text() == tried, extra
+    (checkout / "scripts/try_env.py").write_text(
+        f"open({str(tries)!r}, 'a').write('x')\nprint('all works') # \n"
+    )
+    for extra, tried in (("test", "xxxx"), ("eval", "xxxx")):
+        assert check(checkout, extra)[0] == 0 and tries.read_text() == tried, extra
+
+
 def test_what_failed_is_remembered_too_unless_it_was_killed(checkout, tmp_path):
     trial = checkout / "scripts/try_env.py"
     tries = tmp_path / "tries"
