@@ -23,6 +23,7 @@ import libra
 from libra import Compression
 from libra.budget import actual, kept, nominal
 from libra.config import ConfigError
+from libra.engine import score
 from libra.engine.layers import HookedForward
 from libra.engine.transformers_api import cache_argument, cache_of
 from libra.flops import report
@@ -988,3 +989,97 @@ def test_the_next_layers_score_in_a_later_turn_where_attention_has_a_bias():
         with pytest.raises(ValueError, match="score_layer: next .* choose score_layer: same") as error:
             model(**given, use_cache=True, **cache_argument(cache))
         refused(error)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("third", ["t3", "t1 i t1"])
+@pytest.mark.parametrize("method", ["libra", "pyramiddrop", "divprune", "dart", "sparsevlm"])
+@torch.no_grad()
+def test_a_row_of_nothing_but_padding_changes_no_other(method, third, side):
+    name = "LlavaForConditionalGeneration"
+    # The first two rows are padded, too, or neither of them is.
+    for rows in (["t4 i t5", "t6 i t1"], ["t4 i t5", "t5 i t4"]):
+        talks = [zoo.talk(name, pattern, seed) for seed, pattern in enumerate([*rows, third])]
+        given, without = zoo.collate(name, talks, side), zoo.collate(name, talks[:2], side)
+        given["attention_mask"][2] = 0
+        with libra.attach(zoo.model(name), method) as handle:
+            want, stats = zoo.model(name)(**without).logits, handle.stats
+            got = zoo.model(name)(**given).logits
+            assert handle.stats["columns"] == [*stats["columns"], 0]
+            assert handle.stats["given"] == [*stats["given"], 0]
+        for b, length in enumerate(stats["columns"]):
+            own = slice(-length, None) if side == "left" else slice(length)
+            torch.testing.assert_close(got[b, own], want[b, own], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("piece", [3, 1])
+@pytest.mark.parametrize("positions", ["original", "compact", "centre"])
+@pytest.mark.parametrize("method", ["libra", "pyramiddrop", "divprune"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_row_begins_in_a_later_call(attention, method, positions, piece):
+    """As in a prompt that is padded on the left and read in pieces."""
+    name = "LlavaForConditionalGeneration"
+    model = zoo.own_model(name)
+    model.set_attn_implementation(attention)
+    early, late = zoo.talk(name, "t2 i t3", 0), zoo.talk(name, "t3 i t2", 1)
+    words = zoo.talk(name, f"t{zoo.collate(name, [late])['input_ids'].shape[1]}", 2)
+
+    def said(*calls) -> torch.Tensor:
+        """(calls, B, V); each call is its talks and how many of their rows are padding."""
+        cache, mask, logits = None, None, []
+        for talks, empty in calls:
+            given = zoo.collate(name, talks)
+            given["attention_mask"][len(talks) - empty :] = 0
+            mask = given["attention_mask"] if mask is None else torch.cat([mask, given["attention_mask"]], 1)
+            output = model(**{**given, "attention_mask": mask}, use_cache=True, **cache_argument(cache))
+            cache = cache_of(output)
+            logits.append(output.logits[:, -1])
+        return torch.stack(logits)
+
+    pad, some, end = (zoo.talk(name, f"t{n}", 3) for n in (2, piece, 2))
+    with libra.attach(model, method, positions=positions):
+        both = said(([early, pad], 1), ([some, some], 1), ([words, late], 0), ([end, end], 0))
+        alone = said(([early], 0), ([some], 0), ([words], 0), ([end], 0))
+        torch.testing.assert_close(both[:, 0], alone[:, 0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(both[2:, 1], said(([late], 0), ([end], 0))[:, 0], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_padded_prompt_is_read_in_pieces():
+    name = "LlavaForConditionalGeneration"
+    model = zoo.model(name)
+    given = zoo.collate(name, [zoo.talk(name, "t4 i i t5", 0), zoo.talk(name, "t2 i t7", 1)])
+    asked = dict(given, max_new_tokens=4, pad_token_id=0, do_sample=False, prefill_chunk_size=7)
+    want = model.generate(**asked)
+    with libra.attach(model, "libra", layers=(1, 3), ratio=0.0):
+        assert torch.equal(model.generate(**asked), want)
+    with libra.attach(model, "libra", layers=(1, 3), ratio=0.5):
+        assert model.generate(**asked).shape == want.shape
+
+
+@torch.no_grad()
+def test_the_next_layers_score_in_a_later_turn_of_latent_attention(monkeypatch):
+    """Whose cache holds what the heads' keys are made of."""
+    name = "Kimi_K25ForConditionalGeneration"
+    if name not in zoo.NAMES:
+        pytest.skip("this version lacks the class")
+    model, given, probes = zoo.own_model(name), zoo.collate(name, [zoo.talk(name, "t2 i t3", 0)]), []
+    answer = score.Probe.read
+
+    def read(probe, query, key, *others):
+        if probe.past_keys is not None:
+            probes.append(probe.past_keys)
+        return answer(probe, query, key, *others)
+
+    monkeypatch.setattr(score.Probe, "read", read)
+    with libra.attach(model, "pyramiddrop", layers=(1,), ratio=0.5):
+        cache = cache_of(model(**given, use_cache=True))
+        attention = model.model.language_model.layers[2].self_attn
+        held, keys = cache.layers[2].get_seq_length(), []
+        expand = attention.expand_kv
+        attention.expand_kv = lambda *latents: (keys.append(expand(*latents)), keys[-1])[1]
+        given["attention_mask"] = torch.cat([given["attention_mask"]] * 2, 1)
+        assert model(**given, use_cache=True, **cache_argument(cache)).logits.isfinite().all()
+    # What the probe was told of earlier keys is what the layer then made of its cache.
+    assert len(probes) == 1 and torch.equal(probes[0], keys[-1][0][:, :, :held])

@@ -28,7 +28,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the batch: its valid columns are ``first`` … ``end`` - 1.
+    """One row of the batch: its valid columns are ``first`` … ``end`` - 1; both are 0 in a row without any.
 
     spans: the first column and the tokens of each run of visual tokens; scorers: ascending, the columns that
     score them; which: for each span the number of its scorer.
@@ -136,7 +136,7 @@ class Columns:
         width = max(lengths)
         rows = (
             row.shortened(
-                width - length if self.pads_left else 0,
+                width - length if self.pads_left and length else 0,
                 counts if row.spans else (),
                 more,
                 None if targets is None else targets[b][: sum(counts)],
@@ -204,7 +204,8 @@ def survey(
         own = () if pictures is None else pictures[b // repeats]
         row = Row(first, end, _spans(np.flatnonzero(is_visual[b]), own, first, end))
         rows.append(_scored(row, np.flatnonzero(answers[b]), None if asked is None else int(asked[b])))
-    left, right = any(row.first for row in rows), any(row.end < width for row in rows)
+    # A row of nothing but padding has it on the side where the others have theirs.
+    left, right = any(row.first for row in rows), any(0 < row.end < width for row in rows)
     gaps = any(row.end - row.first != count for row, count in zip(rows, is_valid.sum(1)))
     if (left and right or gaps) and any(row.spans for row in rows):
         raise ValueError("the attention mask has padding on both sides or inside a row; pad on one side only")

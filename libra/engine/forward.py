@@ -236,14 +236,15 @@ class CompressedForward:
         self._rotary = self.decoder.rotary_emb(hidden, positions)
 
     def _of_valid(self, positions: torch.Tensor, last: bool) -> torch.Tensor:
-        """(B, 1): the first or the last of the valid columns' ``positions`` (B or 1, S)."""
+        """(B, 1): the first or the last of the valid columns' ``positions`` (B or 1, S); any one of a row
+        without, in which nothing has a place yet."""
         if self._valid is None:
             return positions[:, -1:] if last else positions[:, :1]
         place = torch.arange(self._valid.shape[1], device=positions.device)
         if last:
-            column = torch.where(self._valid, place, -1).amax(1)
+            column = torch.where(self._valid, place, 0).amax(1)
         else:
-            column = torch.where(self._valid, place, len(place)).amin(1)
+            column = torch.where(self._valid, place, len(place) - 1).amin(1)
         return positions.expand(len(self._valid), -1).gather(1, column[:, None])
 
     def _compact_positions(self, stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
@@ -348,7 +349,11 @@ class CompressedForward:
         stage."""
         stage, rotary, past_keys = self._stages[self._number + 1], self._rotary, None
         if self.cache is not None and self.cache.get_seq_length(layer_idx=layer):
-            past_keys = self.cache.layers[layer].keys
+            held = self.cache.layers[layer]
+            past_keys = held.keys
+            for attention in self.decoder.layers[layer].modules():
+                if hasattr(attention, "expand_kv"):  # latent attention holds what its heads' keys are made of
+                    past_keys = attention.expand_kv(held.keys, held.values)[0]
             if self.compression.positions == "compact":
                 rotary = self.decoder.rotary_emb(hidden, self._compact_positions(stage, hidden))
         lengths = self._past(stage), hidden.shape[1]

@@ -97,9 +97,12 @@ def joined(
 
 def step_mask(key_mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The mask (B, 1, 1, K) of one new token, which sees every valid key, of the kind of ``like``: bool, or 0
-    and minus infinity."""
+    and a very low number. (With minus infinity a row without any would have no attention at all.)"""
     mask = key_mask.view(len(key_mask), 1, 1, -1)
-    return mask if like.dtype == torch.bool else mask.to(like.dtype).log_()
+    if like.dtype == torch.bool:
+        return mask
+    lowest = max(torch.finfo(like.dtype).min, torch.finfo(torch.float32).min)
+    return (~mask * lowest).to(like.dtype)
 
 
 def shortened_mask(

@@ -38,7 +38,8 @@ def surveyed(
     if mask is not None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
         valid = mask[:, -length:].long()
         places = valid.cumsum(1) * valid
-        if cache is not None and bool((valid[:, -1] == 0).any()):
+        # A row that has begun; one of which nothing but padding has come yet is padded on the left.
+        if cache is not None and bool(((valid[:, -1] == 0) & mask.bool().any(1)).any()):
             raise ValueError(
                 "the prompts are padded on the right; generate needs"
                 " processor.tokenizer.padding_side = 'left'"

@@ -123,7 +123,7 @@ class Queries:
         alike = all(row == queries[0] for row in queries) and len(queries[0]) == 1
         if alike and importance not in RATED:
             return cls(queries[0][0])
-        return cls.build(queries, [row.end - 1 for row in columns.rows], device)
+        return cls.build(queries, [max(row.end - 1, 0) for row in columns.rows], device)
 
     @classmethod
     def build(cls, queries: list[list[range]], fill: list[int], device) -> "Queries":
@@ -364,7 +364,7 @@ class VisualTokens:
             text = text if tail > answers else hidden[b, first : first + before]
             # A row of nothing but pictures, or without any, compares with itself: without text, nothing is
             # preferred.
-            rows.append((text if len(text) else hidden[b, first:end]).detach())
+            rows.append((text if len(text) else hidden[b, first : end or 1]).detach())
         return rows
 
     def _left_of_spans(self) -> list[list[int]]:
