@@ -27,7 +27,8 @@ METHOD = Method(
     deviation="the released code takes the pivots in the order of a Python set, and an equal number of tokens"
     " for each, so about T; ours takes visual pivots first, by descending norm, and the first ones take one"
     " token more where T asks for it. Keys have their positions in them: a row's are those that it has alone,"
-    " however a batch is padded, but for a later turn on a padded cache without position_ids",
+    " however a batch is padded, but for a later turn on a padded cache, or a padded prompt read in pieces"
+    " (`prefill_chunk_size`), without position_ids",
     family="diversity",
 )
 
