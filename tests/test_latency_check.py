@@ -8,6 +8,7 @@ import torch
 
 from libra.latency import check as guard
 from libra.latency import main
+from libra.utils.timing import one_thread
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_peak_bytes_of_another_torch_are_not_compared(counted, capsys):
     capsys.readouterr()
     assert guard.check(path=counted, progress=False) == 0
     assert (
-        "peak bytes and queued operations are not compared, they were counted with torch 1.0.0"
+        "peak bytes and queued operations are not compared, they were counted with another torch, 1.0.0"
         in capsys.readouterr().out
     )
     stored["counts"]["libra"]["operations"] += 1
@@ -150,6 +151,14 @@ def test_the_committed_figures_are_of_this_slice():
     for name, ratio in expected["time_ratios"].items():
         promised = expected["counts"][name]["operations"] / expected["counts"]["vanilla"]["operations"]
         assert abs(ratio / promised - 1) < guard.MARGIN, f"{name}: the slice is not bound by its operations"
+
+
+def test_the_slice_takes_what_is_committed():
+    """The half of the guard that needs no clock: a change of any of these counts fails here, not only in
+    `.ci/run`."""
+    with one_thread():
+        counts = guard.count(guard.benches())
+    assert not guard.count_deviations(counts, guard.read()), f"if they are meant: {guard.UPDATE}"
 
 
 def test_command(monkeypatch, capsys):
