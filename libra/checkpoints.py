@@ -1,10 +1,12 @@
 """Where a model's weights are: the embedded model's folder, any other folder, or the model hub."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .rows import EMBEDDED, load_models
 from .utils.provenance import REPOSITORY
-from .utils.sentences import ConfigError, did_you_mean, show, spelled
+from .utils.sentences import ConfigError, did_you_mean, first_line, show, spelled
 
 
 def find_checkpoint(given: str | Path) -> str:
@@ -29,6 +31,21 @@ def find_checkpoint(given: str | Path) -> str:
     return name
 
 
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Where the hub is asked for a model: one sentence, a ValueError, for whatever goes wrong."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"there is no folder {name}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is not a folder here, and the hub does not give it: {first_line(error)}"
+        ) from error
+
+
 def find_reachable(given: str | Path) -> str:
     """What :func:`find_checkpoint` finds, after the hub was asked once where that is no folder.
 
@@ -42,15 +59,9 @@ def find_reachable(given: str | Path) -> str:
     if Path(name).is_dir():
         return name
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
-    try:
+    with hub_errors(name):
         folder = snapshot_download(name, allow_patterns=["config.json"])
-    except HFValidationError as error:
-        raise ValueError(f"there is no folder {name}") from error
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name} is not a folder here, and the hub does not give it: {reason}") from error
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{name} on the hub has no config.json; name a model")
     return name

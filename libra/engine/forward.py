@@ -19,7 +19,7 @@ from ..utils.ranges import profiled
 from . import score
 from .cache import Stage, StagedCache, bytes_of, holds_keys
 from .masks import attention_kinds, attention_masks, joined
-from .structure import final_norm, fitted, position_axes
+from .structure import attention_modules, final_norm, fitted, position_axes
 from .tokens import Deep, Prefill, Shortened, VisualTokens
 from .trace import Recorder
 from .transformers_api import cache_argument
@@ -351,7 +351,7 @@ class CompressedForward:
         if self.cache is not None and self.cache.get_seq_length(layer_idx=layer):
             held = self.cache.layers[layer]
             past_keys = held.keys
-            for attention in self.decoder.layers[layer].modules():
+            for attention in attention_modules(self.decoder.layers[layer]):
                 if hasattr(attention, "expand_kv"):  # latent attention holds what its heads' keys are made of
                     past_keys = attention.expand_kv(held.keys, held.values)[0]
             if self.compression.positions == "compact":

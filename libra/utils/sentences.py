@@ -21,6 +21,17 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, cut where it repeats a long value."""
+    return shortened((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def shortened(text: str, limit: int = 200) -> str:
+    """A text in one line of at most ``limit`` letters."""
+    text = one_line(text)
+    return text if len(text) <= limit else f"{text[: limit - 2]} …"
+
+
 def check_characters(text: str, what: str) -> None:
     """Raises ValueError for half of a surrogate pair in a text, which no tokenizer takes: JSON can say one,
     and a command's argument has one for each byte that is not UTF-8."""

@@ -10,8 +10,10 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
+from libra.utils.sentences import first_line
+
 from ..model import settings
-from ..model.weights import first_line, is_float
+from ..model.weights import is_float
 from .keys import HEAD, held_from_hf
 from .weights import Stored
 

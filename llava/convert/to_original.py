@@ -6,9 +6,11 @@ from pathlib import Path
 
 from transformers import AutoImageProcessor, LlavaConfig, LlavaNextConfig
 
+from libra.utils.sentences import first_line
+
 from ..conversation import conv_templates
 from ..model.settings import check_sizes, read_config
-from ..model.weights import first_line, read_json
+from ..model.weights import read_json
 from .check import check_complete
 from .folder import write_json
 from .keys import TOWER, held_from_hf, is_buffer, original_from_held, tower_from_held

@@ -4,10 +4,11 @@ base model."""
 import torch
 
 from libra import Compression
+from libra.utils.sentences import first_line
 
 from . import lora
 from .checkpoint import TOWER, Checkpoint, inspect_checkpoint
-from .weights import check_finite, first_line, quiet_loading
+from .weights import check_finite, quiet_loading
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 

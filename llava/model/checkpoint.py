@@ -17,6 +17,7 @@ from transformers import (
 from libra import Compression
 from libra.checkpoints import find_tower
 from libra.engine.transformers_api import PreTrainedConfig
+from libra.utils.sentences import first_line, shortened
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from ..mm_utils import _pixels
@@ -24,7 +25,7 @@ from . import lora, settings, weights
 from .language_model.llava_llama import LlavaLlamaForCausalLM
 from .language_model.llava_mistral import LlavaMistralForCausalLM
 from .language_model.videollama2 import Videollama2MistralForCausalLM
-from .weights import Stored, first_line, local_folder, read_json, shortened, stored_as, stored_in
+from .weights import Stored, local_folder, read_json, stored_as, stored_in
 
 _CLASSES = (LlavaLlamaForCausalLM, LlavaMistralForCausalLM, Videollama2MistralForCausalLM)
 MODELS = {model.config_class.model_type: model for model in _CLASSES}

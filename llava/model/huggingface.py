@@ -4,8 +4,10 @@ from pathlib import Path
 
 from transformers import AutoImageProcessor, AutoProcessor
 
+from libra.utils.sentences import first_line
+
 from .settings import check_depth, check_sizes
-from .weights import check_dtype, check_finite, first_line, read_json, stored_in
+from .weights import check_dtype, check_finite, read_json, stored_in
 
 
 def load(model_class: type, path: str, **options):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from .weights import ADAPTERS, Stored, first_line, read_json, read_shapes
+from libra.utils.sentences import first_line
+
+from .weights import ADAPTERS, Stored, read_json, read_shapes
 
 CONFIG = "adapter_config.json"
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")

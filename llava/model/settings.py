@@ -14,11 +14,11 @@ from transformers import CLIPVisionConfig
 
 from libra.engine.transformers_api import PreTrainedConfig
 from libra.utils.numbers import is_whole
-from libra.utils.sentences import show
+from libra.utils.sentences import shortened, show
 
 from ..mm_utils import _pinpoints
 from .anyres import MERGE_TYPES
-from .weights import read_json, shortened
+from .weights import read_json
 
 _MOST_LAYERS, _LARGEST = 1000, 10**8
 _MOST_TILES, _MOST_FRAMES, _DEEPEST_PROJECTOR = 64, 1024, 16

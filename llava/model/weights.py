@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from libra.checkpoints import find_checkpoint
-from libra.utils.sentences import one_line
+from libra.checkpoints import find_checkpoint, hub_errors
+from libra.utils.sentences import first_line
 
 # A single file or shards with an index, in the order in which transformers looks for them.
 WEIGHTS = (
@@ -58,17 +57,6 @@ def quiet_loading() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an exception says, cut where it repeats a long value."""
-    return shortened((str(error).strip() or type(error).__name__).splitlines()[0])
-
-
-def shortened(text: str, limit: int = 200) -> str:
-    """A text in one line of at most ``limit`` letters."""
-    text = one_line(text)
-    return text if len(text) <= limit else f"{text[: limit - 2]} …"
 
 
 def read_json(path: Path) -> dict:
@@ -147,19 +135,13 @@ def local_folder(name: str, **hub) -> Path:
     name = find_checkpoint(name)
     if Path(name).is_dir():
         return Path(name)
-    try:
+    with hub_errors(name):
         folder = Path(snapshot_download(name, allow_patterns=list(_SMALL), **hub))
         for single, index in WEIGHTS:  # one format is enough
             wanted = _shards(folder / index) if (folder / index).is_file() else [single]
             snapshot_download(name, allow_patterns=wanted, **hub)
             if all((folder / file).is_file() for file in wanted):
                 break
-    except HFValidationError as error:
-        raise ValueError(f"there is no folder {name}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name} is not a folder here, and the hub does not give it: {first_line(error)}"
-        ) from error
     return folder
 
 

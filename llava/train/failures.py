@@ -6,7 +6,8 @@ import re
 import torch
 from safetensors import SafetensorError
 
-from ..model.weights import first_line
+from libra.utils.sentences import first_line
+
 from .arguments import TrainingArguments
 from .runs import Run
 
