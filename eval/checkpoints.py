@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from libra.checkpoints import find_checkpoint
-from libra.identity import hub_file
+from libra.checkpoints import find_checkpoint, hub_file
 
 
 class CheckpointError(ValueError):

@@ -46,6 +46,22 @@ def hub_errors(name: str) -> Iterator[None]:
         ) from error
 
 
+def hub_file(name: str, file: str, kind: str = "model") -> Path:
+    """A small file of a repository on the hub, from the local cache where the hub does not answer; its folder
+    is named after the commit.
+
+    The hub is asked once: without a network, what downloads a single file asks five times for half a minute.
+    Raises the hub client's errors where the file cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(name, repo_type=kind, allow_patterns=[file], etag_timeout=10)
+    path = Path(folder, file)
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} has no {file} there")
+    return path
+
+
 def find_reachable(given: str | Path) -> str:
     """What :func:`find_checkpoint` finds, after the hub was asked once where that is no folder.
 
@@ -58,12 +74,8 @@ def find_reachable(given: str | Path) -> str:
     name = find_checkpoint(given)
     if Path(name).is_dir():
         return name
-    from huggingface_hub import snapshot_download
-
     with hub_errors(name):
-        folder = snapshot_download(name, allow_patterns=["config.json"])
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{name} on the hub has no config.json; name a model")
+        hub_file(name, "config.json")
     return name
 
 

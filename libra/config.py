@@ -355,8 +355,9 @@ class Compression:
             return self if steps == self.steps else replace(self, steps=steps, layers=None)
         if self.ratio is None and self.keep is None:
             problem = (
-                f"{self.amount.replace(' ', ': ', 1)} is a budget of a whole model; make it a ratio first,"
-                " with libra.budget.solve(compression, spec, visual_tokens)"
+                f"{self.amount.replace(' ', ': ', 1)} is a budget of a whole model; give ratio or"
+                " keep, or make it a ratio with libra.budget.solve(compression, sizes, visual_tokens), where"
+                " sizes = libra.rows.spec_of(model.config.get_text_config(), 'my model')"
             )
             raise at(source, ConfigError(problem))
         if self.layers is not None:

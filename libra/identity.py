@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from .checkpoints import find_tower
+from .checkpoints import find_tower, hub_file
 from .config import Compression
 from .methods import MERGERS, SELECTORS
 from .rows import Row, get_model
@@ -183,14 +183,6 @@ def checkpoint_identity(found: str) -> dict:
         elif not tower.resolve().is_relative_to(folder.resolve()):
             identity["tower"] = {"sha256": folder_digest(tower)}
     return identity
-
-
-def hub_file(name: str, file: str, kind: str = "model") -> Path:
-    """A small file of a repository on the hub, from the local cache where the hub does not answer; its folder
-    is named after the commit. Raises the hub client's errors where it cannot be had."""
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(name, file, repo_type=kind, etag_timeout=10))
 
 
 @cache

@@ -43,6 +43,9 @@ def parser() -> Parser:
         "--limit", type=count, help="only the first N held-out questions of a type (to try things out)"
     )
     options.add_argument("--seed", type=whole_from(0), default=1)
+    options.add_argument(
+        "--dry-run", action="store_true", help="only say what would be trained and computed, and how long"
+    )
     options.add_argument("--publish", action="store_true", help="copy the finished table to docs/results/")
     return options
 

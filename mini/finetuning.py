@@ -101,10 +101,15 @@ def _train(words: list[str], processes: int) -> None:
     subprocess.run(command, cwd=REPOSITORY, env=env, check=True)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run's model is there: its record says so last, after the state and the model."""
+    return bool((read_json(folder / RECORD) or {}).get("finished"))
+
+
 def fine_tune(folder: Path, data: Path, kind: str, options) -> dict:
     """Train ``whole`` or ``compressed``, or go on with it; returns its log's last entry and the losses."""
     state = folder / "trainer_state.json"
-    if not (read_json(folder / RECORD) or {}).get("finished"):  # the state is written before the model is
+    if not is_finished(folder):
         print(f"fine-tuning, visual tokens {kind}", file=sys.stderr)
         flags = _flags(folder, data, options) | ({"compression": CONFIG} if kind == "compressed" else {})
         _train(
@@ -137,14 +142,26 @@ def _costs(path: Path, pairs: int) -> list[dict]:
     return costs
 
 
-def table_words(options, trained: Path) -> list[str]:
-    """The arguments of :mod:`eval.run` that fill Table E."""
+def table_words(options, trained: Path | None) -> list[str]:
+    """The arguments of :mod:`eval.run` that fill Table E, with the two runs in ``trained``."""
     # Relative paths: the page names the command, and no folder of this machine.
-    here, output = os.path.relpath(trained), os.path.relpath(options.output)
-    words = ["--table", "E", *options.rows, "--trained", here, "--output", output]
+    words = ["--table", "E", *options.rows, "--output", os.path.relpath(options.output)]
+    words += ["--trained", os.path.relpath(trained)] if trained else []
     words += ["--benchmark", str(options.benchmark), "--processes", str(options.processes)]
     words += ["--limit", str(options.limit)] if options.limit else []
     return words + ["--publish"] * options.publish
+
+
+def tell_plan(options, runs: Path, setup: dict) -> int:
+    """Print what :func:`run` would do; returns the status."""
+    done = {kind: is_finished(runs / kind) for kind in get_table("E").trained}
+    for kind, finished in done.items():
+        doing = (
+            "finished" if finished else f"{setup['steps']} steps of {setup['rows']} conversations to train"
+        )
+        print(f"fine-tuning, visual tokens {kind}: {doing}")
+    print()
+    return fill_table([*table_words(options, runs if all(done.values()) else None), "--dry-run"])
 
 
 def run(options, commands) -> int:
@@ -165,6 +182,8 @@ def run(options, commands) -> int:
         if options.publish:
             require_clean()
         runs = options.output / f"run-{digest([setup, made_of()])[:8]}"  # other settings have other runs
+        if options.dry_run:
+            return tell_plan(options, runs, setup)
         write_data(runs / "data", setup["samples"], options.seed)
         training = {
             kind: fine_tune(runs / kind, runs / "data", kind, options) for kind in get_table("E").trained

@@ -10,6 +10,7 @@ forgotten when a package comes, goes or changes its version, with another Python
 another PYTHONPATH.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -176,6 +177,10 @@ def problem(extras: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sentence = problem(sys.argv[1:])
+    commands = argparse.ArgumentParser(
+        usage="python scripts/check_env.py [EXTRA ...]", description="Can this Python run the project?"
+    )
+    commands.add_argument("extras", nargs="*", metavar="EXTRA", help="of setup.py, such as test or train")
+    sentence = problem(commands.parse_args().extras)
     print(sentence or sys.executable)
     sys.exit(bool(sentence))

@@ -1,6 +1,7 @@
 """Write docs/methods.md, and the number of methods in README.md, from the methods' files: python
 scripts/methods_page.py (a test compares them)."""
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -116,6 +117,7 @@ def counted(what: str, number: int) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition(":")[0] + ".").parse_args()
     PAGE.write_text(page(), encoding="utf-8")
     number = sum(file.METHOD.compresses for file in FILES)
     README.write_text(counted("methods", number), encoding="utf-8")

@@ -4,6 +4,7 @@ scripts/models_page.py (a test compares them).
 The names are those of libra/engine/families.py; what a class can do is asked of the tiny models of tests/zoo.
 """
 
+import argparse
 import os
 import sys
 import warnings
@@ -100,5 +101,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition(":")[0] + ".").parse_args()
     PAGE.write_text(page(), encoding="utf-8")
     README.write_text(counted("models", len(TESTED)), encoding="utf-8")

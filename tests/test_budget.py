@@ -149,7 +149,7 @@ def test_a_budget_of_a_whole_model_is_solved_by_a_rows_file_and_refused_elsewher
     unsolved = Compression.from_yaml(path)
     assert unsolved.to_dict()["tokens"] == 192 and Compression.from_dict(unsolved.to_dict()) == unsolved
     with pytest.raises(
-        ConfigError, match=r"^tokens: 192 is a budget of a whole model; make it a ratio first"
+        ConfigError, match="^tokens: 192 is a budget of a whole model; give ratio or keep, or make it a ratio"
     ):
         unsolved.at_depth(32)
     with pytest.raises(

@@ -271,20 +271,34 @@ def owned(name):
     model_of(f"mine={name}")
 
 
-@pytest.mark.parametrize("door", [served, drawn, spoken, harnessed, owned])
-def test_a_name_that_nobody_has_is_asked_for_once(door, monkeypatch):
-    """from_pretrained asks five times for each of a dozen files, which takes minutes without a network."""
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The names that the hub is asked for, without a network."""
+    names = []
 
     def unreachable(name, **options):
-        asked.append(name)
+        names.append(name)
         raise OSError("no network\nand more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    return names
+
+
+@pytest.mark.parametrize("door", [served, drawn, spoken, harnessed, owned])
+def test_a_name_that_nobody_has_is_asked_for_once(door, asked):
+    """from_pretrained asks five times for each of a dozen files, which takes minutes without a network."""
     with pytest.raises(
         ValueError, match="^nosuch/model is not a folder here, and the hub does not give it: no network$"
     ):
         door("nosuch/model")
+    assert asked == ["nosuch/model"]
+
+
+def test_a_table_asks_once_too(asked):
+    from eval.checkpoints import CheckpointError, require_checkpoint
+
+    with pytest.raises(CheckpointError, match="^checkpoint nosuch/model is not in the local cache"):
+        require_checkpoint("nosuch/model")
     assert asked == ["nosuch/model"]
 
 

@@ -404,7 +404,7 @@ def refused(capsys, *args) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_from_a_model_to_a_figure_and_again_from_its_trace(checkpoint, scene, tmp_path):
+def test_from_a_model_to_a_figure_and_again_from_its_trace(checkpoint, scene, tmp_path, capsys):
     output, saved = tmp_path / "new folder" / "tokens.png", tmp_path / "trace.json"
     assert (
         figures.main(
@@ -425,7 +425,9 @@ def test_from_a_model_to_a_figure_and_again_from_its_trace(checkpoint, scene, tm
     )
     first, again = Image.open(output).convert("RGB"), Image.open(tmp_path / "again.png").convert("RGB")
     assert first.size == again.size and first.tobytes() == again.tobytes()
+    capsys.readouterr()
     assert figures.main(["--from-trace", str(saved), "--output", str(tmp_path / "tokens.svg")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'tokens.svg'}: written\n"
     assert "<svg" in (tmp_path / "tokens.svg").read_text()[:600]
     assert {path.name for path in tmp_path.iterdir()} == {
         "new folder",

@@ -258,6 +258,16 @@ def test_scripts_parse_and_stop_at_errors(script):
     assert text.startswith("# Source me") or re.search(r"^set -euo pipefail$", text, re.M)
 
 
+@pytest.mark.parametrize("script", ["check_env", "methods_page", "models_page"])
+def test_help_does_nothing_else(script):
+    written = [ROOT / "docs/methods.md", ROOT / "docs/models.md", ROOT / "README.md"]
+    before = [page.stat().st_mtime_ns for page in written]
+    command = [sys.executable, ROOT / f"scripts/{script}.py", "--help"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0 and answer.stdout.startswith("usage:")
+    assert [page.stat().st_mtime_ns for page in written] == before
+
+
 def other_llava(folder: Path) -> Path:
     (folder / "llava").mkdir()
     (folder / "llava/__init__.py").write_text("from .model import LlavaLlamaForCausalLM\n")

@@ -232,6 +232,22 @@ def test_rows_of_ones_own_folder_come_last(make_plan, tmp_path, capsys):
         make_plan("1", configs=tmp_path)
 
 
+def test_a_dry_run_of_table_e_trains_nothing(tmp_path, capsys):
+    from mini import finetune
+    from mini.finetuning import RECORD
+
+    output = tmp_path / "tableE"
+    command = ["whole_r50", "--output", str(output), "--steps", "7", "--processes", "2", "--batch", "3"]
+    command += ["--benchmark", str(tmp_path / "benchmark"), "--dry-run"]
+    assert finetune.main(command) == 0
+    out = capsys.readouterr().out
+    for kind in ("whole", "compressed"):
+        assert f"fine-tuning, visual tokens {kind}: 7 steps of 6 conversations to train\n" in out
+    assert re.search(r"^whole_r50 .* 44% +0 +0 +0 +13$", out, re.MULTILINE)
+    assert "fine-tuned first: python -m mini.finetune" in out
+    assert not list(tmp_path.rglob(RECORD)) and not list(tmp_path.rglob("*.png"))
+
+
 def test_table_e_asks_every_checkpoint_and_shows_what_compressing_costs_each(make_plan, tmp_path):
     with pytest.raises(ValueError, match="python -m mini.finetune"):
         make_plan("E", rows=["whole_r50"])

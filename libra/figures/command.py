@@ -101,7 +101,9 @@ def main(argv: list[str] | None = None) -> int:
         figure = draw(record)
         if args.save_trace:
             record.save(args.save_trace)
+            print(f"{args.save_trace}: written")
         save(figure, args.output, args.dpi)
+        print(f"{args.output}: written")
     except (ValueError, OSError) as error:
         options.error(str(error))
     return 0

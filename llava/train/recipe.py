@@ -30,6 +30,7 @@ def train(argv: list[str]) -> None:
     try:
         prepared = prepare(model_args, data_args, args)
         if args.check_only:
+            tell(args, "flags, data, files and headers are fine; leave out --check_only to train")
             return
         finished = prepared.run.check()
     except (ValueError, ImportError) as error:
