@@ -50,9 +50,11 @@ SEEDS = {"pip", "setuptools", "uv", "wheel"}  # what makes an environment
 
 
 def installed() -> dict[str, metadata.Distribution]:
+    """Of this environment: setuptools, once imported, has its own copies of nine packages on sys.path."""
+    places = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     return {
         canonicalize_name(found.metadata["Name"]): found
-        for found in metadata.distributions()
+        for found in metadata.distributions(path=list(places))
         if found.metadata["Name"]
     }
 
