@@ -32,9 +32,9 @@ EVAL = [
     *MINI,
 ]
 VIDEO = [
-    "timm>=1.0,<2",
-    "av>=13.0,<16",
-]  # VideoLLaMA-2's connector, and the frames of video files; lmms-eval asks for av < 16
+    "timm>=1.0.20,<2",  # VideoLLaMA-2's connector; the towers of some classes of transformers are of 1.0.20
+    "av>=13.0,<16",  # the frames of video files; lmms-eval asks for av < 16
+]
 LORA = ["peft>=0.21,<0.22"]  # still 0.x: a minor version may change anything
 WEB = ["starlette>=1.10,<2", "uvicorn>=0.30,<0.55"]
 SERVE = ["fastapi>=0.116,<0.166", "openai>=2.0,<4", "uvicorn>=0.30,<0.55"]

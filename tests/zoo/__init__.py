@@ -6,20 +6,23 @@ from functools import cache
 import families
 import torch
 import transformers
+from packaging.specifiers import SpecifierSet
 
 from . import grids, others, tiles
 from .refused import REASONS, hollow, possible
 
 KINDS = {**families.KINDS, **tiles.KINDS, **grids.KINDS, **others.KINDS}
 __all__ = ["REASONS", "hollow", "possible"]
-# They fail there without libra too: Llama 4 and Fuyu in their forward; rows of MiniMax M3 differ in a batch.
+# There they fail without libra too: Llama 4 and Fuyu in their forward; rows of MiniMax M3 differ in a batch.
 BROKEN = {
-    ("FuyuForCausalLM", "5.19.0"),
-    ("Llama4ForConditionalGeneration", "5.24.0"),
-    ("MiniMaxM3SparseForConditionalGeneration", "5.19.0"),
+    "FuyuForCausalLM": SpecifierSet("<=5.19.0"),
+    "Llama4ForConditionalGeneration": SpecifierSet("==5.24.0"),
+    "MiniMaxM3SparseForConditionalGeneration": SpecifierSet("==5.19.0"),
 }
 NAMES = sorted(  # a version may lack some
-    name for name in KINDS if hasattr(transformers, name) and (name, transformers.__version__) not in BROKEN
+    name
+    for name in KINDS
+    if hasattr(transformers, name) and transformers.__version__ not in BROKEN.get(name, SpecifierSet("<0"))
 )
 EAGER = ("GotOcr2ForConditionalGeneration", "Inkling2ForConditionalGeneration")  # have no other attention
 
