@@ -32,7 +32,7 @@ EVAL = [
     *MINI,
 ]
 VIDEO = [
-    "timm>=1.0.20,<2",  # VideoLLaMA-2's connector; the towers of some classes of transformers are of 1.0.20
+    "timm>=1.0.21,<2",  # VideoLLaMA-2's connector; some towers of transformers' classes need 1.0.21
     "av>=13.0,<16",  # the frames of video files; lmms-eval asks for av < 16
 ]
 LORA = ["peft>=0.21,<0.22"]  # still 0.x: a minor version may change anything
