@@ -1083,3 +1083,85 @@ def test_the_next_layers_score_in_a_later_turn_of_latent_attention(monkeypatch):
         assert model(**given, use_cache=True, **cache_argument(cache)).logits.isfinite().all()
     # What the probe was told of earlier keys is what the layer then made of its cache.
     assert len(probes) == 1 and torch.equal(probes[0], keys[-1][0][:, :, :held])
+
+
+# --- what a caller gives next to the tokens: masks, labels, columns of logits ---
+
+
+@pytest.mark.parametrize("wrong", [(1, 20), (1, 22), (2, 21), (21,), (1, 21, 21), (1, 1, 21, 21)], ids=str)
+@torch.no_grad()
+def test_a_mask_of_another_shape_is_refused(wrong):
+    """A longer one moved the visual tokens without a word."""
+    model, given = tiny.hf_model(), {k: v for k, v in ONE.items() if k != "labels"}
+    assert given["input_ids"].shape == (1, 21)
+    with libra.attach(model, LIBRA):
+        with pytest.raises(ValueError, match=r"attention mask .*(must be \(1, 21\)|detach first)") as error:
+            model(**given, attention_mask=torch.ones(wrong, dtype=torch.long))
+        refused(error)
+
+
+@pytest.mark.parametrize("more", [1, 3])
+@torch.no_grad()
+def test_a_mask_of_the_new_tokens_only_is_refused(more):
+    """And nothing of the call stays in the cache, which still knows that it is compressed."""
+    model, given = tiny.hf_model(), {k: v for k, v in ONE.items() if k != "labels"}
+    ids = torch.full((1, more), 7)
+    with libra.attach(model, LIBRA):
+        want = model(input_ids=ids, **cache_argument(cache_of(model(**given, use_cache=True)))).logits
+        cache = cache_of(model(**given, use_cache=True))
+        for width in (more, 20 + more, 22 + more):
+            with pytest.raises(ValueError, match=rf"must be \(1, {21 + more}\)") as error:
+                model(input_ids=ids, attention_mask=torch.ones(1, width), **cache_argument(cache))
+            refused(error)
+    with pytest.raises(ValueError, match="now the model is called without it"):
+        model(input_ids=ids, **cache_argument(cache))
+    with libra.attach(model, LIBRA):
+        mask = torch.ones(1, 21 + more)
+        assert torch.equal(model(input_ids=ids, attention_mask=mask, **cache_argument(cache)).logits, want)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+@torch.no_grad()
+def test_a_call_that_fails_leaves_a_compressed_cache_that_knows_it(error):
+    """The plain model took it for one of its own."""
+    model, given = tiny.hf_model(), {k: v for k, v in ONE.items() if k != "labels"}
+    with libra.attach(model, LIBRA):
+        cache = cache_of(model(**given, use_cache=True))
+        if error is None:
+            mask = torch.ones(1, 42, dtype=torch.long)
+            mask[0, 24] = 0
+            with pytest.raises(ValueError, match="padding on both sides or inside a row"):
+                model(**given, attention_mask=mask, **cache_argument(cache))
+        else:
+            with interrupted(model.model.language_model.layers[0].mlp, error()):
+                model(**given, **cache_argument(DynamicCache()))
+            with interrupted(model.model.language_model.layers[0].self_attn, error()):
+                model(torch.tensor([[5]]), **cache_argument(cache))
+    with pytest.raises(ValueError, match="now the model is called without it") as caught:
+        model(torch.tensor([[5]]), **cache_argument(cache))
+    refused(caught)
+
+
+@torch.no_grad()
+def test_labels_of_another_shape_are_refused():
+    model = tiny.hf_model()
+    with libra.attach(model, LIBRA):
+        for labels in (ONE["labels"][:, 1:], ONE["labels"].expand(2, -1), ONE["labels"][0]):
+            with pytest.raises(ValueError, match=r"the labels are .* but the prompt is \(1, 21\)") as error:
+                model(**{**ONE, "labels": labels})
+            refused(error)
+
+
+@torch.no_grad()
+def test_logits_that_are_named_by_columns_of_the_prompt():
+    """They were those of other columns."""
+    model, asked = tiny.hf_model(), {k: v for k, v in ONE.items() if k != "labels"}
+    columns = torch.tensor([3, 7])
+    with libra.attach(model, LIBRA):
+        with pytest.raises(ValueError, match="a tensor of logits_to_keep names columns") as error:
+            model(**asked, logits_to_keep=columns)
+        refused(error)
+        text = torch.arange(3, 12)[None]  # nothing is compressed, and nothing moves
+        torch.testing.assert_close(
+            model(text, logits_to_keep=columns).logits, model(text).logits[:, columns], atol=1e-5, rtol=1e-4
+        )

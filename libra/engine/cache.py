@@ -74,21 +74,25 @@ class StagedCache(DynamicCache):
     tells_all_columns = False
 
     @classmethod
-    def adopt(cls, cache, first_layers: list[int]) -> "StagedCache":
-        """Turn a plain, empty or text-only DynamicCache into a staged one, in place: its owner keeps the same
-        object.
-
-        Raises:
-            ValueError: for other kinds of cache, or a cache that was filled under another compression.
-        """
-        if type(cache) is DynamicCache:
-            cache.__class__ = cls
-            cache.stages = [Stage(layer) for layer in first_layers]
-        elif not isinstance(cache, cls):
+    def check(cls, cache) -> None:
+        """Raise ValueError for a cache that cannot become a staged one."""
+        if type(cache) is not DynamicCache and not isinstance(cache, cls):
             raise ValueError(
                 f"compression needs a DynamicCache, whose layers can differ in length, but got"
                 f" {type(cache).__name__}; leave cache_implementation and {CACHE} unset"
             )
+
+    @classmethod
+    def adopt(cls, cache, first_layers: list[int]) -> "StagedCache":
+        """Turn a plain, empty or text-only DynamicCache into a staged one, in place: its owner keeps the same
+        object. Other kinds are refused by :meth:`check`, before anything is changed.
+
+        Raises:
+            ValueError: for a cache that was filled under another compression.
+        """
+        if type(cache) is DynamicCache:
+            cache.__class__ = cls
+            cache.stages = [Stage(layer) for layer in first_layers]
         elif [stage.first_layer for stage in cache.stages] == first_layers:
             pass
         elif not cache.get_seq_length():  # emptied, or never filled

@@ -34,6 +34,7 @@ class Call:
             again; that call begins where this one has been already, and so is known to be another.
         asked: what the call around it had asked an attention when its decoder began.
         labels: which the model does not see.
+        picks: True where the caller names the columns of the logits one by one.
         score_offset: how far before the last column the scoring token stands.
         marked: what the user said of this call's visual tokens.
         padding_mask: what the model's body was given.
@@ -54,6 +55,7 @@ class Call:
     level: int = BEGUN
     asked: tuple | None = None
     labels: torch.Tensor | None = None
+    picks: bool = False
     score_offset: int = 0
     marked: torch.Tensor | None = None
     padding_mask: torch.Tensor | None = None
@@ -85,6 +87,8 @@ def running(decoder: torch.nn.Module) -> Call | None:
     """
     call = CALL.get()
     while call is not None and not _runs(call.frame):
+        if call.forward is not None:
+            call.forward.give_up()
         call = call.outer
         CALL.set(call)
     return call if call is not None and call.decoder is decoder else None

@@ -18,7 +18,7 @@ from ..utils.once import once
 from ..utils.ranges import profiled
 from . import score
 from .cache import Stage, StagedCache, bytes_of, holds_keys
-from .masks import attention_kinds, attention_masks, joined
+from .masks import attention_kinds, attention_masks, check_padding_mask, joined
 from .structure import attention_modules, final_norm, fitted, position_axes
 from .tokens import Deep, Prefill, Shortened, VisualTokens
 from .trace import Recorder
@@ -66,6 +66,7 @@ class CompressedForward:
         self._compact: torch.Tensor | None = None  # (B, S): compact positions of the columns that are left
         self._counted: torch.Tensor | None = None  # (B, 1), see _padding_counted
         self._number = 0  # of the current stage
+        self._valid: torch.Tensor | None  # (B, S) bool, False for padding; None if there is none
         self.tokens: VisualTokens | None = None
         self.recorder: Recorder | None = None
         if self.compression is None:
@@ -75,18 +76,26 @@ class CompressedForward:
             )
             return
 
+        if cache is not None:
+            StagedCache.check(cache)
+        if padding_mask is not None:
+            check_padding_mask(padding_mask, len(inputs_embeds), past, inputs_embeds.shape[1])
+        if prefill is not None:
+            self._valid = None if padding_mask is None else padding_mask[:, past:].bool()
+            prefill = prefill.surveyed(self._valid)
+        # What can be refused has been: the cache is changed from here on.
         self._stages = self._stages_of(cache, past, padding_mask)
         if isinstance(cache, StagedCache):
             cache.plan = compression, self.compression, self._schedule
         # A decoding step adds a valid token to every row.
         decodes = prefill is None and inputs_embeds.shape[1] == 1 and self._stage_of(0).key_mask is None
-        self._valid = None if padding_mask is None or decodes else padding_mask[:, past:].bool()
+        if prefill is None:
+            self._valid = None if padding_mask is None or decodes else padding_mask[:, past:].bool()
         if decodes and self._is_plain_step(inputs_embeds):
             self._schedule = ()
             return
         # Of each stage: its columns of this call, each row's valid ones, and the columns of earlier calls.
         self._held: list[tuple[int, list[int], int]] = []
-        prefill = None if prefill is None else prefill.surveyed(self._valid)
         if prefill is not None and any(row.spans for row in prefill.columns.rows):
             score.enable(decoder.config)
             self.tokens = VisualTokens(self._schedule, prefill, self._valid)
@@ -99,6 +108,11 @@ class CompressedForward:
             if cache is not None:
                 cache.compressed_until = past + self.tokens.last_visual + 1
         self._enter(0, inputs_embeds)
+
+    def give_up(self) -> None:
+        """The call ended before its last layer: nothing that follows on its cache is part of it."""
+        if isinstance(self.cache, StagedCache):
+            self.cache.expects_a_call = False
 
     def _planned(self, compression: Compression) -> tuple[Compression, tuple[Step, ...]]:
         """``compression`` with its layers in this decoder, and its steps. The cache remembers both for the
@@ -120,7 +134,7 @@ class CompressedForward:
     def _stages_of(self, cache, past: int, padding_mask) -> list[Stage]:
         """The stages of this call: those that the cache carries from earlier calls, where there is one.
 
-        Raises ValueError for a cache or a mask that cannot be shortened.
+        Raises ValueError for a cache that was filled under another compression.
         """
         starts = [0, *(step.layer + 1 for step in self._schedule)]
         filled_before = past > 0 and not isinstance(cache, StagedCache)
@@ -129,10 +143,6 @@ class CompressedForward:
         else:
             stages = StagedCache.adopt(cache, starts).stages
             cache.expects_a_call, cache.tells_all_columns = True, False
-        if padding_mask is not None and (isinstance(padding_mask, dict) or padding_mask.ndim != 2):
-            raise ValueError(
-                "compression needs a 2D attention mask (batch, tokens): a ready 4D mask cannot be shortened"
-            )
         if filled_before and padding_mask is not None:
             # The plain model filled it: all layers hold the same keys, so all stages get the caller's mask.
             for stage in stages:

@@ -71,6 +71,25 @@ def mask_of(config, kind: str, layer: int, hidden, key_mask, position_ids, cache
     )
 
 
+def check_padding_mask(mask, rows: int, past: int, columns: int) -> None:
+    """Raise ValueError for a padding mask that is not (rows, past + columns).
+
+    transformers' own masks fill a short one with padding and cut a long one, without a word.
+    """
+    if isinstance(mask, dict) or mask.ndim != 2:
+        found = "one for each kind of attention" if isinstance(mask, dict) else tuple(mask.shape)
+        raise ValueError(
+            f"compression needs a 2D attention mask (batch, tokens), but got {found}: a ready mask cannot be"
+            " shortened; for continuous batching, which makes such masks, detach first"
+        )
+    wanted = rows, past + columns
+    if tuple(mask.shape) != wanted:
+        raise ValueError(
+            f"the attention mask is {tuple(mask.shape)} but must be {wanted}: a column for each token of this"
+            f" call ({columns}) and of those before it on the same cache ({past})"
+        )
+
+
 def causal_mask(key_mask: torch.Tensor, queries: int) -> torch.Tensor:
     """(B, 1, S, K) bool: what the newest ``queries`` columns see of the keys that a ``key_mask`` (B, K) says
     are there."""
