@@ -7,6 +7,7 @@ import pickle
 import re
 import threading
 import warnings
+import weakref
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -1165,3 +1166,17 @@ def test_logits_that_are_named_by_columns_of_the_prompt():
         torch.testing.assert_close(
             model(text, logits_to_keep=columns).logits, model(text).logits[:, columns], atol=1e-5, rtol=1e-4
         )
+
+
+def test_marked_visual_tokens_do_not_keep_a_model_alive():
+    """Of a call that never came."""
+    model = tiny.hf_model()
+    handle, alive = libra.attach(model, LIBRA), weakref.ref(model)
+    handle.mark_visual_tokens([[True] * 4])
+    handle.detach()
+    with pytest.raises(ValueError, match="this compression was detached") as error:
+        handle.mark_visual_tokens(torch.ones(1, 4))
+    refused(error)
+    del error, handle, model
+    gc.collect()
+    assert alive() is None

@@ -50,6 +50,7 @@ class Attachment:
     def mark_visual_tokens(self, mask: torch.Tensor) -> None:
         """Say for this thread's next call which columns of its ``inputs_embeds`` are visual tokens: (B, S)
         bool."""
+        mask = torch.as_tensor(mask)
         if mask.ndim != 2:
             raise ValueError(
                 f"the mask of visual tokens must be (batch, tokens), but it is {tuple(mask.shape)}"

@@ -39,7 +39,10 @@ from .transformers_api import PreTrainedModel, cache_given
 
 REMEMBERED = 1000  # prefills whose statistics are kept
 OWNER = "libra_hooks"  # attribute of an attached decoder
-_MARKED: ContextVar[tuple["Hooks", torch.Tensor] | None] = ContextVar("libra_marked", default=None)
+# Whose next call it is, weakly: a call that never comes must not keep a model alive.
+_MARKED: ContextVar[tuple[weakref.ref["Hooks"], torch.Tensor] | None] = ContextVar(
+    "libra_marked", default=None
+)
 
 
 def named(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -173,7 +176,9 @@ class Hooks:
 
     def mark_visual_tokens(self, mask: torch.Tensor) -> None:
         """For this thread's next call of the model: (B, S) bool."""
-        _MARKED.set((self, mask))
+        if not self.attached:
+            raise ValueError("this compression was detached; mark visual tokens with the handle of the next")
+        _MARKED.set((weakref.ref(self), mask))
 
     # --- the model: labels, which become shorter ---
 
@@ -187,7 +192,7 @@ class Hooks:
                 stacklevel=2,
             )
         marked = _MARKED.get()
-        if marked is not None and marked[0] is self:
+        if marked is not None and marked[0]() is self:
             keys["marked"] = marked[1]
             _MARKED.set(None)
         return calls.begin(self.decoder, (__name__,), **keys)
