@@ -1180,3 +1180,72 @@ def test_marked_visual_tokens_do_not_keep_a_model_alive():
     del error, handle, model
     gc.collect()
     assert alive() is None
+
+
+# --- detach while a call runs ---
+
+
+@torch.no_grad()
+def test_detach_waits_for_the_calls_of_other_threads():
+    """They lost the hooks of the layers, or of the loss, that were still to come."""
+    model = tiny.hf_model()
+    plain = model(**ONE)
+    for where in ("vision_tower", "language_model.layers.2", "language_model.norm"):
+        inside, go, got = threading.Event(), threading.Event(), []
+        handle = libra.attach(model, LIBRA)
+        want = model(**ONE)
+
+        def stop(*_, inside=inside, go=go):
+            inside.set()
+            go.wait(60)
+
+        hook = model.model.get_submodule(where).register_forward_pre_hook(stop)
+        thread = threading.Thread(target=lambda got=got: got.append(model(**ONE)))
+        thread.start()
+        inside.wait(60)
+        threading.Timer(0.05, go.set).start()
+        handle.detach()
+        thread.join()
+        hook.remove()
+        assert torch.equal(got[0].logits, want.logits) and torch.equal(got[0].loss, want.loss)
+        assert torch.equal(model(**ONE).logits, plain.logits)
+
+
+@torch.no_grad()
+def test_an_answer_that_another_thread_generates_ends_at_detach_with_a_sentence():
+    model, begun, failed = tiny.hf_model(), threading.Event(), []
+    handle = libra.attach(model, LIBRA)
+
+    def generate():
+        try:
+            model.generate(**OTHER_ASKED, max_new_tokens=400, pad_token_id=0, stopping_criteria=[seen])
+        except ValueError as error:
+            failed.append(str(error))
+
+    def seen(ids, scores, **_):
+        begun.set()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    begun.wait(60)
+    handle.detach()
+    thread.join()
+    assert len(failed) == 1 and "now the model is called without it" in failed[0]
+
+
+@torch.no_grad()
+def test_a_hook_inside_a_call_does_not_detach():
+    model, asked, caught = tiny.hf_model(), {k: v for k, v in ONE.items() if k != "labels"}, []
+    with libra.attach(model, LIBRA) as handle:
+        want = model(**asked).logits
+
+        def leave(*_):
+            with pytest.raises(ValueError, match="detach after the call") as error:
+                handle.detach()
+            caught.append(refused(error))
+
+        hook = model.model.language_model.layers[2].register_forward_pre_hook(leave)
+        assert torch.equal(model(**asked).logits, want) and len(caught) == 1
+        hook.remove()
+        assert torch.equal(model(**asked).logits, want)

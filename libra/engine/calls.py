@@ -5,7 +5,9 @@ their vision towers. Each thread has its own, and nothing survives a call, whate
 """
 
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
@@ -71,9 +73,9 @@ class Call:
 CALL: ContextVar[Call | None] = ContextVar("libra_call", default=None)
 
 
-def _frames() -> Iterator[FrameType]:
-    """The frames that are running, from the innermost outwards."""
-    frame = sys._getframe(1)
+def _frames(innermost: FrameType | None = None) -> Iterator[FrameType]:
+    """The frames that are running, from the innermost outwards; this thread's unless another's is given."""
+    frame = innermost or sys._getframe(1)
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -130,3 +132,25 @@ def assisted(model: torch.nn.Module) -> bool:
     return any(
         frame.f_code is ASSISTED_GENERATION and frame.f_locals.get("self") is model for frame in _frames()
     )
+
+
+def elsewhere(modules: Iterable[torch.nn.Module]) -> list[FrameType]:
+    """The calls of ``modules`` that other threads are in, as the frames of torch that run until they are
+    over."""
+    known, this = {id(module) for module in modules}, threading.get_ident()
+    return [
+        frame
+        for thread, innermost in sys._current_frames().items()
+        if thread != this
+        for frame in _frames(innermost)
+        if frame.f_code is torch.nn.Module._call_impl.__code__ and id(frame.f_locals.get("self")) in known
+    ]
+
+
+def wait_for(frames: list[FrameType]) -> None:
+    """Return when none of the ``frames`` of other threads runs any more."""
+    while frames:
+        running = {id(frame) for innermost in sys._current_frames().values() for frame in _frames(innermost)}
+        frames = [frame for frame in frames if id(frame) in running]
+        if frames:
+            time.sleep(0.001)

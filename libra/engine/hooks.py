@@ -104,8 +104,10 @@ class Hooks:
         self._marks: dict[int, score.Mark] = {}
         self._names: list[list[str]] = []
         self._hooks: list = []
+        self._is_leaving = False  # calls that begin from now on are the plain model's
         vars(self.decoder)[OWNER] = self
         outside = {id(module): module for module in (model, self.base)}.values()
+        self._called = [*outside, found.body, found.decoder]
         for module in outside:  # peft's forward goes past the base model's hooks
             self._before(module, self._begin)
         self._before(found.body, self._begin_body)
@@ -159,13 +161,31 @@ class Hooks:
         return bool(self._hooks)
 
     def detach(self) -> None:
-        """Give the model back as it was; a second call does nothing, whatever was attached since."""
+        """Give the model back as it was; a second call does nothing, whatever was attached since.
+
+        Calls that other threads are in come to their end first; what they generate ends with the next one.
+
+        Raises:
+            ValueError: inside a call of the model.
+        """
         if not self._hooks:
             return
+        # Which forgets a call that was interrupted, and what it held.
+        if calls.running(self.decoder) is not None:
+            raise ValueError(
+                "detach was called by a hook inside a call of the model, whose layers need the compression to"
+                " the end; detach after the call"
+            )
+        self._is_leaving = True
+        try:
+            calls.wait_for(calls.elsewhere(self._called))
+        finally:
+            self._remove()
+
+    def _remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        calls.running(self.decoder)  # which forgets a call that was interrupted, and what it held
         self._eyes.close()
         del vars(self.decoder)[OWNER]
         for module in self.decoder.modules():
@@ -201,7 +221,7 @@ class Hooks:
     def _begin(self, model, args, kwargs):
         """Take the labels aside, and note how many of the last columns are an answer that is being tried."""
         call = calls.running(self.decoder)
-        if call is not None and call.level == calls.BEGUN:
+        if self._is_leaving if call is None else call.level == calls.BEGUN:
             return None
         kwargs = named(model, args, kwargs)
         call = self._start(began=model, labels=kwargs.pop("labels", None))
@@ -237,8 +257,10 @@ class Hooks:
 
     @torch.compiler.disable
     def _begin_body(self, body, args, kwargs):
-        kwargs = named(body, args, kwargs)
         call = calls.running(self.decoder)
+        if call is None and self._is_leaving:
+            return None
+        kwargs = named(body, args, kwargs)
         if call is None or call.level != calls.BEGUN:
             call = self._start(whole=False)
         call.level = calls.IN_BODY
@@ -272,6 +294,8 @@ class Hooks:
     def _begin_decoder(self, decoder, args, kwargs):
         """A new pass through the layers: nothing of an earlier one is left."""
         call = calls.running(decoder)
+        if call is None and self._is_leaving:
+            return
         if call is None or call.level >= calls.IN_DECODER:
             call = self._start(whole=False, bare=True)
         call.level, call.asked = calls.IN_DECODER, None if call.outer is None else score.asked()
