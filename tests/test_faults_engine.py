@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import libra
@@ -1249,3 +1250,37 @@ def test_a_hook_inside_a_call_does_not_detach():
         assert torch.equal(model(**asked).logits, want) and len(caught) == 1
         hook.remove()
         assert torch.equal(model(**asked).logits, want)
+
+
+class Largest(TorchDispatchMode):
+    """Knows how many numbers the largest tensor has that was made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+@torch.no_grad()
+def test_many_rows_of_scores_are_read_in_pieces(cap):
+    """Of all the text after a picture, say: they took the memory of eager attention."""
+    draw, length = torch.Generator().manual_seed(0), 2200
+    query = torch.randn(1, 4, length, 8, generator=draw)
+    key = torch.randn(1, 2, length, 8, generator=draw)
+    columns = torch.arange(100, length)[None]
+    want = None
+    for rows in (columns, range(100, length)):
+        probe, largest = score.Probe(rows, None), Largest()
+        with largest:
+            probe.read(query, key, None, {"softcap": cap})
+        assert probe.attention.shape == (1, length - 100, length) and largest.numbers <= 1 << 24
+        want = probe.attention if want is None else want
+        assert torch.equal(probe.attention, want)
+    for column in (100, 1234, length - 1):
+        alone = score.Probe(range(column, column + 1), None)
+        alone.read(query, key, None, {"softcap": cap})
+        torch.testing.assert_close(probe.attention[:, column - 100], alone.attention[:, 0])

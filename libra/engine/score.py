@@ -14,7 +14,7 @@ from functools import wraps
 
 import torch
 
-from ..ops.reference import score_row
+from ..ops.reference import PIECE, score_row
 from ..utils.ranges import profiled
 from .transformers_api import (
     ALL_ATTENTION_FUNCTIONS,
@@ -58,11 +58,10 @@ class Probe:
     def read(self, query, key, attention_mask, options: dict) -> None:
         """Answer from an attention call: query (B, H, S, D), key (B, H_kv, K, D), its mask and its keyword
         arguments."""
-        scaling = options.get("scaling") or query.shape[-1] ** -0.5
-        window, cap, bias = (options.get(name) for name in ("sliding_window", "softcap", "position_bias"))
         with profiled("libra.score"):
             if self.past_keys is not None:
-                if bias is not None:  # which the layer, asked without its cache, made for its own keys only
+                # Which the layer, asked without its cache, made for its own keys only.
+                if options.get("position_bias") is not None:
                     raise ValueError(
                         "score_layer: next cannot score a later turn on the same cache where attention has a"
                         " bias by distance, as this model's has; choose score_layer: same, or start with an"
@@ -71,21 +70,54 @@ class Probe:
                 key = torch.cat([self.past_keys, key], 2)
             if self.wants_keys and self.keys is None:
                 self.keys = key.transpose(1, 2).flatten(2)
-            own = self.by_mask and attention_mask is not None and not _is_padding(attention_mask)
-            if cap is None and bias is None and not own and self.over_heads is None:
-                self.attention = score_row(query, key, self.rows, scaling, self.key_mask, window)
-            else:
-                keys, ahead, rows = key.shape[2], key.shape[2] - query.shape[2], self.rows
-                if isinstance(rows, range):
-                    rows = torch.arange(rows.start, rows.stop, device=key.device).expand(len(query), -1)
-                if own:
-                    seen = visible(attention_mask, rows, len(query), keys)
-                else:
-                    seen = causally_visible(rows + ahead, keys, self.key_mask, window)
-                heads = masked_rows(query, key, rows, scaling, seen, cap, bias)
-                self.attention = heads.mean(1) if self.over_heads is None else self.over_heads(heads)
+            given = query, key, attention_mask, options
+            if self.over_heads is None:
+                parts = [self._mean_of_heads(rows, *given) for rows in self._pieces(query, key)]
+                self.attention = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            else:  # which compares the heads by all their rows
+                self.attention = self.over_heads(self._of_heads(self.rows, *given))
         if self.only:
             raise Answered
+
+    def _pieces(self, query, key) -> list[torch.Tensor | range]:
+        """The rows, in pieces whose scores of all heads are at most PIECE: a method that asks all text after
+        a picture would hold (B, H, R, K) at a time."""
+        rows = self.rows
+        count = len(rows) if isinstance(rows, range) else rows.shape[1]
+        step = max(1, PIECE // max(1, query.shape[0] * query.shape[1] * key.shape[2]))
+        if count <= step:
+            return [rows]
+        parts = (slice(start, start + step) for start in range(0, count, step))
+        return [rows[part] if isinstance(rows, range) else rows[:, part] for part in parts]
+
+    def _mean_of_heads(self, rows, query, key, attention_mask, options: dict) -> torch.Tensor:
+        """(B, R, K) of the query columns ``rows``."""
+        strange = options.get("softcap") is not None or options.get("position_bias") is not None
+        if strange or self._reads(attention_mask):
+            return self._of_heads(rows, query, key, attention_mask, options).mean(1)
+        window = options.get("sliding_window")
+        return score_row(query, key, rows, _scaling(query, options), self.key_mask, window)
+
+    def _of_heads(self, rows, query, key, attention_mask, options: dict) -> torch.Tensor:
+        """(B, H, R, K) of the query columns ``rows``."""
+        keys, ahead = key.shape[2], key.shape[2] - query.shape[2]
+        if isinstance(rows, range):
+            rows = torch.arange(rows.start, rows.stop, device=key.device).expand(len(query), -1)
+        if self._reads(attention_mask):
+            seen = visible(attention_mask, rows, len(query), keys)
+        else:
+            seen = causally_visible(rows + ahead, keys, self.key_mask, options.get("sliding_window"))
+        cap, bias = options.get("softcap"), options.get("position_bias")
+        return masked_rows(query, key, rows, _scaling(query, options), seen, cap, bias)
+
+    def _reads(self, attention_mask) -> bool:
+        """True where the layer's own mask says which keys a token sees."""
+        return self.by_mask and attention_mask is not None and not _is_padding(attention_mask)
+
+
+def _scaling(query: torch.Tensor, options: dict) -> float:
+    """The factor on the scores."""
+    return options.get("scaling") or query.shape[-1] ** -0.5
 
 
 def _is_padding(mask) -> bool:
