@@ -1284,3 +1284,36 @@ def test_many_rows_of_scores_are_read_in_pieces(cap):
         alone = score.Probe(range(column, column + 1), None)
         alone.read(query, key, None, {"softcap": cap})
         torch.testing.assert_close(probe.attention[:, column - 100], alone.attention[:, 0])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "InklingForConditionalGeneration",
+        "Lfm2VlForConditionalGeneration",
+        "MiniCPMV4_6ForConditionalGeneration",
+        "NemotronH_Omni_Reasoning_V3",
+    ],
+)
+@torch.no_grad()
+def test_rows_of_a_later_call_that_come_to_differ_where_layers_have_a_state(name):
+    """The state of the shorter row decayed over its padding, or a convolution saw it, without a word."""
+    if name not in zoo.NAMES:
+        pytest.skip("this version lacks the class")
+    model, picture = zoo.model(name), zoo.talk(name, "i t3", 1)
+    text = zoo.talk(name, f"t{len(picture.ids)}", 2)
+
+    def said(second, rows: int = 2) -> torch.Tensor:
+        """(rows, V), after a call of text and a second one."""
+        first = zoo.collate(name, [zoo.talk(name, "t5", seed) for seed in range(rows)])
+        cache, given = cache_of(model(**first, use_cache=True)), zoo.collate(name, second)
+        given["attention_mask"] = torch.ones(rows, 5 + len(picture.ids), dtype=torch.long)
+        return model(**given, use_cache=True, **cache_argument(cache)).logits[:, -1]
+
+    with libra.attach(model, "fastv", layers=zoo.places(name)[:1], ratio=0.5):
+        with pytest.raises(ValueError, match="call its rows one by one") as error:
+            said([picture, text])
+        refused(error)
+        both, alone = said([picture, picture]), said([picture], 1)
+        torch.testing.assert_close(both[0], alone[0], atol=1e-4, rtol=1e-4)
+        assert said([text, text]).isfinite().all()
