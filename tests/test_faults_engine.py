@@ -1286,18 +1286,21 @@ def test_many_rows_of_scores_are_read_in_pieces(cap):
         torch.testing.assert_close(probe.attention[:, column - 100], alone.attention[:, 0])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "InklingForConditionalGeneration",
-        "Lfm2VlForConditionalGeneration",
-        "MiniCPMV4_6ForConditionalGeneration",
-        "NemotronH_Omni_Reasoning_V3",
-    ],
+GAPS = (
+    "Cohere2VisionForConditionalGeneration",
+    "Gemma3ForConditionalGeneration",
+    "InklingForConditionalGeneration",
+    "Lfm2VlForConditionalGeneration",
+    "Llama4ForConditionalGeneration",
+    "MiniCPMV4_6ForConditionalGeneration",
+    "NemotronH_Omni_Reasoning_V3",
 )
+
+
+@pytest.mark.parametrize("name", GAPS)
 @torch.no_grad()
-def test_rows_of_a_later_call_that_come_to_differ_where_layers_have_a_state(name):
-    """The state of the shorter row decayed over its padding, or a convolution saw it, without a word."""
+def test_rows_of_a_later_call_that_come_to_differ_where_padding_between_counts(name):
+    """The state of the shorter row decayed over it, a convolution saw it, or a window was full of it."""
     if name not in zoo.NAMES:
         pytest.skip("this version lacks the class")
     model, picture = zoo.model(name), zoo.talk(name, "i t3", 1)

@@ -18,7 +18,7 @@ from ..utils.once import once
 from ..utils.ranges import profiled
 from . import score
 from .cache import Stage, StagedCache, bytes_of, holds_keys
-from .masks import attention_kinds, attention_masks, check_padding_mask, joined
+from .masks import attention_kinds, attention_masks, check_padding_mask, joined, why_gaps_count
 from .structure import attention_modules, final_norm, fitted, position_axes
 from .tokens import Deep, Prefill, Shortened, VisualTokens
 from .trace import Recorder
@@ -78,6 +78,7 @@ class CompressedForward:
 
         if cache is not None:
             StagedCache.check(cache)
+        self._padding_mask = padding_mask
         if padding_mask is not None:
             check_padding_mask(padding_mask, len(inputs_embeds), past, inputs_embeds.shape[1])
         if prefill is not None:
@@ -210,6 +211,8 @@ class CompressedForward:
             if self.compression.positions == "compact":
                 self._renumber(stage, hidden)
             return  # another compression comes before the next layer, or no layer follows: no mask is needed
+        if number and self.tokens is not None and self._valid is not None:
+            self._check_gaps(layers)
         # The rows of a stage need not be padded where those of another are: after a compression rows are of
         # other lengths, and the keys of earlier calls were shortened with theirs. So each stage grows its own
         # key mask, here, by the columns that its layers are about to append.
@@ -217,6 +220,19 @@ class CompressedForward:
         self._masks = self._masks_of(layers, hidden, stage.key_mask)
         if self.compression.positions == "compact":
             self._renumber(stage, hidden)
+
+    def _check_gaps(self, layers: range) -> None:
+        """Raise ValueError where compression put padding between the columns of a row and those of earlier
+        calls, and these layers are not indifferent to it."""
+        past, columns, mask = self._held[0][2], self.tokens.columns, self._padding_mask
+        padded = [b for b, length in enumerate(columns.lengths) if 0 < length < columns.width]
+        why = why_gaps_count(self.decoder.config, layers) if past and padded else ""
+        if why and (mask is None or bool(mask[padded, :past].any())):
+            raise ValueError(
+                "the rows of this batch come to differ in length in a later call on the same cache of this"
+                f" model: {why} the padding that lies between; call its rows one by one, and leave"
+                " prefill_chunk_size unset"
+            )
 
     def _masks_of(self, layers: range, hidden: torch.Tensor, key_mask) -> dict:
         """The attention masks of a stage's layers, by their kind of attention."""

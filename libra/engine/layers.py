@@ -271,19 +271,4 @@ class HookedForward(CompressedForward):
         """(B, S) of a layer whose state runs along the sequence: which columns are valid."""
         if self._number == 0 or self.tokens is None and self._columns == 1:
             return handed
-        if self.tokens is not None and self._valid is not None:
-            self._check_states()
         return self._valid
-
-    def _check_states(self) -> None:
-        """Raise ValueError where compression put padding between the columns of a row and those of earlier
-        calls: a recurrent state decays there, and a convolution sees it."""
-        past, columns = self._held[0][2], self.tokens.columns
-        padded = [b for b, length in enumerate(columns.lengths) if 0 < length < columns.width]
-        mask = self._given.padding_mask
-        if past and padded and (mask is None or bool(mask[padded, :past].any())):
-            raise ValueError(
-                "the rows of this batch come to differ in length in a later call on the same cache, and this"
-                " model's layers with a state (linear attention, convolution) would carry the padding that"
-                " lies between; call its rows one by one, and leave prefill_chunk_size unset"
-            )

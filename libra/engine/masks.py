@@ -24,6 +24,9 @@ MASKS = {
     kind: MASKS_OF_LAYER_TYPES[kind] for kind in ("full_attention", "sliding_attention", "chunked_attention")
 }
 
+# By the kind of attention, the key of a configuration that says how many columns back it sees.
+WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+
 
 def attention_kinds(config) -> list[str]:
     """Which keys each decoder layer sees, by the names of transformers' ``layer_types``."""
@@ -69,6 +72,20 @@ def mask_of(config, kind: str, layer: int, hidden, key_mask, position_ids, cache
         layer_idx=layer,
         **cache_argument(cache),
     )
+
+
+def why_gaps_count(config, layers: range) -> str:
+    """Why padding between a row's earlier columns and its new ones changes what these layers compute, or an
+    empty string: a recurrent state decays there, a convolution sees it, and a window is full earlier."""
+    named = getattr(config, "layer_types", None) or attention_kinds(config)
+    kinds = {named[i] for i in layers}
+    if kinds & {*RECURRENT, *BOTH}:
+        return "its layers with a state (linear attention, convolution) would carry"
+    sizes = [getattr(config, WINDOWS[kind], None) for kind in kinds & {*WINDOWS}]
+    longest = getattr(config, "max_position_embeddings", None)
+    if any(size is not None and (longest is None or size < longest) for size in sizes):
+        return "the windows of its attention would count"
+    return ""
 
 
 def check_padding_mask(mask, rows: int, past: int, columns: int) -> None:
