@@ -1169,6 +1169,22 @@ def test_logits_that_are_named_by_columns_of_the_prompt():
         )
 
 
+@torch.no_grad()
+def test_llava_refuses_the_same():
+    """And a visual mask of another shape, which it took for that of other columns."""
+    model, row = tiny.llava_model(), tiny.row("t3 v16 t3", 0)
+    model.set_compression(LIBRA)
+    given = tiny.alone(row)
+    for name in ("visual_mask", "attention_mask", "labels"):
+        for shape in ((1, 21), (1, 23), (2, 22), (22,)):
+            with pytest.raises(ValueError, match=r"mask|the labels are") as error:
+                model(**{**given, name: torch.ones(shape, dtype=torch.long).to(given["visual_mask"].dtype)})
+            refused(error)
+    with pytest.raises(ValueError, match="a tensor of logits_to_keep names columns") as error:
+        model(**given, logits_to_keep=torch.tensor([2, 9]))
+    refused(error)
+
+
 def test_marked_visual_tokens_do_not_keep_a_model_alive():
     """Of a call that never came."""
     model = tiny.hf_model()

@@ -36,7 +36,7 @@ class Call:
             again; that call begins where this one has been already, and so is known to be another.
         asked: what the call around it had asked an attention when its decoder began.
         labels: which the model does not see.
-        picks: True where the caller names the columns of the logits one by one.
+        kept: logits_to_keep, as the caller gave it.
         score_offset: how far before the last column the scoring token stands.
         marked: what the user said of this call's visual tokens.
         padding_mask: what the model's body was given.
@@ -57,7 +57,7 @@ class Call:
     level: int = BEGUN
     asked: tuple | None = None
     labels: torch.Tensor | None = None
-    picks: bool = False
+    kept: int | torch.Tensor = 0
     score_offset: int = 0
     marked: torch.Tensor | None = None
     padding_mask: torch.Tensor | None = None

@@ -82,6 +82,7 @@ class CompressedForward:
         if padding_mask is not None:
             check_padding_mask(padding_mask, len(inputs_embeds), past, inputs_embeds.shape[1])
         if prefill is not None:
+            prefill.check(inputs_embeds.shape[:2])
             self._valid = None if padding_mask is None else padding_mask[:, past:].bool()
             prefill = prefill.surveyed(self._valid)
         # What can be refused has been: the cache is changed from here on.

@@ -35,6 +35,7 @@ from .structure import (
     scoring_layer,
 )
 from .survey import surveyed
+from .tokens import check_kept
 from .transformers_api import PreTrainedModel, cache_given
 
 REMEMBERED = 1000  # prefills whose statistics are kept
@@ -226,7 +227,7 @@ class Hooks:
         kwargs = named(model, args, kwargs)
         call = self._start(began=model, labels=kwargs.pop("labels", None))
         tried = kwargs.get("logits_to_keep", 0)
-        call.picks = isinstance(tried, torch.Tensor)
+        call.kept = tried
         if isinstance(tried, int) and tried > 1 and calls.assisted(self.base):
             call.score_offset = tried - 1  # the guesses have no say in what is kept
         return (), kwargs
@@ -327,11 +328,7 @@ class Hooks:
         if output is None and forward is not None:
             forward.give_up()
         if output is not None and forward is not None and forward.tokens is not None:
-            if call.picks:
-                raise ValueError(
-                    "a tensor of logits_to_keep names columns of the prompt, and compression moves them; give"
-                    " how many of the last ones to keep, or take the logits of all"
-                )
+            check_kept(call.kept)
             call.stats, call.recorder, call.labels = forward.stats(), forward.recorder, forward.labels
 
     @torch.compiler.disable(recursive=False)

@@ -27,8 +27,7 @@ def surveyed(
 
     Raises:
         ValueError: where nothing says which columns are visual tokens, for prompts that are padded on the
-            right with a cache, for several samples packed into one row, and for a mask or labels of another
-            shape.
+            right with a cache, for several samples packed into one row, and for a mask of another shape.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     cache, mask = cache_given(given), given.get("attention_mask")
@@ -36,11 +35,6 @@ def surveyed(
     past = 0 if cache is None else cache.get_seq_length()
     if length == 1 and past:
         return None  # a decoding step; the model itself may say a placeholder's id
-    if call.labels is not None and tuple(call.labels.shape) != (rows, length):
-        raise ValueError(
-            f"the labels are {tuple(call.labels.shape)} but the prompt is {(rows, length)}: give one for each"
-            " token, -100 where nothing is learned"
-        )
     visual = _visual_columns(given, token_ids, embeddings, call.marked)
     places = torch.arange(1, length + 1, device=visual.device)
     if mask is not None and isinstance(mask, torch.Tensor) and mask.ndim == 2:

@@ -48,6 +48,15 @@ class Prefill:
     seen: "Seen | None" = None
     columns: Columns | None = None
 
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raise ValueError where visual mask or labels are not of the call's ``shape`` (B, S)."""
+        for name, part in (("visual mask is", self.visual), ("labels are", self.labels)):
+            if part is not None and tuple(part.shape) != tuple(shape):
+                raise ValueError(
+                    f"the {name} {tuple(part.shape)} but the prompt is {tuple(shape)}: give one entry for"
+                    " each token"
+                )
+
     def surveyed(self, valid: torch.Tensor | None = None) -> "Prefill":
         """With its columns; this waits for the device, where they are not known yet.
 
@@ -61,6 +70,15 @@ class Prefill:
         valid = None if valid is None else valid.bool()
         found = survey(self.visual, valid, self.labels, self.score_columns, pictures, side)
         return replace(self, columns=found)
+
+
+def check_kept(logits_to_keep) -> None:
+    """Raise ValueError for columns of logits that are named one by one, of a call that was compressed."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        raise ValueError(
+            "a tensor of logits_to_keep names columns of the prompt, and compression moves them; give how"
+            " many of the last ones to keep, or take the logits of all"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 from libra import Compression
 from libra.engine.forward import CompressedForward
-from libra.engine.tokens import Prefill
+from libra.engine.tokens import Prefill, check_kept
 from libra.engine.trace import Recorder
 from libra.engine.transformers_api import (
     BaseModelOutputWithPast,
@@ -145,6 +145,8 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
             prefill = Prefill(
                 visual_mask, labels, score_columns, row_seeds, padding_side, self.model.trace, seen
             )
+            if self.model.compression is not None and self.model.compression.compresses:
+                check_kept(logits_to_keep)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
