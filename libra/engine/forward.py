@@ -66,7 +66,7 @@ class CompressedForward:
         self._compact: torch.Tensor | None = None  # (B, S): compact positions of the columns that are left
         self._counted: torch.Tensor | None = None  # (B, 1), see _padding_counted
         self._number = 0  # of the current stage
-        self._valid: torch.Tensor | None  # (B, S) bool, False for padding; None if there is none
+        self._valid: torch.Tensor | None = None  # (B, S) bool, False for padding; None if there is none
         self.tokens: VisualTokens | None = None
         self.recorder: Recorder | None = None
         if self.compression is None:
@@ -76,40 +76,54 @@ class CompressedForward:
             )
             return
 
-        if cache is not None:
-            StagedCache.check(cache)
         self._padding_mask = padding_mask
-        if padding_mask is not None:
-            check_padding_mask(padding_mask, len(inputs_embeds), past, inputs_embeds.shape[1])
-        if prefill is not None:
-            prefill.check(inputs_embeds.shape[:2])
-            self._valid = None if padding_mask is None else padding_mask[:, past:].bool()
-            prefill = prefill.surveyed(self._valid)
+        prefill = self._checked(prefill, len(inputs_embeds), past, inputs_embeds.shape[1])
         # What can be refused has been: the cache is changed from here on.
         self._stages = self._stages_of(cache, past, padding_mask)
         if isinstance(cache, StagedCache):
             cache.plan = compression, self.compression, self._schedule
         # A decoding step adds a valid token to every row.
         decodes = prefill is None and inputs_embeds.shape[1] == 1 and self._stage_of(0).key_mask is None
-        if prefill is None:
-            self._valid = None if padding_mask is None or decodes else padding_mask[:, past:].bool()
+        if prefill is None and not decodes:
+            self._valid = self._valid_since(past)
         if decodes and self._is_plain_step(inputs_embeds):
             self._schedule = ()
             return
         # Of each stage: its columns of this call, each row's valid ones, and the columns of earlier calls.
         self._held: list[tuple[int, list[int], int]] = []
         if prefill is not None and any(row.spans for row in prefill.columns.rows):
-            score.enable(decoder.config)
-            self.tokens = VisualTokens(self._schedule, prefill, self._valid)
-            self._valid = self.tokens.valid
-            self.tokens.rate(inputs_embeds)
-            self._counted = self._padding_counted(position_ids, inputs_embeds.device)
-            if self.compression.positions == "centre":
-                self._starts = self.tokens.starts(self._positions)
-            self.recorder = Recorder() if prefill.trace else None
-            if cache is not None:
-                cache.compressed_until = past + self.tokens.last_visual + 1
+            self._begin_compression(prefill, position_ids, past, inputs_embeds)
         self._enter(0, inputs_embeds)
+
+    def _checked(self, prefill: Prefill | None, rows: int, past: int, columns: int) -> Prefill | None:
+        """The prefill with its columns. Raises ValueError for what does not fit together, while the cache is
+        as it was."""
+        if self.cache is not None:
+            StagedCache.check(self.cache)
+        if self._padding_mask is not None:
+            check_padding_mask(self._padding_mask, rows, past, columns)
+        if prefill is None:
+            return None
+        prefill.check((rows, columns))
+        self._valid = self._valid_since(past)
+        return prefill.surveyed(self._valid)
+
+    def _valid_since(self, past: int) -> torch.Tensor | None:
+        """(B, S) bool, which of this call's columns are no padding; None where nobody says that any are."""
+        return None if self._padding_mask is None else self._padding_mask[:, past:].bool()
+
+    def _begin_compression(self, prefill: Prefill, position_ids, past: int, hidden: torch.Tensor) -> None:
+        """Get ready for the steps: this call has visual tokens."""
+        score.enable(self.decoder.config)
+        self.tokens = VisualTokens(self._schedule, prefill, self._valid)
+        self._valid = self.tokens.valid
+        self.tokens.rate(hidden)
+        self._counted = self._padding_counted(position_ids, hidden.device)
+        if self.compression.positions == "centre":
+            self._starts = self.tokens.starts(self._positions)
+        self.recorder = Recorder() if prefill.trace else None
+        if self.cache is not None:
+            self.cache.compressed_until = past + self.tokens.last_visual + 1
 
     def give_up(self) -> None:
         """The call ended before its last layer: nothing that follows on its cache is part of it."""
