@@ -3,6 +3,7 @@ layers."""
 
 from typing import Any
 
+from .utils.numbers import is_whole
 from .utils.sentences import ConfigError, show
 
 TOWER, INPUT, LAYERS = "tower", "input", "layers"
@@ -33,11 +34,11 @@ def place_and_layers(at: Any, layers: Any) -> tuple[str | None, Any]:
     if at is None:
         return None, layers
     if layers is not None:
-        raise ConfigError(f"at: {show(at)} and layers: {show(list(layers))} both say where; remove one")
+        raise ConfigError(f"at: {show(at)} and layers: {show(layers)} both say where; remove one")
     if at in (TOWER, INPUT):
         return at, None
-    if isinstance(at, int) and not isinstance(at, bool):
-        return None, [at]
+    if is_whole(at):
+        return place_and_layers(None, [at])
     if isinstance(at, (list, tuple, range)):
         return place_and_layers(None, list(at))
     raise ConfigError(

@@ -464,6 +464,8 @@ def test_steps_are_compressions_one_after_another():
         ({"at": "tower", "method": "cdpruner"}, "at: method cdpruner compares with the question"),
         ({"at": "somewhere"}, "at: somewhere is not a place; write tower, input, or the number"),
         ({"at": "input", "layers": [3]}, "at: input and layers: .* both say where"),
+        ({"at": "input", "layers": 3}, "at: input and layers: 3 both say where; remove one"),
+        ({"at": 2, "layers": "somewhere"}, "at: 2 and layers: somewhere both say where"),
         ({"at": 40}, "layers: 40 is out of range: the model has layers 0 to 31"),
         ({"method": "evs", "layers": [-1, 3]}, "layers: method evs reads the grid .* give it one place"),
         ({"select": "vidcom2", "merge": "drop"}, "layers: select vidcom2 with merge drop reads the grid"),
@@ -481,6 +483,13 @@ def test_steps_are_compressions_one_after_another():
 def test_what_a_place_or_a_list_of_steps_cannot_be(keys, message):
     with pytest.raises(ConfigError, match=message):
         Compression(**keys).at_depth(32)
+
+
+def test_the_input_is_one_place_whichever_key_names_it():
+    named = [{"at": "input"}, {"layers": "input"}, {"layers": [-1]}, {"at": -1}, {"at": [-1]}]
+    first, *others = (Compression(method="divprune", **key) for key in named)
+    assert all(other == first for other in others) and first.at == "input"
+    assert Compression.from_dict(first.to_dict()) == first
 
 
 def test_what_reads_the_grid_comes_first():
