@@ -152,6 +152,21 @@ def test_usage_of_a_decoder_whose_flops_are_not_known():
     assert told["flops_saved"] is None and told["average_tokens"] == 6
 
 
+def test_visual_tokens_are_counted_where_the_tower_has_their_id():
+    """As in Phi-4-multimodal; a request without visual tokens would have no figures of its compression."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from libra.serve.prompt import Prompter
+
+    config = SimpleNamespace(vision_config=SimpleNamespace(image_token_id=90))
+    model = SimpleNamespace(model=SimpleNamespace(config=config), processor=SimpleNamespace(), context=8)
+    prompter = Prompter(model)
+    assert prompter.visual({"input_ids": torch.tensor([[90, 90, 3]])}) == 2
+    assert not prompter.takes_videos
+
+
 def test_a_request_without_a_compression_has_the_servers_and_vanilla_has_none(ask):
     image, text = questions(1)[0]
     own = ask(message(text, image)).usage.compression

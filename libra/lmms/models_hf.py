@@ -10,6 +10,7 @@ from libra.engine.attach import Attachment
 from libra.engine.families import TESTED, VIDEO_IDS
 from libra.engine.structure import placeholder_ids
 from libra.engine.transformers_api import PreTrainedConfig
+from libra.media.asking import place_marks
 from libra.rows import Row
 from llava.model import huggingface
 
@@ -80,11 +81,7 @@ class HuggingFace(Engine):
 
     def _inputs(self, samples: list[Sample]) -> dict:
         shown = [sample.shown if self.takes_videos else sample.images for sample in samples]
-        marks = [
-            m
-            for name in ("image_token", "video_token")
-            if isinstance(m := getattr(self.processor, name, None), str)
-        ]
+        marks = place_marks(self.processor)
         for sample in samples:
             if written := [mark for mark in marks if mark in sample.text]:
                 raise ValueError(

@@ -11,6 +11,12 @@ def chat(processor, messages: list[dict], **options):
     )
 
 
+def place_marks(processor) -> list[str]:
+    """What a processor takes for the place of a picture or a video, wherever it stands in a text."""
+    marks = (getattr(processor, name, None) for name in ("image_token", "video_token"))
+    return [mark for mark in marks if isinstance(mark, str)]
+
+
 def image_question(processor, image: Image.Image, text: str):
     """The inputs (a ``BatchFeature``) for one question about a picture, by the model's chat template.
 

@@ -6,6 +6,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import BatchFeature
 
+from ..engine.families import VIDEO_IDS
+from ..engine.structure import placeholder_ids
 from ..media import asking
 from ..utils.sentences import check_characters
 from .models import Model
@@ -24,15 +26,12 @@ class Prompter:
         self._processor = copy.deepcopy(model.processor)
         self._most = CHARACTERS * model.context
         config = model.model.config
-        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-        ids = {name: value for name in names if isinstance(value := getattr(config, name, None), int)}
-        self._ids = torch.tensor(sorted(set(ids.values())))
+        self._ids = torch.tensor(placeholder_ids(config))
         self.takes_videos = (
-            any(name.startswith("video") for name in ids)
+            bool(placeholder_ids(config, VIDEO_IDS))
             and getattr(self._processor, "video_processor", None) is not None
         )
-        marks = (getattr(self._processor, name, None) for name in ("image_token", "video_token"))
-        self._marks = [mark for mark in marks if isinstance(mark, str)]
+        self._marks = asking.place_marks(self._processor)
 
     def __call__(self, messages, shown: list) -> BatchFeature:
         """Tensors of one row, on the CPU.

@@ -149,8 +149,7 @@ class HookedSpeaker:
         self.config = model.config.get_text_config()
         self._tokenizer = processor.tokenizer
         self._visual = torch.tensor(placeholder_ids(model.config))
-        marks = {mark for mark in [getattr(processor, "image_token", None)] if isinstance(mark, str)}
-        self._spellings = special_spellings(self._tokenizer) | marks
+        self._spellings = special_spellings(self._tokenizer).union(asking.place_marks(processor))
 
     def _inputs(self, question: Question):
         """Of one row. Raises ValueError as :meth:`Speaker.ask`."""
