@@ -149,6 +149,16 @@ def dripping(where: str):
     return answer
 
 
+def of_length(text: str, body: bytes):
+    def answer(request):
+        request.send_response(200)
+        request.send_header("Content-Length", text)
+        request.end_headers()
+        request.wfile.write(body)
+
+    return answer
+
+
 def redirecting(to: str):
     def answer(request):
         request.send_response(302)
@@ -179,8 +189,10 @@ def test_a3_downloads_end_and_private_networks_are_closed(odd):
             "/file": redirecting("file:///etc/passwd"),
             "/text": b"no image",
             "/long": b"x" * 100_001,
+            "/many": of_length("many", image.read_bytes()),
+            "/digits": of_length("9" * 5000, image.read_bytes()),
         }
-        for path in ("/a.png", "/to/a"):
+        for path in ("/a.png", "/to/a", "/many", "/digits"):
             assert np.array_equal(media.open_image(server.address + path, limits), pixels)
         start = time.monotonic()
         for path, sentence in {

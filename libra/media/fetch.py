@@ -62,7 +62,7 @@ def _body(response: requests.Response, limit: int, guard: "_Guard") -> bytes:
         raise ValueError(f"the server answers {response.status_code} {response.reason or ''}".rstrip())
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise ValueError(f"the server sends it packed ({response.headers['Content-Encoding']})")
-    if int(response.headers.get("Content-Length") or 0) > limit:
+    if (response.raw.length_remaining or 0) > limit:  # None where the header is missing or not a number
         raise ValueError(f"it has more than {limit:,} bytes")
     body = bytearray()
     while chunk := response.raw.read(_CHUNK):
