@@ -11,6 +11,8 @@ from libra.lmms.samples import SampleLog
 from libra.rows import Row
 from libra.utils.timing import in_order
 
+from .data import cause
+
 TAKEN = ("seconds", "cache_bytes", "peak_bytes")  # what a record holds of each row; a CPU has no peak
 
 
@@ -55,7 +57,7 @@ class InTurns(lmms):
             try:
                 self._answer(row, requests[0])
             except (ValueError, ImportError, RuntimeError, NotImplementedError) as error:
-                self.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                self.failed[name] = cause(error)
         names = [name for name in self.rows if name not in self.failed]
         for number, request in enumerate(requests):
             doc_id, task = int(request.args[3]), request.args[4]

@@ -98,6 +98,31 @@ def test_a_failed_cell_and_a_dead_worker_cost_only_their_own_cells(tmp_path, cap
     assert "chatter" not in capfd.readouterr().out
 
 
+def test_a_row_that_fails_without_a_word_costs_only_its_own_times(tmp_path):
+    pytest.importorskip("lmms_eval")
+    from types import SimpleNamespace
+
+    import torch
+
+    from eval.turns import InTurns, is_timing, timing
+
+    def set_row(row):
+        if row == "bad":
+            raise NotImplementedError
+
+    record = {"seconds": 0.5, "cache_bytes": 8}
+    model = SimpleNamespace(
+        device=torch.device("cpu"), set_row=set_row, records={0: record}, generate_until=lambda requests: [""]
+    )
+    request = SimpleNamespace(args=("?", {}, None, 0, "task", "test"))
+    with SampleLog(tmp_path / "log.jsonl", "s", is_timing) as log:
+        timed = InTurns(model, {"bad": "bad", "good": "good"}, log, lambda count: None)
+        timed.task_dict = {}
+        timed.generate_until([request])
+    rows = timing(timed)["turns"]
+    assert rows["bad"] == {"reason": "NotImplementedError: no message"} and rows["good"]["seconds"] == [0.5]
+
+
 def test_finished_cells_are_kept_and_others_done_again(tmp_path):
     output = tmp_path / "out"
     cells = [cell_of("vanilla"), cell_of("raises"), cell_of("fastv")]
