@@ -16,6 +16,7 @@ from ..engine.places_on_pictures import blocks_of
 from ..engine.transformers_api import PreTrainedConfig
 from ..media.asking import image_question
 from ..utils.devices import find_device
+from ..utils.sentences import first_line
 from .drawing import Record
 
 
@@ -38,11 +39,14 @@ def load(path: str):
     """A model and its processor. Raises ValueError."""
     path = find_reachable(path)
     try:
-        if is_original(PreTrainedConfig.get_config_dict(path)[0]):
-            command = f"python -m llava.convert {path} {Path(path).name}-hf"
-            raise ValueError(f"it is in LLaVA's own format; convert it with {command}")
+        config = PreTrainedConfig.get_config_dict(path)[0]
     except (OSError, ValueError) as error:
-        raise ValueError(f"the model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the model {path} cannot be loaded: {first_line(error)}") from error
+    if is_original(config):
+        command = f"python -m llava.convert {path} {Path(path).name}-hf"
+        raise ValueError(
+            f"the model {path} cannot be loaded: it is in LLaVA's own format; convert it with {command}"
+        )
     processor = huggingface.load_processor(path)
     model = huggingface.load(AutoModelForImageTextToText, path, dtype="auto")
     return model.to(find_device()).eval(), processor

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ..rows import ModelSpec
+from ..utils.sentences import first_line
 
 PERIOD = (
     1_000_003  # a prime, so that a matrix whose rows are cut out of a block this long has no two equal rows
@@ -109,7 +110,7 @@ def random_model(
                 config, dtype=dtype, attn_implementation=attention
             )
     except ImportError as error:
-        raise ValueError(f"attention {attention} is not installed: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"attention {attention} is not installed: {first_line(error)}") from error
     if tower is None:
         model.model.vision_tower, model.model.multi_modal_projector = nn.Identity(), nn.Identity()
     model.to_empty(device=device)
