@@ -24,15 +24,12 @@ _FILE = Path(__file__).with_name("models.yaml")
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def _folder(inside: str, above: str) -> Path:
+def _folder(name: str) -> Path:
     """A folder of the installed package, else the repository's."""
-    return _PACKAGE / inside if (_PACKAGE / inside).is_dir() else REPOSITORY / above
+    return _PACKAGE / name if (_PACKAGE / name).is_dir() else REPOSITORY / name
 
 
-CONFIGS = _folder("configs", "configs")
-EMBEDDED = _folder("mini/checkpoint", "mini/checkpoint")
-
-
+CONFIGS, EMBEDDED = _folder("configs"), _folder("mini/checkpoint")
 _EXAMPLE = "llava7b_r50"  # of a shipped row's name
 
 

@@ -11,15 +11,14 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 
-from ..rows import ModelSpec
+from ..rows import EMBEDDED, ModelSpec
 from ..utils import numbers as units
 from ..utils.files import new_folder, write_text
-from ..utils.provenance import REPOSITORY
 from .random_weights import HEAD, RandomWeights
 
 VOCABULARY = 32000
 SHARD = 2_000_000_000  # bytes
-TOKENIZER = REPOSITORY / "mini" / "checkpoint"  # any will do: the prompt is made of ids
+TOKENIZER = EMBEDDED  # any will do: the prompt is made of ids
 DTYPE = torch.bfloat16
 
 
