@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from libra.utils.server import guarded, is_local, names_of
+from libra.utils.server import address_of, guarded, is_local, listen, names_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +83,10 @@ def test_e8_a_name_that_begins_like_an_address_is_not_local():
         assert not is_local(host)
     assert names_of("127.0.0.1") == names_of("localhost") == ["127.0.0.1", "[::1]", "localhost"]
     assert "127.0.0.2" in names_of("127.0.0.2") and "[fd00::1]" in names_of("fd00::1")
+    for host in ("127.0.0.1", "::1"):
+        with suppress(ValueError), listen(host, 0) as listener:  # a machine may have no IPv6
+            port = listener.getsockname()[1]
+            assert address_of(listener) == f"{'[::1]' if ':' in host else host}:{port}"
     assert socket.gethostname() in names_of("0.0.0.0") and socket.gethostname() not in names_of("10.0.0.7")
 
 

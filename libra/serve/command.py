@@ -6,7 +6,7 @@ from importlib import metadata
 
 from ..rows import compression_from
 from ..utils.cli import Parser, whole_from
-from ..utils.server import ends_in_time, is_local, listen, names_of, serve
+from ..utils.server import address_of, ends_in_time, is_local, listen, names_of, serve
 
 TRANSFORMERS = (
     "5.23",
@@ -14,7 +14,6 @@ TRANSFORMERS = (
 )  # from the first, below the second: the server's classes are no public interface
 KEY = "LIBRA_API_KEY"
 GRACE = 2  # seconds for answers that have begun, after SIGTERM
-SECONDS_TO_END = 3.0
 EXAMPLES = """example:
   python -m libra.serve --compression mini/r50                        # the embedded model, at http://127.0.0.1:8000/v1
   python -m libra.serve --model llava-hf/llava-1.5-7b-hf --compression llava7b_r50 --dtype float16
@@ -126,21 +125,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with ends_in_time(lambda: None, SECONDS_TO_END) as start_clock:
+    with ends_in_time(lambda: None) as start_clock:
         try:
             check_packages()
             listener = listen(args.host, args.port)
             app, name = _build(args)
         except ValueError as error:
             parser.error(str(error))
-        host, port = listener.getsockname()[:2]
+        address = address_of(listener)
         if not is_local(args.host) and not _key(args):
             print(
-                f"warning: whoever reaches {host}:{port} can use this server; --api-key asks for a key",
+                f"warning: whoever reaches {address} can use this server; --api-key asks for a key",
                 file=sys.stderr,
             )
-        shown = f"[{host}]" if ":" in host else host
-        print(f"{name} is served at http://{shown}:{port}/v1, one request at a time; Ctrl-C ends", flush=True)
+        print(f"{name} is served at http://{address}/v1, one request at a time; Ctrl-C ends", flush=True)
         serve(app, listener, start_clock, GRACE)
 
 

@@ -45,7 +45,11 @@ def names_of(host: str) -> list[str]:
     names = {"localhost", "127.0.0.1", "::1", host}
     if host in ("0.0.0.0", "::"):  # all of this machine's addresses
         names |= {socket.gethostname(), socket.getfqdn(), *_addresses(socket.gethostname())}
-    return sorted(f"[{name}]" if ":" in name else name for name in names)
+    return sorted(map(_in_url, names))
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _addresses(name: str) -> set[str]:
@@ -62,8 +66,14 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{host}:{port} cannot be used ({reason}); choose another --port or --host"
+            f"{_in_url(host)}:{port} cannot be used ({reason}); choose another --port or --host"
         ) from None
+
+
+def address_of(listener: socket.socket) -> str:
+    """Where a listening socket is reached, as it stands in a URL: ``127.0.0.1:8000`` or ``[::1]:8000``."""
+    host, port = listener.getsockname()[:2]
+    return f"{_in_url(host)}:{port}"
 
 
 def refusal(status: int, sentence: str, **headers: str):

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from libra.utils.cli import Parser, whole_from
-from libra.utils.server import ends_in_time, is_local, listen, names_of, serve
+from libra.utils.server import address_of, ends_in_time, is_local, listen, names_of, serve
 
 from .options import add_model_options
 
@@ -76,15 +76,13 @@ def main(
         except ValueError as error:
             parser.error(str(error))
         shown = desk.warm_up()
-        host, port = server.getsockname()[:2]
+        address = address_of(server)
         if not is_local(args.host):
             print(
-                f"warning: whoever reaches {host}:{port} can use this page; it asks for no password",
+                f"warning: whoever reaches {address} can use this page; it asks for no password",
                 file=sys.stderr,
             )
-        print(
-            f"open http://{f'[{host}]' if ':' in host else host}:{port} in a browser; Ctrl-C ends", flush=True
-        )
+        print(f"open http://{address} in a browser; Ctrl-C ends", flush=True)
         hosts = [*names_of(args.host), *args.allow_host]
         serve(build_app(desk, shown, hosts, args.per_minute), server, start_clock)
 
