@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from libra.checkpoints import find_checkpoint
-from libra.config import Compression, ConfigError
+from libra.config import NOTHING, Compression, ConfigError
 from libra.flops import cost
 from libra.identity import checkpoint_identity, hub_revision, row_identity
 from libra.places import place_name
@@ -208,7 +208,7 @@ def flops_ratio(model: str, compression: Compression) -> float | None:
     image."""
     spec = get_model(model)
     try:
-        return cost(spec, compression).total / cost(spec, Compression(method="vanilla")).total
+        return cost(spec, compression).total / cost(spec, NOTHING).total
     except ConfigError:
         return None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from libra.budget import actual, keeps
-from libra.config import BUDGETS, Compression
+from libra.config import BUDGETS, NOTHING
 from libra.identity import code_digests
 from libra.rows import Row, get_model
 
@@ -216,7 +216,7 @@ class Asking:
 
     def _settings(self) -> dict:
         asked = self.added["compression"]
-        return Compression(method="vanilla").to_dict() if asked == "vanilla" else asked
+        return NOTHING.to_dict() if asked == "vanilla" else asked
 
 
 class ServedHarness(Harness):

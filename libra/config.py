@@ -679,3 +679,6 @@ def _layers(value: Any) -> tuple[int, ...] | None:
     if len(set(value)) < len(value):
         raise ConfigError(f"layers: {show(list(value))} names a layer twice; name each layer once")
     return tuple(sorted(int(layer) for layer in value))
+
+
+NOTHING = Compression(method="vanilla")  # compresses nothing, whatever the model

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import budget
 from .budget import layer_flops, model_flops
-from .config import Compression, ConfigError
+from .config import NOTHING, Compression, ConfigError
 from .methods import METHODS
 from .places import IN_WORDS
 from .rows import ModelSpec, Row, get_model
@@ -72,7 +72,7 @@ def report(row: Row, visual_tokens: int | None = None) -> dict:
     spec, c = get_model(row.model, row.path), row.compression
     sequences = spec.visual_tokens if visual_tokens is None else (visual_tokens,)
     c.check_layers(spec.layers, row.path)
-    vanilla = cost(spec, Compression(method="vanilla"), sequences)
+    vanilla = cost(spec, NOTHING, sequences)
     views: dict[str, dict] = {}
     for view, whole in (("nominal", False), ("actual", True)):
         counted = cost(spec, c, sequences, whole)

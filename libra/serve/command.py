@@ -4,6 +4,7 @@ import os
 import sys
 from importlib import metadata
 
+from ..config import NOTHING
 from ..rows import compression_from
 from ..utils.cli import Parser, whole_from
 from ..utils.server import address_of, ends_in_time, is_local, listen, names_of, serve
@@ -157,7 +158,6 @@ def _build(args):
     from .metrics import Metrics
     from .models import load
     from .pictures import limits_of
-    from .usage import NOTHING
     from .worker import Worker
 
     default = compression_from(args.compression) if args.compression else NOTHING

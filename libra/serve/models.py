@@ -16,9 +16,9 @@ from llava.convert.converter import convert, detect
 from llava.model import huggingface
 
 from ..checkpoints import find_reachable
+from ..config import NOTHING
 from ..rows import EMBEDDED
 from ..utils.devices import find_device
-from .usage import NOTHING
 
 LARGE = 10**9  # bytes of a checkpoint that is better converted once
 

@@ -2,8 +2,6 @@
 
 from ..config import Compression
 
-NOTHING = Compression(method="vanilla")
-
 
 def figures(compression: Compression, stats: dict | None, visual: int, prompt: int, layers: int) -> dict:
     """JSON values for a request's answer.

@@ -13,10 +13,9 @@ from transformers.cli.serving.utils import GenerateManager, InferenceThread, _Ge
 import libra
 from libra.engine.attach import Attachment
 
-from ..config import Compression
+from ..config import NOTHING, Compression
 from .metrics import Metrics
 from .refused import Refused, as_refusals
-from .usage import NOTHING
 
 FAILED = "the server failed to answer; its log says why"
 TOO_LARGE = "the request does not fit into the device's memory; send fewer or smaller pictures"

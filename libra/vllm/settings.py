@@ -10,7 +10,7 @@ from typing import Any
 import libra
 
 from ..budget import keeps
-from ..config import Compression
+from ..config import NOTHING, Compression
 from ..engine.tower import OF_THE_READER
 from ..methods import MERGERS, SELECTORS
 from ..places import INPUT, LAYERS
@@ -21,7 +21,6 @@ ENVIRONMENT = "LIBRA_COMPRESSION"
 KEY = "libra"  # of vLLM's --hf-overrides
 RATIO = "libra_ratio"  # of a request's mm_processor_kwargs
 QUESTION = {"text", "relevance"}  # fields of a context that are made of the question
-NOTHING = Compression(method="vanilla")
 # What a method may need besides its name so that vLLM can do it.
 ADDED: tuple[dict[str, Any], ...] = ({}, {"at": INPUT}, {"compensation": "reserved"})
 

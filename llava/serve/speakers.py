@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from libra import Compression
 from libra.checkpoints import find_reachable
+from libra.config import NOTHING, Compression
 from libra.engine.attach import attach
 from libra.engine.cache import bytes_at
 from libra.engine.places_on_pictures import blocks_of, strip
@@ -29,7 +29,6 @@ from ..model.settings import is_original
 from . import overlay
 from .session import AnswerStreamer, Loaded, Session, load_model
 
-NOTHING = Compression(method="vanilla")
 Say = Callable[[str], object]
 
 
