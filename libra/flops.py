@@ -3,7 +3,6 @@ configs/llava7b_r50.yaml"""
 
 import json
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,9 +14,8 @@ from .config import NOTHING, Compression, ConfigError
 from .methods import METHODS
 from .places import IN_WORDS
 from .rows import ModelSpec, Row, get_model
-from .utils.cli import LARGEST, Parser, whole_from
-from .utils.plotting import figure_class
-from .utils.sentences import show as shown
+from .utils.cli import Parser, whole_from
+from .utils.plotting import new_figure, save
 
 __all__ = ["Cost", "cost", "layer_flops", "main", "model_flops", "plot", "report", "table"]
 EXAMPLES = """examples:
@@ -178,7 +176,7 @@ def plot(data: dict, path: str | Path) -> None:
 
     Raises ValueError without matplotlib, or where the file's ending is not a picture's.
     """
-    figure = figure_class()(figsize=(7, 3), layout="constrained")
+    figure = new_figure(7, 3)
     layers = range(data["sizes"]["layers"])
     plain = sum(data["visual_tokens"]), data["vanilla_flops"] / len(layers)
     for panel, (key, what, unit) in enumerate(
@@ -190,7 +188,7 @@ def plot(data: dict, path: str | Path) -> None:
         axes.set(xlabel="decoder layer", ylabel=f"{what} of the layer", ylim=(0, None))
     axes.legend()
     figure.suptitle(f"{data['model']}: {data['nominal']['ratio']:.0%} of vanilla's FLOPs")
-    figure.savefig(path)
+    save(figure, Path(path))
 
 
 def _describe(c: dict) -> str:
@@ -243,7 +241,10 @@ def main(argv: list[str] | None = None) -> int:
         help="a row: its name, such as llava7b_r50, or its YAML file",
     )
     parser.add_argument(
-        "--visual-tokens", metavar="N", help="count one sequence of N visual tokens, not the model's own"
+        "--visual-tokens",
+        type=whole_from(1),
+        metavar="N",
+        help="count one sequence of N visual tokens, not the model's own",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON, numbers unrounded")
     parser.add_argument(
@@ -251,17 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        n = None
-        if args.visual_tokens is not None:
-            try:
-                n = whole_from(1)(args.visual_tokens)
-            except ArgumentTypeError:
-                problem = (
-                    f"--visual-tokens: {shown(args.visual_tokens)} is not a number of tokens; give 1 to"
-                    f" {LARGEST}"
-                )
-                raise ConfigError(problem) from None
-        data = report(Row.from_yaml(args.config), n)
+        data = report(Row.from_yaml(args.config), args.visual_tokens)
     except ConfigError as error:
         parser.error(str(error))
     if args.plot:

@@ -50,7 +50,10 @@ def parser() -> Parser:
         "--output", required=True, type=Path, metavar="FILE", help=f"the figure: {', '.join(FORMATS)}"
     )
     parser.add_argument(
-        "--dpi", type=whole_from(1), default=130, help="pixels of an inch, for .png (default %(default)s)"
+        "--dpi",
+        type=whole_from(1, 2400),
+        default=130,
+        help="pixels of an inch, for .png (default %(default)s)",
     )
     return parser
 
@@ -92,8 +95,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.output.suffix.lower() not in FORMATS:
             raise ValueError(f"--output: {args.output} must end in {', '.join(FORMATS)}")
-        if args.dpi > 2400:
-            raise ValueError(f"--dpi: {args.dpi} is too fine; give at most 2400")
         from .drawing import draw
 
         figure_class()

@@ -1,8 +1,8 @@
 """One question about images or videos: ``python -m llava.eval.run_llava``."""
 
-from libra.utils.cli import Parser
+from libra.utils.cli import Parser, whole_from
 
-from ..serve.options import add_options, whole_number
+from ..serve.options import add_options
 
 EXAMPLES = """example:
   python -m llava.eval.run_llava --model-path mini/checkpoint --image-file photo.png \\
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         "--query", required=True, help="the question; <image-placeholder> in it says where an image goes"
     )
     parser.add_argument(
-        "--num-beams", "--num_beams", type=whole_number, default=1, help="beams of the search (default 1)"
+        "--num-beams", "--num_beams", type=whole_from(1), default=1, help="beams of the search (default 1)"
     )
     args = parser.parse_args(argv)
     try:

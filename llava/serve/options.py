@@ -1,24 +1,24 @@
 """The options that the commands share, which are read before anything large is imported."""
 
 import argparse
+import math
+
+from libra.utils.cli import whole_from
 
 
-def _number(kind, allowed, what: str):
+def _number(allowed, what: str):
     """An argparse type for numbers within a range."""
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         try:
-            value = kind(text)
+            value = float(text)
         except ValueError:
-            value = None
-        if value is None or not allowed(value):
+            value = math.nan
+        if not allowed(value):
             raise argparse.ArgumentTypeError(f"{text} is not {what}")
         return value
 
     return parse
-
-
-whole_number = _number(int, lambda value: value >= 1, "a whole number from 1 up")
 
 
 def add_model_options(parser: argparse.ArgumentParser, model_path: str | None = None) -> None:
@@ -46,7 +46,7 @@ def add_model_options(parser: argparse.ArgumentParser, model_path: str | None = 
     add(
         "--max-new-tokens",
         "--max_new_tokens",
-        type=whole_number,
+        type=whole_from(1),
         default=512,
         help="length limit of an answer (default 512)",
     )
@@ -71,13 +71,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--temperature",
-        type=_number(float, lambda value: 0 <= value < 1e4, "a number from 0 up"),
+        type=_number(lambda value: 0 <= value < 1e4, "a number from 0 up"),
         default=0.0,
         help="of the sampling; 0 (default) takes the likeliest token",
     )
     add(
         "--top-p",
         "--top_p",
-        type=_number(float, lambda value: 0 < value <= 1, "a number in (0, 1]"),
+        type=_number(lambda value: 0 < value <= 1, "a number in (0, 1]"),
         help="sample among the likeliest tokens of this total probability",
     )
