@@ -192,7 +192,7 @@ class Bench:
         :meth:`see`."""
         with torch.inference_mode():
             start = now(self.device)
-            output = self._call(self.new_cache(), self.mask, **self._prompt())
+            output = self.call(self.new_cache())
             return output, now(self.device).since(start)
 
     def _prompt(self) -> dict:
@@ -204,8 +204,8 @@ class Bench:
         return DynamicCache(config=self.text)
 
     def call(self, cache: DynamicCache) -> ModelOutput:
-        """One prefill into an empty cache."""
-        return self._call(cache, self.mask, inputs_embeds=self.embeds)
+        """One prefill into an empty cache. With pictures after :meth:`see`."""
+        return self._call(cache, self.mask, **self._prompt())
 
     def _call(self, cache, mask, **given):
         return self.model(
@@ -252,7 +252,7 @@ class Bench:
                 self.features = self.model.get_image_features(pixel_values=self.pixels)
             layers = [step.layer for step in self.compression.schedule(self.text.num_hidden_layers)]
             with meter, watch(meter, decoder, list(dict.fromkeys(layers))) as seen, flops:
-                output = self._call(self.new_cache(), self.mask, **self._prompt())
+                output = self.call(self.new_cache())
         head = 2 * output.logits.shape[0] * self.text.hidden_size * self.text.vocab_size
         tables = [table for layer in cache_of(output).layers for table in (layer.keys, layer.values)]
         return Counted(

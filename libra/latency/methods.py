@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..config import Compression, ConfigError
 from ..methods import METHODS
+from ..places import LAYERS
 from ..rows import get_model
 from ..utils import numbers as units
 from ..utils.cli import Parser, names, whole_from
@@ -27,7 +28,7 @@ def compressions(wanted: list[str] | None, keep: int, ratio: str, layers: int) -
     for name in wanted or known:
         if name not in known:
             raise ConfigError(f"--methods: {name} is not a method that compresses; use {', '.join(known)}")
-        early = METHODS[name].place != "layers"
+        early = METHODS[name].place != LAYERS
         c = Compression.from_dict({"method": name} | ({"keep": keep} if early else {"ratio": ratio}))
         found[name] = c.at_depth(layers)
     return found

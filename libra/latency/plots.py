@@ -3,11 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..utils.plotting import new_figure, save
+from ..utils.plotting import MARKERS, new_figure, save
 from .parts import PARTS
 from .text import PEERS
-
-MARKERS = "oDsP^v"
 
 
 def bars(data: dict) -> dict[str, tuple[float, float, dict | None]]:

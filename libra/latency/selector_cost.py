@@ -8,6 +8,7 @@ import torch
 
 from ..config import Compression
 from ..methods import METHODS, Context
+from ..places import LAYERS
 from ..rows import ModelSpec
 from ..step import compress
 from ..utils.timing import median_interval, now, run_warm_in_turns
@@ -15,8 +16,6 @@ from .random_weights import random_model
 from .selectors import TEXT
 
 KEYS_WIDTH, FEATURES_WIDTH = 64, 1024  # of CLIP ViT-L/14, the tower of the LLaVA models
-
-
 QUESTION = 16  # text tokens that a method compares the picture with
 
 
@@ -64,16 +63,16 @@ def shares(
     rest = hidden[:, : keep + TEXT] if keep + TEXT <= tokens else hidden
 
     def timed(run: Callable[[], object]) -> float:
-        start = now(torch.device(device))
+        start = now(hidden.device)
         run()
-        spent = now(torch.device(device)).since(start)
-        return 1000 * (spent.wall if torch.device(device).type == "cuda" else spent.cpu)
+        spent = now(hidden.device).since(start)
+        return 1000 * (spent.wall if hidden.is_cuda else spent.cpu)
 
     ways: dict[str, Callable[[], float]] = {
         "": partial(timed, lambda: decoder(inputs_embeds=rest, use_cache=False))
     }
     for name, method in METHODS.items():
-        if method.place != "layers":
+        if method.place != LAYERS:
             c = Compression(method=name, keep=keep)
             ways[name] = partial(timed, partial(compress, hidden, None, c, context=context))
     rounds = run_warm_in_turns(ways, pairs)

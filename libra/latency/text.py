@@ -47,8 +47,7 @@ def table(data: dict) -> str:
     prefill, flops, cache = data["prefill"], data["flops"], data["cache"]
     interval, prompt, ratio = prefill["ratio"], data["prompt"], flops["formula"]["ratio"]
     given = prompt["visual"] * max(prompt["images"][: prompt["batch"]])
-    visual = [given, *data["tokens_per_layer"]["visual"]]
-    stages = [n for i, n in enumerate(visual) if i == 0 or n != visual[i - 1]]
+    stages = units.stages([given, *data["tokens_per_layer"]["visual"]])
     *head, run = heading(data)
     mixed = f" × {', '.join(map(str, prompt['images']))} …" if prompt["images"] != (1,) else ""
     lines = [
@@ -112,7 +111,7 @@ def _times(data: dict) -> list[str]:
 
 
 def _plain_layers(data: dict) -> list[str]:
-    """What plain layers take at the lengths of the stages; files of before have nothing of it."""
+    """What plain layers take at the lengths of the stages, where they were measured."""
     if "plain_layers" not in data:
         return []
     plain, measured = data["plain_layers"], data["prefill"]["ratio"]["median"]

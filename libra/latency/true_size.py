@@ -29,6 +29,7 @@ from ..utils.timing import Moment, free_memory, now, paired_ratio, peak_memory, 
 from .bench import scale_layers
 from .random_llava import DTYPE, VOCABULARY, write_checkpoint
 from .random_weights import CLIP_L_336, weight_bytes
+from .text import bounds
 
 MODELS = ("llava-1.5-7b", "llava-1.5-13b")
 SECONDS = ("vision", "prefill", "prefill_cpu", "token")  # of Times
@@ -158,9 +159,7 @@ def measure(
 def table(data: dict) -> str:
     """The readable form of :func:`report`'s dictionary."""
     ratio, flops = data["prefill_ratio"], data["flops"]
-    stages = [
-        n for i, n in enumerate(data["tokens_per_layer"]) if i == 0 or n != data["tokens_per_layer"][i - 1]
-    ]
+    stages = units.stages(data["tokens_per_layer"])
     place = data["machine"]
     lines = [
         f"model          {data['model']}, {data['layers']} of {data['of_layers']} layers, random weights, "
@@ -191,7 +190,7 @@ def table(data: dict) -> str:
             *lines,
             "",
             f"prefill ratio    {ratio['median']:.3f}, paired; {ratio['coverage']:.0%} interval"
-            f" [{ratio['low']:.3f}, {ratio['high']:.3f}]",
+            f" {bounds(ratio)}",
             f"over FLOPs ratio {data['ratio_over_flops_ratio']:.3f} ({flops['ratio']:.3f}, all tokens of the"
             " language model)",
         ]

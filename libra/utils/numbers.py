@@ -1,5 +1,7 @@
 """Numbers: which count as whole, and how tables print them."""
 
+from collections.abc import Sequence
+from itertools import groupby
 from numbers import Integral
 
 # A lower sampling temperature takes the likeliest token: divided by it, logits might become infinite.
@@ -9,6 +11,11 @@ COLDEST = 1e-6
 def is_whole(value: object) -> bool:
     """Whether a value is a whole number; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def stages(counts: Sequence[int]) -> list[int]:
+    """The numbers of tokens layer by layer, each stretch of equal ones once."""
+    return [count for count, _ in groupby(counts)]
 
 
 def seconds(value: float) -> str:

@@ -17,8 +17,8 @@ from libra.checkpoints import find_checkpoint
 from libra.engine.cache import bytes_at
 from libra.media import COMMAND, open_image, split_names
 from libra.rows import compression_from
+from libra.utils import numbers
 from libra.utils.devices import find_device
-from libra.utils.numbers import COLDEST
 
 from ..constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from ..conversation import conv_templates, conversation_name
@@ -391,7 +391,7 @@ class Session:
         stop = None if turn.stop == self.tokenizer.eos_token else turn.stop
         streamer = AnswerStreamer(self.tokenizer, stop, stream) if lasting else None
         options: dict = {"do_sample": False}
-        if temperature >= COLDEST:
+        if temperature >= numbers.COLDEST:
             options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         options |= {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "streamer": streamer}
         new = self._generate(ids, held, stop, options)
@@ -449,7 +449,7 @@ class Session:
     def tokens_note(self) -> str | None:
         """:attr:`visual_tokens` in one line; None before the first image."""
         counts = self.visual_tokens
-        stages = [n for i, n in enumerate(counts) if i == 0 or n != counts[i - 1]]
+        stages = numbers.stages(counts)
         if len(stages) < 2:
             return f"visual tokens {stages[0]}" if stages else None
         average = sum(counts) / len(counts)
