@@ -16,6 +16,7 @@ import yaml
 from .budget import solve
 from .config import BUDGETS, Compression, at, check_keys, choice
 from .methods import METHODS
+from .places import LAYERS
 from .utils import plain_yaml, plugins
 from .utils.provenance import REPOSITORY
 from .utils.sentences import ConfigError, did_you_mean, show, spelled
@@ -111,7 +112,7 @@ class Row:
         c = row.compression
         if c.tokens is not None or c.flops is not None:
             c = _solved(c, get_model(row.model, row.path), row.path)
-        if c.layers is None and c.place == "layers":
+        if c.layers is None and c.place == LAYERS:
             c = c.at_depth(get_model(row.model, row.path).layers, row.path)
         return replace(row, compression=c)
 

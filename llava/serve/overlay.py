@@ -15,7 +15,7 @@ from libra import Compression
 from libra.engine.places_on_pictures import Block
 from libra.engine.trace import GONE, RowTrace, intervals
 from libra.methods import SELECTORS
-from libra.places import BEFORE
+from libra.places import BEFORE, IN_WORDS, INPUT
 
 from ..mm_utils import get_anyres_image_grid_shape
 from ..model.anyres import arrange_tiles
@@ -111,7 +111,7 @@ def stages_of(trace: RowTrace, compression: Compression) -> list[dict]:
     stages = []
     per_interval = compression.steps is None and SELECTORS[compression.select].per_interval
     for number, stage in enumerate(trace.stages):
-        where = "before the language model" if stage.layer == BEFORE else f"after layer {stage.layer}"
+        where = IN_WORDS[INPUT] if stage.layer == BEFORE else f"after layer {stage.layer}"
         runs = intervals(trace, number)
         runs[stage.fate == GONE] = -1
         stages.append(
