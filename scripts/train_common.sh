@@ -3,7 +3,7 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for several machines, on each of them (torchrun)
 #   HOSTFILE   for DeepSpeed's launcher instead, on one of them by ssh (MASTER_ADDR: asked by ssh too, if not given);
 #              with NODE_RANK and MASTER_ADDR on each of them, without ssh
-#   COMPRESSION   a YAML file of configs/: train with that compression
+#   COMPRESSION   a method, a row by name or a YAML file of configs/: train with that compression
 #   ATTENTION     sdpa (default), flash_attention_2 or eager
 #   VISION_TOWER  (default: CLIP ViT-L/14 at 336 pixels; a LLaVA checkpoint brings its own); REPORT_TO (default: none)
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -15,15 +15,11 @@ is_llava() {
 import json, sys
 from pathlib import Path
 
-from libra.checkpoints import find_checkpoint
+from libra.checkpoints import find_checkpoint, hub_file
 
 found = find_checkpoint(sys.argv[1])
-path = Path(found, "config.json")
-if not Path(found).is_dir():
-    from huggingface_hub import hf_hub_download
-
-    path = hf_hub_download(found, "config.json")
-sys.exit("mm_vision_tower" not in json.loads(Path(path).read_text(encoding="utf-8")))
+path = Path(found, "config.json") if Path(found).is_dir() else hub_file(found, "config.json")
+sys.exit("mm_vision_tower" not in json.loads(path.read_text(encoding="utf-8")))
 EOF
 }
 

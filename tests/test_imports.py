@@ -21,7 +21,7 @@ LEVELS = (
             "libra.step",
             "libra.places",
         ),
-        *("libra.rows", "libra.identity", "libra.checkpoints", "libra.shipped", "libra.media", "libra.utils"),
+        *("libra.rows", "libra.identity", "libra.checkpoints", "libra.media", "libra.utils"),
     ),
     ("libra.engine", "libra"),
     ("llava",),
