@@ -316,6 +316,7 @@ def test_a_trace_file_gives_back_an_equal_record(trace, tmp_path):
         (lambda data: data["blocks"][0].update(columns=0), "a block needs tokens and columns"),
         (lambda data: data["blocks"][0].update(picture="AAAA"), "the image in it is in no known format"),
         (lambda data: data["blocks"].pop(), "the blocks hold 24 tokens"),
+        (lambda data: data["blocks"][0].update(newline="no"), "newline: no is neither true nor false"),
     ],
 )
 def test_a_damaged_trace_file_is_refused_by_name(trace, tmp_path, capsys, change, sentence):
@@ -327,6 +328,12 @@ def test_a_damaged_trace_file_is_refused_by_name(trace, tmp_path, capsys, change
     error = refused(capsys, "--from-trace", path, "--output", output)
     assert error.startswith(f"error: {path} is not a trace file of --save-trace") and sentence in error
     assert not output.exists()
+
+
+def test_a_trace_file_nested_too_deeply_is_refused_by_name(tmp_path, capsys):
+    (tmp_path / "trace.json").write_text("[" * 200_000)
+    error = refused(capsys, "--from-trace", tmp_path / "trace.json", "--output", tmp_path / "figure.png")
+    assert error.startswith(f"error: {tmp_path / 'trace.json'} is not a trace file of --save-trace")
 
 
 # Where a processor puts the tokens of an image.

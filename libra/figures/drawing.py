@@ -21,6 +21,7 @@ from ..methods import SELECTORS
 from ..places import INPUT, TOWER
 from ..utils.files import write_text
 from ..utils.plotting import HEAT, new_figure
+from ..utils.sentences import show
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,22 +110,25 @@ class Record:
         """Raises ValueError, naming the file, where it cannot be read or holds no record."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            blocks = [
-                Block(b["tokens"], b["columns"], b["picture"] and _from_base64(b["picture"]), b["newline"])
-                for b in data["blocks"]
-            ]
-            return cls(
-                RowTrace.from_json(data["trace"]), Compression.from_dict(data["compression"]), tuple(blocks)
-            )
+            blocks = tuple(map(_block, data["blocks"]))
+            return cls(RowTrace.from_json(data["trace"]), Compression.from_dict(data["compression"]), blocks)
         except OSError as error:
             raise ValueError(
                 f"{path} cannot be read ({error.strerror or error}); give a file of --save-trace"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(
                 f"{path} is not a trace file of --save-trace ({reason}); trace the image again"
             ) from None
+
+
+def _block(said: dict) -> Block:
+    """A block of a trace file."""
+    if not isinstance(said["newline"], bool):
+        raise ValueError(f"newline: {show(said['newline'])} is neither true nor false")
+    picture = said["picture"] and _from_base64(said["picture"])
+    return Block(said["tokens"], said["columns"], picture, said["newline"])
 
 
 def _to_base64(picture: Image.Image) -> str:
