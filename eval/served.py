@@ -53,7 +53,7 @@ def ask(url: str) -> Server:
     try:
         entries = said["data"]
         engine = OWNERS.get(entries[0]["owned_by"])
-        names = [entry["id"] for entry in entries]
+        names = [str(entry["id"]) for entry in entries]
     except (KeyError, IndexError, TypeError):
         engine = None
     if engine is None:
@@ -67,7 +67,7 @@ def ask(url: str) -> Server:
             f"{url}: this vLLM server does not say how it compresses; start it with scripts/serve_vllm.sh, or"
             ' give it a second name: --served-model-name NAME "$(python -m libra.vllm ROW)"'
         )
-    model = next(name for name, settings in zip(names, told) if settings is None)
+    model = next((name for name, settings in zip(names, told) if settings is None), names[0])
     return Server(url, engine, f"{version}, libra {own.pop('libra')}", model, own)
 
 
@@ -77,12 +77,15 @@ def _get(address: str) -> dict:
     try:
         answer = httpx.get(address, headers={"Authorization": f"Bearer {_key()}"}, timeout=30)
         answer.raise_for_status()
-        return answer.json()
-    except (httpx.HTTPError, ValueError) as error:
+        said = answer.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{address} does not answer ({error or type(error).__name__}); start the server, or correct the"
-            " address"
+            f"{address} does not answer ({str(error) or type(error).__name__}); start the server, or correct"
+            " the address"
         ) from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{address} answers with something else than a JSON object; correct the address")
+    return said
 
 
 def _key() -> str:

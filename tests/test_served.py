@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from PIL import Image
 from vllm_server import VllmServer
@@ -109,6 +110,32 @@ def test_a_server_says_what_it_is():
         served.ask(silent.url)
     with pytest.raises(ValueError, match="does not answer"):
         served.ask(ours.url)
+
+
+def test_a_vllm_server_may_have_the_name_of_its_compression_only():
+    with Stub("vllm", (name_of(DIVPRUNE),)) as theirs:
+        found = served.ask(theirs.url)
+    assert (found.model, found.compression) == (name_of(DIVPRUNE), DIVPRUNE.to_dict())
+
+
+def test_what_answers_no_object_is_refused(monkeypatch):
+    request = httpx.Request("GET", "http://one")
+    answers = iter([httpx.Response(200, json=["mini"], request=request), httpx.ReadTimeout("")])
+
+    def get(*_, **__):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with monkeypatch.context() as context:
+        context.setattr(httpx, "get", get)
+        with pytest.raises(ValueError, match="^http://one/v1/models answers with something else than"):
+            served.ask("http://one")
+        with pytest.raises(ValueError, match=r"does not answer \(ReadTimeout\)"):
+            served.ask("http://one")
+    with pytest.raises(ValueError, match=r"^http://\[/v1/models does not answer \("):
+        served.ask("http://[")
 
 
 def test_what_a_request_adds_for_a_row():
