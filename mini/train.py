@@ -14,7 +14,9 @@ def main() -> None:
         required=True,
         help="folder of the finished checkpoint and of its working files",
     )
-    parser.add_argument("--seed", type=whole_from(0), default=1)
+    parser.add_argument(
+        "--seed", type=whole_from(0), default=0, help="default %(default)s, the shipped model's"
+    )
     parser.add_argument(
         "--stage1-steps", type=whole_from(1), default=2500, help="of 32 images (default %(default)s)"
     )

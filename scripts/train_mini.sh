@@ -14,5 +14,5 @@ compile=()
 if command -v c++ >/dev/null || command -v g++ >/dev/null; then compile=(--compile); fi
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 python -m torch.distributed.run --standalone --nproc_per_node "$processes" \
-    -m mini.train --output "$folder" --seed 0 "${compile[@]+"${compile[@]}"}" "$@"
+    -m mini.train --output "$folder" "${compile[@]+"${compile[@]}"}" "$@"
 echo "The checkpoint is in $folder/checkpoint ($folder/work holds its working files)."

@@ -320,6 +320,8 @@ def test_the_command_trains_as_long_as_both_seeds_were():
     for stage in ("stage1", "stage2"):
         (steps,) = {log[stage]["losses"][-1]["step"] for log in logs}
         assert re.search(rf"--{stage}-steps.*?\(default {steps}\)", said, re.DOTALL)
+    card = (REPOSITORY / "mini/README.md").read_text(encoding="utf-8")
+    assert "--seed SEED default 0," in " ".join(said.split()) and "bfloat16 autocast, seed 0." in card
 
 
 def test_where_the_class_token_looks():
