@@ -2,7 +2,6 @@
 went."""
 
 import base64
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 
 from ..config import Compression
 from ..engine.places_on_pictures import Block, strip
 from ..engine.trace import COMPENSATION, DROPPED, GONE, MERGED, TARGET, RowTrace, StageTrace, intervals
-from ..media import open_image
+from ..media import open_image, png
 from ..methods import SELECTORS
 from ..places import INPUT, TOWER
 from ..utils.files import write_text
@@ -82,7 +80,7 @@ class Record:
                 "tokens": b.tokens,
                 "columns": b.columns,
                 "newline": b.newline,
-                "picture": b.picture and _to_base64(b.picture),
+                "picture": b.picture and base64.b64encode(png(b.picture)).decode("ascii"),
             }
             for b in self.blocks
         ]
@@ -127,18 +125,8 @@ def _block(said: dict) -> Block:
     """A block of a trace file."""
     if not isinstance(said["newline"], bool):
         raise ValueError(f"newline: {show(said['newline'])} is neither true nor false")
-    picture = said["picture"] and _from_base64(said["picture"])
+    picture = said["picture"] and open_image(f"data:;base64,{said['picture']}", name="in it")
     return Block(said["tokens"], said["columns"], picture, said["newline"])
-
-
-def _to_base64(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _from_base64(text: str) -> Image.Image:
-    return open_image(f"data:;base64,{text}", name="in it")
 
 
 class Canvas:

@@ -5,7 +5,7 @@ Nothing is allocated for a picture before its size was checked, no file is read 
 no address is fetched unless the caller's :class:`Limits` allow it.
 """
 
-from .pictures import BROKEN, check_size, open_image, to_rgb
+from .pictures import BROKEN, check_size, data_uri, open_image, png, to_rgb
 from .sources import COMMAND, FILES, FOLDER_RATE, SERVED, Limits, is_picture, picture_files, split_names
 from .videos import Video, clip
 
@@ -19,9 +19,11 @@ __all__ = [
     "Video",
     "check_size",
     "clip",
+    "data_uri",
     "is_picture",
     "open_image",
     "picture_files",
+    "png",
     "split_names",
     "to_rgb",
 ]

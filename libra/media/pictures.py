@@ -1,5 +1,6 @@
-"""A picture of any kind to the upright 8-bit RGB picture that every model here sees."""
+"""A picture of any kind to the upright 8-bit RGB picture that every model here sees, and pictures as PNG."""
 
+import base64
 import os
 import struct
 import sys
@@ -224,3 +225,15 @@ def _load(image: Image.Image, what: str, limits: Limits) -> Image.Image:
     except BROKEN as error:
         raise ValueError(f"{what} is damaged ({error}); give a whole file") from error
     return image
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    file = BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def data_uri(image: Image.Image) -> str:
+    """:func:`png` as text, as :func:`open_image` and browsers take it."""
+    return f"data:image/png;base64,{base64.b64encode(png(image)).decode('ascii')}"

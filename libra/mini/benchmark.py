@@ -4,7 +4,6 @@ python -m libra.mini.benchmark --output results/benchmark
 """
 
 import hashlib
-import io
 import json
 import sys
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..media import png
 from ..utils.cli import Parser, whole_from
 from ..utils.files import new_folder
 from .films import FILM_TYPES, film_question
@@ -109,12 +109,7 @@ def as_dataset(kind: str, samples: list[Sample]):
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
-    def png(image: Image.Image) -> dict:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    frames = [[png(frame) for frame in sample.frames] for sample in samples]
+    frames = [[{"bytes": png(frame), "path": None} for frame in sample.frames] for sample in samples]
     films = kind in FILM_TYPES
     return Dataset.from_dict(
         {

@@ -1,6 +1,5 @@
 """The command ``python -m libra.serve.bench``: a compressed server against a vanilla one, in turns."""
 
-import base64
 import json
 import os
 import re
@@ -9,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -170,12 +168,12 @@ def _started(args, name: str) -> Iterator[str]:
 
 def _questions(args) -> tuple[list[Question], str]:
     """What is asked, and what it is, in words."""
-    from ..media import open_image, picture_files
+    from ..media import data_uri, open_image, picture_files
 
     if args.pictures:
         files = picture_files(args.pictures)[: args.requests]
         pictures = [open_image(file) for file in files]
-        return [Question(_data_uri(one), args.question) for one in pictures], "pictures of a folder"
+        return [Question(data_uri(one), args.question) for one in pictures], "pictures of a folder"
     if args.model == "mini":
         try:
             from ..mini.benchmark import scene_sample
@@ -184,20 +182,14 @@ def _questions(args) -> tuple[list[Question], str]:
             raise ValueError(f"the benchmark's pictures need {error.name}; give --pictures FOLDER") from error
         kinds = list(SCENE_TYPES)
         samples = [scene_sample(kinds[i % len(kinds)], i // len(kinds)) for i in range(args.requests)]
-        asked = [Question(_data_uri(sample.image), sample.question) for sample in samples]
+        asked = [Question(data_uri(sample.image), sample.question) for sample in samples]
         return asked, "the embedded benchmark's scenes"
     from PIL import Image
 
     draw = np.random.default_rng(0)
     noise = (draw.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in range(min(args.requests, 16)))
-    asked = [Question(_data_uri(Image.fromarray(pixels)), args.question) for pixels in noise]
+    asked = [Question(data_uri(Image.fromarray(pixels)), args.question) for pixels in noise]
     return asked, f"noise of {SIDE} × {SIDE} pixels"
-
-
-def _data_uri(image) -> str:
-    file = BytesIO()
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 if __name__ == "__main__":

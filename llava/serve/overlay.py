@@ -5,15 +5,13 @@ empty ground, else a data URI; and ``boxes``, for each of its tokens [left, top,
 of that picture, or None for a token without a place. Boxes may lie outside the picture, on its padding.
 """
 
-import base64
-import io
-
 import torch
 from PIL import Image
 
 from libra import Compression
 from libra.engine.places_on_pictures import Block
 from libra.engine.trace import GONE, RowTrace, intervals
+from libra.media import data_uri
 from libra.methods import SELECTORS
 from libra.places import BEFORE, IN_WORDS, INPUT
 
@@ -83,7 +81,7 @@ def of_blocks(blocks: list[Block]) -> list[dict]:
                 (y + 1) / block.rows,
             ]
             boxes.append(_rounded(edges) if x < block.columns else None)
-        views.append({"picture": _data_uri(block.picture), "boxes": boxes})
+        views.append({"picture": _small(block.picture), "boxes": boxes})
     return views
 
 
@@ -91,13 +89,12 @@ def _rounded(box: list[float]) -> list[float] | None:
     return None if box[0] != box[0] else [round(edge, 5) for edge in box]
 
 
-def _data_uri(picture: Image.Image | None) -> str:
+def _small(picture: Image.Image | None) -> str:
     if picture is None:
         return ""
-    small, file = picture.copy(), io.BytesIO()
+    small = picture.copy()
     small.thumbnail((LONG_SIDE, LONG_SIDE))
-    small.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+    return data_uri(small)
 
 
 def stages_of(trace: RowTrace, compression: Compression) -> list[dict]:

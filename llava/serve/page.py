@@ -9,7 +9,6 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -19,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from libra.config import Compression
-from libra.media import SERVED
+from libra.media import SERVED, png
 from libra.utils.server import guarded, refusal
 from libra.utils.timing import median_interval, paired_ratio, run_in_turns
 
@@ -221,7 +220,7 @@ class Desk:
 def build_app(desk: Desk, shown: dict | None, hosts: Sequence[str], per_minute: int):
     """The page as an ASGI application behind the gate, which lets a browser load from nowhere else."""
     about = json.dumps(desk.about(shown))
-    pictures = [_png(one.image) for one in desk.examples]
+    pictures = [png(one.image) for one in desk.examples]
 
     def static(name: str) -> Route:
         content = (STATIC / name).read_bytes()
@@ -276,9 +275,3 @@ class _AtHome:
             await send(message)
 
         await self.app(scope, receive, sending)
-
-
-def _png(image: Image.Image) -> bytes:
-    file = BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
