@@ -1,6 +1,5 @@
 """Computes the cells that are not finished and stores each the moment it is done."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from libra.utils.files import remove_unfinished, write_text
+from libra.utils.files import remove_unfinished, write_json
 from libra.utils.provenance import commit, machine, versions
 
 from .cells import PACKAGES, Cell, finished_elsewhere
@@ -101,7 +100,7 @@ class _Store:
 
     def write(self, cell: Cell, record: dict) -> None:
         try:
-            write_text(cell.path(self.output), json.dumps(record, indent=1) + "\n")
+            write_json(cell.path(self.output), record)
             self.unwritten.pop(cell.name, None)
         except OSError as error:
             reason = f"its file could not be written: {error.strerror or error}"

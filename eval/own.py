@@ -1,6 +1,5 @@
 """What a user brings to a table without editing a file of this project: models, rows and tasks."""
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from types import SimpleNamespace
 
 from libra.checkpoints import find_reachable, find_tower
 from libra.rows import ModelSpec, add_model, patches_across, spec_of
-from libra.utils.files import write_text
+from libra.utils.files import write_json
 
 from .cells import read_json
 from .suites import SUITES, SuiteRows, Table, add_tasks
@@ -50,7 +49,7 @@ class Own:
             if (path := getattr(self, name)) is not None
         }
         data = {"table": self.table, "models": [asdict(spec) for spec in self.models], **folders}
-        write_text(output / FILE, json.dumps(data, indent=1) + "\n")
+        write_json(output / FILE, data)
 
     @classmethod
     def load(cls, output: Path) -> "Own":

@@ -1,7 +1,6 @@
 """Fill a table's cells, and go on where an earlier run stopped: python -m eval.run --table 1"""
 
 import fcntl
-import json
 import shlex
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from libra.utils import plugins
 from libra.utils.cli import Parser, names, whole_from
-from libra.utils.files import write_text
+from libra.utils.files import write_json
 from libra.utils.other_llava import warn_if_llava_is_another
 from libra.utils.provenance import cores, require_clean
 
@@ -206,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"another run is filling {output}: wait for it, or choose another --output"
                 ) from None
             if todo.manifest is not None:
-                write_text(output / "benchmark.json", json.dumps(todo.manifest, indent=1) + "\n")
+                write_json(output / "benchmark.json", todo.manifest)
             own.save(output)
             how = settings(args, output, devices, own, any(from_harness(cell.task) for cell in todo.cells))
             worker = ServedHarness if args.server else Harness

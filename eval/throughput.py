@@ -1,7 +1,6 @@
 """Samples a second through lmms-eval, each row at each batch size, in turns: python -m eval.throughput
 --batch-sizes 1,8"""
 
-import json
 import os
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from libra.utils import plugins
 from libra.utils.cli import Parser, names, whole_from, wholes_from
-from libra.utils.files import write_text
+from libra.utils.files import write_json
 from libra.utils.provenance import commit, cores, machine, versions
 
 from .cells import PACKAGES
@@ -158,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
             }
             settings_of = {name: [cell.settings for cell in own] for name, own in cells.items()}
             data = {"samples_a_second": found, "limit": args.limit, "settings": settings_of, **origin}
-            write_text(args.json, json.dumps(data, indent=1) + "\n")
+            write_json(args.json, data)
     except (ValueError, OSError) as error:
         options.error(str(error))
     print(table(found))

@@ -451,16 +451,19 @@ def test_equal_cells_of_other_tables_are_reused(tmp_path):
 
 
 def test_a_full_disk_costs_only_the_cells_it_hits(tmp_path, monkeypatch, capfd):
-    output, write = tmp_path / "table1", filling.write_text
+    output = tmp_path / "table1"
     full = {"mini.fastv.mini_attribute.json": 9, "mini.r50.mini_attribute.json": 1}  # the latter only once
 
-    def write_text(path, text):
-        if full.get(path.name, 0) > 0:
-            full[path.name] -= 1
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, text)
+    def short_of_room(write):
+        def writes(path, content):
+            if full.get(path.name, 0) > 0:
+                full[path.name] -= 1
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(path, content)
 
-    monkeypatch.setattr(filling, "write_text", write_text)
+        return writes
+
+    monkeypatch.setattr(filling, "write_json", short_of_room(filling.write_json))
     cells = [cell_of(row) for row in ("vanilla", "fastv", "r50", "turbo")]
     failed, unwritten = fill(cells, output)
     assert failed == 1 and [cell.row for cell in cells if cell.is_finished(output)] == [
@@ -474,7 +477,7 @@ def test_a_full_disk_costs_only_the_cells_it_hits(tmp_path, monkeypatch, capfd):
     )
     assert "failed: mini.fastv.mini_attribute: its file could not be written" in capfd.readouterr().err
     assert not [path for path in (output / "cells").iterdir() if path.name.startswith(".")]
-    monkeypatch.setattr(report, "write_text", write_text)
+    monkeypatch.setattr(report, "write_text", short_of_room(report.write_text))
     full["table1.csv"] = 1
     text = report.write_report(output, get_table(1), unwritten=unwritten)
     assert "FastV, attribute: failed: its file could not be written: No space left on device" in text

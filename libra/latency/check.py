@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..config import Compression
 from ..rows import ModelSpec
-from ..utils.files import write_text
+from ..utils.files import write_json
 from ..utils.provenance import machine, versions
 from ..utils.timing import one_thread, paired_ratio, run_warm_in_turns
 from .bench import Bench, Prompt
@@ -170,7 +170,7 @@ def check(update: bool = False, path: Path = EXPECTED, progress: bool = True) ->
             "counts": counts,
             "time_ratios": ratios,
         }
-        write_text(path, json.dumps(figures, indent=1) + "\n")
+        write_json(path, figures)
         print(f"{path.name}: written")
         return 0
     if not same_torch(expected):

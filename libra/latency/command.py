@@ -1,6 +1,5 @@
 """What the command's arguments ask for: what to measure, on which model, and where the figures go."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from ..config import Compression, ConfigError
 from ..rows import ModelSpec, Row, get_model, spec_of
 from ..utils import numbers as units
 from ..utils.devices import device_name, find_device
-from ..utils.files import write_text
+from ..utils.files import write_json
 from ..utils.provenance import commit, machine, versions
 from ..utils.timing import free_memory
 from . import true_size
@@ -180,5 +179,5 @@ def _run(args) -> int:
 
 def _show(data: dict, readable: Callable[[dict], str], args) -> None:
     if args.json:
-        write_text(args.json, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        write_json(args.json, data)
     print(readable(data))

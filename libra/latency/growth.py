@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ..utils import numbers as units
-from ..utils.files import write_text
+from ..utils.files import write_json, write_text
 from .bench import Bench, Prompt
 from .paired import measure, prefills
 from .plots import growth_picture
@@ -110,7 +110,7 @@ class Growth:
                 except torch.OutOfMemoryError:
                     found = {"failed": "out of memory"}
                 cells[prompt] = {**self.described, "prompt": asdict(prompt), **found, **finish()}
-                write_text(self.path(prompt), json.dumps(cells[prompt], indent=1, ensure_ascii=False) + "\n")
+                write_json(self.path(prompt), cells[prompt])
                 self.write_table(cells)
         self.write_table(cells)
         measured = {(p.visual, p.batch): cell for p, cell in cells.items() if cell and "failed" not in cell}

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..config import Compression
 from ..rows import ModelSpec
 from ..utils.devices import device_name, find_device
-from ..utils.files import write_text
+from ..utils.files import write_json
 from ..utils.provenance import commit, machine, versions
 from ..utils.timing import in_order
 from .bench import Bench, Prompt
@@ -114,7 +114,7 @@ def stored(path: Path | None, about: dict) -> dict:
 
 def _write(path: Path | None, kept: dict) -> None:
     if path is not None:
-        write_text(path, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        write_json(path, kept)
 
 
 def summary(kept: dict, ways: dict[str, Compression]) -> dict[str, dict]:

@@ -1,6 +1,5 @@
 """The command ``python -m libra.serve.bench``: a compressed server against a vanilla one, in turns."""
 
-import json
 import os
 import re
 import subprocess
@@ -15,7 +14,7 @@ import numpy as np
 from ..rows import compression_from
 from ..utils import plugins
 from ..utils.cli import Parser, whole_from, wholes_from
-from ..utils.files import write_text
+from ..utils.files import write_json
 from ..utils.provenance import commit, machine, versions
 from .command import check_packages
 from .load import Caller, Question, Run
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     data = {"settings": about, "commit": commit(), "machine": machine(), "versions": versions(PACKAGES)}
     data |= summary(measured)
-    write_text(args.output / "bench.json", json.dumps(data, indent=2) + "\n")
+    write_json(args.output / "bench.json", data)
     try:
         picture(data, args.output / "bench.png")
     except ValueError as error:  # matplotlib is missing

@@ -1,5 +1,6 @@
 """The one way in which this project writes files and folders: whole and on the disk, or not at all."""
 
+import json
 import os
 import shutil
 import threading
@@ -11,6 +12,11 @@ from pathlib import Path
 def write_text(path: Path, text: str) -> None:
     """:func:`write_bytes` in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """:func:`write_bytes` of JSON values that people read too; in ASCII, which no text in them fails at."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
