@@ -1,5 +1,6 @@
 """The one way in which files and folders are written: whole and on the disk, or not at all."""
 
+import json
 import os
 import stat
 
@@ -33,6 +34,13 @@ def test_a_file_is_whole_and_on_the_disk(tmp_path, synced):
         ".tmp"
     )  # before it took the name
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
+
+
+def test_json_holds_any_text(tmp_path):
+    said = {"answer": "é, × and half a pair: \ud83d"}  # the latter is no UTF-8
+    files.write_json(tmp_path / "x.json", said)
+    text = (tmp_path / "x.json").read_text(encoding="ascii")
+    assert json.loads(text) == said and text.startswith('{\n "answer"') and text.endswith("}\n")
 
 
 def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
