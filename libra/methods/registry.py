@@ -172,11 +172,10 @@ def register_merge(
 ) -> Callable[[Callable], Callable]:
     """Decorator that makes a function usable as ``merge: name`` in every configuration.
 
-    The function takes :class:`libra.merge.Matches` and the :class:`libra.Compression`, and returns, both (B,
-    N):
-    the output slot of each token (:data:`libra.merge.NOWHERE`, a target's slot or ``matches.compensation``)
-    and the logit of its weight there; weights are the softmax of the logits within a slot. That is checked at
-    every use unless ``trusted``.
+    The function takes :class:`libra.merge.Matches` and the :class:`libra.Compression`, and returns, both
+    (B, N), the output slot of each token (:data:`libra.merge.NOWHERE`, a target's slot or
+    ``matches.compensation``) and the logit of its weight there; weights are the softmax of the logits within
+    a slot. That is checked at every use unless ``trusted``.
 
     Args:
         compensates: whether it may send tokens to ``matches.compensation``.
