@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from libra.utils import plugins
-from libra.utils.cli import Parser, names, whole_from
+from libra.utils.cli import DTYPES, Parser, names, whole_from
 from libra.utils.files import write_json
 from libra.utils.other_llava import warn_if_llava_is_another
 from libra.utils.provenance import cores, require_clean
@@ -84,7 +84,7 @@ def parser() -> Parser:
         help="such as cpu, cuda:0 or cuda:0,cuda:1; workers take them in turn (default: all GPUs, else cpu)",
     )
     add_servers(parser)
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--publish", action="store_true", help="copy the finished table to docs/results/")
     return parser
 

@@ -14,7 +14,7 @@ from statistics import median
 from tqdm import tqdm
 
 from libra.utils import plugins
-from libra.utils.cli import Parser, names, whole_from, wholes_from
+from libra.utils.cli import DTYPES, Parser, names, whole_from, wholes_from
 from libra.utils.files import write_json
 from libra.utils.provenance import commit, cores, machine, versions
 
@@ -120,7 +120,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--device", type=names, help="such as cpu or cuda:0 (default: the first GPU, else cpu)"
     )
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
     return parser
 

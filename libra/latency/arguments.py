@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..config import ConfigError
-from ..utils.cli import Parser, whole_from, wholes_from
+from ..utils.cli import DTYPES, Parser, whole_from, wholes_from
 from ..utils.plotting import figure_class
 
 EXAMPLES = """examples:
@@ -18,7 +18,6 @@ EXAMPLES = """examples:
   python -m libra.latency --true-size --layers 4 --keep slice --json slice.json
   python -m libra.latency --check"""
 
-DTYPES = ("float32", "float16", "bfloat16")
 PAIRS, PAIRS_OF_ANSWERS = 9, 3  # an answer of true size takes half a minute on a CPU
 # The grid of --grow: visual tokens × rows, but no cell with more visual tokens in all its rows.
 VISUAL = (144, 576, 1024, 2880, 4096, 8192, 16384)

@@ -16,7 +16,7 @@ from ..methods import METHODS
 from ..places import LAYERS
 from ..rows import get_model
 from ..utils import numbers as units
-from ..utils.cli import Parser, names, whole_from
+from ..utils.cli import DTYPES, Parser, names, whole_from
 
 VANILLA = "vanilla"
 HEAD = f"{'method':<16}{'kept':<14}{'where':<30}{'tower':>9}{'selection':>11}{'prefill':>9}{'together':>10}"
@@ -64,7 +64,7 @@ def parser() -> Parser:
     add("--ratio", default="2/3", metavar="R", help=default)
     add("--pairs", type=whole_from(1), default=3, metavar="N", help=f"rounds {default}")
     add("--text-tokens", type=whole_from(2), default=64, metavar="N", help=default)
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    add("--dtype", choices=DTYPES, default="bfloat16")
     add("--device", help="such as cpu or cuda:0 (default: the GPU where there is one)")
     add("--threads", type=whole_from(1), metavar="N", help="CPU threads (default: torch's own choice)")
     add("--json", type=Path, metavar="FILE", help="all figures, written after every round")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..config import ConfigError
 from ..rows import get_model
-from ..utils.cli import Parser, whole_from
+from ..utils.cli import DTYPES, Parser, whole_from
 
 TEXT = 64  # tokens of a question
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--layers", type=whole_from(1), default=1, metavar="N", help="of the slice (default %(default)s)")
     add("--pairs", type=whole_from(1), default=5, metavar="N", help="rounds (default %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    add("--dtype", choices=DTYPES, default="bfloat16")
     add("--device", help="such as cpu or cuda:0 (default: the GPU where there is one)")
     add("--json", type=Path, metavar="FILE", help="also write everything there")
     args = parser.parse_args(argv)

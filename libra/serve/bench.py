@@ -13,7 +13,7 @@ import numpy as np
 
 from ..rows import compression_from
 from ..utils import plugins
-from ..utils.cli import Parser, whole_from, wholes_from
+from ..utils.cli import DTYPES, Parser, whole_from, wholes_from
 from ..utils.files import write_json
 from ..utils.provenance import commit, machine, versions
 from .command import check_packages
@@ -42,7 +42,7 @@ def _parser() -> Parser:
     add(
         "--device", default="auto", help="such as cpu or cuda:0; auto (default) takes the GPU if there is one"
     )
-    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
+    add("--dtype", choices=("auto", *DTYPES), default="auto")
     add("--clients", type=wholes_from(1), default=(1, 2, 4, 8, 16, 32), help="closed loop (1,2,4,8,16,32)")
     add(
         "--rates",

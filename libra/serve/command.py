@@ -6,7 +6,7 @@ from importlib import metadata
 
 from ..config import NOTHING
 from ..rows import compression_from
-from ..utils.cli import Parser, whole_from
+from ..utils.cli import DTYPES, Parser, whole_from
 from ..utils.server import address_of, ends_in_time, is_local, listen, names_of, serve
 
 TRANSFORMERS = (
@@ -77,7 +77,7 @@ def _parser() -> Parser:
     )
     add(
         "--dtype",
-        choices=("auto", "float32", "float16", "bfloat16"),
+        choices=("auto", *DTYPES),
         default="auto",
         help="auto: the checkpoint's own, float32 on a CPU",
     )

@@ -11,6 +11,7 @@ from .sentences import one_line
 
 LARGEST = 10**9  # of the whole numbers that a flag takes
 LONGEST_WORD = 400  # characters of a word that an error repeats
+DTYPES = ("float32", "float16", "bfloat16")  # that models are computed in
 
 
 class Parser(argparse.ArgumentParser):
