@@ -53,14 +53,22 @@ class Own:
 
     @classmethod
     def load(cls, output: Path) -> "Own":
-        """Of a results folder; nothing of one's own where none was saved."""
-        data = read_json(output / FILE) or {}
-        folders = {name: Path(data[name]) for name in ("configs", "tasks") if name in data}
-        models = tuple(
-            ModelSpec(**{**spec, "visual_tokens": tuple(spec["visual_tokens"])})
-            for spec in data.get("models", ())
-        )
-        return cls(models, table=data.get("table", ""), **folders)
+        """Of a results folder; nothing of one's own where none was saved. Raises ValueError where what was
+        saved is damaged: without it the table would lack rows and models."""
+        path = output / FILE
+        if not path.exists():
+            return cls()
+        try:
+            data = read_json(path) or {}
+            folders = {name: Path(data[name]) for name in ("configs", "tasks") if name in data}
+            models = tuple(
+                ModelSpec(**{**spec, "visual_tokens": tuple(spec["visual_tokens"])})
+                for spec in data["models"]
+            )
+            return cls(models, table=data["table"], **folders)
+        except (KeyError, TypeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is damaged ({reason}); run the same eval.run command again") from None
 
 
 def model_of(text: str) -> ModelSpec:

@@ -362,11 +362,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--publish", action="store_true", help="copy the table to docs/results/")
     args = parser.parse_args(argv)
-    own = Own.load(args.output)
-    table = get_table(args.table or own.table or table_of(args.output) or "1")
-    if not (args.output / "cells").is_dir():
-        parser.error(f"{args.output} holds no cells: fill them with python -m eval.run --table {table.name}")
     try:
+        own = Own.load(args.output)
+        table = get_table(args.table or own.table or table_of(args.output) or "1")
+        if not (args.output / "cells").is_dir():
+            raise ValueError(
+                f"{args.output} holds no cells: fill them with python -m eval.run --table {table.name}"
+            )
         own.apply()
         publish = PUBLISHED if args.publish else None
         if args.seeds:

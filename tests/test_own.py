@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import suites
+from eval import report, suites
 from eval.own import Own, model_of
 from eval.run import main
 from libra import rows
@@ -111,6 +111,15 @@ def test_a_results_folder_remembers(folder):
     assert found.models == brought.models and found.table == "own"
     assert (found.configs, found.tasks) == (folder / "my_rows", folder / "my_tasks")
     assert Own.load(folder) == Own()
+
+
+def test_a_damaged_memory_is_refused_in_a_sentence(tmp_path, capsys):
+    for text in ("{", '{"table": "own"}', '{"table": "own", "models": [{"name": "mine"}]}'):
+        (tmp_path / "own.json").write_text(text)
+        with pytest.raises(SystemExit):
+            report.main([str(tmp_path)])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {tmp_path / 'own.json'} is damaged (") and "Traceback" not in error
 
 
 @pytest.mark.slow
