@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPModel
 from transformers.utils import logging
 
 from ..methods import Context
+from ..utils.sentences import first_line
 
 _ROLE = re.compile(r"\s*(?:assistant\s*:?|\[/INST\])\s*$", re.IGNORECASE)
 
@@ -78,7 +79,7 @@ class ClipRelevance:
                 raise ValueError(f"{sorted(info['missing_keys'])[0]} is missing")
             read = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ValueError(f"{name} is not a whole CLIP: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{name} is not a whole CLIP: {first_line(error)}") from error
         finally:
             logging.set_verbosity(before)
         # Its picture tower is the model's own, or the like; only what comes after it is needed.
