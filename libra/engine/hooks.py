@@ -222,7 +222,9 @@ class Hooks:
     def _begin(self, model, args, kwargs):
         """Take the labels aside, and note how many of the last columns are an answer that is being tried."""
         call = calls.running(self.decoder)
-        if self._is_leaving if call is None else call.level == calls.BEGUN:
+        if call is None and self._is_leaving:
+            return None
+        if call is not None and call.level == calls.BEGUN:
             return None
         kwargs = named(model, args, kwargs)
         call = self._start(began=model, labels=kwargs.pop("labels", None))

@@ -16,7 +16,7 @@ from .dispatch import fused
 if TYPE_CHECKING:
     from .spans import Spans
 
-PIECE = 1 << 24  # similarities held at a time: 64 MB
+PIECE = 1 << 24  # similarities or attention scores held at a time: 64 MB
 HASHED = 1 << 21  # words that are hashed at a time: 16 MB
 TABLES = 4  # times as many places as tokens may a table of intervals have
 
